@@ -94,10 +94,11 @@ def modulation_grad(similarity, grad_logits, vector, scale):
     return (g * similarity).sum(0) if vector else similarity.t() @ g
 
 
-def expand_grad(grad_latents, scale, activation, pool_size):
-    """Gradient of the activation (a tensor like it): unpool(scale * grad_latents); `scale` () or (B,)."""
+def expand_grad(grad_latents, scale, out, pool_size):
+    """Gradient of the activation into `out` (shaped like it, dense in either memory format; every element is
+    written): unpool(scale * grad_latents); `scale` () or (B,). Returns `out`."""
     g = grad_latents * (scale.unsqueeze(1) if scale.dim() else scale)
-    return torch.empty_like(activation).copy_(unpool(g, activation.shape, pool_size))
+    return out.copy_(unpool(g, out.shape, pool_size))
 
 
 # -- the pieces of the fused block: layer -> BatchNorm (batch statistics) -> LeakyReLU -> head ------------------
