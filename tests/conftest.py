@@ -1,0 +1,102 @@
+"""Shared fixtures: the backends, poisoned allocations, seeds.
+
+A backend is a module with the functions of a family's `reference.py`. The environment variable
+LGKERNELS_TEST_BACKENDS (comma separated) names those that must be there: a missing one then fails instead of skipping.
+"""
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+
+import pytest
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda-simt")
+REQUIRED = tuple(filter(None, os.environ.get("LGKERNELS_TEST_BACKENDS", "").split(",")))
+
+
+def pytest_configure(config):
+    # Triton reads the switch when a kernel is decorated. tests/gpu by itself runs the compiled kernels.
+    only_gpu = config.args and all("tests/gpu" in os.path.abspath(a).replace(os.sep, "/") for a in config.args)
+    if not (only_gpu and torch.cuda.is_available()):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    config.addinivalue_line("markers", "unpoisoned: torch.empty is left as it is (for tests that compile)")
+
+
+def pytest_report_header():
+    lines = [f"{name}: {unavailable(name) or 'runs'}" for name in BACKENDS]
+    return ["backends: " + "; ".join(lines), f"torch threads: {torch.get_num_threads()}"]
+
+
+@functools.lru_cache(maxsize=None)
+def unavailable(name):
+    """Why a backend cannot run here, or None."""
+    if name == "cpu":
+        from lgkernels.core.native import native, native_error
+        if native() is None:
+            return f"the native module is not built ({native_error()})"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if name == "cuda-simt":
+        try:
+            from tests.simt import executor
+        except ImportError as error:
+            return f"the CPU executor for CUDA kernels is not there ({error})"
+        return executor.unavailable()
+    return None
+
+
+@functools.lru_cache(maxsize=None)
+def backend_module(family, name):
+    """The module that implements `family` on `name`, or None with `unavailable(name)` as the reason."""
+    if unavailable(name):
+        return None
+    if name == "cuda-simt":
+        from tests.simt import executor
+        return executor.backend(family)
+    module = {"triton": "triton_kernels"}.get(name, name)
+    return importlib.import_module(f"lgkernels.ops.{family}.{module}")
+
+
+def require_backend(name):
+    reason = unavailable(name)
+    if reason:
+        (pytest.fail if name in REQUIRED else pytest.skip)(f"{name}: {reason}")
+
+
+@pytest.fixture(params=BACKENDS)
+def impl(request):
+    """Name of a backend that runs here."""
+    require_backend(request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def _poisoned(allocate):
+    @functools.wraps(allocate)
+    def wrapper(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("lgkernels"):
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+                tensor.fill_(torch.iinfo(tensor.dtype).max - 3)
+        return tensor
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def poison(request, monkeypatch):
+    """Memory that lgkernels takes uninitialised holds nan, so an output byte that no kernel writes shows."""
+    if request.node.get_closest_marker("unpoisoned"):
+        return
+    for owner, names in ((torch, ("empty", "empty_like", "empty_strided")),
+                         (torch.Tensor, ("new_empty", "new_empty_strided"))):
+        for name in names:
+            monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))

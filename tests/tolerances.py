@@ -1,0 +1,80 @@
+"""The one place that says how far a kernel may be from the truth. No reruns, no looser copies elsewhere.
+
+    err(kernel, truth) <= 1.5 * err(torch, truth) + C * eps(dtype) * sqrt(K) * scale
+
+truth is the float64 reference on the same inputs, torch the same formula in plain torch at the kernel's dtype,
+K the length of the longest sum behind one entry, eps that of the output's dtype, and scale the largest entry of the
+truth (of each row, where rows differ by orders of magnitude). Every error is an absolute maximum.
+"""
+import math
+
+import torch
+
+SAME_DTYPE_FACTOR = 1.5
+C = 2.0
+
+# golden/lls/README.md, relative to the largest absolute entry; sines and the float32 loss are absolute
+GOLDEN = {
+    "float64": 1e-10,
+    "float32_gradient": 1e-5,
+    "float32_loss": 3e-6,
+    "sine": 1.2e-7,
+    "half_gradient": 2e-2,
+}
+
+
+def _scale(truth, per_row):
+    if truth.numel() == 0:
+        return torch.zeros((), dtype=torch.float64)
+    if per_row and truth.dim() > 1:
+        return truth.abs().flatten(1).amax(1).reshape(-1, *[1] * (truth.dim() - 1))
+    return truth.abs().max()
+
+
+def assert_accurate(name, got, torch_same_dtype, truth, length, *, per_row=False):
+    """`got` and `torch_same_dtype` have the kernel's output dtype, `truth` is float64; `length` is K of the bound."""
+    assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, reference {tuple(truth.shape)}"
+    assert got.dtype == torch_same_dtype.dtype, f"{name}: dtype {got.dtype}, reference {torch_same_dtype.dtype}"
+    if truth.numel() == 0:
+        return
+    truth = truth.double()
+    got64, torch64 = got.detach().double().cpu(), torch_same_dtype.detach().double().cpu()
+    if not torch.isfinite(truth).all():
+        special = ~torch.isfinite(truth)
+        assert torch.equal(got64[special].nan_to_num(nan=-7.0), truth[special].nan_to_num(nan=-7.0)), (
+            f"{name}: not the reference's inf or nan where it has one")
+        got64, torch64, truth = (t.masked_fill(special, 0) for t in (got64, torch64, truth))
+    assert torch.isfinite(got64).all(), f"{name}: {(~torch.isfinite(got64)).sum()} entries are nan or inf"
+    scale = _scale(truth, per_row)
+    own = (got64 - truth).abs()
+    rival = (torch64 - truth).abs()
+    if per_row and truth.dim() > 1:
+        rival = rival.flatten(1).amax(1).reshape(scale.shape)
+    else:
+        rival = rival.max()
+    bound = SAME_DTYPE_FACTOR * rival + C * torch.finfo(got.dtype).eps * math.sqrt(max(length, 1)) * scale
+    excess = (own - bound).max()
+    assert excess <= 0, (f"{name}: error {own.max():.3e}, bound {bound.max():.3e} "
+                         f"(torch's own error {rival.max():.3e}, largest entry {scale.max():.3e})")
+
+
+def assert_relative(name, got, expected, tolerance):
+    """Largest error relative to the largest absolute entry of `expected` (the golden files' measure)."""
+    got, expected = torch.as_tensor(got).detach().double(), torch.as_tensor(expected).double()
+    assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return
+    error, scale = (got - expected).abs().max().item(), expected.abs().max().item()
+    assert error <= tolerance * max(scale, 1e-30), f"{name}: error {error:.3e} of {scale:.3e}, allowed {tolerance:g}"
+
+
+def assert_bit_equal(name, got, expected):
+    """Same dtype, shape and bits (nan equals nan, 0 does not equal -0)."""
+    assert got.dtype == expected.dtype and got.shape == expected.shape, (
+        f"{name}: {got.dtype} {tuple(got.shape)}, expected {expected.dtype} {tuple(expected.shape)}")
+    got, expected = got.detach().cpu().contiguous(), expected.detach().cpu().contiguous()
+    if got.dim() == 0:
+        got, expected = got.reshape(1), expected.reshape(1)
+    if got.numel():
+        same = got.view(torch.uint8) == expected.view(torch.uint8)
+        assert same.all(), f"{name}: {(~same).sum()} of {same.numel()} bytes differ"
