@@ -1,0 +1,169 @@
+"""Random matrices that are formulas, not tensors: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011).
+
+Element (row, col) of a matrix comes from one Philox call with
+
+    counter = (col // v, row, step, stream)    key = (seed low 32 bits, seed high 32 bits)
+
+which yields v values in word-then-byte-then-bit order, low first. With u(word) = ((word >> 9) + 0.5) * 2**-23:
+
+    law        v     value
+    uniform    4     scale * (2u - 1), or low + (scale - low) * u
+    normal     4     scale * (r cos t, r sin t), r = sqrt(-2 ln u(w0)), t = fl32(2 pi u(w1)); then words 2 and 3
+    uniform8   16    scale * (2 byte - 255) / 256, or low + (scale - low) * (byte + 0.5) / 256
+    sign       128   -scale where the bit is set, else scale
+
+A value depends on (seed, stream, step, row, col) alone: not on the matrix's shape, tile, device or sharding, so a
+slice of a matrix is the matrix of the slice. Arithmetic is float32, each operation rounded once, but for the forms
+with `low`: float64 of the float32 numbers scale - low and low, rounded at the end. Words, uniform, uniform8 and
+sign are bit-equal in every backend (`csrc/include/lgk/philox.h`, `ops/common/philox.py`), normal
+within 4 ulp of the value computed here. `LAW_VERSION` changes with any of this.
+"""
+import math
+
+import numpy as np
+import torch
+
+from .core import checks
+
+LAW_VERSION = 1
+VALUES_PER_CALL = {"uniform": 4, "normal": 4, "uniform8": 16, "sign": 128}
+
+_MASK = 0xFFFFFFFF
+_BLOCKS_AT_ONCE = 1 << 18  # counters computed together: bounds the integer temporaries to a few MB
+
+
+def philox(c0, c1, c2, c3, key_low, key_high):
+    """Ten rounds of Philox4x32: six broadcastable int64 tensors (or ints) of 32-bit words in, four words out."""
+    for _ in range(10):
+        # x * M as x * (M - 2**32) + x * 2**32: no product leaves the signed 64-bit range
+        p0, p1 = c0 * (0xD2511F53 - 2**32), c2 * (0xCD9E8D57 - 2**32)
+        high0, high1 = ((p0 >> 32) + c0) & _MASK, ((p1 >> 32) + c2) & _MASK
+        c0, c1, c2, c3 = high1 ^ c1 ^ key_low, p1 & _MASK, high0 ^ c3 ^ key_high, p0 & _MASK
+        key_low, key_high = (key_low + 0x9E3779B9) & _MASK, (key_high + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def _unit(words):
+    return ((words >> 9).float() + 0.5) * 2.0**-23
+
+
+def _normal(words):
+    """Box-Muller in float64 of the float32 angle: the correctly rounded value that float32 backends approach."""
+    u = _unit(words)
+    radius = torch.sqrt(-2 * torch.log(u[..., 0::2].double()))
+    angle = (u[..., 1::2] * math.tau).double()  # rounded to float32, so that every backend sees the same angle
+    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1).flatten(-2).float()
+
+
+def _affine(unit, scale, low):
+    # The product is exact in float64, so a fused multiply-add there changes nothing, as it would in float32.
+    return (unit.double() * float(np.float32(scale - low)) + float(np.float32(low))).float()
+
+
+def law_values(words, law, scale=1.0, low=None):
+    """Words (..., 4) as int64 -> float32 values (..., v) of one of the laws above."""
+    if law == "normal":
+        return _normal(words) * scale
+    if law == "uniform":
+        return (2 * _unit(words) - 1) * scale if low is None else _affine(_unit(words), scale, low)
+    if law == "uniform8":
+        bytes_ = ((words.unsqueeze(-1) >> torch.arange(0, 32, 8, device=words.device)) & 255).flatten(-2).float()
+        return ((2 * bytes_ - 255) / 256) * scale if low is None else _affine((bytes_ + 0.5) / 256, scale, low)
+    bits = ((words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1).flatten(-2)
+    return (1 - 2 * bits).float() * scale
+
+
+def random_matrix(state, rows, cols, law="uniform", scale=1.0, low=None, *, offset=(0, 0), dtype=torch.float32):
+    """(rows, cols) elements of the matrix of `state` (int64 tensor: seed, stream, step) from (row, col) `offset` on."""
+    v = VALUES_PER_CALL[law]
+    first, skip = divmod(offset[1], v)
+    blocks = (skip + cols + v - 1) // v
+    seed, stream, step = state.unbind()
+    key, stream, step = (seed & _MASK, (seed >> 32) & _MASK), stream & _MASK, step & _MASK
+    block = torch.arange(first, first + blocks, device=state.device)
+    out = torch.empty(rows, cols, dtype=dtype, device=state.device)
+    at_once = max(1, _BLOCKS_AT_ONCE // max(blocks, 1))
+    for start in range(0, rows, at_once):
+        stop = min(start + at_once, rows)
+        row = torch.arange(offset[0] + start, offset[0] + stop, device=state.device).unsqueeze(1)
+        words = torch.stack(torch.broadcast_tensors(*philox(block, row, step, stream, *key)), -1)
+        out[start:stop] = law_values(words, law, scale, low).flatten(1)[:, skip:skip + cols]
+    return out
+
+
+class RandomFeedback(torch.nn.Module):
+    """A feedback matrix given by (seed, stream, step) and a law, generated where it is used.
+
+    The state is one int64 tensor (seed, stream, step) of 24 bytes, a non-persistent buffer: it follows the
+    module to a device, appears in no `state_dict` and is never a parameter. A tensor shape maps to the matrix as
+    (shape[0], flattened rest): a weight's (out, in * kh * kw), a DFA projection's (class, neuron), a noise's
+    (sample, unit).
+
+    Args:
+        seed: 64-bit integer. stream: integer in [0, 2**32), one per layer.
+        law: "uniform", "normal", "sign" or "uniform8"; `scale` (> 0) and `low` (uniform laws only, < scale) as in
+            the module's docstring.
+
+    >>> feedback = RandomFeedback(seed=1, law="sign", scale=0.5)
+    >>> torch.equal(feedback.materialize((2, 3)), feedback.materialize((8, 9))[:2, :3])
+    True
+    """
+
+    def __init__(self, seed, stream=0, law="uniform", scale=1.0, low=None):
+        super().__init__()
+        _check_integer("seed", seed, -(2**63), 2**64)
+        _check_integer("stream", stream, 0, 2**32)
+        checks.choice("law", law, tuple(VALUES_PER_CALL))
+        _check_number("scale", scale)
+        checks.positive("scale", scale)
+        if low is not None:
+            if law not in ("uniform", "uniform8"):
+                raise ValueError(f"low must be None for law={law!r} (only the uniform laws have a low end), got {low!r}")
+            _check_number("low", low)
+            if low >= scale:
+                raise ValueError(f"low must be below scale={scale!r}, got {low!r}")
+        self.law, self.scale, self.low = law, float(scale), None if low is None else float(low)
+        seed = int(seed) - 2**64 if seed >= 2**63 else int(seed)
+        with torch.inference_mode(False):  # a state made under inference mode could not advance outside of it
+            self.register_buffer("state", torch.tensor([seed, int(stream), 0], dtype=torch.int64), persistent=False)
+
+    def materialize(self, shape, device=None, dtype=None, *, offset=(0, 0)):
+        """The tensor of `shape` on `device` (default: the state's) in `dtype` (default float32; rounded once).
+
+        `offset`: (row, col) of its first element in the matrix, for shards."""
+        shape = tuple(shape)
+        if not shape or any(not isinstance(n, int) or n < 0 for n in shape):
+            raise ValueError(f"shape must have at least one dimension and none negative, got {shape}")
+        dtype = torch.float32 if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+        rows, cols = shape[0], math.prod(shape[1:])
+        row, col = offset
+        if row < 0 or col < 0 or row + rows > 2**32 or col + cols > 2**32:
+            raise ValueError(f"offset must keep rows and columns within [0, 2**32), got {tuple(offset)} for a "
+                             f"({rows}, {cols}) matrix")
+        state = self.state if device is None else self.state.to(device)
+        return random_matrix(state, rows, cols, self.law, self.scale, self.low, offset=offset, dtype=dtype).view(shape)
+
+    @torch.no_grad()
+    def advance(self):
+        """Next step, so another matrix: an addition on the device, safe in CUDA graphs. Nothing else moves it."""
+        self.state[2].add_(1)
+
+    def extra_repr(self):
+        low = "" if self.low is None else f", low={self.low:g}"
+        return f"law={self.law}, scale={self.scale:g}{low}"
+
+
+def _check_integer(name, value, low, high):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not low <= value < high:
+        raise ValueError(f"{name} must be an integer in [{low}, {high}), got {value}")
+
+
+def _check_number(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
