@@ -3,6 +3,8 @@ from functools import lru_cache
 
 import torch  # noqa: F401  before _C, so that both share one OpenMP pool
 
+_cuda_override = None  # tests put the executor build of the CUDA kernels here: it runs them on CPU tensors
+
 
 @lru_cache(maxsize=1)
 def _load():
@@ -21,3 +23,22 @@ def native():
 def native_error():
     """Why `native()` is None: the import error's text; None where it loaded."""
     return _load()[1]
+
+
+def cuda_entries():
+    """The module that holds the CUDA entry points, or None."""
+    if _cuda_override is not None:
+        return _cuda_override
+    module = native()
+    return module if module is not None and module.has_cuda else None
+
+
+def cuda_device_type():
+    """Device type that `cuda_entries` takes: "cuda", or "cpu" under the tests' executor."""
+    return "cuda" if _cuda_override is None else "cpu"
+
+
+def override_cuda(module):
+    """Let `module` stand in for the CUDA entry points (None: no more). For tests."""
+    global _cuda_override
+    _cuda_override = module

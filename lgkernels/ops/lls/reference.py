@@ -14,6 +14,8 @@ tests compare them with autograd of the written-out loss.
 import torch
 import torch.nn.functional as F
 
+PACKED_BASIS = False  # `head` reads the float table; a backend that sets this also reads basis.pack_signs' words
+
 
 def wide(tensor):
     """float64 stays, everything else is computed in float32."""
@@ -131,6 +133,10 @@ def _affine(z, mean, rstd, gamma, beta):
     return _normalized(z, mean, rstd) * _channel(gamma, z) + _channel(beta, z)
 
 
+def _derivative(u, negative_slope):
+    return torch.where(u > 0, torch.ones_like(u), negative_slope)
+
+
 def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_pool, compute_grad):
     """One pass over z: `(out, latents, s1, s2)`.
 
@@ -144,7 +150,7 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
     empty = a.new_empty(0)
     if not compute_grad or z.dim() == 2:
         return out, latents(a, pool_size), empty, empty
-    slope = torch.where(u > 0, 1.0, negative_slope)
+    slope = _derivative(u, negative_slope)
     rows, columns = (bins(n, pool_size, z.device).to(a.dtype) for n in z.shape[2:])
     s1, s2 = ((rows @ (t @ columns.t())).flatten(1) for t in (slope, slope * _normalized(z, mean, rstd)))
     return out, latents(a, pool_size), s1, s2
@@ -161,7 +167,7 @@ def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents
     """Overwrite z with scale * dL/dz = gamma*rstd*(g_u - (dbeta + xhat*dgamma)/N), g_u = lambda * unpool(grad_latents)."""
     xhat = _normalized(z, mean, rstd)
     u = xhat * _channel(gamma, z) + _channel(beta, z)
-    grad_u = torch.where(u > 0, 1.0, negative_slope) * unpool(grad_latents, z.shape, pool_size)
+    grad_u = _derivative(u, negative_slope) * unpool(grad_latents, z.shape, pool_size)
     count = z.numel() // z.shape[1]
     centred = grad_u - (_channel(grad_beta, z) + xhat * _channel(grad_gamma, z)) / count
     return z.copy_(_channel(gamma * rstd * scale, z) * centred)
@@ -171,7 +177,7 @@ def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_
     """The linear block's twin, z (B, N): overwrites z and returns `(grad_gamma, grad_beta)`."""
     xhat = _normalized(z, mean, rstd)
     u = xhat * _channel(gamma, z) + _channel(beta, z)
-    grad_u = torch.where(u > 0, 1.0, negative_slope) * unpool(grad_latents, z.shape, pool_size)
+    grad_u = _derivative(u, negative_slope) * unpool(grad_latents, z.shape, pool_size)
     grad_gamma, grad_beta = (grad_u * xhat).sum(0), grad_u.sum(0)
     grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size, scale)
     return grad_gamma, grad_beta

@@ -1,0 +1,82 @@
+"""Argument checks. Every message names the argument, what was got and what was expected."""
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def shape_of(tensor):
+    return "(" + ", ".join(str(n) for n in tensor.shape) + ")"
+
+
+def tensor(name, value):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def floating(name, value, dtypes=FLOATING):
+    tensor(name, value)
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be one of {', '.join(str(d)[6:] for d in dtypes)}, got {str(value.dtype)[6:]}")
+
+
+def integer(name, value):
+    tensor(name, value)
+    if value.dtype not in INTEGER:
+        raise TypeError(f"{name} must hold integers (int64, int32, ...), got {str(value.dtype)[6:]}; class indices are expected")
+
+
+def dims(name, value, allowed, meaning):
+    if value.dim() not in allowed:
+        raise ValueError(f"{name} must be {meaning}, got shape {shape_of(value)}")
+
+
+def shape(name, value, expected, why):
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {tuple(expected)} ({why}), got {shape_of(value)}")
+
+
+def same_device(**tensors):
+    """All given tensors (None allowed) on one device."""
+    first_name, first = None, None
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        if first is None:
+            first_name, first = name, value.device
+        elif value.device != first:
+            raise ValueError(f"{name} must be on {first} like {first_name}, got {value.device}; move it with .to({str(first)!r})")
+
+
+def positive_integer(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def choice(name, value, options):
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def positive(name, value):
+    if not value > 0:
+        raise ValueError(f"{name} must be greater than 0, got {value}")
+
+
+def between(name, value, low, high):
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+
+
+def class_indices(name, value, num_classes, ignore_index):
+    """Range check of class indices; reads the tensor, so callers run it on CPU tensors (or under LGKERNELS_CHECK=1)."""
+    if value.numel() == 0:
+        return
+    low, high = (int(bound) for bound in value.aminmax())
+    if 0 <= low and high < num_classes:
+        return
+    wrong = value[((value < 0) | (value >= num_classes)) & (value != ignore_index)]
+    if wrong.numel():
+        raise ValueError(f"{name} must hold class indices in [0, {num_classes - 1}] or ignore_index={ignore_index}, got {int(wrong[0])}")

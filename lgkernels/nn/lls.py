@@ -1,0 +1,212 @@
+"""LLS modules: the fused convolutional and linear blocks, and a head for any block of the user's."""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import functional as LF
+from ..core import checks
+from ..ops.lls import autograd as _lls
+
+_ACTIVATIONS = ("leaky_relu", "relu")
+_MODULATIONS = (None, "vector", "matrix", "reduced")
+
+
+def _modulation_parameter(kind, num_classes, reduced_rows, factory):
+    """None, (C,), (C, C) or (R, C), drawn from 0.01 N(0, 1) as the authors do."""
+    checks.choice("modulation", kind, _MODULATIONS)
+    if kind is None:
+        return None
+    shape = {"vector": (num_classes,), "matrix": (num_classes, num_classes), "reduced": (reduced_rows, num_classes)}
+    return nn.Parameter(0.01 * torch.randn(shape[kind], **factory))
+
+
+class _LLSBlock(nn.Module):
+    """What the two fused blocks share: everything behind the layer."""
+
+    def __init__(self, layer, norm, *, num_classes, pool_size, modulation, reduced_rows, waveform, temperature,
+                 label_smoothing, activation, negative_slope, max_pool, impl, factory):
+        super().__init__()
+        checks.positive_integer("num_classes", num_classes)
+        checks.positive_integer("pool_size", pool_size)
+        checks.positive_integer("reduced_rows", reduced_rows)
+        checks.choice("waveform", waveform, ("square", "cosine"))
+        checks.choice("activation", activation, _ACTIVATIONS)
+        checks.positive("temperature", temperature)
+        checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
+        self.layer, self.norm = layer, norm
+        self.num_classes, self.pool_size, self.waveform = num_classes, pool_size, waveform
+        self.temperature, self.label_smoothing = temperature, label_smoothing
+        self.activation, self.max_pool, self.impl = activation, max_pool, impl
+        self.negative_slope = 0.0 if activation == "relu" else negative_slope
+        self.modulation = _modulation_parameter(modulation, num_classes, reduced_rows, factory)
+
+    def forward(self, x, target=None):
+        """`(out.detach(), loss)` in training with a target; else `out` with its ordinary graph."""
+        self._check_input(x)
+        if target is None or not self.training:
+            out = F.leaky_relu(self.norm(self.layer(x)), self.negative_slope)
+            return F.max_pool2d(out, 2) if self.max_pool else out
+        checks.integer("target", target)
+        checks.shape("target", target, x.shape[:1], "one class index per row of x")
+        checks.same_device(x=x, target=target, weight=self.layer.weight)
+        norm = self.norm
+        momentum = 0.0 if norm.momentum is None else norm.momentum
+        if norm.track_running_stats:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:  # cumulative average, as torch: this one reads a device value
+                momentum = 1.0 / float(norm.num_batches_tracked)
+        return _lls.lls_block(
+            x, self.layer.weight, self.layer.bias, norm.weight, norm.bias, self.modulation, norm.running_mean,
+            norm.running_var, target,
+            (self.waveform, *self._geometry(), momentum, norm.eps, self.negative_slope, self.max_pool,
+             self.num_classes, self.pool_size, self.temperature, self.label_smoothing), self.impl)
+
+    def extra_repr(self):
+        modulation = None if self.modulation is None else tuple(self.modulation.shape)
+        return (f"num_classes={self.num_classes}, pool_size={self.pool_size}, modulation={modulation}, "
+                f"waveform={self.waveform!r}, temperature={self.temperature}, "
+                f"label_smoothing={self.label_smoothing}, activation={self.activation!r}, "
+                f"negative_slope={self.negative_slope}, max_pool={self.max_pool}")
+
+
+class LLSConvBlock(_LLSBlock):
+    r"""Conv2d, BatchNorm2d, LeakyReLU (or ReLU), optional 2x2 max-pool, trained by its own LLS loss.
+
+    ``forward(x, target)`` returns ``(out.detach(), loss)``. The local gradients are taken inside the forward, in
+    closed form (one pass over the pre-activation to normalise, activate, pool and gather what the gradients of the
+    normalisation need; one in place for its gradient), so the graph holds no activation: ``loss.backward()`` only
+    hands the gradients over, once. No gradient reaches ``x``. With ``target=None`` or in evaluation it returns
+    ``out`` as an ordinary block does. The head sees the activation before the max-pool.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, bias: as ``nn.Conv2d``. The bias has a zero gradient
+            (batch normalisation follows) and only shifts the running mean.
+        num_classes (int): C.
+        pool_size (int): P of the head, d = out_channels * P^2.
+        modulation (str, optional): None is LLS, ``"vector"`` LLS-M, ``"matrix"`` LLS-MxM, ``"reduced"`` LLS-MxM with
+            ``reduced_rows`` basis rows.
+        waveform, temperature, label_smoothing: see :func:`lgkernels.functional.lls_loss`.
+        activation (str): ``"leaky_relu"`` with ``negative_slope``, or ``"relu"``.
+        max_pool (bool): return the 2x2 max-pool of the activation.
+        impl (str): backend; see :func:`lgkernels.functional.lls_loss`.
+
+    Shapes: x (B, in_channels, H, W), target (B,), out (B, out_channels, H', W').
+    Parameters: ``layer.weight``, ``layer.bias``, ``norm.*``, ``modulation``.
+    Raises: ValueError or TypeError naming the argument. Source: Apolinario, Roy, Roy, WACV 2025.
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> block = lnn.LLSConvBlock(3, 8, 3, padding=1, num_classes=10, pool_size=2)
+        >>> out, loss = block(torch.randn(4, 3, 8, 8), torch.tensor([1, 0, 9, 3]))
+        >>> loss.backward()
+        >>> out.shape, out.requires_grad, block.layer.weight.grad.shape
+        (torch.Size([4, 8, 8, 8]), False, torch.Size([8, 3, 3, 3]))
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True, *, num_classes,
+                 pool_size, modulation=None, reduced_rows=20, waveform="square", temperature=0.5, label_smoothing=0.0,
+                 activation="leaky_relu", negative_slope=0.01, max_pool=False, impl="auto", device=None, dtype=None):
+        factory = {"device": device, "dtype": dtype}
+        layer = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias, **factory)
+        super().__init__(
+            layer, nn.BatchNorm2d(out_channels, **factory), num_classes=num_classes, pool_size=pool_size,
+            modulation=modulation, reduced_rows=reduced_rows, waveform=waveform, temperature=temperature,
+            label_smoothing=label_smoothing, activation=activation, negative_slope=negative_slope, max_pool=max_pool,
+            impl=impl, factory=factory)
+
+    def _geometry(self):
+        padding = self.layer.padding
+        if isinstance(padding, str):
+            if padding == "same" and any(k % 2 == 0 for k in self.layer.kernel_size):
+                raise ValueError(f"padding='same' needs an odd kernel_size, got {self.layer.kernel_size}")
+            padding = [k // 2 if padding == "same" else 0 for k in self.layer.kernel_size]
+        return list(self.layer.stride), list(padding)
+
+    def _check_input(self, x):
+        checks.floating("x", x)
+        checks.dims("x", x, (4,), f"(B, {self.layer.in_channels}, H, W)")
+        if x.shape[1] != self.layer.in_channels:
+            raise ValueError(f"x must have {self.layer.in_channels} channels (in_channels), got shape {checks.shape_of(x)}")
+
+
+class LLSLinearBlock(_LLSBlock):
+    """Linear, BatchNorm1d, LeakyReLU (or ReLU), trained by its own LLS loss: the linear twin of `LLSConvBlock`.
+
+    Args:
+        in_features, out_features, bias: as ``nn.Linear``.
+        pool_size (int): the activation is pooled along its features to this length; ``out_features`` pools nothing,
+            more repeats features.
+        others: as :class:`LLSConvBlock`.
+
+    Shapes: x (B, in_features), target (B,), out (B, out_features).
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> block = lnn.LLSLinearBlock(6, 8, num_classes=3, pool_size=8, modulation="vector")
+        >>> out, loss = block(torch.randn(4, 6), torch.tensor([1, 0, 2, 1]))
+        >>> out.shape, loss.shape
+        (torch.Size([4, 8]), torch.Size([]))
+    """
+
+    def __init__(self, in_features, out_features, bias=True, *, num_classes, pool_size, modulation=None,
+                 reduced_rows=20, waveform="square", temperature=0.5, label_smoothing=0.0, activation="leaky_relu",
+                 negative_slope=0.01, impl="auto", device=None, dtype=None):
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(
+            nn.Linear(in_features, out_features, bias=bias, **factory), nn.BatchNorm1d(out_features, **factory),
+            num_classes=num_classes, pool_size=pool_size, modulation=modulation, reduced_rows=reduced_rows,
+            waveform=waveform, temperature=temperature, label_smoothing=label_smoothing, activation=activation,
+            negative_slope=negative_slope, max_pool=False, impl=impl, factory=factory)
+
+    def _geometry(self):
+        return [], []
+
+    def _check_input(self, x):
+        checks.floating("x", x)
+        checks.dims("x", x, (2,), f"(B, {self.layer.in_features})")
+        if x.shape[1] != self.layer.in_features:
+            raise ValueError(f"x must have {self.layer.in_features} features (in_features), got shape {checks.shape_of(x)}")
+
+
+class LLSHead(nn.Module):
+    """Trains any block of yours by the LLS loss of its output, unfused: autograd runs inside the block.
+
+    Args:
+        block (nn.Module): maps x to (B, C, H, W) or (B, N).
+        num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl: as
+            :class:`LLSConvBlock`.
+
+    ``forward(x, target)`` returns ``(out.detach(), loss)``; without target, or in evaluation, ``block(x)``.
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> block = lnn.LLSHead(torch.nn.Linear(6, 8), num_classes=3, pool_size=8)
+        >>> out, loss = block(torch.randn(4, 6), torch.tensor([1, 0, 2, 1]))
+        >>> loss.backward()
+        >>> block.block.weight.grad.shape
+        torch.Size([8, 6])
+    """
+
+    def __init__(self, block, *, num_classes, pool_size, modulation=None, reduced_rows=20, waveform="square",
+                 temperature=0.5, label_smoothing=0.0, impl="auto"):
+        super().__init__()
+        self.block = block
+        checks.positive_integer("num_classes", num_classes)
+        checks.positive_integer("reduced_rows", reduced_rows)
+        self.num_classes, self.pool_size, self.waveform = num_classes, pool_size, waveform
+        self.temperature, self.label_smoothing, self.impl = temperature, label_smoothing, impl
+        parameter = next(block.parameters(), torch.empty(0))
+        self.modulation = _modulation_parameter(modulation, num_classes, reduced_rows, {"device": parameter.device})
+
+    def forward(self, x, target=None):
+        """`(block(x).detach(), loss)` in training with a target; else `block(x)`."""
+        if target is None or not self.training:
+            return self.block(x)
+        out = self.block(x.detach())
+        loss = LF.lls_loss(out, target, self.modulation, num_classes=self.num_classes, pool_size=self.pool_size,
+                           waveform=self.waveform, temperature=self.temperature,
+                           label_smoothing=self.label_smoothing, impl=self.impl)
+        return out.detach(), loss
+
+    def extra_repr(self):
+        return f"num_classes={self.num_classes}, pool_size={self.pool_size}, waveform={self.waveform!r}"

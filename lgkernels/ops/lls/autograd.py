@@ -1,0 +1,129 @@
+"""autograd entries of the family lls. The local gradient is taken inside the forward: it needs nothing from above."""
+import warnings
+
+import torch
+
+from ...core.guard import first_order_only
+from . import op  # noqa: F401  registers the ops
+
+_ops = torch.ops.lgkernels
+
+
+class _LLSLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, activation, target, modulation, link, pool_size, reduction, impl, grad_enabled, arguments):
+        needs = ctx.needs_input_grad
+        compute_grad = grad_enabled and (needs[0] or needs[2])
+        loss, grad_latents, similarity, grad_logits = _ops.lls_loss_forward(
+            activation, target, modulation, *arguments, reduction, compute_grad, impl)
+        if compute_grad:
+            # The activation itself is not kept: its gradient is constant over each bin. `link` ties a second
+            # derivative to it, so that the guard is met.
+            saved = (similarity, grad_logits, modulation) if needs[2] else (None, None, None)
+            ctx.save_for_backward(grad_latents, *saved, link)
+            ctx.meta = (activation.shape, activation.dtype, op.block.channels_last(activation), pool_size)
+            ctx.impl = impl
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_latents, similarity, grad_logits, modulation, link = ctx.saved_tensors
+        none = grad_latents.new_empty(0)
+        grad_activation, grad_modulation = _ops.lls_loss_backward(
+            grad_loss, grad_latents, none if similarity is None else similarity, none if grad_logits is None else
+            grad_logits, *ctx.meta, modulation is not None and modulation.dim() == 1, ctx.needs_input_grad[0],
+            ctx.needs_input_grad[2], ctx.impl)
+        grad_activation = grad_activation if ctx.needs_input_grad[0] else None
+        grad_modulation = grad_modulation.to(modulation.dtype) if ctx.needs_input_grad[2] else None
+        return (first_order_only("lls_loss", grad_activation, link, grad_loss), None,
+                first_order_only("lls_loss", grad_modulation, link, modulation, grad_loss),
+                None, None, None, None, None, None)
+
+
+def lls_loss(activation, target, modulation, basis, waveform, num_classes, pool_size, temperature, label_smoothing,
+             normalize, eps, zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, impl):
+    grad_enabled = torch.is_grad_enabled()
+    link = None
+    if grad_enabled and activation.requires_grad:
+        # an intermediate activation is tied through an empty slice, which holds none of its memory
+        link = activation if activation.is_leaf else activation[:0].sum()
+    return _LLSLoss.apply(
+        activation, target, modulation, link, pool_size, reduction, impl, grad_enabled,
+        (basis, waveform, num_classes, pool_size, temperature, label_smoothing, normalize, eps,
+         zero_gradient_below_eps, basis_scale, loss, ignore_index))
+
+
+class _LLSBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, norm_weight, norm_bias, modulation, running_mean, running_var, target,
+                grad_enabled, arguments, impl):
+        needs = ctx.needs_input_grad
+        compute_grad = grad_enabled and any(needs[i] for i in (1, 3, 4, 5))
+        out, loss, *grads = _ops.lls_block(
+            x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, *arguments,
+            compute_grad, needs[1], needs[5], impl)
+        ctx.mark_non_differentiable(out)
+        ctx.set_materialize_grads(False)
+        ctx.grads = None
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(bias, *grads)
+        elif compute_grad:
+            # Not saved tensors: handed over in the first backward, AccumulateGrad can take them without a copy.
+            ctx.grads = grads
+            ctx.save_for_backward(weight, bias, norm_weight, norm_bias, modulation)
+        ctx.compiled = torch.compiler.is_compiling()
+        return out, loss
+
+    @staticmethod
+    def backward(ctx, _grad_out, grad_loss):
+        if grad_loss is None:
+            return (None,) * 12
+        if ctx.compiled:
+            bias, *grads = ctx.saved_tensors
+            grads = [g * grad_loss for g in grads]
+            inputs = ()
+        else:
+            grads, ctx.grads = ctx.grads, None
+            if grads is None:
+                raise RuntimeError(
+                    "backward ran twice through a fused LLS block: its local gradients are handed over once, without "
+                    "a copy. Call forward again, or use nn.LLSHead(block, ...), which keeps an ordinary graph")
+            # one multiplication over all of them, and none at all where the answer is known without a device sync
+            if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
+                torch._foreach_mul_(grads, grad_loss)
+            inputs = ctx.saved_tensors if torch.is_grad_enabled() else ()
+            bias = ctx.saved_tensors[1] if ctx.needs_input_grad[2] else None
+        grad_weight, grad_norm_weight, grad_norm_bias, grad_modulation = grads
+        grads = [None, grad_weight, None if bias is None else torch.zeros_like(bias), grad_norm_weight,
+                 grad_norm_bias, grad_modulation]
+        del grad_weight, grad_norm_weight, grad_norm_bias, grad_modulation
+        for i, needed in enumerate(ctx.needs_input_grad[:6]):
+            grads[i] = first_order_only("lls_block", grads[i], *inputs, grad_loss) if needed else None
+        grads += [None] * 6
+        return tuple(grads)
+
+
+_warned_checkpoint = False
+
+
+def _warn_under_checkpoint():
+    """A non-reentrant activation checkpoint would keep, and may run twice, what the block has already finished."""
+    global _warned_checkpoint
+    if _warned_checkpoint or torch.compiler.is_compiling():
+        return
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", ""):
+        _warned_checkpoint = True
+        warnings.warn("activation checkpointing around a fused LLS block saves nothing and may run it twice: the block "
+                      "keeps no activation. Checkpoint only what lies around it", stacklevel=4)
+
+
+def lls_block(x, weight, bias, norm_weight, norm_bias, modulation, running_mean, running_var, target, arguments, impl):
+    grad_enabled = torch.is_grad_enabled()
+    if grad_enabled:
+        _warn_under_checkpoint()
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+    return _LLSBlock.apply(x.detach(), weight, bias, norm_weight, norm_bias, modulation, running_mean, running_var,
+                           target, grad_enabled, arguments, impl)
