@@ -1,0 +1,100 @@
+"""Arguments for the functions of the family `lls`, and the comparison of one backend with the reference."""
+import torch
+
+from lgkernels.ops.lls import basis, reference
+from tests.cases import generator
+from tests.layouts import arrange
+from tests.tolerances import assert_accurate, assert_bit_equal
+
+HEAD = dict(temperature=0.5, label_smoothing=0.0, normalize=True, eps=1e-12, zero_gradient_below_eps=False,
+            basis_scale=1.0, loss="cross_entropy", ignore_index=-100, reduction="mean", compute_grad=True)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def targets(batch, classes, seed=1):
+    return torch.randint(0, max(classes, 1), (batch,), generator=generator(seed))
+
+
+def modulation(kind, rows, classes, seed=2):
+    """kind: "none", "vector" (C,), "matrix" (K, C)."""
+    if kind == "none":
+        return None
+    return randn(classes, seed=seed) if kind == "vector" else randn(rows, classes, seed=seed)
+
+
+def table(module, waveform, rows, dim):
+    """The basis in the form in which `module` takes it."""
+    if waveform == "square" and getattr(module, "PACKED_BASIS", False):
+        return basis.signs(rows, dim)
+    return basis.table(rows, dim, waveform) if waveform in ("square", "cosine") else randn(rows, dim, seed=9)
+
+
+def preactivation(shape, dtype=torch.float32, layout="dense", seed=3):
+    return arrange(randn(*shape, seed=seed, dtype=dtype), layout)
+
+
+def norm_arguments(channels, seed=4):
+    """mean, rstd, gamma, beta of a batch norm, at unit scale; one gamma is negative."""
+    mean, spread, gamma, beta = (randn(channels, seed=seed + i) for i in range(4))
+    return 0.3 * mean, 1 / (0.5 + spread.abs()), gamma, 0.5 * beta
+
+
+def areas(height, width, pool):
+    """(P*P,) float32: positions in each bin."""
+    rows, columns = (reference.bins(n, pool).sum(1).float() for n in (height, width))
+    return (rows.unsqueeze(1) * columns).flatten()
+
+
+def _map(value, function):
+    return function(value) if isinstance(value, torch.Tensor) else value
+
+
+def _copy(tensor):
+    """A copy with the same strides, stride 0 included."""
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+    storage = torch.as_strided(tensor, (span,), (1,), tensor.storage_offset()).clone()
+    return torch.as_strided(storage, tensor.shape, tensor.stride(), 0)
+
+
+def _outputs(result):
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
+def check(module, name, arguments, keywords=(), *, inplace=(), length=1, per_row=False, reference_arguments=None):
+    """Run function `name` of `module`, of the reference, and of the float64 reference on the same arguments.
+
+    `inplace` are positions of arguments that the function writes to: they are compared as outputs, all others must
+    be unchanged bit for bit. `reference_arguments`, where given, replace `arguments` for the reference (packed basis).
+    Returns the outputs of `module`.
+    """
+    keywords = dict(keywords)
+
+    def run(source, function, values):
+        values = [_map(v, _copy if i in inplace else lambda t: t) for i, v in enumerate(values)]
+        outputs = _outputs(getattr(function, name)(*values, **keywords))
+        return outputs + tuple(values[i] for i in inplace if values[i] is not None)
+
+    before = [_map(v, torch.clone) for v in arguments]
+    got = run("kernel", module, arguments)
+    for i, (value, old) in enumerate(zip(arguments, before)):
+        if isinstance(value, torch.Tensor):
+            assert_bit_equal(f"{name}: argument {i} was written to", value, old)
+    definition = list(reference_arguments or arguments)
+    same = run("torch", reference, definition)
+    truth = run("float64", reference, [_map(v, lambda t: t.double() if t.is_floating_point() else t) for v in definition])
+    assert len(got) == len(same), f"{name}: {len(got)} results, the reference has {len(same)}"
+    for i, (ours, torchs, exact) in enumerate(zip(got, same, truth)):
+        assert_accurate(f"{name}[{i}]", ours, torchs, exact, length, per_row=per_row)
+    return got
+
+
+def check_head(module, x, target, m, waveform, classes, *, rows=None, phi=None, per_row=False, **changes):
+    rows, dim = rows or classes, x.shape[1]
+    ours = phi if phi is not None else table(module, waveform, rows, dim)
+    exact = phi if phi is not None else table(reference, waveform, rows, dim)
+    keywords = {**HEAD, "num_classes": classes, **changes}
+    return check(module, "head", (x, target, m, ours), keywords, length=dim + rows, per_row=per_row,
+                 reference_arguments=(x, target, m, exact))
