@@ -118,7 +118,7 @@ class RandomFeedback(torch.nn.Module):
         checks.positive("scale", scale)
         if low is not None:
             if law not in ("uniform", "uniform8"):
-                raise ValueError(f"low must be None for law={law!r} (only the uniform laws have a low end), got {low!r}")
+                raise ValueError(f"low must be None for law={law!r} (uniform laws alone have a low end), got {low!r}")
             _check_number("low", low)
             if low >= scale:
                 raise ValueError(f"low must be below scale={scale!r}, got {low!r}")
