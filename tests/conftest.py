@@ -3,6 +3,7 @@
 A backend is a module with the functions of a family's `reference.py`. The environment variable
 LGKERNELS_TEST_BACKENDS (comma separated) names those that must be there: a missing one then fails instead of skipping.
 """
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -50,27 +51,40 @@ def unavailable(name):
 
 @functools.lru_cache(maxsize=None)
 def backend_module(family, name):
-    """The module that implements `family` on `name`, or None with `unavailable(name)` as the reason."""
-    if unavailable(name):
-        return None
-    if name == "cuda-simt":
-        from tests.simt import executor
-        return executor.backend(family)
-    module = {"triton": "triton_kernels"}.get(name, name)
+    """The module that implements `family` on `name`."""
+    module = {"triton": "triton_kernels", "cuda-simt": "cuda"}.get(name, name)
     return importlib.import_module(f"lgkernels.ops.{family}.{module}")
 
 
-def require_backend(name):
+@contextlib.contextmanager
+def running(name):
+    """Inside, the backend `name` runs on CPU tensors: yields the value of `impl=` that selects it."""
     reason = unavailable(name)
     if reason:
         (pytest.fail if name in REQUIRED else pytest.skip)(f"{name}: {reason}")
+    if name != "cuda-simt":
+        yield name
+        return
+    from lgkernels.core import native
+    from tests.simt import executor
+    native.override_cuda(executor.entries())
+    try:
+        yield "cuda"
+    finally:
+        native.override_cuda(None)
 
 
 @pytest.fixture(params=BACKENDS)
-def impl(request):
-    """Name of a backend that runs here."""
-    require_backend(request.param)
-    return request.param
+def backend(request):
+    """Name of a backend, which runs here during the test."""
+    with running(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def impl(backend):
+    """The value of `impl=` that selects `backend`."""
+    return {"cuda-simt": "cuda"}.get(backend, backend)
 
 
 @pytest.fixture(autouse=True)

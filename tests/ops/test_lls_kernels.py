@@ -25,8 +25,8 @@ LINEAR += [dict(B=b, N=24, P=24) for b in (0, 1, 17, 65)]
 
 
 @pytest.fixture
-def module(impl):
-    return backend_module("lls", impl)
+def module(backend):
+    return backend_module("lls", backend)
 
 
 def shape_of(case):
@@ -310,7 +310,7 @@ FUZZ = random_cases(40, 2026, B=[1, 2, 3, 7, 17], C=[1, 2, 3, 5, 8, 17], H=list(
 
 @pytest.mark.parametrize("case", FUZZ, ids=lambda c: f"{c['B']}x{c['C']}x{c['H']}x{c['W']}-P{c['P']}")
 def test_random_blocks(module, case):
-    """All functions along one block; every case prints itself when it fails."""
+    """All functions along one block. (ReLU makes rows of zeros: their huge gradients would overflow float16.)"""
     max_pool = case["max_pool"] and min(case["H"], case["W"]) > 1
     shape, dtype, layout = shape_of(case), case["dtype"], case["layout"]
     seed = case["B"] * 100 + case["H"]
@@ -320,7 +320,7 @@ def test_random_blocks(module, case):
     x = check(module, "norm_act_pool", (z, *norm, case["slope"], case["P"], max_pool, True), length=300)[1]
     g = check_head(module, x, targets(shape[0], case["classes"]), modulation(case["kind"], case["classes"], case["classes"]),
                    case["waveform"], case["classes"], label_smoothing=case["smoothing"], reduction=case["reduction"],
-                   per_row=True)[1]
+                   zero_gradient_below_eps=True, per_row=True)[1]
     check(module, "grad_preactivation_", (z, *norm, case["slope"], g, randn(shape[1]), randn(shape[1], seed=1), case["P"],
                                           1.0), inplace=(0,), length=16)
     scale = randn(shape[0], seed=5) if case["reduction"] == "none" else torch.tensor(1.3)

@@ -45,7 +45,8 @@ def unpool(grad_latents, shape, pool_size, divide=True):
     columns = bins(width, pool_size, grad_latents.device).to(grad_latents.dtype)
     if divide:
         rows, columns = rows / rows.sum(1, keepdim=True), columns / columns.sum(1, keepdim=True)
-    g = grad_latents.reshape(shape[0], -1, rows.shape[0], columns.shape[0])
+    channels = 1 if len(shape) == 2 else shape[1]
+    g = grad_latents.reshape(shape[0], channels, rows.shape[0], columns.shape[0])
     return (rows.t() @ (g @ columns)).reshape(shape)
 
 
@@ -158,7 +159,7 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
 
 def norm_grads(grad_latents, s1, s2, channels, area):
     """dgamma, dbeta (C,) = sums over batch and bins of grad/area * s2, * s1; `area` (P*P,) positions of each bin."""
-    g = grad_latents.reshape(grad_latents.shape[0], channels, -1) / area
+    g = grad_latents.reshape(grad_latents.shape[0], channels, area.numel()) / area
     return (g * s2.reshape(g.shape)).sum((0, 2)), (g * s1.reshape(g.shape)).sum((0, 2))
 
 
