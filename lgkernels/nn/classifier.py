@@ -1,4 +1,5 @@
 """The last block of a locally trained network."""
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -30,4 +31,5 @@ class ClassifierBlock(nn.Module):
         if target is None or not self.training:
             return self.module(x)
         logits = self.module(x.detach())
-        return logits.detach(), F.cross_entropy(logits.float(), target.long(), label_smoothing=self.label_smoothing)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return logits.detach(), F.cross_entropy(wide, target.long(), label_smoothing=self.label_smoothing)
