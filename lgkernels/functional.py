@@ -39,7 +39,7 @@ def lls_basis(rows, dim, *, waveform="square", min_freq=50.0, max_freq=512.0, de
         >>> import lgkernels.functional as LF
         >>> LF.lls_basis(2, 4)
         tensor([[ 0., -1., -1., -1.],
-                [ 0.,  1., -1., -1.]])
+                [ 0.,  1., -1.,  1.]])
     """
     checks.positive_integer("rows", rows)
     checks.positive_integer("dim", dim)

@@ -17,10 +17,11 @@ class _LLSLoss(torch.autograd.Function):
         loss, grad_latents, similarity, grad_logits = _ops.lls_loss_forward(
             activation, target, modulation, *arguments, reduction, compute_grad, impl)
         if compute_grad:
-            # The activation itself is not kept: its gradient is constant over each bin. `link` ties a second
-            # derivative to it, so that the guard is met.
+            # An intermediate activation is not kept: its gradient is constant over each bin. `link` (or the leaf
+            # itself) ties a second derivative to it, so that the guard is met.
             saved = (similarity, grad_logits, modulation) if needs[2] else (None, None, None)
-            ctx.save_for_backward(grad_latents, *saved, link)
+            leaf = link is None and needs[0] and not torch.compiler.is_compiling()
+            ctx.save_for_backward(grad_latents, *saved, activation if leaf else link)
             ctx.meta = (activation.shape, activation.dtype, op.block.channels_last(activation), pool_size)
             ctx.impl = impl
         return loss
@@ -35,7 +36,7 @@ class _LLSLoss(torch.autograd.Function):
             ctx.needs_input_grad[2], ctx.impl)
         grad_activation = grad_activation if ctx.needs_input_grad[0] else None
         grad_modulation = grad_modulation.to(modulation.dtype) if ctx.needs_input_grad[2] else None
-        return (first_order_only("lls_loss", grad_activation, link, grad_loss), None,
+        return (first_order_only("lls_loss", grad_activation, link, modulation, grad_loss), None,
                 first_order_only("lls_loss", grad_modulation, link, modulation, grad_loss),
                 None, None, None, None, None, None)
 
@@ -44,9 +45,8 @@ def lls_loss(activation, target, modulation, basis, waveform, num_classes, pool_
              normalize, eps, zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, impl):
     grad_enabled = torch.is_grad_enabled()
     link = None
-    if grad_enabled and activation.requires_grad:
-        # an intermediate activation is tied through an empty slice, which holds none of its memory
-        link = activation if activation.is_leaf else activation[:0].sum()
+    if grad_enabled and activation.requires_grad and not activation.is_leaf and not torch.compiler.is_compiling():
+        link = activation[:0].sum()  # tied to the activation's history, holds none of its memory
     return _LLSLoss.apply(
         activation, target, modulation, link, pool_size, reduction, impl, grad_enabled,
         (basis, waveform, num_classes, pool_size, temperature, label_smoothing, normalize, eps,
