@@ -76,11 +76,13 @@ def _forward(activation, target, modulation, basis, waveform, num_classes, pool_
             basis = basis_for(kernels, rows, latent_size(activation.shape, pool_size), waveform, activation.device)
         wide = torch.float64 if activation.dtype == torch.float64 else torch.float32
         modulation = None if modulation is None else modulation.to(wide).contiguous()
-        return kernels.head(
-            kernels.latents(activation, pool_size), target, modulation, basis, num_classes=num_classes,
-            temperature=temperature, label_smoothing=label_smoothing, normalize=normalize, eps=eps,
-            zero_gradient_below_eps=zero_gradient_below_eps, basis_scale=basis_scale, loss=loss,
+        arguments = dict(
+            num_classes=num_classes, temperature=temperature, label_smoothing=label_smoothing, normalize=normalize,
+            eps=eps, zero_gradient_below_eps=zero_gradient_below_eps, basis_scale=basis_scale, loss=loss,
             ignore_index=ignore_index, reduction=reduction, compute_grad=compute_grad)
+        if hasattr(kernels, "loss_forward"):  # one call for pooling and head
+            return kernels.loss_forward(activation, target, modulation, basis, pool_size, **arguments)
+        return kernels.head(kernels.latents(activation, pool_size), target, modulation, basis, **arguments)
 
 
 def _forward_fake(activation, target, modulation, basis, waveform, num_classes, pool_size, temperature,
