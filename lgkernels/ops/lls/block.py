@@ -11,6 +11,7 @@
 No gradient goes to x. The pre-activation z never leaves this function.
 """
 import math
+from functools import lru_cache
 
 import torch
 
@@ -33,6 +34,7 @@ def _gradient_scale(z, pool_size, temperature):
     return 2.0 ** math.floor(math.log2(max(z.shape[0] * temperature * area, 1.0)))
 
 
+@lru_cache(maxsize=256)  # a host-to-device copy each step would be a synchronisation
 def _bin_areas(size, pool_size, device):
     """Number of positions of each of the pool_size x pool_size bins, (P*P,) float32."""
     height, width = ([(-((-(i + 1) * n) // pool_size)) - (i * n) // pool_size for i in range(pool_size)] for n in size)
@@ -72,10 +74,10 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
         loss="cross_entropy", ignore_index=-100, reduction="mean", compute_grad=compute_grad)
     none = loss.new_empty(0)
     if not compute_grad:
-        return out, loss, none, none.clone(), none.clone(), none.clone()
+        return out, loss, none, *(loss.new_empty(0) for _ in range(3))
     scale = _gradient_scale(z, pool_size, temperature)
     if is_conv:
-        areas = _bin_areas(z.shape[2:], pool_size, z.device)
+        areas = _bin_areas(tuple(z.shape[2:]), pool_size, z.device)
         grad_gamma, grad_beta = kernels.norm_grads(grad_latents, s1, s2, z.shape[1], areas)
         if needs_weight:
             kernels.grad_preactivation_(z, mean, rstd, norm_weight, norm_bias, negative_slope, grad_latents,
@@ -93,7 +95,7 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
         grad_weight = grad_weight.to(loss.dtype, memory_format=torch.contiguous_format)
         if scale != 1.0:
             grad_weight = grad_weight.div_(scale)
-    grad_modulation = none.clone()
+    grad_modulation = loss.new_empty(0)
     if needs_modulation:
         grad_modulation = kernels.modulation_grad(similarity, grad_logits, modulation.dim() == 1, loss.new_ones(()))
     return out, loss, grad_weight, grad_gamma, grad_beta, grad_modulation
