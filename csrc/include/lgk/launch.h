@@ -1,0 +1,23 @@
+// One set of kernel sources for two compilers: nvcc, and a C++17 compiler with the CPU executor of tests/simt.
+//
+//   LGK_LAUNCH((kernel<T>), grid, block, shared_bytes, stream, arguments...)   starts a kernel
+//   LGK_DYNAMIC_SHARED(float, name)                                            declares the dynamic shared memory
+//   lgk::launch_status()                                                       0, or the error code of the launch
+#pragma once
+#include <cstdint>
+
+#if defined(LGK_SIMT)
+#include "simt.h"  // tests/simt: defines everything below for the CPU
+#else
+#include <cuda_runtime.h>
+
+#define LGK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define LGK_DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+
+namespace lgk {
+inline int launch_status() { return static_cast<int>(cudaGetLastError()); }
+}  // namespace lgk
+#endif
+
+#define LGK_DEVICE __device__ __forceinline__

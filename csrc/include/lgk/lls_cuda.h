@@ -1,0 +1,68 @@
+// The CUDA entry points of the family lls (lgkernels/ops/lls/reference.py defines what they compute).
+// Device pointers and a stream in, status out: 0, or a CUDA error code. Nothing synchronises.
+#pragma once
+#include <cstdint>
+
+namespace lgk {
+
+// A dense (batch, channels, height, width) tensor in either memory format, pooled to pool_rows x pool_columns bins.
+struct Image {
+  int64_t batch;
+  int channels, height, width, pool_rows, pool_columns;
+  bool channels_last;
+  int dtype;
+};
+
+// xhat = (z - mean) * rstd, u = gamma * xhat + beta, a = u > 0 ? u : slope * u; all nullptr: a = z (with slope 1).
+struct Norm {
+  const float *mean, *rstd, *gamma, *beta;
+  float slope;
+};
+
+// Partial sums of each channel that batch_stats needs room for: 3 * splits * channels floats of scratch.
+int lls_batch_stats_splits(const Image& image);
+int lls_batch_stats(const Image& image, const void* z, const float* bias, float* running_mean, float* running_var,
+                    float momentum, float eps, float* mean, float* rstd, float* scratch, void* stream);
+
+// out may be nullptr (latents alone), s1 and s2 too.
+int lls_norm_act_pool(const Image& image, const Norm& norm, const void* z, bool max_pool, void* out, float* latents,
+                      float* s1, float* s2, void* stream);
+int lls_norm_grads(int64_t batch, int channels, int bins, const float* grad_latents, const float* s1, const float* s2,
+                   const float* area, float* grad_gamma, float* grad_beta, void* stream);
+int lls_grad_preactivation(const Image& image, const Norm& norm, void* z, const float* grad_latents,
+                           const float* grad_gamma, const float* grad_beta, float scale, void* stream);
+// scale: one float, or with scale_per_row one a row of the batch.
+int lls_expand_grad(const Image& image, const float* grad_latents, const float* scale, bool scale_per_row, void* out,
+                    void* stream);
+
+// Two-dimensional twins: z (batch, features), pooled along the features to `pool` latents.
+int lls_linear_norm_act_pool(int64_t batch, int features, int pool, int dtype, const Norm& norm, const void* z,
+                             void* out, float* latents, void* stream);
+int lls_linear_grad_preactivation(int64_t batch, int features, int pool, int dtype, const Norm& norm, void* z,
+                                  const float* grad_latents, float scale, float* grad_gamma, float* grad_beta,
+                                  void* stream);
+
+enum LlsLoss : int { kCrossEntropy = 0, kHardSigmoidMse = 1 };
+enum LlsReduction : int { kMean = 0, kSum = 1, kNone = 2 };
+enum LlsModulation : int { kNoModulation = 0, kVectorModulation = 1, kMatrixModulation = 2 };
+
+struct Head {
+  int64_t batch;
+  int dim, rows, classes;  // d, K, C
+  bool packed_basis;       // basis: (rows, ceil(dim / 32)) sign bits, else (rows, dim) float
+  int modulation, loss, reduction;
+  float temperature, label_smoothing, eps, basis_scale;
+  bool normalize, zero_gradient_below_eps, compute_grad;
+  int64_t ignore_index;
+};
+
+// Floats of scratch that a head of this shape needs beyond its outputs.
+int64_t lls_head_scratch(const Head& head);
+// row_loss (batch): the result itself for reduction "none" (loss is then unused), else scratch of the reduction.
+int lls_head(const Head& head, const float* x, const int64_t* target, const float* modulation, const void* basis,
+             float* loss, float* row_loss, float* grad_latents, float* similarity, float* grad_logits, float* scratch,
+             void* stream);
+int lls_modulation_grad(int64_t batch, int rows, int classes, bool vector, const float* similarity,
+                        const float* grad_logits, const float* scale, bool scale_per_row, float* grad, void* stream);
+
+}  // namespace lgk
