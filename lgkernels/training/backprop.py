@@ -1,0 +1,44 @@
+"""Back-propagation through the same blocks: the rival of every local rule."""
+import contextlib
+
+import torch.nn.functional as F
+
+from .trainer import Trainer, trainable
+
+
+class BackpropTrainer(Trainer):
+    """Trains the blocks as one network, by back-propagation of one loss, with one optimizer.
+
+    Every block is called without target, so its local loss plays no part. All else, ``step`` included (it returns
+    one loss, as a vector of length 1), is as :class:`BlockwiseTrainer`.
+
+    Args:
+        blocks (iterable of nn.Module): applied in order as ``module(x)``.
+        optimizer_factory (callable): the list of all parameters -> the optimizer.
+        loss (callable): (logits, target) -> scalar. Default: cross entropy.
+        scheduler_factory, accumulation_steps, clip_grad_norm, grad_scaler: as `BlockwiseTrainer`.
+    """
+
+    def __init__(self, blocks, optimizer_factory, *, loss=F.cross_entropy, scheduler_factory=None,
+                 accumulation_steps=1, clip_grad_norm=None, grad_scaler=None):
+        blocks = list(blocks)
+        self.loss = loss
+        super().__init__(blocks, optimizer_factory, [[p for block in blocks for p in trainable(block)]],
+                         scheduler_factory=scheduler_factory, accumulation_steps=accumulation_steps,
+                         clip_grad_norm=clip_grad_norm, grad_scaler=grad_scaler)
+
+    def _step(self, x, target, last):
+        with contextlib.ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(self._synchronised(block, last))
+            for block in self.blocks:
+                x = block(x)
+            loss = self.loss(x, target)
+            self.output = x.detach()
+            del x
+            value = loss.detach().reshape(1)
+            self._backward(loss, self.parameter_groups[0])
+            del loss
+        if last:
+            self._update(self.optimizers[0], self.parameter_groups[0])
+        return value

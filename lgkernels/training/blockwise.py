@@ -1,0 +1,69 @@
+"""Block-wise training: every block learns from its own loss, one after the other."""
+import torch
+
+from .trainer import Trainer, trainable
+
+
+class BlockwiseTrainer(Trainer):
+    """Forward a block, its loss, its gradients, its step, free them; the detached output goes on to the next.
+
+    So at any time one block's activations and gradients exist. Gradients reach the parameters by
+    ``loss.backward(inputs=...)``: blocks may be wrapped in DistributedDataParallel, one by one.
+
+    Args:
+        blocks (iterable of nn.Module): in order. A module with parameters to train is a block: in training
+            ``forward(x, target)`` returns ``(output, loss)``, without target the output (:class:`lgkernels.nn.LLSConvBlock`,
+            :class:`lgkernels.nn.ClassifierBlock`, ...). Any other is a transform, applied as ``module(x)``.
+        optimizer_factory (callable): a block's list of parameters -> its optimizer.
+        scheduler_factory (callable, optional): an optimizer -> its learning-rate schedule; see ``scheduler_step``.
+        accumulation_steps (int): calls of ``step`` to one optimizer step; each loss is divided by it.
+        clip_grad_norm (float, optional): bound on the gradient norm of each block.
+        grad_scaler (torch.amp.GradScaler, optional): for float16. Autocast is the caller's context around ``step``.
+
+    Raises: ValueError, TypeError naming the argument.
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> from lgkernels.training import BlockwiseTrainer
+        >>> _ = torch.manual_seed(0)
+        >>> blocks = [lnn.LLSConvBlock(1, 8, 3, padding=1, num_classes=2, pool_size=2, max_pool=True),
+        ...           torch.nn.Flatten(), lnn.ClassifierBlock(torch.nn.Linear(8 * 4 * 4, 2))]
+        >>> trainer = BlockwiseTrainer(blocks, lambda parameters: torch.optim.Adam(parameters, 0.01))
+        >>> x, target = torch.randn(16, 1, 8, 8), torch.arange(16) % 2
+        >>> first = trainer.step(x, target)
+        >>> for _ in range(20):
+        ...     losses = trainer.step(x, target)
+        >>> losses.shape, bool((losses < first).all())
+        (torch.Size([2]), True)
+    """
+
+    def __init__(self, blocks, optimizer_factory, *, scheduler_factory=None, accumulation_steps=1, clip_grad_norm=None,
+                 grad_scaler=None):
+        blocks = list(blocks)
+        super().__init__(blocks, optimizer_factory, [trainable(block) for block in blocks],
+                         scheduler_factory=scheduler_factory, accumulation_steps=accumulation_steps,
+                         clip_grad_norm=clip_grad_norm, grad_scaler=grad_scaler)
+
+    def _step(self, x, target, last):
+        losses = []
+        for i, (block, parameters, optimizer) in enumerate(zip(self.blocks, self.parameter_groups, self.optimizers)):
+            if optimizer is None:
+                with torch.no_grad():
+                    x = block(x)
+                continue
+            with self._synchronised(block, last):
+                result = block(x, target)
+                if not isinstance(result, tuple) or len(result) != 2:
+                    raise TypeError(
+                        f"blocks[{i}] ({type(block).__name__}) must return (output, loss) for (x, target) in training, got "
+                        f"{type(result).__name__}: wrap it in nn.LLSHead or nn.ClassifierBlock, or freeze its parameters")
+                x, loss = result
+                del result  # what is left of the block's graph hangs on `loss` alone
+                x = x.detach()
+                losses.append(loss.detach())
+                self._backward(loss, parameters)
+                del loss
+            if last:
+                self._update(optimizer, parameters)
+        self.output = x
+        return torch.stack(losses)

@@ -1,0 +1,184 @@
+"""What the two trainers share: optimizers, schedules, accumulation, modes, recalibration, state."""
+import contextlib
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..core import checks
+
+STATE_VERSION = 1
+
+
+def trainable(module):
+    """The parameters of `module` that want a gradient."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _bare(module):
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+class Trainer:
+    """Base of `BlockwiseTrainer` and `BackpropTrainer`; one entry of `optimizers` for each of `parameter_groups`."""
+
+    def __init__(self, blocks, optimizer_factory, parameter_groups, *, scheduler_factory, accumulation_steps,
+                 clip_grad_norm, grad_scaler):
+        checks.positive_integer("accumulation_steps", accumulation_steps)
+        if clip_grad_norm is not None:
+            checks.positive("clip_grad_norm", clip_grad_norm)
+        if not any(parameter_groups):
+            raise ValueError("blocks must hold at least one parameter that requires a gradient, got none")
+        self.blocks = blocks
+        self.parameter_groups = parameter_groups
+        self.optimizers = [optimizer_factory(group) if group else None for group in parameter_groups]
+        self.schedulers = [scheduler_factory(o) if scheduler_factory and o else None for o in self.optimizers]
+        self.accumulation_steps, self.clip_grad_norm = accumulation_steps, clip_grad_norm
+        self.grad_scaler = grad_scaler
+        self.steps = 0        # optimizer steps taken
+        self.accumulated = 0  # batches whose gradients wait for the next one
+        self.output = None    # detached output of the last block for the last batch: logits, as a rule
+        self.train()
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def step(self, x, target):
+        """Train on one batch; the optimizers step at every `accumulation_steps`-th call. Returns the losses.
+
+        Args:
+            x (Tensor): the batch. target (Tensor): class indices, or what the blocks take.
+
+        Returns:
+            Tensor: one loss per trained block, detached, on the device: nothing waits for it.
+        """
+        if not self.training:
+            raise RuntimeError("step() needs training mode: call trainer.train() after an evaluation")
+        last = self.accumulated + 1 == self.accumulation_steps
+        losses = self._step(x, target, last)
+        self.accumulated = 0 if last else self.accumulated + 1
+        if last:
+            self.steps += 1
+            if self.grad_scaler is not None:
+                self.grad_scaler.update()
+            torch.clear_autocast_cache()  # it holds the old weights, should the caller's autocast span several steps
+        return losses
+
+    def _step(self, x, target, last):
+        raise NotImplementedError
+
+    def _synchronised(self, module, last):
+        """Ranks exchange gradients at the last batch of an accumulation only."""
+        skip = not last and isinstance(module, DistributedDataParallel)
+        return module.no_sync() if skip else contextlib.nullcontext()
+
+    def _backward(self, loss, parameters):
+        if self.accumulation_steps > 1:
+            loss = loss / self.accumulation_steps
+        if self.grad_scaler is not None:
+            loss = self.grad_scaler.scale(loss)
+        # Not autograd.grad: DDP's hooks run where gradients reach the parameters. A backward runs in the dtypes that
+        # its forward chose, so the caller's autocast is off here.
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward(inputs=parameters)
+
+    def _update(self, optimizer, parameters):
+        if self.clip_grad_norm is not None:
+            if self.grad_scaler is not None:
+                self.grad_scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+        if self.grad_scaler is None:
+            optimizer.step()
+        else:
+            self.grad_scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+
+    def zero_grad(self):
+        """Drop all gradients, those of an unfinished accumulation included."""
+        for optimizer in filter(None, self.optimizers):
+            optimizer.zero_grad(set_to_none=True)
+        self.accumulated = 0
+
+    def scheduler_step(self, metric=None):
+        """Step every learning-rate schedule; `metric` for those that want one (ReduceLROnPlateau)."""
+        for scheduler in filter(None, self.schedulers):
+            scheduler.step() if metric is None else scheduler.step(metric)
+
+    # -- modes and evaluation --------------------------------------------------------------------------------------
+
+    def train(self, mode=True):
+        """Training mode of the blocks, and of the optimizers that have one (schedule-free). Returns self."""
+        self.training = mode
+        for module in self.blocks:
+            module.train(mode)
+        for optimizer in filter(None, self.optimizers):
+            switch = getattr(optimizer, "train" if mode else "eval", None)
+            if switch is not None:
+                switch()
+        return self
+
+    def eval(self):
+        """Evaluation mode; a schedule-free optimizer puts its averaged weights in place. Returns self."""
+        return self.train(False)
+
+    @torch.no_grad()
+    def predict(self, x):
+        """Output of the last block, in the present mode."""
+        for module in self.blocks:
+            x = module(x)
+        return x
+
+    def bn_recalibrate(self, batches):
+        """Re-estimate the running statistics of batch normalisation with the present weights.
+
+        Runs the blocks in training mode, without labels and gradients, over `batches` (an iterable of inputs, or of
+        tuples that start with the input; the authors of LLS use 50 training batches), then restores every module's
+        mode. Call it in evaluation mode: a schedule-free optimizer evaluates other weights than it trained with, whose
+        statistics nothing has seen yet.
+        """
+        modes = [(m, m.training) for module in self.blocks for m in module.modules()]
+        for module in self.blocks:
+            module.train()
+        try:
+            for batch in batches:
+                self.predict(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self):
+        """Blocks, optimizers, schedules, gradient scaler and step count, DDP wrappers taken off.
+
+        Taken in training mode a schedule-free run goes on bit for bit (its evaluation mode rounds on the way back).
+        """
+        if self.accumulated:
+            raise RuntimeError(f"state_dict() in the middle of an accumulation ({self.accumulated} of "
+                               f"{self.accumulation_steps} batches): finish it, or call zero_grad() to drop it")
+        return {
+            "version": STATE_VERSION,
+            "steps": self.steps,
+            "blocks": [_bare(module).state_dict() for module in self.blocks],
+            "optimizers": [o and o.state_dict() for o in self.optimizers],
+            "schedulers": [s and s.state_dict() for s in self.schedulers],
+            "grad_scaler": self.grad_scaler and self.grad_scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state):
+        """Take over what `state_dict` gave, for the same blocks and factories."""
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"state must have version {STATE_VERSION}, got {state.get('version')!r}")
+        parts = {"blocks": self.blocks, "optimizers": self.optimizers, "schedulers": self.schedulers,
+                 "grad_scaler": [self.grad_scaler]}
+        for name, mine in parts.items():
+            theirs = state[name] if name != "grad_scaler" else [state[name]]
+            if [t is None for t in theirs] != [m is None for m in mine]:
+                raise ValueError(f"state['{name}'] does not fit this trainer: it has "
+                                 f"{sum(t is not None for t in theirs)} of {len(theirs)}, the trainer "
+                                 f"{sum(m is not None for m in mine)} of {len(mine)}")
+            for m, t in zip(mine, theirs):
+                if m is not None:
+                    (_bare(m) if name == "blocks" else m).load_state_dict(t)
+        self.zero_grad()
+        self.steps = state["steps"]
+        self.train(self.training)
