@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -49,12 +50,13 @@ def first_error(log):
     lines = log.read_text(errors="replace").splitlines()
     if any("CMAKE_CXX_COMPILER" in line for line in lines):
         return "no working C++ compiler"
-    return next((line.removeprefix("-- ") for line in lines if "error: " in line), "CMake failed")
+    return next((line.removeprefix("-- error: ") for line in lines if "error: " in line), "CMake failed")
 
 
 def build(cuda):
     """Configure and compile; `cuda` is "OFF", "AUTO" or "ON". Returns (built module, log)."""
-    directory = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+    compiler = "|".join(os.environ.get(name, "") for name in ("CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX"))
+    directory = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{zlib.crc32(compiler.encode()):08x}"
     log = directory.with_suffix(".log")
     log.parent.mkdir(exist_ok=True)
     log.write_text("")

@@ -1,0 +1,43 @@
+"""`python -m lgkernels <command>`. Each command imports what it needs only when it runs."""
+import argparse
+import importlib
+import os
+import sys
+
+import lgkernels
+
+# name -> (module with add_arguments(parser) and main(arguments) -> exit code, one line of help)
+COMMANDS = {
+    "info": ("lgkernels.core.diagnostics", "versions, devices, and what each op would use here and why"),
+    "train": ("lgkernels.recipes.train", "train a network with a local rule, beside back-propagation"),
+}
+
+
+def parser():
+    result = argparse.ArgumentParser(prog="python -m lgkernels", description=lgkernels.__doc__)
+    result.add_argument("--version", action="version", version=f"lgkernels {lgkernels.__version__}")
+    commands = result.add_subparsers(dest="command", metavar="command")
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return result
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        parser().print_help()
+        return 0
+    command = parser().parse_known_args(argv[:1])[0].command
+    if command == "train":
+        # Fresh memory is the largest hidden cost on a CPU; torch reads this when it is imported.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    name, text = COMMANDS[command]
+    module = importlib.import_module(name)
+    arguments = argparse.ArgumentParser(prog=f"python -m lgkernels {command}", description=text,
+                                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    module.add_arguments(arguments)
+    return module.main(arguments.parse_args(argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

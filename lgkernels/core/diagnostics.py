@@ -1,0 +1,169 @@
+"""`python -m lgkernels info`: what is here, what each op would use and why, and a self-test."""
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+
+import torch
+
+import lgkernels
+
+from . import dispatch, native
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Relative error (norm of the difference over norm of the truth) that a self-test accepts, by input dtype. Float32
+# convolutions may run in TF32 on a GPU.
+SELFTEST_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+DEFAULTS = {"LGKERNELS_IMPL": "auto", "LGKERNELS_CHECK": "0", "LGKERNELS_CPU": "the widest that the processor has"}
+
+
+def add_arguments(parser):
+    parser.add_argument("--selftest", action="store_true", help="run every usable backend of every op on a tiny case")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(arguments):
+    importlib.import_module("lgkernels.functional")  # the families register their ops
+    report = gather()
+    if arguments.selftest:
+        report["selftest"] = selftest()
+    print(json.dumps(report, indent=2) if arguments.json else as_text(report))
+    return 1 if any(not row["passed"] for row in report.get("selftest", [])) else 0
+
+
+def devices():
+    return [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+
+
+def gather():
+    """Everything that `info` prints, as plain data."""
+    return {
+        "versions": versions(),
+        "devices": {str(device): describe(device) for device in devices()},
+        "native": native_module(),
+        "environment": environment(),
+        "ops": [dict(zip(("op", "device", "dtype", "backend", "reason"), (op, str(device), str(dtype)[6:], *chosen)))
+                for op in dispatch.registered_ops() for device in devices() for dtype in DTYPES
+                for chosen in [in_effect(op, device, dtype)]],
+    }
+
+
+def in_effect(op, device, dtype):
+    """`(backend, reason)` of `impl="auto"`, LGKERNELS_IMPL included."""
+    wanted = os.environ.get("LGKERNELS_IMPL", "auto")
+    if wanted == "auto":
+        return dispatch.explain(op, device, dtype)
+    try:
+        return dispatch.choose(op, wanted, device, dtype), f"LGKERNELS_IMPL={wanted}"
+    except ValueError as error:
+        return "none", f"LGKERNELS_IMPL={wanted}: {error}"
+
+
+def versions():
+    def installed(name):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+    return {"lgkernels": lgkernels.__version__, "torch": torch.__version__, "triton": installed("triton"),
+            "numpy": installed("numpy"), "python": platform.python_version(), "system": platform.platform()}
+
+
+def describe(device):
+    if device.type == "cpu":
+        return f"{processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads"
+    properties = torch.cuda.get_device_properties(device)
+    return (f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB, "
+            f"{properties.multi_processor_count} multiprocessors")
+
+
+def processor():
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def native_module():
+    module = native.native()
+    if module is None:
+        return {"present": False, "reason": native.native_error(),
+                "hint": "reinstall with LGKERNELS_BUILD=cpu to see why it can't be built"}
+    found = {"present": True, "version": module.version, "cpu_level": module.cpu_level(), "cuda": module.has_cuda}
+    if module.has_cuda:
+        runtime, driver = module.cuda_runtime, cuda_driver()
+        found |= {"cuda_runtime": cuda_version(runtime), "cuda_driver": cuda_version(driver)}
+        if driver // 1000 < runtime // 1000:
+            found["warning"] = (f"the driver serves CUDA {cuda_version(driver)}, the native kernels were built with "
+                                f"{cuda_version(runtime)}: update the driver, or use impl=\"triton\"")
+    return found
+
+
+def cuda_driver():
+    """Newest CUDA version that the installed driver serves, as 13000 for 13.0; 0 without a driver."""
+    import ctypes
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        pass
+    return version.value
+
+
+def cuda_version(number):
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
+
+
+def environment():
+    names = sorted(set(DEFAULTS) | {name for name in os.environ if name.startswith("LGKERNELS_")}
+                   | {"TRITON_INTERPRET", "THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS"})
+    return {name: os.environ.get(name, f"(unset: {DEFAULTS[name]})" if name in DEFAULTS else "(unset)")
+            for name in names}
+
+
+def selftest():
+    """Every usable backend of every op on a tiny case, against the float64 reference on the CPU."""
+    rows = []
+    for op in dispatch.registered_ops():
+        reference = dispatch.backend(op, "reference", torch.device("cpu"), torch.float64)
+        cases = importlib.import_module(reference.__package__ + ".selftest").CASES
+        truth = cases[op]("reference", torch.device("cpu"), torch.float64)
+        for device in devices():
+            for dtype in DTYPES:
+                for backend in dispatch.BACKENDS:
+                    if dispatch.unavailable(op, backend, device, dtype) is None:
+                        error = attempt(cases[op], backend, device, dtype, truth)
+                        rows.append({"op": op, "device": str(device), "dtype": str(dtype)[6:], "backend": backend,
+                                     "passed": error <= SELFTEST_TOLERANCE[dtype] if isinstance(error, float)
+                                     else False, "error": error})
+    return rows
+
+
+def attempt(case, backend, device, dtype, truth):
+    """Largest relative error over the case's results, or the exception's text."""
+    try:
+        results = case(backend, device, dtype)
+    except Exception as error:  # a self-test reports whatever a broken backend raises
+        return f"{type(error).__name__}: {error}"
+    errors = [float((result.detach().cpu().double() - true).norm() / true.norm())
+              for result, true in zip(results, truth, strict=True)]
+    return max(errors) if all(error == error for error in errors) else float("inf")
+
+
+def as_text(report):
+    lines = [f"{name:<10} {version}" for name, version in report["versions"].items()]
+    lines += ["", "devices"] + [f"  {name:<8} {text}" for name, text in report["devices"].items()]
+    lines += ["", "native module"] + [f"  {name:<12} {value}" for name, value in report["native"].items()]
+    lines += ["", "environment"] + [f"  {name:<20} {value}" for name, value in report["environment"].items()]
+    lines += ["", 'what impl="auto" uses here']
+    lines += ["  {op:<12} {device:<7} {dtype:<9} {backend:<10} {reason}".format(**row) for row in report["ops"]]
+    if "selftest" in report:
+        lines += ["", "self-test (relative error against the float64 reference)"]
+        for row in report["selftest"]:
+            error = f"{row['error']:.1e}" if isinstance(row["error"], float) else row["error"]
+            lines.append("  {verdict} {op:<12} {device:<7} {dtype:<9} {backend:<10} {error}".format(
+                verdict="PASS" if row["passed"] else "FAIL", **row | {"error": error}))
+    return "\n".join(lines)
