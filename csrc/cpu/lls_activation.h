@@ -1,0 +1,431 @@
+// Passes over an activation: pooling, batch statistics, normalise-activate-pool, and their gradients.
+// Planes (NCHW) run one (sample, channel) at a time with lanes along a row; NHWC runs one (sample, V channels) at a
+// time with lanes along the channels.
+#pragma once
+#include "lgk/lls_cpu.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace lgk::LGK_ISA {
+
+LGK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class F>
+inline int for_dtype(int dtype, const F& f) {
+  switch (dtype) {
+    case kFloat32: return f(float{});
+    case kBFloat16: return f(bf16{});
+    case kFloat16: return f(f16{});
+    default: return 2;
+  }
+}
+
+inline int64_t elements(const Activation& a) { return a.batch * a.channels * a.height * a.width; }
+
+// Rows of a plane narrower than a vector are folded into one, where no segment boundary is cut by it.
+struct Fold {
+  int64_t rows, width;  // rows merged into one, and its width
+  Fold(const Axis& r, const Axis& c) : rows(1), width(c.size) {
+    if (width >= V || V % width != 0) return;
+    const int64_t count = V / width;
+    for (int64_t s = 0; s <= r.segments; ++s)
+      if (r.bound[s] % count != 0) return;
+    rows = count;
+    width = V;
+  }
+};
+
+// Sums over the segments of one plane -> sums over bins, times `weight`.
+inline void to_bins(const float* segments, const Axis& r, const Axis& c, bool average, float weight, float* bins) {
+  for (int64_t i = 0; i < r.pool; ++i)
+    for (int64_t j = 0; j < c.pool; ++j) {
+      float total = 0;
+      for (int64_t s = r.first[i]; s < r.last[i]; ++s)
+        for (int64_t t = c.first[j]; t < c.last[j]; ++t) total += segments[s * c.segments + t];
+      bins[i * c.pool + j] = total * (average ? r.inverse[i] * c.inverse[j] : weight);
+    }
+}
+
+// The adjoint: each segment receives the sum over its bins of weight * grad / area.
+inline void from_bins(const float* grad, const Axis& r, const Axis& c, float weight, float* segments) {
+  for (int64_t s = 0; s < r.segments; ++s)
+    for (int64_t t = 0; t < c.segments; ++t) {
+      float total = 0;
+      for (int64_t i = r.low[s]; i < r.high[s]; ++i)
+        for (int64_t j = c.low[t]; j < c.high[t]; ++j) total += grad[i * c.pool + j] * r.inverse[i] * c.inverse[j];
+      segments[s * c.segments + t] = total * weight;
+    }
+}
+
+// As above for V channels at once; `bins` of channel l start at bins + l * pool^2.
+inline void to_bins(const vf* segments, const Axis& r, const Axis& c, bool average, vf weight, int64_t n, float* bins) {
+  const int64_t count = r.pool * c.pool;
+  for (int64_t i = 0; i < r.pool; ++i)
+    for (int64_t j = 0; j < c.pool; ++j) {
+      vf total = {};
+      for (int64_t s = r.first[i]; s < r.last[i]; ++s)
+        for (int64_t t = c.first[j]; t < c.last[j]; ++t) total += segments[s * c.segments + t];
+      total *= average ? splat(r.inverse[i] * c.inverse[j]) : weight;
+      float lanes[V];
+      store(lanes, total);
+      for (int64_t l = 0; l < n; ++l) bins[l * count + i * c.pool + j] = lanes[l];
+    }
+}
+
+inline void from_bins(const float* grad, const Axis& r, const Axis& c, vf weight, int64_t n, vf* segments) {
+  const int64_t count = r.pool * c.pool;
+  for (int64_t s = 0; s < r.segments; ++s)
+    for (int64_t t = 0; t < c.segments; ++t) {
+      vf total = {};
+      for (int64_t i = r.low[s]; i < r.high[s]; ++i)
+        for (int64_t j = c.low[t]; j < c.high[t]; ++j) {
+          float lanes[V] = {};
+          for (int64_t l = 0; l < n; ++l) lanes[l] = grad[l * count + i * c.pool + j];
+          total += load(lanes) * (r.inverse[i] * c.inverse[j]);
+        }
+      segments[s * c.segments + t] = total * weight;
+    }
+}
+
+// Batch norm and leaky ReLU at V positions; d = z - mean, so that xhat = d * rstd.
+struct Unit {
+  vf mean, gain, beta, slope;
+  LGK_INLINE vf centred(vf z) const { return z - mean; }
+  LGK_INLINE vf affine(vf d) const { return d * gain + beta; }
+  LGK_INLINE vf lambda(vf u) const { return u > 0.f ? splat(1.f) : slope; }
+};
+
+LGK_INLINE Unit unit_of_channel(const Norm& norm, int64_t c) {
+  return {splat(norm.mean[c]), splat(norm.gamma[c] * norm.rstd[c]), splat(norm.beta[c]), splat(norm.slope)};
+}
+
+LGK_INLINE Unit unit_of_channels(const Norm& norm, int64_t c, int64_t n) {
+  return {load_some(norm.mean + c, n), load_some(norm.gamma + c, n) * load_some(norm.rstd + c, n),
+          load_some(norm.beta + c, n), splat(norm.slope)};
+}
+
+// -- latents, and normalise-activate-pool ----------------------------------------------------------------------
+
+template <class T>
+struct Pooling {
+  const Activation& a;
+  const Axis &rows, &columns;
+  const Norm* norm;  // null: pool z itself and write no `out`
+  bool max_pool;
+  T* out;
+  bool out_channels_last;
+  float *latents, *s1, *s2;  // s1, s2 null: not wanted
+
+  int64_t segments() const { return rows.segments * columns.segments; }
+  int64_t bins() const { return rows.pool * columns.pool; }
+};
+
+LGK_INLINE float wins(float candidate, float best) {  // as torch's max_pool: nan wins
+  return candidate > best || candidate != candidate ? candidate : best;
+}
+
+// 2x2 maximum of one plane of float, rows `stride` apart, entries `step` apart.
+template <class T>
+inline void max_pool_rows(const float* top, const float* bottom, int64_t step, int64_t width, T* out,
+                          int64_t out_step) {
+  for (int64_t w = 0; w < width; ++w, top += 2 * step, bottom += 2 * step) {
+    const float best = wins(bottom[step], wins(bottom[0], wins(top[step], top[0])));
+    store(out + w * out_step, splat(best), 1);
+  }
+}
+
+template <class T, bool kNorm, bool kSums>
+inline void pool_plane(const Pooling<T>& p, int64_t plane, const Fold& fold, float* scratch) {
+  const int64_t height = p.a.height, width = p.a.width, area = height * width, channel = plane % p.a.channels;
+  const T* z = static_cast<const T*>(p.a.data) + plane * area;
+  const Unit unit = kNorm ? unit_of_channel(*p.norm, channel) : Unit{};
+  float* activated = scratch;  // whole plane, only before a max-pool
+  float* segments = scratch + (p.max_pool ? area : 0);
+  const int64_t count = p.segments();
+  for (int64_t i = 0; i < (kSums ? 3 : 1) * count; ++i) segments[i] = 0;
+  for (int64_t s = 0; s < p.rows.segments; ++s) {
+    const int64_t begin = p.rows.bound[s] / fold.rows, end = p.rows.bound[s + 1] / fold.rows;
+    int64_t segment = 0;
+    for (int64_t w = 0; w < fold.width; w += V) {
+      const int64_t n = smaller(V, fold.width - w);
+      vf total = {}, total1 = {}, total2 = {};
+      for (int64_t h = begin; h < end; ++h) {
+        const int64_t at = h * fold.width + w;
+        vf v = load_some(z + at, n);
+        if (kNorm) {
+          const vf d = unit.centred(v), u = unit.affine(d), lambda = unit.lambda(u);
+          v = u * lambda;
+          if (p.max_pool) store_some(activated + at, v, n);
+          else store_some(p.out + plane * area + at, v, n);
+          if (kSums) total1 += lambda, total2 += lambda * d;
+        }
+        total += v;
+      }
+      float lanes[3][V];
+      store(lanes[0], total);
+      if (kSums) store(lanes[1], total1), store(lanes[2], total2);
+      float* to = segments + s * p.columns.segments;
+      for (int64_t l = 0; l < n; ++l) {
+        const int64_t column = (w + l) % width;
+        if (column == 0) segment = 0;
+        if (column == p.columns.bound[segment + 1]) ++segment;
+        to[segment] += lanes[0][l];
+        if (kSums) to[count + segment] += lanes[1][l], to[2 * count + segment] += lanes[2][l];
+      }
+    }
+  }
+  const int64_t bins = p.bins();
+  to_bins(segments, p.rows, p.columns, true, 1, p.latents + plane * bins);
+  if (kSums) {
+    to_bins(segments + count, p.rows, p.columns, false, 1, p.s1 + plane * bins);
+    to_bins(segments + 2 * count, p.rows, p.columns, false, p.norm->rstd[channel], p.s2 + plane * bins);
+  }
+  if (kNorm && p.max_pool) {
+    const int64_t out_width = width / 2, out_height = height / 2;
+    T* out = p.out + plane * out_height * out_width;
+    for (int64_t h = 0; h < out_height; ++h)
+      max_pool_rows(activated + 2 * h * width, activated + (2 * h + 1) * width, 1, out_width, out + h * out_width, 1);
+  }
+}
+
+// One row (or, before a max-pool, two rows) of V channels, position-major, into `out` in either format.
+template <class T>
+inline void emit_rows(const Pooling<T>& p, const float* buffer, int64_t b, int64_t c, int64_t n, int64_t h) {
+  const int64_t width = p.max_pool ? p.a.width / 2 : p.a.width, height = p.max_pool ? p.a.height / 2 : p.a.height;
+  const int64_t channels = p.a.channels, row = p.max_pool ? h / 2 : h;
+  const bool last = p.out_channels_last;
+  T* out = p.out + (last ? ((b * height + row) * width) * channels + c : ((b * channels + c) * height + row) * width);
+  if (p.max_pool) {
+    for (int64_t l = 0; l < n; ++l)
+      max_pool_rows(buffer + l, buffer + p.a.width * V + l, V, width, out + l * (last ? 1 : height * width),
+                    last ? channels : 1);
+    return;
+  }
+  for (int64_t l = 0; l < n; ++l)  // transposed: a channels-last row is written by pool_channels itself
+    for (int64_t w = 0; w < width; w += V) {
+      const int64_t m = smaller(V, width - w);
+      vf v = {};
+      for (int64_t i = 0; i < m; ++i) v[i] = buffer[(w + i) * V + l];
+      store_some(out + l * height * width + w, v, m);
+    }
+}
+
+template <class T, bool kNorm, bool kSums>
+inline void pool_channels(const Pooling<T>& p, int64_t b, int64_t c, float* scratch) {
+  const int64_t height = p.a.height, width = p.a.width, channels = p.a.channels, n = smaller(V, channels - c);
+  const T* z = static_cast<const T*>(p.a.data) + b * height * width * channels + c;
+  const Unit unit = kNorm ? unit_of_channels(*p.norm, c, n) : Unit{};
+  const bool direct = p.out_channels_last && !p.max_pool;
+  const int64_t count = p.segments();
+  vf* segments = reinterpret_cast<vf*>(scratch);
+  float* buffer = scratch + 3 * count * V;  // two rows of `a`
+  for (int64_t i = 0; i < (kSums ? 3 : 1) * count; ++i) segments[i] = vf{};
+  int64_t s = 0;
+  for (int64_t h = 0; h < height; ++h) {
+    if (h == p.rows.bound[s + 1]) ++s;
+    float* row = buffer + (p.max_pool ? h % 2 : 0) * width * V;
+    for (int64_t t = 0; t < p.columns.segments; ++t) {
+      vf total = {}, total1 = {}, total2 = {};
+      for (int64_t w = p.columns.bound[t]; w < p.columns.bound[t + 1]; ++w) {
+        const int64_t at = (h * width + w) * channels;
+        vf v = load_some(z + at, n);
+        if (kNorm) {
+          const vf d = unit.centred(v), u = unit.affine(d), lambda = unit.lambda(u);
+          v = u * lambda;
+          if (direct) store_some(p.out + b * height * width * channels + c + at, v, n);
+          else store(row + w * V, v);
+          if (kSums) total1 += lambda, total2 += lambda * d;
+        }
+        total += v;
+      }
+      vf* to = segments + s * p.columns.segments + t;
+      to[0] += total;
+      if (kSums) to[count] += total1, to[2 * count] += total2;
+    }
+    if (kNorm && !direct && (!p.max_pool || h % 2 == 1)) emit_rows(p, buffer, b, c, n, h);
+  }
+  const int64_t bins = p.bins(), at = (b * channels + c) * bins;
+  to_bins(segments, p.rows, p.columns, true, vf{}, n, p.latents + at);
+  if (kSums) {
+    to_bins(segments + count, p.rows, p.columns, false, splat(1), n, p.s1 + at);
+    to_bins(segments + 2 * count, p.rows, p.columns, false, load_some(p.norm->rstd + c, n), n, p.s2 + at);
+  }
+}
+
+template <bool kNorm, bool kSums, class T>
+inline int pool(const Pooling<T>& p, int threads) {
+  const int64_t height = p.a.height, width = p.a.width, groups = (p.a.channels + V - 1) / V;
+  const Fold fold(p.rows, p.columns);
+  const int64_t size = p.a.channels_last ? 3 * p.segments() * V + 2 * width * V
+                                         : 3 * p.segments() + (p.max_pool ? height * width : 0);
+  Scratch scratch(size, threads);
+  if (!scratch) return 1;
+  const int64_t items = p.a.batch * (p.a.channels_last ? groups : p.a.channels);
+  parallel(items, elements(p.a), threads, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t i = begin; i < end; ++i)
+      if (p.a.channels_last) pool_channels<T, kNorm, kSums>(p, i / groups, i % groups * V, scratch.of(thread));
+      else pool_plane<T, kNorm, kSums>(p, i, fold, scratch.of(thread));
+  });
+  return 0;
+}
+
+inline int latents(const Activation& a, const Axis& rows, const Axis& columns, float* out, int threads) {
+  return for_dtype(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    return pool<false, false>(
+        Pooling<T>{a, rows, columns, nullptr, false, nullptr, a.channels_last, out, nullptr, nullptr}, threads);
+  });
+}
+
+inline int norm_act_pool(const Activation& a, const Axis& rows, const Axis& columns, const Norm& norm, bool max_pool,
+                         void* out, bool out_channels_last, float* latents, float* s1, float* s2, int threads) {
+  return for_dtype(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    const Pooling<T> p{a, rows, columns, &norm, max_pool, static_cast<T*>(out), out_channels_last, latents, s1, s2};
+    return s1 ? pool<true, true>(p, threads) : pool<true, false>(p, threads);
+  });
+}
+
+// -- gradients of the activation and of the pre-activation -----------------------------------------------------
+
+// f(position pointer, n, gradient) for every vector of one plane; `segments` holds the gradient of each segment.
+template <class T, class F>
+inline void over_plane(T* z, const Axis& rows, const Axis& columns, const Fold& fold, const float* segments,
+                       float* row, const F& f) {
+  for (int64_t s = 0; s < rows.segments; ++s) {
+    for (int64_t t = 0; t < columns.segments; ++t)
+      for (int64_t w = columns.bound[t]; w < columns.bound[t + 1]; ++w)
+        for (int64_t i = 0; i < fold.rows; ++i) row[i * columns.size + w] = segments[s * columns.segments + t];
+    for (int64_t h = rows.bound[s] / fold.rows; h < rows.bound[s + 1] / fold.rows; ++h)
+      for (int64_t w = 0; w < fold.width; w += V) {
+        const int64_t n = smaller(V, fold.width - w);
+        f(z + h * fold.width + w, n, load_some(row + w, n));
+      }
+  }
+}
+
+template <class T, class F>
+inline void over_channels(T* z, int64_t channels, int64_t n, const Axis& rows, const Axis& columns,
+                          const vf* segments, const F& f) {
+  for (int64_t s = 0; s < rows.segments; ++s)
+    for (int64_t h = rows.bound[s]; h < rows.bound[s + 1]; ++h)
+      for (int64_t t = 0; t < columns.segments; ++t) {
+        const vf g = segments[s * columns.segments + t];
+        for (int64_t w = columns.bound[t]; w < columns.bound[t + 1]; ++w)
+          f(z + (h * columns.size + w) * channels, n, g);
+      }
+}
+
+inline int64_t gradient_scratch(const Activation& a, const Axis& rows, const Axis& columns) {
+  return rows.segments * columns.segments * (a.channels_last ? V : 1) + (a.width > V ? a.width : V);
+}
+
+inline int expand_grad(const Activation& out, const Axis& rows, const Axis& columns, const float* grad,
+                       const float* scale, bool per_row, int threads) {
+  return for_dtype(out.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t channels = out.channels, area = out.height * out.width, bins = rows.pool * columns.pool;
+    const int64_t groups = out.channels_last ? (channels + V - 1) / V : channels;
+    const Fold fold(rows, columns);
+    Scratch scratch(gradient_scratch(out, rows, columns), threads);
+    if (!scratch) return 1;
+    const auto write = [](T* p, int64_t n, vf g) { store_some(p, g, n); };
+    parallel(out.batch * groups, elements(out), threads, [&](int64_t begin, int64_t end, int thread) {
+      float* segments = scratch.of(thread);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / groups, c = i % groups * (out.channels_last ? V : 1), at = b * channels + c;
+        const float weight = scale[per_row ? b : 0];
+        T* data = static_cast<T*>(out.data);
+        if (out.channels_last) {
+          const int64_t n = smaller(V, channels - c);
+          vf* lanes = reinterpret_cast<vf*>(segments);
+          from_bins(grad + at * bins, rows, columns, splat(weight), n, lanes);
+          over_channels(data + b * area * channels + c, channels, n, rows, columns, lanes, write);
+        } else {
+          from_bins(grad + at * bins, rows, columns, weight, segments);
+          over_plane(data + at * area, rows, columns, fold, segments, segments + rows.segments * columns.segments,
+                     write);
+        }
+      }
+    });
+    return 0;
+  });
+}
+
+inline int grad_preactivation(const Activation& a, const Axis& rows, const Axis& columns, const Norm& norm,
+                              const float* grad, const float* grad_gamma, const float* grad_beta, float scale,
+                              int threads) {
+  return for_dtype(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t channels = a.channels, area = a.height * a.width, bins = rows.pool * columns.pool;
+    const int64_t groups = a.channels_last ? (channels + V - 1) / V : channels;
+    const float inverse = 1.f / static_cast<float>(a.batch * area);
+    const Fold fold(rows, columns);
+    Scratch scratch(gradient_scratch(a, rows, columns), threads);
+    if (!scratch) return 1;
+    parallel(a.batch * groups, elements(a), threads, [&](int64_t begin, int64_t end, int thread) {
+      float* segments = scratch.of(thread);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / groups, c = i % groups * (a.channels_last ? V : 1), at = b * channels + c;
+        T* data = static_cast<T*>(a.data);
+        const int64_t n = a.channels_last ? smaller(V, channels - c) : 1;
+        const vf rstd = a.channels_last ? load_some(norm.rstd + c, n) : splat(norm.rstd[c]);
+        const vf dgamma = a.channels_last ? load_some(grad_gamma + c, n) : splat(grad_gamma[c]);
+        const vf dbeta = a.channels_last ? load_some(grad_beta + c, n) : splat(grad_beta[c]);
+        const Unit unit = a.channels_last ? unit_of_channels(norm, c, n) : unit_of_channel(norm, c);
+        const vf k = unit.gain * scale, offset = k * dbeta * inverse, tilt = k * rstd * dgamma * inverse;
+        const auto update = [&](T* p, int64_t m, vf g) {
+          const vf d = unit.centred(load_some(p, m)), lambda = unit.lambda(unit.affine(d));
+          store_some(p, lambda * g - (offset + d * tilt), m);
+        };
+        if (a.channels_last) {
+          vf* lanes = reinterpret_cast<vf*>(segments);
+          from_bins(grad + at * bins, rows, columns, k, n, lanes);
+          over_channels(data + b * area * channels + c, channels, n, rows, columns, lanes, update);
+        } else {
+          from_bins(grad + at * bins, rows, columns, k[0], segments);
+          over_plane(data + at * area, rows, columns, fold, segments, segments + rows.segments * columns.segments,
+                     update);
+        }
+      }
+    });
+    return 0;
+  });
+}
+
+// z (B, N): the two column sums, then dz; `grad` (B, N) is already unpooled.
+inline int linear_grad_preactivation(const Activation& a, const Norm& norm, const float* grad, float* grad_gamma,
+                                     float* grad_beta, float scale, int threads) {
+  return for_dtype(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t width = a.channels;
+    const float inverse = 1.f / static_cast<float>(a.batch);
+    parallel((width + V - 1) / V, elements(a), threads, [&](int64_t begin, int64_t end, int) {
+      for (int64_t c = begin * V; c < smaller(end * V, width); c += V) {
+        const int64_t n = smaller(V, width - c);
+        const Unit unit = unit_of_channels(norm, c, n);
+        const vf rstd = load_some(norm.rstd + c, n);
+        T* z = static_cast<T*>(a.data) + c;
+        vf dgamma = {}, dbeta = {};
+        for (int64_t b = 0; b < a.batch; ++b) {
+          const vf d = unit.centred(load_some(z + b * width, n));
+          const vf g = unit.lambda(unit.affine(d)) * load_some(grad + b * width + c, n);
+          dgamma += g * d;
+          dbeta += g;
+        }
+        dgamma *= rstd;
+        store_some(grad_gamma + c, dgamma, n);
+        store_some(grad_beta + c, dbeta, n);
+        const vf k = unit.gain * scale, offset = dbeta * inverse, tilt = rstd * dgamma * inverse;
+        for (int64_t b = 0; b < a.batch; ++b) {
+          const vf d = unit.centred(load_some(z + b * width, n));
+          const vf g = unit.lambda(unit.affine(d)) * load_some(grad + b * width + c, n);
+          store_some(z + b * width, k * (g - (offset + d * tilt)), n);
+        }
+      }
+    });
+    return 0;
+  });
+}
+
+}  // namespace lgk::LGK_ISA

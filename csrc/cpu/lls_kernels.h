@@ -1,0 +1,16 @@
+// The table of one instruction-set level: include with LGK_ISA and LGK_LEVEL defined.
+#include "lls_activation.h"
+#include "lls_head.h"
+#include "lls_stats.h"
+
+namespace lgk::LGK_ISA {
+
+inline int head(const Head& h, int threads) { return run_head(h, TableProducts{h}, threads); }
+
+extern const LlsKernels kernels = {
+    LGK_LEVEL,     false,      latents,            expand_grad,
+    batch_stats,   norm_act_pool, norm_grads,      grad_preactivation,
+    linear_grad_preactivation, head,          modulation_grad,
+};
+
+}  // namespace lgk::LGK_ISA

@@ -1,0 +1,186 @@
+"""LLS on the CPU: the functions of `reference.py` over the C++ kernels of `lgkernels._C` (csrc/cpu/lls*).
+
+Tensors reach C++ as addresses, sizes and a dtype code; outputs are allocated here. Activations are taken in
+either dense memory format as they are, anything else is copied once. Arithmetic is float32.
+"""
+import torch
+
+from ...core.native import native
+from . import basis as tables
+
+_C = native()
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+PACKED_BASIS = _C is not None and _C.lls_packed_signs()
+
+
+def _channels_last(t):
+    return t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _dense(t):
+    """`t` itself where it is dense in one of the two formats, else a contiguous copy."""
+    return t if t.is_contiguous() or _channels_last(t) else t.contiguous()
+
+
+def _float(t):
+    return t.to(torch.float32).contiguous()
+
+
+def _activation(t):
+    """Address, (B, C, H, W), format and dtype code; (B, N) is one channel and one row of N columns."""
+    shape = t.shape if t.dim() == 4 else (t.shape[0], 1, 1, t.shape[1])
+    return (t.data_ptr(), *shape, _channels_last(t), _code(t))
+
+
+def _preactivation(t):
+    """As `_activation`, but N are the channels."""
+    if t.dim() == 4:
+        return _activation(t)
+    return (t.data_ptr(), *t.shape, 1, 1, True, _code(t))
+
+
+def _code(t):
+    code = _DTYPES.get(t.dtype)
+    if code is None:
+        raise TypeError(f"the CPU kernels take {list(_DTYPES)}, got {t.dtype}; float64 runs with impl='reference'")
+    return code
+
+
+def _pools(t, pool_size):
+    return (pool_size, pool_size) if t.dim() == 4 else (1, pool_size)
+
+
+def _latent_size(t, pool_size):
+    return t.shape[1] * pool_size * pool_size if t.dim() == 4 else pool_size
+
+
+def _address(t):
+    return 0 if t is None else t.data_ptr()
+
+
+def latents(activation, pool_size):
+    if activation.dim() == 2 and pool_size == activation.shape[1]:
+        return _float(activation)
+    a = _dense(activation)
+    out = torch.empty(a.shape[0], _latent_size(a, pool_size), dtype=torch.float32)
+    _C.lls_latents(*_activation(a), *_pools(a, pool_size), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def head(x, target, modulation, basis, *, num_classes, temperature, label_smoothing, normalize, eps,
+         zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad):
+    x = _float(x)
+    batch, dim = x.shape
+    rows = basis.shape[0]
+    packed = basis.dtype == torch.int32
+    if packed and not PACKED_BASIS:
+        basis, packed = tables.unpack_signs(basis, dim), False
+    basis = basis if packed else _float(basis)
+    target = target.to(torch.int64).contiguous()
+    modulation = None if modulation is None else _float(modulation)
+    value = torch.empty((batch,) if reduction == "none" else (), dtype=torch.float32)
+    similarity = torch.empty(batch, rows, dtype=torch.float32)
+    grad_latents = torch.empty((batch, dim) if compute_grad else 0, dtype=torch.float32)
+    grad_logits = torch.empty((batch, num_classes) if compute_grad else 0, dtype=torch.float32)
+    _C.lls_head(
+        batch, dim, rows, num_classes, x.data_ptr(), target.data_ptr(), _address(modulation),
+        modulation is not None and modulation.dim() == 1, 0 if packed else basis.data_ptr(),
+        basis.data_ptr() if packed else 0, temperature, label_smoothing, normalize, eps, zero_gradient_below_eps,
+        basis_scale, loss == "hard_sigmoid_mse", ignore_index, reduction == "mean", reduction == "none", compute_grad,
+        value.data_ptr(), similarity.data_ptr(), grad_latents.data_ptr(), grad_logits.data_ptr(),
+        torch.get_num_threads())
+    return value, grad_latents, similarity, grad_logits
+
+
+def modulation_grad(similarity, grad_logits, vector, scale):
+    (batch, rows), classes = similarity.shape, grad_logits.shape[1]
+    s, g, scale = similarity.contiguous(), grad_logits.contiguous(), _float(scale)
+    out = torch.empty(classes if vector else (rows, classes), dtype=torch.float32)
+    _C.lls_modulation_grad(batch, rows, classes, vector, s.data_ptr(), g.data_ptr(), scale.data_ptr(),
+                           scale.dim() > 0, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def expand_grad(grad_latents, scale, out, pool_size):
+    dense, g, scale = _dense(out), _float(grad_latents), _float(scale)
+    _C.lls_expand_grad(*_activation(dense), *_pools(out, pool_size), g.data_ptr(), scale.data_ptr(), scale.dim() > 0,
+                       torch.get_num_threads())
+    return out if dense is out else out.copy_(dense)
+
+
+# -- the pieces of the fused block -----------------------------------------------------------------------------
+
+def batch_stats(z, bias, running_mean, running_var, momentum, eps):
+    z = _dense(z)
+    mean, rstd = (torch.empty(z.shape[1], dtype=torch.float32) for _ in range(2))
+    bias = None if bias is None else _float(bias)
+    running = [t if t is None else _float(t) for t in (running_mean, running_var)]
+    _C.lls_batch_stats(*_preactivation(z), _address(bias), *map(_address, running), momentum, eps, mean.data_ptr(),
+                       rstd.data_ptr(), torch.get_num_threads())
+    for own, used in zip((running_mean, running_var), running):
+        if used is not own:
+            own.copy_(used)
+    return mean, rstd
+
+
+def _norm(*vectors):
+    vectors = [_float(v) for v in vectors]
+    return vectors, [v.data_ptr() for v in vectors]
+
+
+def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_pool, compute_grad,
+                  out_channels_last=None):
+    """`out_channels_last`: memory format of `out` where it is not to be z's."""
+    z = _dense(z)
+    kept, norm = _norm(mean, rstd, gamma, beta)
+    last = _channels_last(z) if out_channels_last is None else out_channels_last
+    if z.dim() == 2:  # N channels of one position each: "latents" of 1 x 1 bins are the activation in float32
+        out = torch.empty_like(z)
+        activated = torch.empty(z.shape, dtype=torch.float32)
+        _C.lls_norm_act_pool(*_preactivation(z), 1, 1, *norm, negative_slope, False, out.data_ptr(), True,
+                             activated.data_ptr(), 0, 0, torch.get_num_threads())
+        empty = activated.new_empty(0)
+        return out, latents(activated, pool_size), empty, empty
+    batch, channels, height, width = z.shape
+    size = (height // 2, width // 2) if max_pool else (height, width)
+    memory_format = torch.channels_last if last else torch.contiguous_format
+    out = torch.empty((batch, channels, *size), dtype=z.dtype, memory_format=memory_format)
+    dim = channels * pool_size * pool_size
+    pooled = torch.empty(batch, dim, dtype=torch.float32)
+    s1, s2 = (torch.empty((batch, dim) if compute_grad else 0, dtype=torch.float32) for _ in range(2))
+    _C.lls_norm_act_pool(*_activation(z), pool_size, pool_size, *norm, negative_slope, max_pool, out.data_ptr(), last,
+                         pooled.data_ptr(), s1.data_ptr(), s2.data_ptr(), torch.get_num_threads())
+    return out, pooled, s1, s2
+
+
+def norm_grads(grad_latents, s1, s2, channels, area):
+    g, s1, s2, area = (_float(t) for t in (grad_latents, s1, s2, area))
+    grad_gamma, grad_beta = (torch.empty(channels, dtype=torch.float32) for _ in range(2))
+    _C.lls_norm_grads(g.shape[0], channels, area.numel(), g.data_ptr(), s1.data_ptr(), s2.data_ptr(), area.data_ptr(),
+                      grad_gamma.data_ptr(), grad_beta.data_ptr(), torch.get_num_threads())
+    return grad_gamma, grad_beta
+
+
+def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size,
+                        scale):
+    dense = _dense(z)
+    kept, norm = _norm(mean, rstd, gamma, beta)
+    grads = [_float(t) for t in (grad_latents, grad_gamma, grad_beta)]
+    _C.lls_grad_preactivation(*_activation(dense), *_pools(z, pool_size), *norm, negative_slope,
+                              *(t.data_ptr() for t in grads), float(scale), torch.get_num_threads())
+    return z if dense is z else z.copy_(dense)
+
+
+def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, pool_size, scale):
+    dense, grad = _dense(z), _float(grad_latents)
+    if pool_size != z.shape[1]:
+        grad = expand_grad(grad, torch.ones(()), torch.empty(z.shape, dtype=torch.float32), pool_size)
+    kept, norm = _norm(mean, rstd, gamma, beta)
+    grad_gamma, grad_beta = (torch.empty(z.shape[1], dtype=torch.float32) for _ in range(2))
+    _C.lls_linear_grad_preactivation(dense.data_ptr(), *z.shape, _code(z), *norm, negative_slope, grad.data_ptr(),
+                                     grad_gamma.data_ptr(), grad_beta.data_ptr(), float(scale),
+                                     torch.get_num_threads())
+    if dense is not z:
+        z.copy_(dense)
+    return grad_gamma, grad_beta
