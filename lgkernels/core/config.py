@@ -1,0 +1,135 @@
+"""Block sizes of the Triton kernels: `select_config(op, sizes, dtype, arch)`, a pure function over shipped tables.
+
+Sizes are rounded up to powers of two first, so that a changing batch or feature map does not compile a kernel anew.
+Candidates that need more shared memory than the architecture has are dropped, the first that remains wins; there is no
+tuning at run time. Under TRITON_INTERPRET=1 the architecture is "interpret": a program costs about a millisecond there,
+whatever its size, so blocks are as large as the data.
+"""
+from functools import lru_cache
+
+import torch
+
+from .dispatch import interpreting
+
+# Shared memory that one block may use, bytes.
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+
+# Elementwise passes: (elements of a tile, warps). Sixteen elements a thread keep enough loads in flight, and three
+# float32 accumulators of that size still fit the registers.
+_TILES = {arch: (2048, 4) for arch in SHARED_MEMORY}
+
+# Matrix products: (BLOCK_M, BLOCK_K, BLOCK_D, warps, stages), largest first. M samples, K basis rows, D latents.
+_SIMILARITY = ((64, 64, 64, 4, 3), (16, 128, 64, 4, 3), (16, 64, 64, 4, 3), (16, 32, 128, 4, 3), (16, 16, 128, 4, 3))
+_LATENT_GRAD = ((64, 32, 64, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3))
+_MODULATION_GRAD = ((32, 64, 64, 4, 3), (32, 32, 32, 4, 3), (32, 16, 16, 4, 3))
+
+
+def power_of_two(n):
+    """Smallest power of two >= n (1 for n = 0)."""
+    return 1 << max(int(n) - 1, 0).bit_length()
+
+
+@lru_cache(maxsize=16)
+def architecture(device):
+    """The table that serves `device`: the newest architecture that is not newer than it, or "interpret"."""
+    if device.type != "cuda":
+        return "interpret"
+    major, minor = torch.cuda.get_device_capability(device)
+    older = [arch for arch in SHARED_MEMORY if arch <= 10 * major + minor]
+    return max(older, default=80)
+
+
+def _fits(m, k, d, stages, arch):
+    return 4 * (m * k + k * d + m * d) * stages <= SHARED_MEMORY[arch]
+
+
+def _first(candidates, arch, wanted):
+    return next(c for c in candidates if wanted(*c[:3]) and _fits(*c[:3], c[4], arch))
+
+
+def _tile(sizes, dtype, arch):
+    """Tile (positions, channels) with at least 128 bytes along the contiguous axis."""
+    positions, channels, channels_last = sizes
+    elements, warps = (1 << 14, 1) if arch == "interpret" else _TILES[arch]
+    run = elements if arch == "interpret" else 256 // dtype.itemsize
+    if channels_last:
+        block_c = min(channels, run)
+        block_p = min(positions, elements // block_c)
+    else:
+        block_p = min(positions, max(run, elements // channels))
+        block_c = min(channels, elements // block_p)
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
+
+
+def _rows(sizes, dtype, arch):
+    """Tile (batch rows, columns) of a two-dimensional pass, columns contiguous."""
+    rows, columns = sizes
+    if arch == "interpret":
+        return {"BLOCK_B": min(rows, 128), "BLOCK_N": min(columns, 1024), "num_warps": 1}
+    return {"BLOCK_B": min(rows, 16), "BLOCK_N": min(columns, 64), "num_warps": 4}
+
+
+def _similarity(sizes, dtype, arch):
+    batch, dim, rows = sizes
+    if arch == "interpret":
+        m, k, d, warps, stages = min(batch, 128), min(rows, 256), max(min(dim, 512), 32), 1, 1
+    else:
+        m, k, d, warps, stages = _first(_SIMILARITY, arch, lambda m, k, d: (m == 16 or batch >= 512) and
+                                        (k <= rows or k == 16))
+    return {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
+
+
+def _loss_rows(sizes, dtype, arch):
+    """Rows of K (and C) values live in registers. With a matrix, 16 rows share each load of it."""
+    batch, rows, classes, matrix = sizes
+    if arch == "interpret":
+        return {"BLOCK_B": min(batch, 128), "BLOCK_K": rows, "BLOCK_C": classes, "num_warps": 1, "num_stages": 1}
+    if not matrix:
+        return {"BLOCK_B": 1, "BLOCK_K": rows, "BLOCK_C": classes, "num_warps": 1 if rows <= 256 else 4, "num_stages": 1}
+    warps = 4 if classes <= 128 else 8 if classes <= 512 else 16
+    return {"BLOCK_B": 16, "BLOCK_K": 16, "BLOCK_C": max(classes, 16), "num_warps": warps, "num_stages": 1}
+
+
+def _latent_grad(sizes, dtype, arch):
+    batch, dim, rows = sizes
+    if arch == "interpret":
+        m, k, d, warps, stages = min(batch, 128), min(rows, 256), max(min(dim, 512), 32), 1, 1
+    else:
+        m, k, d, warps, stages = _first(_LATENT_GRAD, arch, lambda m, k, d: (m == 16 or batch >= 512) and
+                                        (k <= rows or k == 16))
+    return {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
+
+
+def _modulation_grad(sizes, dtype, arch):
+    batch, rows, classes = sizes
+    if arch == "interpret":
+        return {"BLOCK_B": min(batch, 128), "BLOCK_K": min(rows, 256), "BLOCK_C": min(classes, 256), "num_warps": 1,
+                "num_stages": 1}
+    b, k, c, warps, stages = _first(_MODULATION_GRAD, arch, lambda b, k, c: (k <= rows and c <= classes) or k == 16)
+    return {"BLOCK_B": b, "BLOCK_K": k, "BLOCK_C": c, "num_warps": warps, "num_stages": stages}
+
+
+def _norm_grads(sizes, dtype, arch):
+    batch, channels, positions = sizes
+    block_p = min(positions, 64)
+    block_b, block_c, warps = (min(batch, 128), channels, 1) if arch == "interpret" else (32, min(channels, 4), 4)
+    return {"BLOCK_B": block_b, "BLOCK_C": max(min(block_c, 16384 // block_p), 1), "BLOCK_P": block_p, "num_warps": warps}
+
+
+_SELECT = {
+    "norm_act_pool": _tile, "grad_preactivation": _tile, "expand_grad": _tile, "batch_stats": _tile,
+    "linear_pool": _rows, "linear_expand": _rows, "linear_grad": _rows,
+    "similarity": _similarity, "loss_rows": _loss_rows, "latent_grad": _latent_grad,
+    "modulation_grad": _modulation_grad, "norm_grads": _norm_grads,
+}
+
+
+@lru_cache(maxsize=4096)
+def _select(op, bucket, dtype, arch):
+    return _SELECT[op](bucket, dtype, arch)
+
+
+def select_config(op, sizes, dtype, arch):
+    """Block sizes, warps and stages of kernel `op` for `sizes` (ints, rounded up to powers of two, or bools)."""
+    bucket = tuple(n if isinstance(n, bool) else power_of_two(n) for n in sizes)
+    return _select(op, bucket, dtype, arch)

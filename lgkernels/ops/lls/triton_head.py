@@ -1,0 +1,224 @@
+"""Triton kernels of the head: latents x (B, d) and basis Phi (K, d) to loss and gradients, in three launches.
+
+    similarity    partial x Phi^T and |x|^2 of each slice of d     grid (samples, rows, slices)
+    loss_rows     s, logits, loss, dL/dlogits, dL/ds, rho          grid (samples)
+    latent_grad   dL/dx = (dL/ds Phi - xhat * rho) / |x|           grid (samples, latents); sums the loss
+
+The partial sums are added in a fixed order. Phi is float32, or the bit-packed signs of the square waveform.
+"""
+import triton
+import triton.language as tl
+
+from ..common.addressing import indices, offset, program_id
+from ..common.dot import dot
+
+
+@triton.jit
+def _basis(basis, k, start, K, d, PACKED: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Phi[k, start : start + BLOCK_D] in float32. Past the last column the value is finite, whatever it is."""
+    j = start + tl.arange(0, BLOCK_D)
+    if not PACKED:
+        return tl.load(basis + offset(k, d)[:, None] + j[None, :], mask=(k < K)[:, None] & (j < d)[None, :], other=0.0)
+    word = start // 32 + tl.arange(0, BLOCK_D // 32)
+    words = tl.load(basis + offset(k, tl.cdiv(d, 32))[:, None] + word[None, :],
+                    mask=(k < K)[:, None] & (word * 32 < d)[None, :], other=0)
+    negative = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    signs = tl.reshape(1.0 - 2.0 * negative.to(tl.float32), (k.shape[0], BLOCK_D))
+    return tl.where(j[None, :] == 0, 0.0, signs)  # sin(0) = 0: the only zero
+
+
+@triton.jit(do_not_specialize=["B", "ignore_index", "slices"])
+def similarity_kernel(x, basis, target, partial, count, B, d, K, slices, ignore_index, PACKED: tl.constexpr,
+                      PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """partial[slice, b, k] = x Phi^T over every `slices`-th block of columns, partial[slice, b, K] = |x|^2 over them.
+    The first program also counts the targets that are not ignored."""
+    pid = program_id(0)
+    k_blocks = tl.cdiv(K, BLOCK_K)
+    m_blocks = tl.cdiv(B, BLOCK_M)
+    k, m = indices(pid % k_blocks, BLOCK_K), indices(pid // k_blocks % m_blocks, BLOCK_M)
+    slice = pid // k_blocks // m_blocks
+    products = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(slice * BLOCK_D, d, slices * BLOCK_D):
+        j = start + tl.arange(0, BLOCK_D)
+        tile = tl.load(x + offset(m, d)[:, None] + j[None, :], mask=(m < B)[:, None] & (j < d)[None, :], other=0.0)
+        products = dot(tile, tl.trans(_basis(basis, k, start, K, d, PACKED, BLOCK_D)), products, PRECISION)
+        squares += tl.sum(tile * tile, 1)
+    row = partial + offset(offset(slice, B) + m, K + 1)
+    tl.store(row[:, None] + k[None, :], products, mask=(m < B)[:, None] & (k < K)[None, :])
+    if pid % k_blocks == 0:
+        tl.store(row + K, squares, mask=m < B)
+    if pid == 0:
+        valid = tl.zeros((1024,), tl.int32)
+        for start in range(0, B, 1024):
+            b = start + tl.arange(0, 1024)
+            valid += (tl.load(target + b, mask=b < B, other=ignore_index) != ignore_index).to(tl.int32)
+        tl.store(count, tl.sum(valid, 0).to(tl.float32))
+
+
+@triton.jit
+def _sum_slices(partial, b, k, B, width, slices):
+    """Rows b, columns k of the sum over slices, in order; columns up to `width` - 1."""
+    total = tl.zeros((b.shape[0], k.shape[0]), tl.float32)
+    for slice in range(slices):
+        total += tl.load(partial + offset(offset(slice + tl.zeros_like(b), B) + b, width)[:, None] + k[None, :],
+                         mask=(b < B)[:, None] & (k < width - 1)[None, :], other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["B", "ignore_index", "slices"])
+def loss_rows_kernel(partial, target, modulation, count, similarity, grad_logits, grad_similarity, rows, losses, B, K,
+                     C, slices, temperature, smoothing, eps, basis_scale, ignore_index, VECTOR: tl.constexpr,
+                     MATRIX: tl.constexpr, NORMALIZE: tl.constexpr, CROSS_ENTROPY: tl.constexpr, MEAN: tl.constexpr,
+                     GRAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+                     BLOCK_C: tl.constexpr):
+    """s = basis_scale * (x Phi^T) / max(|x|, eps); logits s, s * m or s M; losses[b]; dL/dlogits and dL/ds;
+    rows[0] = |x|, rows[1] = rho = <dL/ds, s>. Without a matrix K = C and BLOCK_K covers them all."""
+    b = indices(program_id(0), BLOCK_B)
+    squares = tl.zeros((BLOCK_B,), tl.float32)
+    for slice in range(slices):
+        squares += tl.load(partial + offset(offset(slice + tl.zeros_like(b), B) + b, K + 1) + K, mask=b < B, other=0.0)
+    norm = tl.sqrt(squares)
+    factor = tl.zeros((BLOCK_B,), tl.float32) + tl.cast(basis_scale, tl.float32)
+    if NORMALIZE:
+        factor = factor / tl.maximum(norm, tl.cast(eps, tl.float32))
+    c = tl.arange(0, BLOCK_C)
+    inside = (b < B)[:, None] & (c < C)[None, :]
+    if MATRIX:
+        z = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            s = _sum_slices(partial, b, k, B, K + 1, slices) * factor[:, None]
+            tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=(b < B)[:, None] & (k < K)[None, :])
+            matrix = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :],
+                             other=0.0)
+            z = dot(s, matrix, z, PRECISION)
+    else:
+        s = _sum_slices(partial, b, c, B, K + 1, slices) * factor[:, None]
+        tl.store(similarity + offset(b, K)[:, None] + c[None, :], s, mask=inside)
+        z = s
+        if VECTOR:
+            vector = tl.load(modulation + c, mask=c < C, other=0.0)[None, :]
+            z = s * vector
+
+    v = z / tl.cast(temperature, tl.float32)
+    label = tl.load(target + b, mask=b < B, other=ignore_index)
+    valid = label != ignore_index
+    one_hot = tl.where(label[:, None] == c[None, :], 1.0, 0.0)
+    if CROSS_ENTROPY:
+        v = tl.where((c < C)[None, :], v, float("-inf"))
+        v = v - tl.max(v, 1)[:, None]
+        e = tl.exp(v)
+        total = tl.sum(e, 1)
+        q = one_hot * (1.0 - tl.cast(smoothing, tl.float32)) + tl.cast(smoothing, tl.float32) / C
+        loss = tl.sum(tl.where((c < C)[None, :], q * (tl.log(total)[:, None] - v), 0.0), 1)
+        grad_v = e / total[:, None] - q
+    else:
+        difference = tl.minimum(tl.maximum(v / 4 + 0.5, 0.0), 1.0) - one_hot
+        loss = tl.sum(tl.where((c < C)[None, :], difference * difference, 0.0), 1) / C
+        grad_v = difference * (2.0 / C)
+    tl.store(losses + b, tl.where(valid, loss, 0.0), mask=b < B)
+    if GRAD:
+        divisor = tl.cast(temperature, tl.float32)
+        if MEAN:
+            divisor = divisor * tl.load(count)
+        grad_z = tl.where(valid[:, None] & inside, grad_v / divisor, 0.0)
+        tl.store(grad_logits + offset(b, C)[:, None] + c[None, :], grad_z, mask=inside)
+        if MATRIX:
+            rho = tl.zeros((BLOCK_B,), tl.float32)
+            for start in range(0, K, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                matrix = tl.load(modulation + offset(k, C)[:, None] + c[None, :],
+                                 mask=(k < K)[:, None] & (c < C)[None, :], other=0.0)
+                grad_s = dot(grad_z, tl.trans(matrix), tl.zeros((BLOCK_B, BLOCK_K), tl.float32), PRECISION)
+                tl.store(grad_similarity + offset(b, K)[:, None] + k[None, :], grad_s,
+                         mask=(b < B)[:, None] & (k < K)[None, :])
+                rho += tl.sum(grad_s * (_sum_slices(partial, b, k, B, K + 1, slices) * factor[:, None]), 1)
+        else:
+            grad_s = grad_z
+            if VECTOR:
+                grad_s = grad_z * vector
+                tl.store(grad_similarity + offset(b, K)[:, None] + c[None, :], grad_s, mask=inside)
+            rho = tl.sum(grad_s * s, 1)
+        tl.store(rows + b, norm, mask=b < B)
+        tl.store(rows + B + b, rho, mask=b < B)
+
+
+@triton.jit
+def _reduce_loss(losses, count, loss, B, MEAN: tl.constexpr):
+    total = tl.zeros((1024,), tl.float32)
+    for start in range(0, B, 1024):
+        b = start + tl.arange(0, 1024)
+        total += tl.load(losses + b, mask=b < B, other=0.0)
+    value = tl.sum(total, 0)
+    if MEAN:
+        value = value / tl.load(count)
+    tl.store(loss, value)
+
+
+@triton.jit(do_not_specialize=["B"])
+def reduce_loss_kernel(losses, count, loss, B, MEAN: tl.constexpr):
+    """loss = sum of losses, divided by count with MEAN. One program; only where no gradient is wanted."""
+    _reduce_loss(losses, count, loss, B, MEAN)
+
+
+@triton.jit(do_not_specialize=["B"])
+def latent_grad_kernel(x, basis, grad_similarity, rows, losses, count, loss, grad_latents, B, d, K, eps, basis_scale,
+                       PACKED: tl.constexpr, NORMALIZE: tl.constexpr, ZERO_BELOW: tl.constexpr, REDUCE: tl.constexpr,
+                       MEAN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+                       BLOCK_D: tl.constexpr):
+    """g = basis_scale * dL/ds Phi; dL/dx = (g - xhat * rho) / |x|, below eps g / eps or 0; g itself without
+    NORMALIZE. With REDUCE the first program sums the losses."""
+    pid = program_id(0)
+    d_blocks = tl.cdiv(d, BLOCK_D)
+    m, start = indices(pid // d_blocks, BLOCK_M), pid % d_blocks * BLOCK_D
+    g = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        grad_s = tl.load(grad_similarity + offset(m, K)[:, None] + k[None, :],
+                         mask=(m < B)[:, None] & (k < K)[None, :], other=0.0)
+        g = dot(grad_s, _basis(basis, k, start, K, d, PACKED, BLOCK_D), g, PRECISION)
+    g = g * tl.cast(basis_scale, tl.float32)
+    j = start + tl.arange(0, BLOCK_D)
+    at = offset(m, d)[:, None] + j[None, :]
+    mask = (m < B)[:, None] & (j < d)[None, :]
+    if NORMALIZE:
+        norm, rho = tl.load(rows + m, mask=m < B, other=1.0), tl.load(rows + B + m, mask=m < B, other=0.0)
+        smallest = tl.cast(eps, tl.float32)
+        inverse = (1.0 / tl.maximum(norm, smallest))[:, None]
+        below = g * 0.0 if ZERO_BELOW else g / smallest
+        projected = (g - tl.load(x + at, mask=mask, other=0.0) * inverse * rho[:, None]) * inverse
+        g = tl.where((norm >= smallest)[:, None], projected, below)
+    tl.store(grad_latents + at, g, mask=mask)
+    if REDUCE:
+        if pid == 0:
+            _reduce_loss(losses, count, loss, B, MEAN)
+
+
+@triton.jit(do_not_specialize=["B"])
+def modulation_grad_kernel(similarity, grad_logits, scale, grad, B, K, C, PER_ROW: tl.constexpr, VECTOR: tl.constexpr,
+                           PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """dL/dm = sum over the batch of scale * g_z * s, or dL/dM = s^T (scale * g_z), one tile of it."""
+    pid = program_id(0)
+    c_blocks = tl.cdiv(C, BLOCK_C)
+    k, c = indices(pid // c_blocks, BLOCK_K), indices(pid % c_blocks, BLOCK_C)
+    by_vector = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    by_matrix = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    for start in range(0, B, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        g = tl.load(grad_logits + offset(b, C)[:, None] + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :], other=0.0)
+        if PER_ROW:
+            g = g * tl.load(scale + b, mask=b < B, other=0.0).to(tl.float32)[:, None]
+        else:
+            g = g * tl.load(scale).to(tl.float32)
+        if VECTOR:
+            by_vector += g * tl.load(similarity + offset(b, C)[:, None] + c[None, :],
+                                     mask=(b < B)[:, None] & (c < C)[None, :], other=0.0)
+        else:
+            s = tl.load(similarity + offset(b, K)[None, :] + k[:, None], mask=(b < B)[None, :] & (k < K)[:, None],
+                        other=0.0)
+            by_matrix = dot(s, g, by_matrix, PRECISION)
+    if VECTOR:
+        tl.store(grad + c, tl.sum(by_vector, 0), mask=c < C)
+    else:
+        tl.store(grad + offset(k, C)[:, None] + c[None, :], by_matrix, mask=(k < K)[:, None] & (c < C)[None, :])

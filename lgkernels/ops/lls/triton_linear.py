@@ -1,0 +1,98 @@
+"""Triton kernels of the linear block, z (B, N): every column has its own statistics, and the bins of the latents run
+over the columns. As in triton_norm.py a column is owned by one bin, which writes its output."""
+import triton
+import triton.language as tl
+
+from ..common.addressing import indices, offset, program_id
+from .triton_norm import bin_end, bin_start
+
+
+@triton.jit
+def _columns(vector, n, N):
+    return tl.load(vector + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def linear_pool_kernel(z, out, latents, mean, rstd, gamma, beta, slope, B, N, P, widest, NORM: tl.constexpr,
+                       BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out = leaky_relu(gamma * (z - mean) * rstd + beta) (with NORM), latents = means over bins of out, or of z.
+    `widest` is the number of columns of the largest bin."""
+    pid = program_id(0)
+    blocks = tl.cdiv(P, BLOCK_N)
+    b, j = indices(pid // blocks, BLOCK_B), indices(pid % blocks, BLOCK_N)
+    left, right, next_left = bin_start(j, N, P), bin_end(j, N, P), bin_start(j + 1, N, P)
+    inside = (b < B)[:, None] & (j < P)[None, :]
+    total = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    for k in range(widest):
+        n = left + k
+        at = offset(b, N)[:, None] + n[None, :]
+        value = tl.load(z + at, mask=inside & (n < right)[None, :], other=0.0).to(tl.float32)
+        if NORM:
+            u = (value - _columns(mean, n, N)) * _columns(rstd, n, N) * _columns(gamma, n, N) + _columns(beta, n, N)
+            value = tl.where(u > 0, u, u * tl.cast(slope, tl.float32))
+            tl.store(out + at, value.to(out.dtype.element_ty), mask=inside & (n < next_left)[None, :])
+        total += tl.where((n < right)[None, :], value, 0.0)
+    width = ((right - left) * 1.0)[None, :]
+    tl.store(latents + offset(b, P)[:, None] + j[None, :], total / width, mask=inside)
+
+
+@triton.jit
+def _unpooled(grad_latents, b, n, B, N, P, cover):
+    """Sum over the bins that hold column n of grad / width, (rows, columns)."""
+    total = tl.zeros((b.shape[0], n.shape[0]), tl.float32)
+    for k in range(cover):
+        j = bin_start(n, P, N) + k
+        covers = (n < N) & (j < bin_end(n, P, N))
+        width = (bin_end(j, N, P) - bin_start(j, N, P)) * 1.0
+        total += tl.load(grad_latents + offset(b, P)[:, None] + j[None, :], mask=(b < B)[:, None] & covers[None, :],
+                         other=0.0) / width[None, :]
+    return total
+
+
+@triton.jit
+def linear_expand_kernel(grad_latents, scale, out, B, N, P, cover, PER_ROW: tl.constexpr, BLOCK_B: tl.constexpr,
+                         BLOCK_N: tl.constexpr):
+    """out = scale * unpool(grad_latents); scale is one value or one a sample."""
+    pid = program_id(0)
+    blocks = tl.cdiv(N, BLOCK_N)
+    b, n = indices(pid // blocks, BLOCK_B), indices(pid % blocks, BLOCK_N)
+    if PER_ROW:
+        factor = tl.load(scale + b, mask=b < B, other=0.0).to(tl.float32)[:, None]
+    else:
+        factor = tl.load(scale).to(tl.float32)
+    result = _unpooled(grad_latents, b, n, B, N, P, cover) * factor
+    tl.store(out + offset(b, N)[:, None] + n[None, :], result.to(out.dtype.element_ty),
+             mask=(b < B)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def linear_grad_kernel(z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, slope, scale, B, N, P, cover,
+                       BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For a block of columns: dgamma, dbeta over the whole batch, then z <- scale * dL/dz."""
+    n = indices(program_id(0), BLOCK_N)
+    mu, r, g, shift = _columns(mean, n, N), _columns(rstd, n, N), _columns(gamma, n, N), _columns(beta, n, N)
+    negative = tl.cast(slope, tl.float32)
+    by_one = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    by_xhat = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    for first in range(0, B, BLOCK_B):
+        b = first + tl.arange(0, BLOCK_B)
+        mask = (b < B)[:, None] & (n < N)[None, :]
+        xhat = (tl.load(z + offset(b, N)[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32) - mu) * r
+        grad = _unpooled(grad_latents, b, n, B, N, P, cover)
+        grad_u = tl.where(xhat * g + shift > 0, grad, grad * negative)
+        by_one += grad_u
+        by_xhat += grad_u * xhat
+    dbeta, dgamma = tl.sum(by_one, 0), tl.sum(by_xhat, 0)
+    tl.store(grad_beta + n, dbeta, mask=n < N)
+    tl.store(grad_gamma + n, dgamma, mask=n < N)
+    count = B * 1.0
+    mean_grad, mean_grad_xhat = (dbeta / count)[None, :], (dgamma / count)[None, :]
+    factor = g * r * tl.cast(scale, tl.float32)
+    for first in range(0, B, BLOCK_B):
+        b = first + tl.arange(0, BLOCK_B)
+        mask = (b < B)[:, None] & (n < N)[None, :]
+        at = z + offset(b, N)[:, None] + n[None, :]
+        xhat = (tl.load(at, mask=mask, other=0.0).to(tl.float32) - mu) * r
+        grad = _unpooled(grad_latents, b, n, B, N, P, cover)
+        grad_u = tl.where(xhat * g + shift > 0, grad, grad * negative)
+        tl.store(at, (factor * (grad_u - (mean_grad + xhat * mean_grad_xhat))).to(z.dtype.element_ty), mask=mask)
