@@ -48,7 +48,7 @@ def run_logged(command, log):
 def first_error(log):
     """The line of the log that tells most, for the one-line report."""
     lines = log.read_text(errors="replace").splitlines()
-    if any("CMAKE_CXX_COMPILER" in line for line in lines):
+    if any("CMAKE_CXX_COMPILER" in line or "CXX compiler identification is unknown" in line for line in lines):
         return "no working C++ compiler"
     return next((line.removeprefix("-- error: ") for line in lines if "error: " in line), "CMake failed")
 

@@ -1,0 +1,229 @@
+"""Build, metadata, import cost, and the `info` command."""
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import lgkernels
+from lgkernels.core import diagnostics
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md", "CONTRIBUTING.md",
+           "constraints.txt", "csrc", "lgkernels")
+
+
+def python(*arguments, cwd=ROOT, **environment):
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env={**os.environ, **environment},
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+
+
+def output(*arguments, **options):
+    done = python(*arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# -- the build ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The files of a source distribution, without anything built."""
+    folder = tmp_path_factory.mktemp("source")
+    skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=skip)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pure(source):
+    """`setup.py bdist_wheel` with a compiler that fails: (what it printed, the wheel)."""
+    done = python("setup.py", "bdist_wheel", cwd=source, CC="/bin/false", CXX="/bin/false", LGKERNELS_BUILD="auto")
+    assert done.returncode == 0, done.stderr
+    wheels = list((source / "dist").glob("*.whl"))
+    assert len(wheels) == 1
+    return done.stdout + done.stderr, wheels[0]
+
+
+def test_setup_imports_neither_torch_nor_a_network():
+    text = (ROOT / "setup.py").read_text()
+    imported = {alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    top = {name.partition(".")[0] for name in imported}
+    assert top <= set(sys.stdlib_module_names) | {"setuptools", "pybind11"}
+    assert not top & {"urllib", "http", "socket", "ssl", "ftplib"}
+    assert "nvidia-smi" not in text
+
+
+def test_failing_compiler_gives_a_pure_wheel_and_one_line(pure):
+    printed, wheel = pure
+    assert wheel.name.endswith("-py3-none-any.whl")
+    lines = [line for line in printed.splitlines() if line.startswith("lgkernels: ")]
+    assert len(lines) == 1 and "pure Python" in lines[0]
+    log = re.search(r"log: (\S+?)\)", lines[0])
+    if log:  # without cmake there is none
+        assert "no working C++ compiler" in lines[0]
+        assert "/bin/false" in Path(log[1]).read_text()
+    else:
+        assert "not installed" in lines[0]
+
+
+@pytest.mark.parametrize("mode", ["cpu", "cuda"])
+def test_explicit_build_that_fails_is_an_error(source, mode):
+    done = python("setup.py", "build_ext", cwd=source, CC="/bin/false", CXX="/bin/false", LGKERNELS_BUILD=mode)
+    assert done.returncode != 0
+    assert f"LGKERNELS_BUILD={mode} failed" in done.stderr
+
+
+def test_unknown_build_mode_is_an_error(source):
+    done = python("setup.py", "build_ext", cwd=source, LGKERNELS_BUILD="gpu")
+    assert done.returncode != 0 and "must be one of auto, none, cpu, cuda, got 'gpu'" in done.stderr
+
+
+def test_wheel_holds_the_package_and_its_data(pure, source):
+    packed = {name for name in zipfile.ZipFile(pure[1]).namelist() if name.startswith("lgkernels/")}
+    tree = {str(path.relative_to(source)) for path in (source / "lgkernels").rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts}
+    assert packed == tree
+    assert "lgkernels/py.typed" in packed
+
+
+def test_source_distribution_can_build_the_native_module(source):
+    output("setup.py", "-q", "sdist", "--formats=zip", cwd=source, LGKERNELS_BUILD="none")
+    packed = zipfile.ZipFile(next((source / "dist").glob("*.zip"))).namelist()
+    packed = {name.partition("/")[2] for name in packed}
+    native = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*") if path.is_file()}
+    assert native | set(SOURCES[:8]) <= packed
+
+
+# -- metadata -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def project():
+    tomllib = pytest.importorskip("tomllib", reason="tomllib comes with Python 3.11")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirement_name(line):
+    return re.match(r"[A-Za-z0-9_.-]+", line)[0].lower().replace("_", "-")
+
+
+def test_runtime_needs_torch_and_numpy_only(project):
+    assert project["dependencies"] == ["torch>=2.8", "numpy"]
+
+
+def test_constraints_pin_every_extra_of_the_readme(project):
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = {requirement_name(line) for line in lines}
+    assert all("==" in line for line in lines)
+    wanted = {requirement_name(line) for extra in ("demo", "test") for line in project["optional-dependencies"][extra]}
+    assert {"torch", "numpy"} | wanted <= pins
+
+
+def test_version_and_license(project, pure):
+    assert project["license"] == "Apache-2.0"
+    assert (ROOT / "LICENSE").read_text().split()[:4] == ["Apache", "License", "Version", "2.0,"]
+    metadata = zipfile.ZipFile(pure[1]).read(f"lgkernels-{lgkernels.__version__}.dist-info/METADATA").decode()
+    assert f"\nVersion: {lgkernels.__version__}\n" in metadata
+
+
+# -- imports ------------------------------------------------------------------------------------------------------
+
+PUBLIC = "import lgkernels, lgkernels.functional, lgkernels.nn, lgkernels.training"
+
+
+def test_import_is_cheap():
+    code = f"import time, torch, numpy; t = time.perf_counter(); {PUBLIC}; print(time.perf_counter() - t)"
+    assert min(float(output("-c", code)) for _ in range(3)) < 0.3
+
+
+def test_import_loads_neither_triton_nor_the_native_module():
+    code = ("import sys, torch, numpy; before = set(sys.modules); " + PUBLIC +
+            "; print(*sorted(set(sys.modules) - before))")
+    loaded = output("-c", code).split()
+    assert "lgkernels.functional" in loaded
+    tops = {name.partition(".")[0] for name in loaded}
+    assert "lgkernels._C" not in loaded
+    assert not tops & {"triton", "matplotlib", "tqdm", "safetensors", "schedulefree", "PIL"}
+
+
+def test_import_and_use_need_only_torch_and_numpy():
+    """The reference runs with every other package, and the native module, out of reach."""
+    code = """
+import sys
+for name in ("triton", "lgkernels._C", "matplotlib", "tqdm", "safetensors", "schedulefree", "PIL", "pytest"):
+    sys.modules[name] = None
+import torch, lgkernels.functional as LF, lgkernels.nn, lgkernels.training
+x = torch.randn(4, 3, 8, 8, requires_grad=True)
+LF.lls_loss(x, torch.arange(4), num_classes=4, pool_size=2).backward()
+assert x.grad.abs().sum() > 0
+"""
+    output("-c", code)
+
+
+# -- python -m lgkernels --------------------------------------------------------------------------------------------
+
+def test_no_command_prints_help():
+    printed = output("-m", "lgkernels")
+    assert "info" in printed and "train" in printed
+
+
+def test_info_names_versions_and_what_each_op_would_use():
+    printed = output("-m", "lgkernels", "info", LGKERNELS_IMPL="auto")
+    assert f"torch      {torch.__version__}" in printed
+    assert re.search(r"lls_loss +cpu +float32 +(cpu|reference)", printed)
+    assert re.search(r"lls_block +cpu +bfloat16 +(cpu|reference)", printed)
+
+
+def test_info_follows_the_environment():
+    report = json.loads(output("-m", "lgkernels", "info", "--json", LGKERNELS_IMPL="reference"))
+    assert report["environment"]["LGKERNELS_IMPL"] == "reference"
+    assert {(row["backend"], row["reason"]) for row in report["ops"]} == {("reference", "LGKERNELS_IMPL=reference")}
+
+
+@pytest.fixture
+def compiled_only(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the interpreted kernels have their own tests, and take seconds
+
+
+def test_selftest_passes(compiled_only, capsys):
+    assert run_info("--selftest") == 0
+    printed = capsys.readouterr().out
+    assert "PASS lls_loss" in printed and "PASS lls_block" in printed and "FAIL" not in printed
+
+
+@pytest.mark.parametrize("broken", ["wrong", "nan", "raises"])
+def test_selftest_fails_on_a_broken_backend(broken, compiled_only, monkeypatch, capsys):
+    from lgkernels.ops.lls import reference
+    right = reference.latents
+
+    def latents(activation, pool_size):
+        if activation.dtype == torch.float64:
+            return right(activation, pool_size)
+        if broken == "raises":
+            raise RuntimeError("no such kernel")
+        return right(activation, pool_size) * (1.05 if broken == "wrong" else float("nan")) + 0.01
+
+    monkeypatch.setattr(reference, "latents", latents)
+    assert run_info("--selftest") == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
+    assert lines and all("reference" in line for line in lines)
+    assert broken != "raises" or all("RuntimeError: no such kernel" in line for line in lines)
+
+
+def run_info(*flags):
+    import argparse
+    parser = argparse.ArgumentParser()
+    diagnostics.add_arguments(parser)
+    return diagnostics.main(parser.parse_args(flags))
