@@ -67,7 +67,7 @@ def running(name):
         return
     from lgkernels.core import native
     from tests.simt import executor
-    native.override_cuda(executor.entries())
+    native.override_cuda(executor.module())
     try:
         yield "cuda"
     finally:

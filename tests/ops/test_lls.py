@@ -342,7 +342,7 @@ def test_fuzz(name):
             loss = draw("cross_entropy", "hard_sigmoid_mse")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                compare(impl, activation, targets(batch, classes), modulation(kind, rows, classes), per_row=True,
+                compare(impl, activation, targets(batch, classes), modulation(kind, rows, classes),
                         num_classes=classes, pool_size=pool, waveform=draw("square", "cosine"), loss=loss,
                         temperature=draw(0.5, 1.0, 3.0), normalize=draw(True, False), reduction=draw("mean", "sum", "none"),
                         label_smoothing=draw(0.0, 0.1) if loss == "cross_entropy" else 0.0)

@@ -320,7 +320,7 @@ def test_random_blocks(module, case):
     x = check(module, "norm_act_pool", (z, *norm, case["slope"], case["P"], max_pool, True), length=300)[1]
     g = check_head(module, x, targets(shape[0], case["classes"]), modulation(case["kind"], case["classes"], case["classes"]),
                    case["waveform"], case["classes"], label_smoothing=case["smoothing"], reduction=case["reduction"],
-                   zero_gradient_below_eps=True, per_row=True)[1]
+                   zero_gradient_below_eps=True)[1]
     check(module, "grad_preactivation_", (z, *norm, case["slope"], g, randn(shape[1]), randn(shape[1], seed=1), case["P"],
                                           1.0), inplace=(0,), length=16)
     scale = randn(shape[0], seed=5) if case["reduction"] == "none" else torch.tensor(1.3)
