@@ -1,0 +1,46 @@
+"""What a training step costs: time, side by side for all rules, and peak memory."""
+import statistics
+import time
+
+import torch
+
+
+def step_times(steps, device, *, budget=8.0, rounds=12):
+    """Median seconds of each callable in `steps` (name -> callable), taken in turn so that all meet the same noise."""
+    def timed(step):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for step in steps.values():
+        for _ in range(2):  # optimizer state, caches
+            timed(step)
+    times = {name: [] for name in steps}
+    end = time.perf_counter() + budget * len(steps)
+    for taken in range(rounds):
+        if taken >= 3 and time.perf_counter() > end:
+            break
+        for name, step in steps.items():
+            times[name].append(timed(step))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_memory(step, device):
+    """Bytes that one call of `step` has allocated at its worst moment, beyond what was there before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak

@@ -1,0 +1,202 @@
+"""Readers of the files that data sets come in. Every one returns tensors: images uint8 (N, C, H, W), labels int64."""
+import concurrent.futures
+import gzip
+import io
+import os
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+class DataError(ValueError):
+    """A data file is missing or is not what it should be; the message is one line for the user."""
+
+
+def pillow():
+    """PIL.Image, needed for image folders and JPEG alone."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise DataError('this data set needs Pillow to decode its images: pip install pillow') from None
+    return Image
+
+
+def find(folder, *names):
+    """The first of `names` that exists in `folder` or in a folder directly inside it."""
+    folder = Path(folder)
+    for name in names:
+        for path in (folder / name, *sorted(folder.glob(f"*/{name}"))):
+            if path.exists():
+                return path
+    raise DataError(f"no {' or '.join(names)} in {folder}")
+
+
+def read_idx(path):
+    """IDX file of bytes (MNIST's format), also gzipped -> uint8 array."""
+    raw = Path(path).read_bytes()
+    try:
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        zero, kind, rank = struct.unpack(">HBB", raw[:4])
+        shape = struct.unpack(f">{rank}I", raw[4:4 + 4 * rank])
+    except (OSError, EOFError, struct.error) as error:
+        raise DataError(f"{path} is not a complete IDX file ({error})") from None
+    if zero or kind != 8:
+        raise DataError(f"{path} is not an IDX file of bytes (it starts with {raw[:4].hex()})")
+    body = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
+    if body.size != np.prod(shape):
+        raise DataError(f"{path} is cut short: {np.prod(shape)} bytes expected for shape {shape}, got {body.size}")
+    return body.reshape(shape)
+
+
+def mnist(folder):
+    """Four IDX files, as distributed: (train images, labels), (test images, labels)."""
+    splits = []
+    for prefix in ("train", "t10k"):
+        arrays = [read_idx(find(folder, *(f"{prefix}-{part}{dot}{rank}-ubyte{suffix}" for dot in "-."
+                                          for suffix in ("", ".gz"))))
+                  for part, rank in (("images", "idx3"), ("labels", "idx1"))]
+        splits.append((torch.from_numpy(arrays[0].copy()).unsqueeze(1), torch.from_numpy(arrays[1].astype(np.int64))))
+    return splits
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles dicts, lists, bytes and NumPy arrays; anything else in the file is refused, never called."""
+
+    _ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+                ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
+
+    def find_class(self, module, name):
+        if (module, name) in self._ALLOWED:
+            return super().find_class(module.replace("numpy.core", "numpy._core") if hasattr(np, "_core") else module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
+
+
+def _cifar_pickle(path, label_key):
+    try:
+        with open(path, "rb") as file:
+            batch = _ArraysOnly(file, encoding="bytes").load()
+        return (np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32), np.asarray(batch[label_key], np.int64))
+    except (pickle.UnpicklingError, KeyError, ValueError, EOFError, AttributeError, ImportError, IndexError,
+            TypeError) as error:
+        raise DataError(f"{path} is not a CIFAR batch ({error})") from None
+
+
+def _cifar_binary(path, label_bytes):
+    raw = np.fromfile(path, np.uint8)
+    if raw.size == 0 or raw.size % (label_bytes + 3072):
+        raise DataError(f"{path} is not a CIFAR batch: {raw.size} bytes are no multiple of {label_bytes + 3072}")
+    rows = raw.reshape(-1, label_bytes + 3072)
+    return rows[:, label_bytes:].reshape(-1, 3, 32, 32), rows[:, label_bytes - 1].astype(np.int64)
+
+
+def cifar(folder, classes):
+    """CIFAR-10 or -100 from the python (torchvision) or the binary folder, or a folder that holds one of them."""
+    if classes == 10:
+        forms = {"python": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]),
+                 "binary": ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"])}
+        label_key, label_bytes = b"labels", 1
+    else:
+        forms = {"python": ("cifar-100-python", ["train"], ["test"]),
+                 "binary": ("cifar-100-binary", ["train.bin"], ["test.bin"])}
+        label_key, label_bytes = b"fine_labels", 2
+    for form, (name, train, test) in forms.items():
+        for base in (Path(folder) / name, Path(folder)):
+            if all((base / file).is_file() for file in train + test):
+                read = (lambda p: _cifar_pickle(p, label_key)) if form == "python" else (
+                    lambda p: _cifar_binary(p, label_bytes))
+                parts = [[read(base / file) for file in files] for files in (train, test)]
+                return [tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*part)) for part in parts]
+    wanted = " or ".join(name for name, _, _ in forms.values())
+    raise DataError(f"no complete {wanted} in {folder}")
+
+
+def cifar10_jpeg(folder):
+    """The JPEG copy of CIFAR-10: cifar10_train.npz and cifar10_test.npz, all images under one JPEG header."""
+    image = pillow()
+    splits = []
+    for name in ("cifar10_train.npz", "cifar10_test.npz"):
+        path = find(folder, name)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                header, body = file["header"].tobytes(), file["bytes"].tobytes()
+                offsets, labels = file["offsets"].tolist(), file["labels"].astype(np.int64)
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path} is not a copy of CIFAR-10 as JPEGs ({error})") from None
+        pixels = np.empty((len(labels), 3, 32, 32), np.uint8)
+        for i, (start, end) in enumerate(zip(offsets, offsets[1:])):
+            with image.open(io.BytesIO(header + body[start:end])) as picture:
+                pixels[i] = np.asarray(picture).transpose(2, 0, 1)
+        splits.append((torch.from_numpy(pixels), torch.from_numpy(labels)))
+    return splits
+
+
+class FolderImages:
+    """Images on disk, decoded when asked for: shorter side resized to `resize`, then its centre square."""
+
+    def __init__(self, paths, resize):
+        self.paths, self.resize = paths, resize
+        self.image = pillow()
+        self.workers = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, indices):
+        paths = [self.paths[i] for i in indices.tolist()]
+        return torch.stack(list(self.workers.map(self._decode, paths)))
+
+    def _decode(self, path):
+        try:
+            with self.image.open(path) as picture:
+                picture = picture.convert("RGB")
+        except OSError as error:
+            raise DataError(f"{path} cannot be decoded ({error})") from None
+        width, height = picture.size
+        if min(width, height) != self.resize:
+            scale = self.resize / min(width, height)
+            picture = picture.resize((max(self.resize, round(width * scale)), max(self.resize, round(height * scale))),
+                                     self.image.BILINEAR)
+        left, top = (picture.size[0] - self.resize) // 2, (picture.size[1] - self.resize) // 2
+        square = picture.crop((left, top, left + self.resize, top + self.resize))
+        return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1)
+
+
+def _images(folder):
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+
+
+def image_folder(folder, resize):
+    """train/<class>/... and val/<class>/..., classes in alphabetical order; Tiny ImageNet's annotated val/ too.
+
+    `folder` may also hold one folder with these two (imagenette2-160, tiny-imagenet-200).
+    """
+    train = find(folder, "train")
+    val = next((train.parent / name for name in ("val", "test") if (train.parent / name).is_dir()), None)
+    if val is None:
+        raise DataError(f"no val or test beside {train}")
+    classes = sorted(p.name for p in train.iterdir() if p.is_dir())
+    if not classes:
+        raise DataError(f"{train} must hold one folder a class, got none")
+    label = {name: i for i, name in enumerate(classes)}
+    samples = [(p, label[name]) for name in classes for p in _images(train / name)]
+    annotations = val / "val_annotations.txt"
+    if annotations.is_file():  # Tiny ImageNet: file name, class, box
+        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
+        held_out = [(val / "images" / name, label.get(kind)) for name, kind in rows]
+    else:
+        held_out = [(p, label.get(d.name)) for d in sorted(val.iterdir()) if d.is_dir() for p in _images(d)]
+    if any(kind is None for _, kind in held_out):
+        raise DataError(f"{val} has classes that {train} has not")
+    splits = []
+    for where, part in ((train, samples), (val, held_out)):
+        if not part:
+            raise DataError(f"no images in {where}")
+        paths, labels = zip(*part)
+        splits.append((FolderImages(list(paths), resize), torch.tensor(labels)))
+    return splits, len(classes)

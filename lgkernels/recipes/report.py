@@ -1,0 +1,63 @@
+"""What a run leaves behind: metrics.jsonl, curves.png, results.json, and the table on the screen."""
+import json
+
+from . import checkpoint
+
+
+def append_metrics(folder, record):
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def rewrite_metrics(folder, histories):
+    """On a resume: exactly the epochs that the checkpoints hold."""
+    lines = "".join(json.dumps(record) + "\n" for history in histories for record in history)
+    checkpoint.write_atomically(folder / "metrics.jsonl", lines.encode())
+
+
+def write_json(path, content):
+    checkpoint.write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def draw_curves(path, title, histories):
+    """Test (solid) and training (dashed) accuracy, and the classifier's training loss, over epochs, for each rule."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for i, (rule, history) in enumerate(histories.items()):
+        epochs = [record["epoch"] for record in history]
+        color = f"C{i}"
+        left.plot(epochs, [100 * r["test_accuracy"] for r in history], color=color, marker=".", label=f"{rule}, test")
+        left.plot(epochs, [100 * r["train_accuracy"] for r in history], color=color, linestyle="--",
+                  label=f"{rule}, training")
+        right.plot(epochs, [r["losses"][-1] if r["losses"][-1] is not None else float("nan") for r in history],
+                   color=color, marker=".", label=rule)
+    left.set(xlabel="epoch", ylabel="accuracy (%)", title=title)
+    right.set(xlabel="epoch", ylabel="training loss of the classifier", yscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)
+
+
+def _quantity(value):
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
+def table(results):
+    """Lines of the final table; `results`: rule -> figures of results.json."""
+    head = ("rule", "test accuracy", "ms/step", "samples/s", "step memory", "signal MACs/sample", "training")
+    rows = [(rule, f"{100 * r['test_accuracy']:.2f} %", f"{r['ms_per_step']:.1f}", f"{r['samples_per_second']:.0f}",
+             f"{r['peak_step_bytes'] / 2**20:.1f} MiB", _quantity(r["signal_macs"]), f"{r['train_seconds']:.0f} s")
+            for rule, r in results.items()]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+             for row in (head, *rows)]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
