@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m pytest bench -q`, `python -m bench.report`, `python -m bench.gpu_check --out DIR`."""

@@ -1,0 +1,74 @@
+"""What is measured: cases by preset. `smoke` is tiny (CI), `cpu` and `gpu` hold the shapes of the README's tables."""
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. `op` names the builder in `providers.py`; the other fields are read by it."""
+
+    op: str
+    batch: int
+    channels: int = 0  # input channels of a block, features of a 2-D activation
+    out_channels: int = 0
+    size: int = 0  # height and width
+    pool: int = 1
+    classes: int = 10
+    modulation: str = None
+    max_pool: bool = False
+    dtype: str = "float32"
+    channels_last: bool = False
+
+    @property
+    def name(self):
+        shape = [self.batch, self.channels, self.out_channels, self.size]
+        parts = ["x".join(str(n) for n in shape if n), f"pool{self.pool}", f"{self.classes}classes"]
+        parts += [self.modulation] if self.modulation else []
+        parts += ["maxpool"] if self.max_pool else []
+        parts += [self.dtype] + (["channels_last"] if self.channels_last else [])
+        return "-".join([self.op, *parts])
+
+    @property
+    def torch_dtype(self):
+        return getattr(torch, self.dtype)
+
+
+def block(batch, channels, out_channels, size, pool, classes, **more):
+    return Case("lls_block", batch, channels, out_channels, size, pool, classes, **more)
+
+
+_HALF = dict(dtype="bfloat16", channels_last=True)
+
+PRESETS = {
+    "smoke": [
+        Case("lls_loss", 8, 40, pool=40, classes=12),
+        Case("lls_loss", 4, 6, size=8, pool=2, modulation="matrix"),
+        block(4, 3, 8, 8, 4, 10),
+        Case("norm_act_pool", 4, 8, size=8, pool=2, max_pool=True),
+        Case("grad_preactivation_", 4, 8, size=8, pool=2),
+        Case("vgg8_step", 4, 3, size=16),
+    ],
+    "cpu": [
+        Case("lls_loss", 128, 1024, pool=1024, classes=100),
+        Case("lls_loss", 128, 1024, pool=1024, classes=100, modulation="matrix"),
+        Case("lls_loss", 32, 128, size=32, pool=4),
+        block(16, 64, 128, 32, 4, 10),
+        block(16, 128, 256, 32, 2, 10),
+        block(32, 256, 512, 8, 2, 100),
+        block(32, 512, 512, 4, 2, 100),
+        Case("norm_act_pool", 16, 256, size=32, pool=2),
+        Case("grad_preactivation_", 16, 256, size=32, pool=2),
+        Case("vgg8_step", 32, 3, size=32),
+    ],
+    "gpu": [
+        Case("norm_act_pool", 128, 256, size=32, pool=2, **_HALF),
+        Case("norm_act_pool", 128, 256, size=32, pool=2, max_pool=True, **_HALF),
+        Case("grad_preactivation_", 128, 256, size=32, pool=2, **_HALF),
+        Case("lls_loss", 128, 1024, pool=1024, classes=100),
+        Case("lls_loss", 128, 128, size=32, pool=4, dtype="bfloat16", channels_last=True),
+        block(128, 128, 256, 32, 2, 10, max_pool=True, **_HALF),
+        block(128, 256, 512, 8, 2, 100, **_HALF),
+        Case("vgg8_step", 128, 3, size=32, **_HALF),
+    ],
+}
