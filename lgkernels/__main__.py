@@ -33,8 +33,7 @@ def main(argv=None):
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     name, text = COMMANDS[command]
     module = importlib.import_module(name)
-    arguments = argparse.ArgumentParser(prog=f"python -m lgkernels {command}", description=text,
-                                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    arguments = argparse.ArgumentParser(prog=f"python -m lgkernels {command}", description=text)
     module.add_arguments(arguments)
     return module.main(arguments.parse_args(argv[1:]))
 
