@@ -77,6 +77,10 @@ using Release = py::call_guard<py::gil_scoped_release>;
 
 void bind_lls(py::module_& m) {
   m.def("lls_packed_signs", [] { return lls_kernels().packed_signs; });
+  m.def("lls_sign_layouts_size", &lgk::sign_layouts_size);
+  m.def("lls_sign_layouts", [](Address signs, int64_t rows, int64_t dim, Address out) {
+    lgk::sign_layouts(at<uint32_t>(signs), rows, dim, at<uint32_t>(out));
+  }, Release());
   m.def("lls_latents", [](Address a, int64_t b, int64_t c, int64_t h, int64_t w, bool channels_last, int dtype,
                           int64_t pool_rows, int64_t pool_columns, Address latents, int threads) {
     const Shape s(a, b, c, h, w, channels_last, dtype, pool_rows, pool_columns);
@@ -156,6 +160,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("version") = LGK_VERSION;
 #ifdef LGK_WITH_CUDA
   m.attr("has_cuda") = true;
+  m.attr("cuda_runtime") = LGK_CUDA_RUNTIME;  // 13000 for 13.0
   bind_cuda(m);
 #else
   m.attr("has_cuda") = false;

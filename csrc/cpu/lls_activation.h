@@ -329,6 +329,17 @@ inline int expand_grad(const Activation& out, const Axis& rows, const Axis& colu
     const Fold fold(rows, columns);
     Scratch scratch(gradient_scratch(out, rows, columns), threads);
     if (!scratch) return 1;
+    if (!out.channels_last && rows.pool == rows.size && columns.pool == columns.size) {  // every bin is one position
+      const int64_t size = channels * area;
+      parallel(out.batch, elements(out), threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t b = begin; b < end; ++b)
+          for (int64_t i = 0; i < size; i += V) {
+            const int64_t n = smaller(V, size - i), at = b * size + i;
+            store_some(static_cast<T*>(out.data) + at, load_some(grad + at, n) * scale[per_row ? b : 0], n);
+          }
+      });
+      return 0;
+    }
     const auto write = [](T* p, int64_t n, vf g) { store_some(p, g, n); };
     parallel(out.batch * groups, elements(out), threads, [&](int64_t begin, int64_t end, int thread) {
       float* segments = scratch.of(thread);

@@ -8,7 +8,7 @@
 
 namespace lgk::LGK_ISA {
 
-constexpr int64_t kSamples = 16;  // samples a block: the basis is read from the cache once for all of them
+constexpr int64_t kSamples = 16;  // samples a block at most: the basis is read from the cache once for all of them
 
 inline float inverse_norm(const float* x, int64_t dim, float eps, bool* below) {
   vf total[4] = {};
@@ -105,7 +105,8 @@ inline int64_t valid_rows(const Head& h) {
 // Products(h, thread) computes (count, K) similarities and (count, d) gradients for the basis in its form.
 template <class Products>
 inline int run_head(const Head& h, const Products& products, int threads) {
-  const int64_t blocks = (h.batch + kSamples - 1) / kSamples, classes = h.classes;
+  const int64_t even = (h.batch + threads - 1) / threads, size = even < 1 ? 1 : even < kSamples ? even : kSamples;
+  const int64_t blocks = (h.batch + size - 1) / size, classes = h.classes;
   const float divisor = h.mean ? static_cast<float>(valid_rows(h)) : 1.f;
   const float weight = 1 / (h.temperature * divisor);
   Scratch rows(h.none ? 0 : h.batch, 1), scratch(kSamples * (2 * classes + h.rows + 2), threads);
@@ -115,7 +116,7 @@ inline int run_head(const Head& h, const Products& products, int threads) {
     float *logits = scratch.of(thread), *spare = logits + kSamples * classes;
     float *grad_similarity = spare + kSamples * classes, *inverse = grad_similarity + kSamples * h.rows;
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t b = block * kSamples, count = smaller(kSamples, h.batch - b);
+      const int64_t b = block * size, count = smaller(size, h.batch - b);
       const float* x = h.x + b * h.dim;
       float* s = h.similarity + b * h.rows;
       bool below[kSamples] = {};

@@ -36,7 +36,7 @@ struct Head {
   const float* modulation;    // null, (classes) or (rows, classes)
   bool vector;                // modulation is (classes)
   const float* basis;         // (rows, dim), or null with
-  const uint32_t* signs;      // (rows, ceil(dim / 32)): bit j % 32 of word j / 32 set where basis < 0; column 0 is zero
+  const uint32_t* signs;      // the square basis as laid out by sign_layouts; column 0 is zero
   float temperature, smoothing, eps, basis_scale;
   bool normalize, zero_below_eps, hard_sigmoid, mean, none, compute_grad;
   int64_t ignore_index;
@@ -64,6 +64,11 @@ struct LlsKernels {
   int (*modulation_grad)(int64_t batch, int64_t rows, int64_t classes, bool vector, const float* similarity,
                          const float* grad_logits, const float* scale, bool per_row, float* out, int threads);
 };
+
+// (rows, ceil(dim / 32)) packed signs, bit j % 32 of word j / 32 set where negative, in the two orders that the products
+// read: out[w][row] = signs[row][w], rows padded to 16, then the transposed bits (ceil(rows / 32), dim padded to 16).
+int64_t sign_layouts_size(int64_t rows, int64_t dim);
+void sign_layouts(const uint32_t* signs, int64_t rows, int64_t dim, uint32_t* out);
 
 namespace base { extern const LlsKernels kernels; }
 namespace avx2 { extern const LlsKernels kernels; }

@@ -68,6 +68,17 @@ def latents(activation, pool_size):
     return out
 
 
+def _sign_layouts(signs, dim):
+    """`signs` in the orders that the kernels read, made once and kept on the (shared, constant) tensor."""
+    kept = getattr(signs, "_lgk_layouts", None)
+    if kept is None or kept[0] != signs._version:
+        rows = signs.shape[0]
+        layouts = torch.empty(_C.lls_sign_layouts_size(rows, dim), dtype=torch.int32)
+        _C.lls_sign_layouts(signs.contiguous().data_ptr(), rows, dim, layouts.data_ptr())
+        kept = signs._lgk_layouts = (signs._version, layouts)
+    return kept[1]
+
+
 def head(x, target, modulation, basis, *, num_classes, temperature, label_smoothing, normalize, eps,
          zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad):
     x = _float(x)
@@ -76,7 +87,7 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
     packed = basis.dtype == torch.int32
     if packed and not PACKED_BASIS:
         basis, packed = tables.unpack_signs(basis, dim), False
-    basis = basis if packed else _float(basis)
+    basis = _sign_layouts(basis, dim) if packed else _float(basis)
     target = target.to(torch.int64).contiguous()
     modulation = None if modulation is None else _float(modulation)
     value = torch.empty((batch,) if reduction == "none" else (), dtype=torch.float32)
