@@ -60,12 +60,13 @@ class Dataset:
     def _normalize(self, batch):
         return batch.float().div_(255).sub_(self.mean).div_(self.std)
 
-    def truncated(self, train, test):
-        """The first `train` and `test` samples of each split (None: all)."""
-        cut = [tuple(part[torch.arange(min(n, len(part)))] for part in split) if n else split
-               for split, n in ((self.train, train), (self.test, test))]
+    def truncated(self, count):
+        """The first `count` samples of each split (None: all)."""
         clone = object.__new__(Dataset)
-        clone.__dict__.update(self.__dict__, train=cut[0], test=cut[1])
+        clone.__dict__.update(self.__dict__)
+        if count is not None:
+            clone.train, clone.test = (
+                tuple(part[torch.arange(min(count, len(part)))] for part in split) for split in (self.train, self.test))
         return clone
 
 

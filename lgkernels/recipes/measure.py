@@ -1,5 +1,8 @@
 """What a training step costs: time, side by side for all rules, and peak memory."""
+import contextlib
+import os
 import statistics
+import sys
 import time
 
 import torch
@@ -36,7 +39,8 @@ def peak_memory(step, device):
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _quiet(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = peak = 0
@@ -44,3 +48,17 @@ def peak_memory(step, device):
         total += event.nbytes()
         peak = max(peak, total)
     return peak
+
+
+@contextlib.contextmanager
+def _quiet():
+    """The profiler's native code writes its start, stop and hints to standard error: drop that."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as sink:
+        os.dup2(sink.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

@@ -15,7 +15,7 @@ from . import checkpoint, data, loop, measure, models, report
 DEFAULTS = {
     "rule": "lls", "compare": [], "model": "smallconv", "data": "fashion-mnist", "data_dir": None,
     "augment": "basic", "epochs": 6, "batch_size": 128, "lr": None, "bp_lr": None, "optimizer": "adamw-schedule-free",
-    "seed": 0, "threads": None, "device": None, "amp": "none", "limit_train": None, "limit_test": None,
+    "seed": 0, "threads": None, "device": None, "amp": "none", "limit": None,
 }
 CHANGEABLE = ("epochs", "threads")  # what a resumed run may set anew
 NEEDED = ("tqdm", "matplotlib", "safetensors", "schedulefree")
@@ -49,8 +49,7 @@ def add_arguments(parser):
     option("--threads", "CPU threads; default: torch's", type=int)
     option("--device", "cpu, cuda, ...; default: cuda where there is one")
     option("--amp", "automatic mixed precision: none, bf16, fp16 (with gradient scaling)")
-    option("--limit-train", "use only the first samples of the training split", type=int)
-    option("--limit-test", "use only the first samples of the test split", type=int)
+    option("--limit", "use only the first so many samples of each split", type=int)
     option("--name", "folder of this run under --out; default: made of data, model and rule")
     parser.add_argument("--out", default="runs", help="where runs are kept (default: runs)")
     parser.add_argument("--resume", action="store_true", help="go on with the run --name, with its settings")
@@ -75,7 +74,7 @@ def _main(given):
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     dataset = data.load(settings["data"], settings["data_dir"], settings["augment"])
-    dataset = dataset.truncated(settings["limit_train"], settings["limit_test"])
+    dataset = dataset.truncated(settings["limit"])
     if len(dataset.train[1]) < settings["batch_size"]:
         raise UsageError(f"--batch-size {settings['batch_size']} exceeds the {len(dataset.train[1])} training samples")
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +118,7 @@ def _validate(settings):
     _one_of("data set", settings["data"], data.SOURCES)
     _one_of("optimizer", settings["optimizer"], loop.LEARNING_RATES)
     _one_of("amp", settings["amp"], ("none", "bf16", "fp16"))
-    for key in ("epochs", "batch_size", "threads", "limit_train", "limit_test", "lr", "bp_lr"):
+    for key in ("epochs", "batch_size", "threads", "limit", "lr", "bp_lr"):
         if settings[key] is not None and not settings[key] > 0:
             raise UsageError(f"--{key.replace('_', '-')} must be positive, got {settings[key]}")
     if settings["batch_size"] < 2:
