@@ -17,11 +17,12 @@ _measured, _ceilings = {}, {}
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
-    group.addoption("--preset", choices=["auto", *PRESETS], default="auto", help="auto: gpu where there is one, else cpu")
+    group.addoption("--preset", choices=["auto", *PRESETS], default="auto", help="auto: gpu if there is one, else cpu")
     group.addoption("--seconds", type=float, default=6.0, help="time for the rounds of one case")
     group.addoption("--min-rounds", type=int, default=5)
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out (it needs a compiler)")
-    group.addoption("--save", nargs="?", const="", metavar="PATH", help="merge results into bench/results/<device>.json")
+    group.addoption("--save", nargs="?", const="", metavar="PATH",
+                    help="merge results into PATH; default: bench/results/<device>.json")
     group.addoption("--huge-pages", action="store_true", help="CPU: again in a process with THP_MEM_ALLOC_ENABLE=1")
 
 
@@ -93,8 +94,8 @@ def ceilings(config):
 def compare(results, problem):
     for name in results.keys() & problem.truth.keys():
         truth = problem.truth[name].double()
-        error = (results[name].double() - truth).abs().max() / truth.abs().max().clamp_min(1e-30)
-        assert error <= problem.tolerance, f"{name}: relative error {float(error):.2e}, allowed {problem.tolerance:.0e}"
+        error = (results[name].double() - truth).norm() / truth.norm().clamp_min(1e-30)
+        assert error <= problem.tolerance, f"{name}: relative error {error:.2e}, allowed {problem.tolerance:.0e}"
 
 
 @pytest.fixture

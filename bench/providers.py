@@ -29,7 +29,7 @@ class Problem:
     providers: dict
     baseline: str
     truth: dict = field(default_factory=dict)
-    tolerance: float = 1e-4  # relative to the largest entry of the truth
+    tolerance: float = 1e-4  # of the relative error in norm
     copies: int = 1
     bytes: int = 0  # that the op has to move, at least
     flops: int = 0
@@ -81,7 +81,9 @@ def _autocast(case, device):
 
 
 def _tolerance(case):
-    return 1e-4 if case.dtype == "float32" else 5e-2
+    """Of a check before timing, not the tests': one value at the activation's kink, where rounding decides the slope,
+    moves a weight gradient by up to 1 %."""
+    return 2e-3 if case.dtype == "float32" else 5e-2
 
 
 # -- the authors' formulas ---------------------------------------------------------------------------------------
@@ -450,4 +452,4 @@ def vgg8_step(case, device, compiled):
     providers["bp, checkpointing"] = bp(wrap=_Checkpointed)
     wide = local([layer.double() for layer in blocks("lls", "reference")], x.double())
     truth = wide(0) if case.dtype == "float32" else {}
-    return Problem(providers, "bp", truth, 1e-3)
+    return Problem(providers, "bp", truth, _tolerance(case))

@@ -75,7 +75,7 @@ def losses(rows):
     return found
 
 
-def _rates(row):
+def rates(row):
     parts = []
     if "gb_s" in row:
         parts.append(f"{row['gb_s']:.0f} GB/s, {100 * row['fraction_of_copy']:.0f} % of copy")
@@ -102,11 +102,11 @@ def markdown(data):
             baseline = next(iter(providers.values()))["baseline"]
             pages = huge.get(name, {})
             header = ["provider", "ms", f"/ {baseline}", "rate", "peak MB"]
-            header += [f"ms, huge pages", f"/ {baseline}"] if pages else []
+            header += ["ms, huge pages", f"/ {baseline}"] if pages else []
             lines += ["", f"**{_shape(next(iter(providers.values())))}**", "",
                       "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
             for provider, row in sorted(providers.items(), key=lambda item: item[1]["median_ms"]):
-                cells = [provider, _number(row["median_ms"]), f"{row['ratio']:.2f}", _rates(row),
+                cells = [provider, _number(row["median_ms"]), f"{row['ratio']:.2f}", rates(row),
                          _number(row["peak_bytes"] / 1e6)]
                 if pages:
                     other = pages.get(provider)
