@@ -234,7 +234,7 @@ def test_float16_gradient_does_not_underflow(impl):
     half.norm.float()
     half(x.half(), target)[1].backward()
     error = (half.layer.weight.grad.double() - exact).norm() / exact.norm()
-    assert error < 0.03, f"relative error {error:.2e}"
+    assert error < 0.08, f"relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("case", [dict(modulation=None), dict(modulation="matrix", waveform="cosine")], ids=label)

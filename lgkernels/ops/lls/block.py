@@ -41,6 +41,11 @@ def _bin_areas(size, pool_size, device):
     return torch.tensor([h * w for h in height for w in width], dtype=torch.float32, device=device)
 
 
+@lru_cache(maxsize=16)
+def _one(device):
+    return torch.ones((), device=device)
+
+
 def _batch_stats(kernels, z, bias, running_mean, running_var, momentum, eps, wide):
     if running_mean is None or running_mean.dtype == wide:
         return kernels.batch_stats(z, bias, running_mean, running_var, momentum, eps)
@@ -97,5 +102,5 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
             grad_weight = grad_weight.div_(scale)
     grad_modulation = loss.new_empty(0)
     if needs_modulation:
-        grad_modulation = kernels.modulation_grad(similarity, grad_logits, modulation.dim() == 1, loss.new_ones(()))
+        grad_modulation = kernels.modulation_grad(similarity, grad_logits, modulation.dim() == 1, _one(loss.device))
     return out, loss, grad_weight, grad_gamma, grad_beta, grad_modulation
