@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 
 #include "lgk/launch.h"
 #include "lgk/lls_cuda.h"
@@ -14,30 +15,91 @@ namespace py = pybind11;
 namespace {
 
 using Address = std::uintptr_t;
+using Addresses = std::array<Address, 4>;
+using Shape = std::array<int64_t, 8>;
 
 template <typename T>
 T* pointer(Address address) { return reinterpret_cast<T*>(address); }
 float* floats(Address address) { return pointer<float>(address); }
 
 // (batch, channels, height, width, pool rows, pool columns, channels_last, dtype code)
-lgk::Image image(const std::array<int64_t, 8>& v) {
+lgk::Image image(const Shape& v) {
   return {v[0], static_cast<int>(v[1]), static_cast<int>(v[2]), static_cast<int>(v[3]), static_cast<int>(v[4]),
           static_cast<int>(v[5]), v[6] != 0, static_cast<int>(v[7])};
 }
 
 // Addresses of mean, rstd, gamma, beta
-lgk::Norm norm(const std::array<Address, 4>& v, float slope) {
+lgk::Norm norm(const Addresses& v, float slope) {
   return {floats(v[0]), floats(v[1]), floats(v[2]), floats(v[3]), slope};
 }
 
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  m.def("lls_norm_act_pool",
-        [](std::array<int64_t, 8> shape, std::array<Address, 4> parameters, float slope, Address z, bool max_pool,
-           Address out, Address latents, Address s1, Address s2, Address stream) {
-          return lgk::lls_norm_act_pool(image(shape), norm(parameters, slope), pointer<void>(z), max_pool,
-                                        pointer<void>(out), floats(latents), floats(s1), floats(s2),
-                                        pointer<void>(stream));
-        });
+  m.def("cuda_error_string", [](int status) { return std::string(lgk::status_string(status)); });
+  m.def("cuda_runtime_version", &lgk::runtime_version, "e.g. 13000; 0 where the kernels run on the CPU executor");
+  m.def("cuda_driver_version", &lgk::driver_version, "newest runtime that the driver supports; 0 without a driver");
+
+  m.def("lls_batch_stats_splits", [](Shape shape) { return lgk::lls_batch_stats_splits(image(shape)); });
+  m.def("lls_batch_stats", [](Shape shape, Address z, Address bias, Address running_mean, Address running_var,
+                              float momentum, float eps, Address mean, Address rstd, Address scratch, Address stream) {
+    return lgk::lls_batch_stats(image(shape), pointer<void>(z), floats(bias), floats(running_mean),
+                                floats(running_var), momentum, eps, floats(mean), floats(rstd), floats(scratch),
+                                pointer<void>(stream));
+  });
+  m.def("lls_norm_act_pool", [](Shape shape, Addresses parameters, float slope, Address z, bool max_pool, Address out,
+                                Address latents, Address s1, Address s2, Address stream) {
+    return lgk::lls_norm_act_pool(image(shape), norm(parameters, slope), pointer<void>(z), max_pool, pointer<void>(out),
+                                  floats(latents), floats(s1), floats(s2), pointer<void>(stream));
+  });
+  m.def("lls_norm_grads", [](int64_t batch, int channels, int bins, Address grad_latents, Address s1, Address s2,
+                             Address area, Address grad_gamma, Address grad_beta, Address stream) {
+    return lgk::lls_norm_grads(batch, channels, bins, floats(grad_latents), floats(s1), floats(s2), floats(area),
+                               floats(grad_gamma), floats(grad_beta), pointer<void>(stream));
+  });
+  m.def("lls_grad_preactivation", [](Shape shape, Addresses parameters, float slope, Address z, Address grad_latents,
+                                     Address grad_gamma, Address grad_beta, float scale, Address stream) {
+    return lgk::lls_grad_preactivation(image(shape), norm(parameters, slope), pointer<void>(z), floats(grad_latents),
+                                       floats(grad_gamma), floats(grad_beta), scale, pointer<void>(stream));
+  });
+  m.def("lls_expand_grad", [](Shape shape, Address grad_latents, Address scale, bool scale_per_row, Address out,
+                              Address stream) {
+    return lgk::lls_expand_grad(image(shape), floats(grad_latents), floats(scale), scale_per_row, pointer<void>(out),
+                                pointer<void>(stream));
+  });
+  m.def("lls_linear_norm_act_pool", [](int64_t batch, int features, int pool, int dtype, Addresses parameters,
+                                       float slope, Address z, Address out, Address latents, Address stream) {
+    return lgk::lls_linear_norm_act_pool(batch, features, pool, dtype, norm(parameters, slope), pointer<void>(z),
+                                         pointer<void>(out), floats(latents), pointer<void>(stream));
+  });
+  m.def("lls_linear_grad_preactivation", [](int64_t batch, int features, int pool, int dtype, Addresses parameters,
+                                            float slope, Address z, Address grad_latents, float scale,
+                                            Address grad_gamma, Address grad_beta, Address stream) {
+    return lgk::lls_linear_grad_preactivation(batch, features, pool, dtype, norm(parameters, slope), pointer<void>(z),
+                                              floats(grad_latents), scale, floats(grad_gamma), floats(grad_beta),
+                                              pointer<void>(stream));
+  });
+
+  py::class_<lgk::Head>(m, "LlsHead")
+      .def(py::init([](int64_t batch, int dim, int rows, int classes, bool packed_basis, int modulation, int loss,
+                       int reduction, float temperature, float label_smoothing, float eps, float basis_scale,
+                       bool normalize, bool zero_gradient_below_eps, bool compute_grad, int64_t ignore_index) {
+        return lgk::Head{batch, dim, rows, classes, packed_basis, modulation, loss, reduction, temperature,
+                         label_smoothing, eps, basis_scale, normalize, zero_gradient_below_eps, compute_grad,
+                         ignore_index};
+      }));
+  m.def("lls_head_scratch", &lgk::lls_head_scratch);
+  m.def("lls_head", [](const lgk::Head& head, Address x, Address target, Address modulation, Address basis,
+                       Address loss, Address row_loss, Address grad_latents, Address similarity, Address grad_logits,
+                       Address scratch, Address stream) {
+    return lgk::lls_head(head, floats(x), pointer<int64_t>(target), floats(modulation), pointer<void>(basis),
+                         floats(loss), floats(row_loss), floats(grad_latents), floats(similarity),
+                         floats(grad_logits), floats(scratch), pointer<void>(stream));
+  });
+  m.def("lls_modulation_grad", [](int64_t batch, int rows, int classes, bool vector, Address similarity,
+                                  Address grad_logits, Address scale, bool scale_per_row, Address grad,
+                                  Address stream) {
+    return lgk::lls_modulation_grad(batch, rows, classes, vector, floats(similarity), floats(grad_logits),
+                                    floats(scale), scale_per_row, floats(grad), pointer<void>(stream));
+  });
 }

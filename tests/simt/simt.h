@@ -37,6 +37,20 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 
+using std::max;
+using std::min;
+
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
@@ -289,6 +303,9 @@ inline uint32_t vote(Wait wait, uint32_t mask, bool predicate, int line) {
 
 namespace lgk {
 inline int launch_status() { return 0; }
+inline const char* status_string(int status) { return status == 1 ? "invalid argument" : "unknown"; }
+inline int runtime_version() { return 0; }
+inline int driver_version() { return 0; }
 }  // namespace lgk
 
 #define LGK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \

@@ -14,21 +14,11 @@ namespace lgk {
 
 LGK_DEVICE float to_float(float value) { return value; }
 
+LGK_DEVICE float to_float(bf16 value) { return __uint_as_float(static_cast<uint32_t>(value.bits) << 16); }
 #if defined(LGK_SIMT)
-inline float float_of_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline uint32_t bits_of_float(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-inline float to_float(bf16 value) { return float_of_bits(uint32_t{value.bits} << 16); }
-inline float to_float(f16 value) {
+LGK_DEVICE float to_float(f16 value) {
   const float magnitude = (value.bits & 0x7c00) == 0x7c00
-                              ? float_of_bits(0x7f800000u | (value.bits & 0x3ffu) << 13)
+                              ? __uint_as_float(0x7f800000u | (value.bits & 0x3ffu) << 13)
                               : std::ldexp(static_cast<float>((value.bits & 0x3ff) | (value.bits & 0x7c00 ? 0x400 : 0)),
                                            std::max(value.bits >> 10 & 31, 1) - 25);
   return value.bits & 0x8000 ? -magnitude : magnitude;
@@ -39,13 +29,13 @@ template <>
 inline float from_float<float>(float value) { return value; }
 template <>
 inline bf16 from_float<bf16>(float value) {
-  const uint32_t bits = bits_of_float(value);
+  const uint32_t bits = __float_as_uint(value);
   if (value != value) return bf16{static_cast<uint16_t>(bits >> 16 | 0x40)};
   return bf16{static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 template <>
 inline f16 from_float<f16>(float value) {
-  const uint32_t bits = bits_of_float(value);
+  const uint32_t bits = __float_as_uint(value);
   const uint16_t sign = bits >> 16 & 0x8000;
   const float magnitude = std::fabs(value);
   if (value != value) return f16{static_cast<uint16_t>(sign | 0x7e00)};
@@ -56,7 +46,6 @@ inline f16 from_float<f16>(float value) {
   return f16{static_cast<uint16_t>(sign | (units + ((exponent + 14) << 10)))};
 }
 #else
-LGK_DEVICE float to_float(bf16 value) { return __uint_as_float(static_cast<uint32_t>(value.bits) << 16); }
 LGK_DEVICE float to_float(f16 value) { return __half2float(__ushort_as_half(value.bits)); }
 template <typename T>
 LGK_DEVICE T from_float(float value);
@@ -108,7 +97,8 @@ inline bool is_aligned(const void* pointer, int bytes) { return reinterpret_cast
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
-LGK_DEVICE float warp_sum(float value) {
+template <typename Value>
+LGK_DEVICE Value warp_sum(Value value) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
   return value;
@@ -131,6 +121,8 @@ inline int power_of_two_from(int64_t value, int largest) {
   return power;
 }
 
+constexpr int kInvalidArgument = 1;  // cudaErrorInvalidValue
+
 // Calls f(element of the type that `dtype` names) and returns its status.
 template <typename F>
 int with_dtype(int dtype, F&& f) {
@@ -138,7 +130,7 @@ int with_dtype(int dtype, F&& f) {
     case kFloat32: return f(float{});
     case kBFloat16: return f(bf16{});
     case kFloat16: return f(f16{});
-    default: return 1;  // cudaErrorInvalidValue
+    default: return kInvalidArgument;
   }
 }
 

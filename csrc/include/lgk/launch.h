@@ -17,6 +17,15 @@
 
 namespace lgk {
 inline int launch_status() { return static_cast<int>(cudaGetLastError()); }
+inline const char* status_string(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+inline int runtime_version() {
+  int version = 0;
+  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
+}
+inline int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
 }  // namespace lgk
 #endif
 

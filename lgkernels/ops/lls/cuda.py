@@ -57,23 +57,136 @@ def _norm(mean, rstd, gamma, beta):
     return tensors, [t.data_ptr() for t in tensors]
 
 
+def _new(like, *shape):
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def latents(activation, pool_size):
+    dense, channels_last = _dense(activation)
+    identity, slope = [0, 0, 0, 0], 1.0
+    if activation.dim() == 2:
+        result = _new(dense, activation.shape[0], pool_size)
+        _call("linear_norm_act_pool", dense.device, *dense.shape, pool_size, _DTYPES[dense.dtype], identity, slope,
+              _address(dense), 0, _address(result))
+        return result
+    result = _new(dense, activation.shape[0], activation.shape[1] * pool_size**2)
+    _call("norm_act_pool", dense.device, _image(dense, channels_last, pool_size), identity, slope, _address(dense),
+          False, 0, _address(result), 0, 0)
+    return result
+
+
+_LOSSES = {"cross_entropy": 0, "hard_sigmoid_mse": 1}
+_REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+
+
+def head(x, target, modulation, basis, *, num_classes, temperature, label_smoothing, normalize, eps,
+         zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad):
+    x, modulation, target = _float(x), _float(modulation), target.contiguous()
+    packed = basis.dtype == torch.int32
+    basis = basis.contiguous() if packed else _float(basis)
+    (batch, dim), rows = x.shape, basis.shape[0]
+    problem = native.cuda_entries().LlsHead(
+        batch, dim, rows, num_classes, packed, 0 if modulation is None else modulation.dim(), _LOSSES[loss],
+        _REDUCTIONS[reduction], temperature, label_smoothing, eps, basis_scale, normalize, zero_gradient_below_eps,
+        compute_grad, ignore_index)
+    row_loss, similarity = _new(x, batch), _new(x, batch, rows)
+    value = row_loss if reduction == "none" else _new(x)
+    grad_latents, grad_logits = (_new(x, *((batch, n) if compute_grad else (0,))) for n in (dim, num_classes))
+    scratch = native.cuda_entries().lls_head_scratch(problem)
+    scratch = _new(x, scratch) if scratch else None
+    _call("head", x.device, problem, *map(_address, (x, target, modulation, basis, value, row_loss, grad_latents,
+                                                     similarity, grad_logits, scratch)))
+    return value, grad_latents, similarity, grad_logits
+
+
+def modulation_grad(similarity, grad_logits, vector, scale):
+    similarity, grad_logits, scale = _float(similarity), _float(grad_logits), _float(scale)
+    (batch, rows), classes = similarity.shape, grad_logits.shape[1]
+    grad = _new(similarity, *((classes,) if vector else (rows, classes)))
+    _call("modulation_grad", grad.device, batch, rows, classes, vector, _address(similarity), _address(grad_logits),
+          _address(scale), scale.dim() == 1, _address(grad))
+    return grad
+
+
+def expand_grad(grad_latents, scale, out, pool_size):
+    grad_latents, scale = _float(grad_latents), _float(scale)
+    channels_last = out.dim() == 4 and not out.is_contiguous()
+    if out.dim() == 2:  # one channel, one row, the features as columns
+        image = out.shape[0], 1, 1, out.shape[1], 1, pool_size, False, _DTYPES[out.dtype]
+    else:
+        image = _image(out, channels_last, pool_size)
+    _call("expand_grad", out.device, image, _address(grad_latents), _address(scale), scale.dim() == 1, _address(out))
+    return out
+
+
+# -- the pieces of the fused block ------------------------------------------------------------------------------
+
+def batch_stats(z, bias, running_mean, running_var, momentum, eps):
+    dense, channels_last = _dense(z)
+    image = _image(dense, channels_last, 1)
+    channels, bias = z.shape[1], _float(bias)
+    mean, rstd = _new(z, channels), _new(z, channels)
+    scratch = _new(z, 3, native.cuda_entries().lls_batch_stats_splits(image), channels)
+    running = [_float(t) for t in (running_mean, running_var)]
+    _call("batch_stats", z.device, image, _address(dense), _address(bias), *map(_address, running), momentum, eps,
+          _address(mean), _address(rstd), _address(scratch))
+    for theirs, ours in zip((running_mean, running_var), running):
+        if theirs is not ours:
+            theirs.copy_(ours)
+    return mean, rstd
+
+
 def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_pool, compute_grad):
     parameters, addresses = _norm(mean, rstd, gamma, beta)
     dense, channels_last = _dense(z)
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=z.device)  # noqa: E731
     if z.dim() == 2:
-        out, latents = torch.empty_like(dense), new(z.shape[0], pool_size)
+        out, result = torch.empty_like(dense), _new(z, z.shape[0], pool_size)
         _call("linear_norm_act_pool", z.device, *z.shape, pool_size, _DTYPES[z.dtype], addresses, negative_slope,
-              _address(dense), _address(out), _address(latents))
-        return out, latents, new(0), new(0)
+              _address(dense), _address(out), _address(result))
+        return out, result, _new(z, 0), _new(z, 0)
     batch, channels, height, width = z.shape
     size = (height // 2, width // 2) if max_pool else (height, width)
     out = torch.empty((batch, channels, *size), dtype=z.dtype, device=z.device,
                       memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    latents, *sums = (new(batch, channels * pool_size**2) for _ in range(3 if compute_grad else 1))
-    s1, s2 = sums or (new(0), new(0))
-    _call("norm_act_pool", z.device, _image(z, channels_last, pool_size), addresses, negative_slope, _address(dense),
-          max_pool, _address(out), _address(latents), _address(s1), _address(s2))
-    if channels_last and z.is_contiguous():
-        out = out.contiguous()
-    return out, latents, s1, s2
+    result, *sums = (_new(z, batch, channels * pool_size**2) for _ in range(3 if compute_grad else 1))
+    s1, s2 = sums or (_new(z, 0), _new(z, 0))
+    _call("norm_act_pool", z.device, _image(dense, channels_last, pool_size), addresses, negative_slope,
+          _address(dense), max_pool, _address(out), _address(result), _address(s1), _address(s2))
+    return (out.contiguous() if z.is_contiguous() else out), result, s1, s2
+
+
+def norm_grads(grad_latents, s1, s2, channels, area):
+    grad_latents, area = _float(grad_latents), _float(area)
+    grad_gamma, grad_beta = _new(s1, channels), _new(s1, channels)
+    _call("norm_grads", s1.device, grad_latents.shape[0], channels, area.numel(),
+          *map(_address, (grad_latents, s1, s2, area, grad_gamma, grad_beta)))
+    return grad_gamma, grad_beta
+
+
+def _in_place(z, run):
+    """`run(dense, channels_last)` overwrites z, or a dense copy of it that is copied back."""
+    dense, channels_last = _dense(z)
+    result = run(dense, channels_last)
+    if dense.data_ptr() != z.data_ptr():
+        z.copy_(dense)
+    return result
+
+
+def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size,
+                        scale):
+    parameters, addresses = _norm(mean, rstd, gamma, beta)
+    grads = [_float(t) for t in (grad_latents, grad_gamma, grad_beta)]
+    _in_place(z, lambda dense, channels_last: _call(
+        "grad_preactivation", z.device, _image(dense, channels_last, pool_size), addresses, negative_slope,
+        _address(dense), *map(_address, grads), scale))
+    return z
+
+
+def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, pool_size, scale):
+    parameters, addresses = _norm(mean, rstd, gamma, beta)
+    grad_latents = _float(grad_latents)
+    grad_gamma, grad_beta = _new(z, z.shape[1]), _new(z, z.shape[1])
+    _in_place(z, lambda dense, _: _call(
+        "linear_grad_preactivation", z.device, *z.shape, pool_size, _DTYPES[z.dtype], addresses, negative_slope,
+        _address(dense), _address(grad_latents), scale, _address(grad_gamma), _address(grad_beta)))
+    return grad_gamma, grad_beta

@@ -1,0 +1,342 @@
+// LLS head: from latents to the local loss and its gradients, one block per few samples.
+//
+//   s = basis_scale Phi x / max(|x|, eps),  z = s | m s | s M,  v = z / temperature
+//   L = cross entropy with label smoothing of v, or mean of (hard_sigmoid(v) - onehot)^2
+//   g_z = dL/dz,  g_s = g_z | m g_z | g_z M^T,  g = basis_scale Phi^T g_s
+//   dL/dx = (g - x / |x| <g_s, s>) / |x|;  g / eps or 0 where |x| < eps
+//
+// Phi is a float table, or the sign bits of the square wave: bit j % 32 of word j / 32 is 1 where the entry is -1, and
+// column 0 is zero. A block keeps its samples' latents in shared memory where they fit.
+#include "lgk/lls_device.h"
+
+namespace lgk {
+namespace {
+
+constexpr int kWarps = kThreads / 32;
+constexpr int kManySamples = 4;      // samples of a block when there are enough of them to fill the GPU
+constexpr int64_t kManyRows = 1024;
+constexpr int64_t kMaxBlocks = 1024;
+
+LGK_DEVICE float flip_sign(float value, uint32_t sign_bit) {
+  return __uint_as_float(__float_as_uint(value) ^ (sign_bit & 0x80000000u));
+}
+
+// Sum over the block in `reduce` (kWarps values); every thread gets it.
+template <typename Value>
+LGK_DEVICE Value block_sum(Value value, Value* reduce) {
+  value = warp_sum(value);
+  __syncthreads();  // `reduce` may still be read
+  if (threadIdx.x % 32 == 0) reduce[threadIdx.x / 32] = value;
+  __syncthreads();
+  Value sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) sum += reduce[warp];
+  return sum;
+}
+
+// The divisor of the loss: rows that are not ignored, or 1.
+LGK_DEVICE float loss_divisor(const Head& p, const int64_t* target, float* reduce) {
+  if (p.reduction != kMean) return 1.0f;
+  int valid = 0;
+  for (int64_t b = threadIdx.x; b < p.batch; b += kThreads) valid += target[b] != p.ignore_index;
+  return static_cast<float>(block_sum(valid, reinterpret_cast<int*>(reduce)));
+}
+
+// One warp: the loss of one sample from its logits z, and g_z in their place.
+LGK_DEVICE float sample_loss(const Head& p, int64_t target, float divisor, float* z) {
+  const int lane = threadIdx.x % 32;
+  const bool valid = target != p.ignore_index;
+  const float classes = static_cast<float>(p.classes), unit = p.temperature * divisor;
+  float loss = 0.0f;
+  if (p.loss == kCrossEntropy) {
+    float largest = -INFINITY;
+    for (int c = lane; c < p.classes; c += 32) largest = fmaxf(largest, z[c] / p.temperature);
+    largest = warp_max(largest);
+    float sum = 0.0f;
+    for (int c = lane; c < p.classes; c += 32) sum += expf(z[c] / p.temperature - largest);
+    sum = warp_sum(sum);
+    const float log_sum = logf(sum), smooth = p.label_smoothing / classes;
+    for (int c = lane; c < p.classes; c += 32) {
+      const float shifted = z[c] / p.temperature - largest;
+      const float q = smooth + (c == target ? 1.0f - p.label_smoothing : 0.0f);
+      loss += q * (log_sum - shifted);
+      z[c] = valid ? (expf(shifted) / sum - q) / unit : 0.0f;
+    }
+  } else {
+    for (int c = lane; c < p.classes; c += 32) {
+      const float sigmoid = fminf(fmaxf(z[c] / p.temperature / 4.0f + 0.5f, 0.0f), 1.0f);
+      const float difference = sigmoid - (c == target ? 1.0f : 0.0f);
+      loss += difference * difference / classes;
+      z[c] = valid ? difference * (2.0f / classes) / unit : 0.0f;
+    }
+  }
+  loss = warp_sum(loss);
+  return valid ? loss : 0.0f;
+}
+
+struct HeadOutputs {
+  float *row_loss, *grad_latents, *similarity, *grad_logits;
+};
+
+// SAMPLES rows a block; the basis is read once for all of them. `workspace` holds what does not fit into shared memory.
+template <int SAMPLES, bool PACKED>
+__global__ void __launch_bounds__(kThreads)
+head(Head p, bool stage_x, const float* __restrict__ x, const int64_t* __restrict__ target,
+     const float* __restrict__ modulation, const void* __restrict__ basis, HeadOutputs out, float* workspace) {
+  [[maybe_unused]] constexpr int kUnroll = SAMPLES == 1 ? 4 : 1;
+  LGK_DYNAMIC_SHARED(float, shared);  // reduce (kWarps); s, z, g_s of each sample unless in `workspace`; x if staged
+  float* const reduce = shared;
+  const int sample_floats = 2 * p.rows + p.classes;
+  float* const work = workspace == nullptr ? shared + kWarps
+                                           : workspace + int64_t{blockIdx.x} * SAMPLES * sample_floats;
+  float* const staged = shared + kWarps + (workspace == nullptr ? SAMPLES * sample_floats : 0);
+  float* const s = work;                            // (SAMPLES, rows)
+  float* const grad_s = work + SAMPLES * p.rows;    // (SAMPLES, rows)
+  float* const z = grad_s + SAMPLES * p.rows;       // (SAMPLES, classes)
+  const float* const table = static_cast<const float*>(basis);
+  const uint32_t* const signs = static_cast<const uint32_t*>(basis);
+  const int words = (p.dim + 31) / 32, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const float divisor = loss_divisor(p, target, reduce);
+
+  for (int64_t first = int64_t{blockIdx.x} * SAMPLES; first < p.batch; first += int64_t{gridDim.x} * SAMPLES) {
+    // Samples beyond the batch repeat its last row and are not stored.
+    const int samples = static_cast<int>(min(int64_t{SAMPLES}, p.batch - first));
+    const float* row[SAMPLES];
+    float norm[SAMPLES], inverse[SAMPLES];
+#pragma unroll
+    for (int r = 0; r < SAMPLES; ++r) {
+      const float* const source = x + (first + min(r, samples - 1)) * p.dim;
+      row[r] = stage_x ? staged + int64_t{r} * p.dim : source;
+      float square = 0.0f;
+      for (int j = threadIdx.x; j < p.dim; j += kThreads) {
+        const float value = source[j];
+        if (stage_x) staged[int64_t{r} * p.dim + j] = value;
+        square += value * value;
+      }
+      norm[r] = sqrtf(block_sum(square, reduce));
+      inverse[r] = p.normalize ? 1.0f / fmaxf(norm[r], p.eps) : 1.0f;
+    }
+    __syncthreads();
+
+    for (int k = warp; k < p.rows; k += kWarps) {
+      float dot[SAMPLES] = {};
+      if (PACKED) {
+#pragma unroll kUnroll
+        for (int word = 0; word < words; ++word) {
+          const int j = word * 32 + lane;
+          const uint32_t sign = signs[int64_t{k} * words + word] << (31 - lane);
+          if (j == 0 || j >= p.dim) continue;
+#pragma unroll
+          for (int r = 0; r < SAMPLES; ++r) dot[r] += flip_sign(row[r][j], sign);
+        }
+      } else {
+#pragma unroll kUnroll
+        for (int j = lane; j < p.dim; j += 32) {
+          const float phi = table[int64_t{k} * p.dim + j];
+#pragma unroll
+          for (int r = 0; r < SAMPLES; ++r) dot[r] = fmaf(row[r][j], phi, dot[r]);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < SAMPLES; ++r) {
+        const float value = warp_sum(dot[r]) * inverse[r] * p.basis_scale;
+        if (lane == 0) {
+          s[r * p.rows + k] = value;
+          if (r < samples) out.similarity[(first + r) * p.rows + k] = value;
+        }
+      }
+    }
+    __syncthreads();
+
+    for (int k = threadIdx.x; k < SAMPLES * p.classes; k += kThreads) {
+      const int r = k / p.classes, c = k % p.classes;
+      float value = 0.0f;
+      if (p.modulation == kMatrixModulation) {
+        for (int row_k = 0; row_k < p.rows; ++row_k)
+          value = fmaf(s[r * p.rows + row_k], modulation[int64_t{row_k} * p.classes + c], value);
+      } else {
+        value = s[r * p.rows + c] * (p.modulation == kVectorModulation ? modulation[c] : 1.0f);
+      }
+      z[k] = value;
+    }
+    __syncthreads();
+
+    if (warp < samples) {
+      const float loss = sample_loss(p, target[first + warp], divisor, z + warp * p.classes);
+      if (lane == 0) out.row_loss[first + warp] = loss;
+    }
+    __syncthreads();
+    if (!p.compute_grad) continue;
+
+    for (int k = threadIdx.x; k < samples * p.classes; k += kThreads) out.grad_logits[first * p.classes + k] = z[k];
+    for (int k = warp; k < SAMPLES * p.rows; k += kWarps) {
+      const int r = min(k / p.rows, samples - 1), row_k = k % p.rows;
+      float value = 0.0f;
+      if (p.modulation == kMatrixModulation) {
+        for (int c = lane; c < p.classes; c += 32)
+          value = fmaf(z[r * p.classes + c], modulation[int64_t{row_k} * p.classes + c], value);
+        value = warp_sum(value);
+      } else {
+        value = z[r * p.classes + row_k] * (p.modulation == kVectorModulation ? modulation[row_k] : 1.0f);
+      }
+      if (lane == 0) grad_s[k] = value;
+    }
+    __syncthreads();
+
+    float rho[SAMPLES];  // <x / |x|, g>: a dot product over the rows, not a second pass over x
+#pragma unroll
+    for (int r = 0; r < SAMPLES; ++r) {
+      float partial = 0.0f;
+      for (int k = threadIdx.x; k < p.rows; k += kThreads) partial = fmaf(grad_s[r * p.rows + k], s[r * p.rows + k], partial);
+      rho[r] = block_sum(partial, reduce);
+    }
+    for (int j = threadIdx.x; j < p.dim; j += kThreads) {
+      float g[SAMPLES] = {};
+      if (!PACKED) {
+#pragma unroll kUnroll
+        for (int k = 0; k < p.rows; ++k) {
+          const float phi = table[int64_t{k} * p.dim + j];
+#pragma unroll
+          for (int r = 0; r < SAMPLES; ++r) g[r] = fmaf(grad_s[r * p.rows + k], phi, g[r]);
+        }
+      } else if (j > 0) {
+#pragma unroll kUnroll
+        for (int k = 0; k < p.rows; ++k) {
+          const uint32_t sign = signs[int64_t{k} * words + j / 32] << (31 - j % 32);
+#pragma unroll
+          for (int r = 0; r < SAMPLES; ++r) g[r] += flip_sign(grad_s[r * p.rows + k], sign);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < SAMPLES; ++r) {
+        if (r >= samples) continue;
+        const float grad = g[r] * p.basis_scale;
+        float value = grad;
+        if (p.normalize)
+          value = norm[r] >= p.eps            ? (grad - row[r][j] * inverse[r] * rho[r]) * inverse[r]
+                  : p.zero_gradient_below_eps ? 0.0f
+                                              : grad / p.eps;
+        out.grad_latents[(first + r) * p.dim + j] = value;
+      }
+    }
+    __syncthreads();  // shared memory is free for the next samples
+  }
+}
+
+// One block: the mean or sum of the rows' losses, in a fixed order.
+__global__ void __launch_bounds__(kThreads)
+reduce_loss(Head p, const int64_t* __restrict__ target, const float* __restrict__ row_loss, float* loss) {
+  LGK_DYNAMIC_SHARED(float, reduce);
+  const float divisor = loss_divisor(p, target, reduce);
+  float sum = 0.0f;
+  for (int64_t b = threadIdx.x; b < p.batch; b += kThreads) sum += row_loss[b];
+  sum = block_sum(sum, reduce);
+  if (threadIdx.x == 0) *loss = sum / divisor;
+}
+
+struct Plan {
+  int samples;
+  bool stage_x, work_in_shared;
+  int64_t blocks, shared_bytes, work_floats;
+};
+
+Plan plan(const Head& p) {
+  Plan best{};
+  for (int samples : {kManySamples, 1}) {
+    if (samples > 1 && p.batch < kManyRows) continue;
+    const int64_t work = int64_t{samples} * (2 * int64_t{p.rows} + p.classes), staged = int64_t{samples} * p.dim;
+    const int64_t room = kMaxShared / static_cast<int64_t>(sizeof(float)) - kWarps;
+    const bool work_in_shared = work <= room, stage_x = (work_in_shared ? work : 0) + staged <= room;
+    if (samples > 1 && !(work_in_shared && stage_x)) continue;
+    const int64_t blocks = std::min(ceil_div<int64_t>(p.batch, samples), kMaxBlocks);
+    const int64_t floats = kWarps + (work_in_shared ? work : 0) + (stage_x ? staged : 0);
+    best = Plan{samples, stage_x, work_in_shared, blocks, floats * static_cast<int64_t>(sizeof(float)), work * blocks};
+    break;
+  }
+  return best;
+}
+
+// Matrix: block (16, 16) computes a tile of s^T (scale g), walking over the batch through shared memory.
+constexpr int kTile = 16;
+
+__global__ void __launch_bounds__(kTile* kTile)
+modulation_grad_matrix(int64_t batch, int rows, int classes, const float* __restrict__ similarity,
+                       const float* __restrict__ grad_logits, const float* __restrict__ scale, bool scale_per_row,
+                       float* __restrict__ grad) {
+  LGK_DYNAMIC_SHARED(float, shared);  // (2, kTile, kTile)
+  const int tx = threadIdx.x, ty = threadIdx.y;
+  const int c = blockIdx.x * kTile + tx, k = blockIdx.y * kTile + ty, load_k = blockIdx.y * kTile + tx;
+  float* const s = shared;
+  float* const g = shared + kTile * kTile;
+  float sum = 0.0f;
+  for (int64_t first = 0; first < batch; first += kTile) {
+    const int64_t b = first + ty;
+    s[ty * kTile + tx] = b < batch && load_k < rows ? similarity[b * rows + load_k] : 0.0f;
+    g[ty * kTile + tx] = b < batch && c < classes ? grad_logits[b * classes + c] * scale[scale_per_row ? b : 0] : 0.0f;
+    __syncthreads();
+#pragma unroll
+    for (int row = 0; row < kTile; ++row) sum = fmaf(s[row * kTile + ty], g[row * kTile + tx], sum);
+    __syncthreads();
+  }
+  if (k < rows && c < classes) grad[int64_t{k} * classes + c] = sum;
+}
+
+__global__ void __launch_bounds__(kThreads)
+modulation_grad_vector(int64_t batch, int classes, const float* __restrict__ similarity,
+                       const float* __restrict__ grad_logits, const float* __restrict__ scale, bool scale_per_row,
+                       float* __restrict__ grad) {
+  LGK_DYNAMIC_SHARED(float, partial);  // (kWarps, 32)
+  const int c = blockIdx.x * 32 + threadIdx.x;
+  float sum = 0.0f;
+  if (c < classes)
+    for (int64_t b = threadIdx.y; b < batch; b += kWarps)
+      sum += grad_logits[b * classes + c] * scale[scale_per_row ? b : 0] * similarity[b * classes + c];
+  partial[threadIdx.y * 32 + threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || c >= classes) return;
+  sum = 0.0f;
+  for (int y = 0; y < kWarps; ++y) sum += partial[y * 32 + threadIdx.x];
+  grad[c] = sum;
+}
+
+}  // namespace
+
+int64_t lls_head_scratch(const Head& p) {
+  const Plan chosen = plan(p);
+  return chosen.work_in_shared ? 0 : chosen.work_floats;
+}
+
+int lls_head(const Head& p, const float* x, const int64_t* target, const float* modulation, const void* basis,
+             float* loss, float* row_loss, float* grad_latents, float* similarity, float* grad_logits, float* scratch,
+             void* stream) {
+  if (p.batch > 0) {
+    const Plan chosen = plan(p);
+    const HeadOutputs out{row_loss, grad_latents, similarity, grad_logits};
+    float* const workspace = chosen.work_in_shared ? nullptr : scratch;
+    const dim3 grid(chosen.blocks), block(kThreads);
+    const auto kernel = chosen.samples == 1 ? (p.packed_basis ? head<1, true> : head<1, false>)
+                                            : (p.packed_basis ? head<kManySamples, true> : head<kManySamples, false>);
+    LGK_LAUNCH(kernel, grid, block, chosen.shared_bytes, stream, p, chosen.stage_x, x, target, modulation, basis, out,
+               workspace);
+    const int status = launch_status();
+    if (status != 0 || p.reduction == kNone) return status;
+  }
+  if (p.reduction == kNone) return 0;
+  LGK_LAUNCH(reduce_loss, dim3(1), dim3(kThreads), kWarps * sizeof(float), stream, p, target, row_loss, loss);
+  return launch_status();
+}
+
+int lls_modulation_grad(int64_t batch, int rows, int classes, bool vector, const float* similarity,
+                        const float* grad_logits, const float* scale, bool scale_per_row, float* grad, void* stream) {
+  if (vector) {
+    LGK_LAUNCH(modulation_grad_vector, dim3(ceil_div(classes, 32)), dim3(32, kWarps), kThreads * sizeof(float), stream,
+               batch, classes, similarity, grad_logits, scale, scale_per_row, grad);
+  } else {
+    LGK_LAUNCH(modulation_grad_matrix, dim3(ceil_div(classes, kTile), ceil_div(rows, kTile)), dim3(kTile, kTile),
+               2 * kTile * kTile * sizeof(float), stream, batch, rows, classes, similarity, grad_logits, scale,
+               scale_per_row, grad);
+  }
+  return launch_status();
+}
+
+}  // namespace lgk
