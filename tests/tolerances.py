@@ -31,8 +31,9 @@ def _scale(truth, per_row):
     return truth.abs().max()
 
 
-def assert_accurate(name, got, torch_same_dtype, truth, length, *, per_row=False):
-    """`got` and `torch_same_dtype` have the kernel's output dtype, `truth` is float64; `length` is K of the bound."""
+def assert_accurate(name, got, torch_same_dtype, truth, length, *, per_row=False, rounding=None):
+    """`got` and `torch_same_dtype` have the kernel's output dtype, `truth` is float64; `length` is K of the bound;
+    `rounding` is the dtype of values on the way (a half pre-activation) where it is coarser than the output's."""
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, reference {tuple(truth.shape)}"
     assert got.dtype == torch_same_dtype.dtype, f"{name}: dtype {got.dtype}, reference {torch_same_dtype.dtype}"
     if truth.numel() == 0:
@@ -52,7 +53,7 @@ def assert_accurate(name, got, torch_same_dtype, truth, length, *, per_row=False
         rival = rival.flatten(1).amax(1).reshape(scale.shape)
     else:
         rival = rival.max()
-    bound = SAME_DTYPE_FACTOR * rival + C * torch.finfo(got.dtype).eps * math.sqrt(max(length, 1)) * scale
+    bound = SAME_DTYPE_FACTOR * rival + C * torch.finfo(rounding or got.dtype).eps * math.sqrt(max(length, 1)) * scale
     excess = (own - bound).max()
     assert excess <= 0, (f"{name}: error {own.max():.3e}, bound {bound.max():.3e} "
                          f"(torch's own error {rival.max():.3e}, largest entry {scale.max():.3e})")

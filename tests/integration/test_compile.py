@@ -1,0 +1,96 @@
+"""torch.compile(fullgraph=True) over every op: forward and backward as eager, and no storm of recompilations."""
+import copy
+import shutil
+
+import pytest
+import torch
+
+import lgkernels.functional as LF
+from tests.nn.blocks import CONV, LINEAR, make
+from tests.ops.lls_problems import modulation, randn, targets
+from tests.tolerances import assert_relative
+
+pytestmark = pytest.mark.unpoisoned
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=["aot_eager", "inductor"])
+def compiler(request):
+    if request.param == "inductor" and not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler")
+    return request.param
+
+
+def step(function, tensors):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    function(*leaves).backward()
+    return [t.grad for t in leaves]
+
+
+@pytest.mark.parametrize("kind", ["none", "matrix"])
+def test_loss_inside_a_graph(compiler, impl, kind):
+    if compiler == "inductor" and impl in ("triton", "reference"):
+        pytest.skip("one backend is enough for inductor: the op is opaque to it")
+    m = [] if kind == "none" else [modulation(kind, 6, 6)]
+    target = targets(3, 6)
+
+    def function(weight, *m):
+        h = torch.tanh(source @ weight)
+        return LF.lls_loss(h, target, *m, num_classes=6, pool_size=4, impl=impl) * 3 + h.square().mean()
+    source, weight = randn(3, 5), randn(5, 8, seed=1)
+    eager = step(function, [weight, *m])
+    compiled = step(torch.compile(function, fullgraph=True, backend=compiler), [weight, *m])
+    for a, b in zip(compiled, eager):
+        assert_relative("gradient", a, b, 1e-5)
+
+
+@pytest.mark.parametrize("case", [dict(CONV, modulation="matrix", max_pool=True), LINEAR], ids=["conv", "linear"])
+def test_block(compiler, impl, case):
+    if compiler == "inductor" and (impl in ("triton", "reference") or "features" in case):
+        pytest.skip("one backend and block are enough for inductor: the op is opaque to it")
+    block, x, target = make(case, impl)
+    eager = copy.deepcopy(block)
+    compiled = torch.compile(block, fullgraph=True, backend=compiler)
+    for i in range(2):
+        out, loss = compiled(x, target)
+        loss.backward()
+        expected, expected_loss = eager(x, target)
+        expected_loss.backward()
+    assert_relative("out", out, expected, 1e-6)
+    assert_relative("loss", loss, expected_loss, 1e-6)
+    for (name, p), q in zip(block.named_parameters(), eager.parameters()):
+        assert (p.grad is None) == (q.grad is None) or name == "layer.bias"
+        if q.grad is not None and name != "layer.bias":
+            assert_relative(name, p.grad, q.grad, 1e-5)
+    for (name, p), q in zip(block.named_buffers(), eager.buffers()):
+        assert_relative(name, p.float(), q.float(), 1e-6)
+
+
+def test_a_changing_batch_size_compiles_at_most_once_more(impl):
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=count)
+    def function(activation, target):
+        return LF.lls_loss(activation, target, num_classes=6, pool_size=2, impl=impl)
+    block, _, _ = make(CONV, impl)
+    compiled = torch.compile(block, fullgraph=True, backend=count)
+    for batch in (3, 5, 7, 9, 4):
+        activation, target = randn(batch, 2, 4, 4).requires_grad_(), targets(batch, 6)
+        loss = function(activation, target)
+        loss.backward()
+        assert_relative("loss", loss, LF.lls_loss(activation, target, num_classes=6, pool_size=2, impl=impl), 1e-6)
+    assert len(graphs) <= 2
+    graphs.clear()
+    for batch in (3, 5, 7, 9, 4):
+        compiled(randn(batch, 3, 8, 8), targets(batch, 10))[1].backward()
+    assert len(graphs) <= 2
