@@ -18,9 +18,10 @@ SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_44
 # float32 accumulators of that size still fit the registers.
 _TILES = {arch: (2048, 4) for arch in SHARED_MEMORY}
 
-# Matrix products: (BLOCK_M, BLOCK_K, BLOCK_D, warps, stages), largest first. M samples, K basis rows, D latents.
+# Matrix products: (three block sizes, warps, stages), largest first. M samples, K basis rows, D latents, N columns.
 _SIMILARITY = ((64, 64, 64, 4, 3), (16, 128, 64, 4, 3), (16, 64, 64, 4, 3), (16, 32, 128, 4, 3), (16, 16, 128, 4, 3))
 _LATENT_GRAD = ((64, 32, 64, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3))
+_PRODUCT = ((16, 64, 32, 4, 3), (16, 16, 32, 4, 3))
 _MODULATION_GRAD = ((32, 64, 64, 4, 3), (32, 32, 32, 4, 3), (32, 16, 16, 4, 3))
 
 
@@ -48,16 +49,20 @@ def _first(candidates, arch, wanted):
 
 
 def _tile(sizes, dtype, arch):
-    """Tile (positions, channels) with at least 128 bytes along the contiguous axis."""
-    positions, channels, channels_last = sizes
-    elements, warps = (1 << 14, 1) if arch == "interpret" else _TILES[arch]
-    run = elements if arch == "interpret" else 256 // dtype.itemsize
+    """Tile (positions, planes) with at least 256 bytes along the contiguous axis where the tensor has them."""
+    positions, planes, channels_last, pooled = sizes
+    if arch == "interpret":
+        block_p = min(positions, 1 << 12)
+        return {"BLOCK_P": block_p, "BLOCK_C": min(planes, (1 << 14) // block_p), "num_warps": 1}
+    elements, warps = _TILES[arch]
+    elements = elements // 2 if pooled else elements  # a group of four positions is live at once
+    run = 256 // dtype.itemsize
     if channels_last:
-        block_c = min(channels, run)
+        block_c = min(planes, run)
         block_p = min(positions, elements // block_c)
     else:
-        block_p = min(positions, max(run, elements // channels))
-        block_c = min(channels, elements // block_p)
+        block_p = min(positions, run)
+        block_c = min(planes, elements // block_p, 256)
     return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
 
 
@@ -80,14 +85,21 @@ def _similarity(sizes, dtype, arch):
 
 
 def _loss_rows(sizes, dtype, arch):
-    """Rows of K (and C) values live in registers. With a matrix, 16 rows share each load of it."""
-    batch, rows, classes, matrix = sizes
+    """A row of classes lives in registers."""
+    batch, classes = sizes
     if arch == "interpret":
-        return {"BLOCK_B": min(batch, 128), "BLOCK_K": rows, "BLOCK_C": classes, "num_warps": 1, "num_stages": 1}
-    if not matrix:
-        return {"BLOCK_B": 1, "BLOCK_K": rows, "BLOCK_C": classes, "num_warps": 1 if rows <= 256 else 4, "num_stages": 1}
-    warps = 4 if classes <= 128 else 8 if classes <= 512 else 16
-    return {"BLOCK_B": 16, "BLOCK_K": 16, "BLOCK_C": max(classes, 16), "num_warps": warps, "num_stages": 1}
+        return {"BLOCK_B": min(batch, 128), "BLOCK_C": classes, "num_warps": 1}
+    return {"BLOCK_B": 1, "BLOCK_C": classes, "num_warps": 1 if classes <= 256 else 4}
+
+
+def _product(sizes, dtype, arch):
+    """(batch, columns) = (batch, inner) times a modulation matrix."""
+    batch, columns, inner = sizes
+    if arch == "interpret":
+        m, n, k, warps, stages = min(batch, 128), min(columns, 256), min(inner, 256), 1, 1
+    else:
+        m, n, k, warps, stages = _first(_PRODUCT, arch, lambda m, n, k: n <= columns or n == 16)
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
 
 
 def _latent_grad(sizes, dtype, arch):
@@ -119,7 +131,8 @@ def _norm_grads(sizes, dtype, arch):
 _SELECT = {
     "norm_act_pool": _tile, "grad_preactivation": _tile, "expand_grad": _tile, "batch_stats": _tile,
     "linear_pool": _rows, "linear_expand": _rows, "linear_grad": _rows,
-    "similarity": _similarity, "loss_rows": _loss_rows, "latent_grad": _latent_grad,
+    "similarity": _similarity, "logits": _product, "loss_rows": _loss_rows, "grad_similarity": _product,
+    "latent_grad": _latent_grad,
     "modulation_grad": _modulation_grad, "norm_grads": _norm_grads,
 }
 

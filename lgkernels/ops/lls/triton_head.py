@@ -1,10 +1,12 @@
-"""Triton kernels of the head: latents x (B, d) and basis Phi (K, d) to loss and gradients, in three launches.
+"""Triton kernels of the head: latents x (B, d) and basis Phi (K, d) to loss and gradients.
 
-    similarity    partial x Phi^T and |x|^2 of each slice of d     grid (samples, rows, slices)
-    loss_rows     s, logits, loss, dL/dlogits, dL/ds, rho          grid (samples)
-    latent_grad   dL/dx = (dL/ds Phi - xhat * rho) / |x|           grid (samples, latents); sums the loss
+    similarity        partial x Phi^T and |x|^2 of each slice of d     programs: samples, rows, slices
+    loss_rows         s, logits, loss, dL/dlogits, dL/ds, rho          programs: samples
+    latent_grad       dL/dx = (dL/ds Phi - xhat * rho) / |x|           programs: samples, latents; sums the loss
 
-The partial sums are added in a fixed order. Phi is float32, or the bit-packed signs of the square waveform.
+With a modulation matrix M two more, before and after loss_rows: `logits`, s M, and `grad_similarity`, dL/dlogits M^T.
+rho = <dL/ds, s> = <dL/dlogits, logits> in every mode. The partial sums are added in a fixed order. Phi is float32, or
+the bit-packed signs of the square waveform.
 """
 import triton
 import triton.language as tl
@@ -17,14 +19,15 @@ from ..common.dot import dot
 def _basis(basis, k, start, K, d, PACKED: tl.constexpr, BLOCK_D: tl.constexpr):
     """Phi[k, start : start + BLOCK_D] in float32. Past the last column the value is finite, whatever it is."""
     j = start + tl.arange(0, BLOCK_D)
-    if not PACKED:
+    if PACKED:
+        word = start // 32 + tl.arange(0, BLOCK_D // 32)
+        words = tl.load(basis + offset(k, tl.cdiv(d, 32))[:, None] + word[None, :],
+                        mask=(k < K)[:, None] & (word * 32 < d)[None, :], other=0)
+        negative = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+        signs = tl.reshape(1.0 - 2.0 * negative.to(tl.float32), (k.shape[0], BLOCK_D))
+        return tl.where(j[None, :] == 0, 0.0, signs)  # sin(0) = 0: the only zero
+    else:
         return tl.load(basis + offset(k, d)[:, None] + j[None, :], mask=(k < K)[:, None] & (j < d)[None, :], other=0.0)
-    word = start // 32 + tl.arange(0, BLOCK_D // 32)
-    words = tl.load(basis + offset(k, tl.cdiv(d, 32))[:, None] + word[None, :],
-                    mask=(k < K)[:, None] & (word * 32 < d)[None, :], other=0)
-    negative = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    signs = tl.reshape(1.0 - 2.0 * negative.to(tl.float32), (k.shape[0], BLOCK_D))
-    return tl.where(j[None, :] == 0, 0.0, signs)  # sin(0) = 0: the only zero
 
 
 @triton.jit(do_not_specialize=["B", "ignore_index", "slices"])
@@ -50,8 +53,8 @@ def similarity_kernel(x, basis, target, partial, count, B, d, K, slices, ignore_
         tl.store(row + K, squares, mask=m < B)
     if pid == 0:
         valid = tl.zeros((1024,), tl.int32)
-        for start in range(0, B, 1024):
-            b = start + tl.arange(0, 1024)
+        for first in range(0, B, 1024):
+            b = first + tl.arange(0, 1024)
             valid += (tl.load(target + b, mask=b < B, other=ignore_index) != ignore_index).to(tl.int32)
         tl.store(count, tl.sum(valid, 0).to(tl.float32))
 
@@ -66,40 +69,82 @@ def _sum_slices(partial, b, k, B, width, slices):
     return total
 
 
-@triton.jit(do_not_specialize=["B", "ignore_index", "slices"])
-def loss_rows_kernel(partial, target, modulation, count, similarity, grad_logits, grad_similarity, rows, losses, B, K,
-                     C, slices, temperature, smoothing, eps, basis_scale, ignore_index, VECTOR: tl.constexpr,
-                     MATRIX: tl.constexpr, NORMALIZE: tl.constexpr, CROSS_ENTROPY: tl.constexpr, MEAN: tl.constexpr,
-                     GRAD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-                     BLOCK_C: tl.constexpr):
-    """s = basis_scale * (x Phi^T) / max(|x|, eps); logits s, s * m or s M; losses[b]; dL/dlogits and dL/ds;
-    rows[0] = |x|, rows[1] = rho = <dL/ds, s>. Without a matrix K = C and BLOCK_K covers them all."""
-    b = indices(program_id(0), BLOCK_B)
-    squares = tl.zeros((BLOCK_B,), tl.float32)
+@triton.jit
+def _norms(partial, b, B, width, slices, eps, basis_scale, NORMALIZE: tl.constexpr):
+    """|x| and the factor that turns x Phi^T into s: basis_scale, over max(|x|, eps) with NORMALIZE."""
+    squares = tl.zeros((b.shape[0],), tl.float32)
     for slice in range(slices):
-        squares += tl.load(partial + offset(offset(slice + tl.zeros_like(b), B) + b, K + 1) + K, mask=b < B, other=0.0)
+        squares += tl.load(partial + offset(offset(slice + tl.zeros_like(b), B) + b, width) + (width - 1), mask=b < B,
+                           other=0.0)
     norm = tl.sqrt(squares)
-    factor = tl.zeros((BLOCK_B,), tl.float32) + tl.cast(basis_scale, tl.float32)
+    factor = tl.zeros_like(norm) + tl.cast(basis_scale, tl.float32)
     if NORMALIZE:
         factor = factor / tl.maximum(norm, tl.cast(eps, tl.float32))
-    c = tl.arange(0, BLOCK_C)
-    inside = (b < B)[:, None] & (c < C)[None, :]
-    if MATRIX:
-        z = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-        for start in range(0, K, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            s = _sum_slices(partial, b, k, B, K + 1, slices) * factor[:, None]
+    return norm, factor
+
+
+@triton.jit(do_not_specialize=["B", "K", "slices"])
+def logits_kernel(partial, modulation, similarity, logits, rows, B, K, C, slices, eps, basis_scale,
+                  NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr):
+    """logits = s M for a block of classes; the first block also writes s and rows[0] = |x|."""
+    pid = program_id(0)
+    blocks = tl.cdiv(C, BLOCK_N)
+    b, c = indices(pid // blocks, BLOCK_M), indices(pid % blocks, BLOCK_N)
+    norm, factor = _norms(partial, b, B, K + 1, slices, eps, basis_scale, NORMALIZE)
+    if pid % blocks == 0:
+        tl.store(rows + b, norm, mask=b < B)
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        s = _sum_slices(partial, b, k, B, K + 1, slices) * factor[:, None]
+        if pid % blocks == 0:
             tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=(b < B)[:, None] & (k < K)[None, :])
-            matrix = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :],
-                             other=0.0)
-            z = dot(s, matrix, z, PRECISION)
+        matrix = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :],
+                         other=0.0)
+        z = dot(s, matrix, z, PRECISION)
+    tl.store(logits + offset(b, C)[:, None] + c[None, :], z, mask=(b < B)[:, None] & (c < C)[None, :])
+
+
+@triton.jit(do_not_specialize=["B", "K"])
+def grad_similarity_kernel(grad_logits, modulation, grad_similarity, B, K, C, PRECISION: tl.constexpr,
+                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """dL/ds = dL/dlogits M^T for a block of basis rows."""
+    pid = program_id(0)
+    blocks = tl.cdiv(K, BLOCK_N)
+    b, k = indices(pid // blocks, BLOCK_M), indices(pid % blocks, BLOCK_N)
+    grad_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, C, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
+        grad_z = tl.load(grad_logits + offset(b, C)[:, None] + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :],
+                         other=0.0)
+        matrix = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :],
+                         other=0.0)
+        grad_s = dot(grad_z, tl.trans(matrix), grad_s, PRECISION)
+    tl.store(grad_similarity + offset(b, K)[:, None] + k[None, :], grad_s, mask=(b < B)[:, None] & (k < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["B", "C", "ignore_index", "slices"])
+def loss_rows_kernel(partial, target, vector, logits, count, similarity, grad_logits, grad_similarity, rows, losses,
+                     B, C, slices, temperature, smoothing, eps, basis_scale, ignore_index, NORMALIZE: tl.constexpr,
+                     CROSS_ENTROPY: tl.constexpr, MEAN: tl.constexpr, GRAD: tl.constexpr, BLOCK_B: tl.constexpr,
+                     BLOCK_C: tl.constexpr):
+    """losses[b], dL/dlogits, rows[1] = rho. The logits are given (matrix), or computed here: s, or s * vector; then
+    this also writes s, rows[0] = |x| and, with a vector, dL/ds = dL/dlogits * vector."""
+    b, c = indices(program_id(0), BLOCK_B), tl.arange(0, BLOCK_C)
+    at = offset(b, C)[:, None] + c[None, :]
+    inside = (b < B)[:, None] & (c < C)[None, :]
+    if logits is not None:
+        z = tl.load(logits + at, mask=inside, other=0.0)
     else:
-        s = _sum_slices(partial, b, c, B, K + 1, slices) * factor[:, None]
-        tl.store(similarity + offset(b, K)[:, None] + c[None, :], s, mask=inside)
-        z = s
-        if VECTOR:
-            vector = tl.load(modulation + c, mask=c < C, other=0.0)[None, :]
-            z = s * vector
+        norm, factor = _norms(partial, b, B, C + 1, slices, eps, basis_scale, NORMALIZE)
+        z = _sum_slices(partial, b, c, B, C + 1, slices) * factor[:, None]
+        tl.store(similarity + at, z, mask=inside)
+        if vector is not None:
+            m = tl.load(vector + c, mask=c < C, other=0.0)[None, :]
+            z = z * m
+        if GRAD:
+            tl.store(rows + b, norm, mask=b < B)
 
     v = z / tl.cast(temperature, tl.float32)
     label = tl.load(target + b, mask=b < B, other=ignore_index)
@@ -123,25 +168,10 @@ def loss_rows_kernel(partial, target, modulation, count, similarity, grad_logits
         if MEAN:
             divisor = divisor * tl.load(count)
         grad_z = tl.where(valid[:, None] & inside, grad_v / divisor, 0.0)
-        tl.store(grad_logits + offset(b, C)[:, None] + c[None, :], grad_z, mask=inside)
-        if MATRIX:
-            rho = tl.zeros((BLOCK_B,), tl.float32)
-            for start in range(0, K, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                matrix = tl.load(modulation + offset(k, C)[:, None] + c[None, :],
-                                 mask=(k < K)[:, None] & (c < C)[None, :], other=0.0)
-                grad_s = dot(grad_z, tl.trans(matrix), tl.zeros((BLOCK_B, BLOCK_K), tl.float32), PRECISION)
-                tl.store(grad_similarity + offset(b, K)[:, None] + k[None, :], grad_s,
-                         mask=(b < B)[:, None] & (k < K)[None, :])
-                rho += tl.sum(grad_s * (_sum_slices(partial, b, k, B, K + 1, slices) * factor[:, None]), 1)
-        else:
-            grad_s = grad_z
-            if VECTOR:
-                grad_s = grad_z * vector
-                tl.store(grad_similarity + offset(b, K)[:, None] + c[None, :], grad_s, mask=inside)
-            rho = tl.sum(grad_s * s, 1)
-        tl.store(rows + b, norm, mask=b < B)
-        tl.store(rows + B + b, rho, mask=b < B)
+        tl.store(grad_logits + at, grad_z, mask=inside)
+        if vector is not None:
+            tl.store(grad_similarity + at, grad_z * m, mask=inside)
+        tl.store(rows + B + b, tl.sum(grad_z * z, 1), mask=b < B)
 
 
 @triton.jit

@@ -44,18 +44,26 @@ def _cover(size, pool):
     return _widest(pool, size)
 
 
+def _cover2(shape, pool):
+    return max(_cover(shape[2], pool), _cover(shape[3], pool))
+
+
 def _bin_layout(shape, pool_size, channels_last, window):
-    """`(RUN, largest number of positions of a bin)`; columns of a bin come in aligned runs of RUN."""
+    """`(RUN, largest number of positions of a bin)`. RUN > 1 where bins tile the map exactly and the columns of each
+    come in aligned runs of RUN contiguous elements."""
     height, width = shape[2:]
     run = 1
-    if not channels_last and width % pool_size == 0 and window == 1:
+    if not channels_last and window == 1 and height % pool_size == 0 and width % pool_size == 0:
         bin_width = width // pool_size
         run = min(bin_width & -bin_width, _LONGEST_RUN)
     return run, _blocks(_widest(height, pool_size), window) * _blocks(_widest(width, pool_size), window)
 
 
-def _exact(shape, pool_size):
-    return shape[2] % pool_size == 0 and shape[3] % pool_size == 0
+def _planes(tensor):
+    planes = tensor.shape[0] * tensor.shape[1]
+    if planes >= 2**31:
+        raise ValueError(f"batch * channels must be below 2^31, got {planes}: split the batch")
+    return planes
 
 
 def _pool(z, stats, negative_slope, pool_size, window, grad):
@@ -70,11 +78,11 @@ def _pool(z, stats, negative_slope, pool_size, window, grad):
     if grad:
         s1, s2 = torch.empty_like(latents), torch.empty_like(latents)
     run, positions = _bin_layout(z.shape, pool_size, channels_last, window)
-    config = _config("norm_act_pool", (positions, C, channels_last), z)
-    programs = B * pool_size**2 * _blocks(C, config["BLOCK_C"])
+    config = _config("norm_act_pool", (positions, B * C, channels_last, window > 1), z)
+    programs = pool_size**2 * _blocks(_planes(z), config["BLOCK_C"])
     if programs:
         launch(triton_norm.norm_act_pool_kernel, programs, z.device, z, out, latents, s1, s2, *(stats or (None,) * 4),
-               negative_slope, C, H, W, pool_size, NORM=bool(stats), GRAD=grad, WINDOW=window,
+               negative_slope, B, C, H, W, pool_size, NORM=bool(stats), GRAD=grad, WINDOW=window,
                CHANNELS_LAST=channels_last, RUN=run, **config)
     return out, latents, s1, s2
 
@@ -119,7 +127,7 @@ def batch_stats(z, bias, running_mean, running_var, momentum, eps):
         return mean, rstd
     count = z.numel() // C
     outer, inner = (1, count) if channels_last else (z.shape[0], count // z.shape[0])
-    config = _config("batch_stats", (inner, C, channels_last), z)
+    config = _config("batch_stats", (inner, C, channels_last, False), z)
     channel_blocks = _blocks(C, config["BLOCK_C"])
     splits = min(outer * _blocks(inner, config["BLOCK_P"]), 128, _blocks(1024, channel_blocks))
     partial = torch.empty((splits, 3, C), dtype=torch.float32, device=z.device)
@@ -154,13 +162,23 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
     launch(triton_head.similarity_kernel, programs * slices, x.device, x, basis, target, partial, count, B, d, K,
            slices, ignore_index, PACKED=packed, PRECISION=precision, **config)
 
+    logits = None
+    if matrix:
+        logits = new(B, C)
+        config = _config("logits", (B, C, K), x)
+        launch(triton_head.logits_kernel, _blocks(B, config["BLOCK_M"]) * _blocks(C, config["BLOCK_N"]), x.device,
+               partial, modulation, similarity, logits, rows, B, K, C, slices, float(eps), float(basis_scale),
+               NORMALIZE=normalize, PRECISION=precision, **config)
     grad_similarity = (new(B, K) if vector or matrix else grad_logits) if compute_grad else None
-    config = _config("loss_rows", (B, K, C, matrix), x)
-    launch(triton_head.loss_rows_kernel, _blocks(B, config["BLOCK_B"]), x.device, partial, target, modulation, count,
-           similarity, grad_logits, grad_similarity, rows, losses, B, K, C, slices, float(temperature),
-           float(label_smoothing), float(eps), float(basis_scale), ignore_index, VECTOR=vector, MATRIX=matrix,
-           NORMALIZE=normalize, CROSS_ENTROPY=loss == "cross_entropy", MEAN=mean, GRAD=compute_grad,
-           PRECISION=precision, **config)
+    config = _config("loss_rows", (B, C), x)
+    launch(triton_head.loss_rows_kernel, _blocks(B, config["BLOCK_B"]), x.device, partial, target,
+           modulation if vector else None, logits, count, similarity, grad_logits, grad_similarity, rows, losses, B, C,
+           slices, float(temperature), float(label_smoothing), float(eps), float(basis_scale), ignore_index,
+           NORMALIZE=normalize, CROSS_ENTROPY=loss == "cross_entropy", MEAN=mean, GRAD=compute_grad, **config)
+    if matrix and compute_grad:
+        config = _config("grad_similarity", (B, K, C), x)
+        launch(triton_head.grad_similarity_kernel, _blocks(B, config["BLOCK_M"]) * _blocks(K, config["BLOCK_N"]),
+               x.device, grad_logits, modulation, grad_similarity, B, K, C, PRECISION=precision, **config)
 
     if compute_grad:
         config = _config("latent_grad", (B, d, K), x)
@@ -197,10 +215,10 @@ def expand_grad(grad_latents, scale, out, pool_size):
     dense, channels_last = _dense(out)
     B, C, H, W = out.shape
     run, positions = _bin_layout(out.shape, pool_size, channels_last, 1)
-    config = _config("expand_grad", (positions, C, channels_last), out)
-    launch(triton_norm.expand_grad_kernel, B * pool_size**2 * _blocks(C, config["BLOCK_C"]), out.device, grad_latents,
-           scale, dense, C, H, W, pool_size, max(_cover(H, pool_size), _cover(W, pool_size)), PER_ROW=per_row,
-           EXACT=_exact(out.shape, pool_size), CHANNELS_LAST=channels_last, RUN=run, **config)
+    config = _config("expand_grad", (positions, B * C, channels_last, False), out)
+    launch(triton_norm.expand_grad_kernel, pool_size**2 * _blocks(_planes(out), config["BLOCK_C"]), out.device,
+           grad_latents, scale, dense, B, C, H, W, pool_size, PER_ROW=per_row, COVER=_cover2(out.shape, pool_size),
+           CHANNELS_LAST=channels_last, RUN=run, **config)
     return out if dense is out else out.copy_(dense)
 
 
@@ -221,11 +239,11 @@ def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents
     dense, channels_last = _dense(z)
     B, C, H, W = z.shape
     run, positions = _bin_layout(z.shape, pool_size, channels_last, 1)
-    config = _config("grad_preactivation", (positions, C, channels_last), z)
-    launch(triton_norm.grad_preactivation_kernel, B * pool_size**2 * _blocks(C, config["BLOCK_C"]), z.device, dense,
-           mean, rstd, gamma, beta, grad_latents.contiguous(), grad_gamma, grad_beta, float(negative_slope),
-           float(scale), 1.0 / (B * H * W), C, H, W, pool_size, max(_cover(H, pool_size), _cover(W, pool_size)),
-           EXACT=_exact(z.shape, pool_size), CHANNELS_LAST=channels_last, RUN=run, **config)
+    config = _config("grad_preactivation", (positions, B * C, channels_last, False), z)
+    launch(triton_norm.grad_preactivation_kernel, pool_size**2 * _blocks(_planes(z), config["BLOCK_C"]), z.device,
+           dense, mean, rstd, gamma, beta, grad_latents.contiguous(), grad_gamma, grad_beta, float(negative_slope),
+           float(scale), 1.0 / (B * H * W), B, C, H, W, pool_size, COVER=_cover2(z.shape, pool_size),
+           CHANNELS_LAST=channels_last, RUN=run, **config)
     return z if dense is z else z.copy_(dense)
 
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..common.addressing import indices, offset, program_id
-from .triton_norm import bin_end, bin_start
+from .triton_norm import bin_range
 
 
 @triton.jit
@@ -12,7 +12,7 @@ def _columns(vector, n, N):
     return tl.load(vector + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "P", "widest"])
 def linear_pool_kernel(z, out, latents, mean, rstd, gamma, beta, slope, B, N, P, widest, NORM: tl.constexpr,
                        BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
     """out = leaky_relu(gamma * (z - mean) * rstd + beta) (with NORM), latents = means over bins of out, or of z.
@@ -20,7 +20,7 @@ def linear_pool_kernel(z, out, latents, mean, rstd, gamma, beta, slope, B, N, P,
     pid = program_id(0)
     blocks = tl.cdiv(P, BLOCK_N)
     b, j = indices(pid // blocks, BLOCK_B), indices(pid % blocks, BLOCK_N)
-    left, right, next_left = bin_start(j, N, P), bin_end(j, N, P), bin_start(j + 1, N, P)
+    left, right, next_left = bin_range(j, N, P)
     inside = (b < B)[:, None] & (j < P)[None, :]
     total = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     for k in range(widest):
@@ -40,16 +40,18 @@ def linear_pool_kernel(z, out, latents, mean, rstd, gamma, beta, slope, B, N, P,
 def _unpooled(grad_latents, b, n, B, N, P, cover):
     """Sum over the bins that hold column n of grad / width, (rows, columns)."""
     total = tl.zeros((b.shape[0], n.shape[0]), tl.float32)
+    first, last, _ = bin_range(n, P, N)  # the bins that hold a position are a bin of bins
     for k in range(cover):
-        j = bin_start(n, P, N) + k
-        covers = (n < N) & (j < bin_end(n, P, N))
-        width = (bin_end(j, N, P) - bin_start(j, N, P)) * 1.0
+        j = first + k
+        covers = (n < N) & (j < last)
+        left, right, _ = bin_range(j, N, P)
+        width = (right - left) * 1.0
         total += tl.load(grad_latents + offset(b, P)[:, None] + j[None, :], mask=(b < B)[:, None] & covers[None, :],
                          other=0.0) / width[None, :]
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "P", "cover"])
 def linear_expand_kernel(grad_latents, scale, out, B, N, P, cover, PER_ROW: tl.constexpr, BLOCK_B: tl.constexpr,
                          BLOCK_N: tl.constexpr):
     """out = scale * unpool(grad_latents); scale is one value or one a sample."""
@@ -65,7 +67,7 @@ def linear_expand_kernel(grad_latents, scale, out, B, N, P, cover, PER_ROW: tl.c
              mask=(b < B)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "P", "cover"])
 def linear_grad_kernel(z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, slope, scale, B, N, P, cover,
                        BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
     """For a block of columns: dgamma, dbeta over the whole batch, then z <- scale * dL/dz."""

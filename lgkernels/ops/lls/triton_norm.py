@@ -1,9 +1,10 @@
 """Triton kernels of the convolution block: statistics, normalise + activate + pool, gradient of the pre-activation.
 
-A tensor (B, C, H, W) is read as tiles (positions, channels); `CHANNELS_LAST` tells which of the two is contiguous. One
-program serves one bin of the adaptive average pool and a block of channels, so what belongs to a bin (its sums, its
-gradient) is stored or loaded once. Bins may overlap (H % P != 0) or repeat positions (P > H). A position is *owned* by
-the one bin i with start(i) <= position < start(i + 1): every output element is written by its owner, once.
+A tensor (B, C, H, W) is read as tiles (positions, planes); plane b * C + c is one channel of one sample, and
+`CHANNELS_LAST` tells which of the two axes is contiguous. One program serves one bin of the adaptive average pool and a
+block of planes, so what belongs to a bin (its sums, its gradient) is stored or loaded once. Bins may overlap
+(H % P != 0) or repeat positions (P > H). A position is *owned* by the last bin that holds it, the one bin i with
+start(i) <= position < start(i + 1): every output element is written by its owner, once.
 """
 import triton
 import triton.language as tl
@@ -12,168 +13,188 @@ from ..common.addressing import indices, offset, program_id
 
 
 @triton.jit
-def bin_start(i, size, pool):
-    """First position of bin i: floor(i * size / pool)."""
-    return i * size // pool
+def bin_range(i, size, pool):
+    """Bin i holds positions [floor(i * size / pool), ceil((i + 1) * size / pool)), and owns those before start(i + 1).
+
+    Returns (start, end, end of the owned positions).
+    """
+    return i * size // pool, ((i + 1) * size + pool - 1) // pool, (i + 1) * size // pool
 
 
 @triton.jit
-def bin_end(i, size, pool):
-    """One past the last position of bin i: ceil((i + 1) * size / pool)."""
-    return ((i + 1) * size + pool - 1) // pool
-
-
-@triton.jit
-def _elements(b, row, column, c, C, H, W, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr):
-    """int64 offsets (positions, channels) of [b, c, row, column]; columns come in aligned runs of RUN."""
-    position = offset(row, W) + column
+def _elements(plane, row, column, C, H, W, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr):
+    """int64 offsets (positions, planes) of [plane // C, plane % C, row, column]; in NCHW order columns come in aligned runs of RUN."""
+    position = row * W + column
     if CHANNELS_LAST:
-        return offset(position + offset(b, H * W), C)[:, None] + c[None, :]
+        return offset(position, C)[:, None] + (offset(plane // C, H * W * C) + plane % C)[None, :]
     position = tl.max_contiguous(tl.multiple_of(position, RUN), RUN)
-    return offset(c + offset(b, C), H * W)[None, :] + position[:, None]
+    return offset(plane, tl.multiple_of(H * W, RUN))[None, :] + position[:, None]
 
 
 @triton.jit
-def _per_channel(vector, c, C):
-    return tl.load(vector + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _bin_of_program(C, P, BLOCK_C: tl.constexpr):
-    """(batch int64, bin row, bin column, channels int64) of this program; channel blocks vary fastest."""
+def _bin_of_program(P, BLOCK_C: tl.constexpr):
+    """(bin row, bin column, planes) of this program, int32; bins vary fastest, so that neighbours share cache lines."""
     pid = program_id(0)
-    blocks = tl.cdiv(C, BLOCK_C)
-    bin = pid // blocks
-    return bin // (P * P), (bin // P % P).to(tl.int32), (bin % P).to(tl.int32), indices(pid % blocks, BLOCK_C)
+    bin = (pid % (P * P)).to(tl.int32)
+    return bin // P, bin % P, indices(pid // (P * P), BLOCK_C).to(tl.int32)
 
 
 @triton.jit
-def norm_act_pool_kernel(z, out, latents, s1, s2, mean, rstd, gamma, beta, slope, C, H, W, P,
+def _normalization(mean, rstd, gamma, beta, c, inside):
+    """The four vectors at channels c, each (1, planes)."""
+    return (tl.load(mean + c, mask=inside, other=0.0)[None, :], tl.load(rstd + c, mask=inside, other=0.0)[None, :],
+            tl.load(gamma + c, mask=inside, other=0.0)[None, :], tl.load(beta + c, mask=inside, other=0.0)[None, :])
+
+
+@triton.jit(do_not_specialize=["B", "H", "W", "P"])
+def norm_act_pool_kernel(z, out, latents, s1, s2, mean, rstd, gamma, beta, slope, B, C, H, W, P,
                          NORM: tl.constexpr, GRAD: tl.constexpr, WINDOW: tl.constexpr, CHANNELS_LAST: tl.constexpr,
                          RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """a = leaky_relu(gamma * (z - mean) * rstd + beta), or z itself without NORM; per bin the mean of a and the sums
     of lambda and lambda * xhat. Positions are visited in WINDOW x WINDOW groups, whose maximum is the output."""
-    b, i, j, c = _bin_of_program(C, P, BLOCK_C)
-    top, bottom, next_top = bin_start(i, H, P), bin_end(i, H, P), bin_start(i + 1, H, P)
-    left, right, next_left = bin_start(j, W, P), bin_end(j, W, P), bin_start(j + 1, W, P)
+    i, j, plane = _bin_of_program(P, BLOCK_C)
+    top, bottom, next_top = bin_range(i, H, P)
+    left, right, next_left = bin_range(j, W, P)
+    exists = plane < B * C
     if NORM:
-        mu, r, g, shift = _per_channel(mean, c, C), _per_channel(rstd, c, C), _per_channel(gamma, c, C), _per_channel(beta, c, C)
+        mu, r, g, shift = _normalization(mean, rstd, gamma, beta, plane % C, exists)
         negative = tl.cast(slope, tl.float32)
     row0, column0 = top // WINDOW, left // WINDOW
     rows, columns = (bottom - 1) // WINDOW + 1 - row0, (right - 1) // WINDOW + 1 - column0
+    count = tl.multiple_of(rows * columns, RUN)
     sum_a = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     sum_lambda = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     sum_xhat = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, rows * columns, BLOCK_P):
+    for start in range(0, count, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         row, column = row0 + p // columns, column0 + p % columns
-        inside = p < rows * columns
+        inside = p < count
         largest = tl.full((BLOCK_P, BLOCK_C), float("-inf"), tl.float32)
         for dy in tl.static_range(WINDOW):
             for dx in tl.static_range(WINDOW):
                 h, w = row * WINDOW + dy, column * WINDOW + dx
-                valid = inside & (h < H) & (w < W)
-                member = (valid & (h >= top) & (h < bottom) & (w >= left) & (w < right))[:, None]
-                value = tl.load(z + _elements(b, h, w, c, C, H, W, CHANNELS_LAST, RUN),
-                                mask=valid[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+                if WINDOW == 1:
+                    valid = inside
+                    member = valid[:, None]
+                else:
+                    valid = inside & (h < H) & (w < W)
+                    member = (valid & (h >= top) & (h < bottom) & (w >= left) & (w < right))[:, None]
+                value = tl.load(z + _elements(plane, h, w, C, H, W, CHANNELS_LAST, RUN),
+                                mask=valid[:, None] & exists[None, :], other=0.0).to(tl.float32)
                 if NORM:
                     xhat = (value - mu) * r
                     u = xhat * g + shift
-                    lam = tl.where(u > 0, 1.0, negative)
-                    a = u * lam
+                    slope_here = tl.where(u > 0, 1.0, negative)
+                    a = u * slope_here
                     if WINDOW == 1:
                         largest = a
                     else:
                         largest = tl.where((a > largest) | (a != a), a, largest)
-                    lam = tl.where(member, lam, 0.0)
                     sum_a += tl.where(member, a, 0.0)
                     if GRAD:
-                        sum_lambda += lam
-                        sum_xhat += tl.where(member, lam * xhat, 0.0)
+                        sum_lambda += tl.where(member, slope_here, 0.0)
+                        sum_xhat += tl.where(member, slope_here * xhat, 0.0)
                 else:
                     sum_a += tl.where(member, value, 0.0)
         if NORM:
-            owned = (inside & (row * WINDOW >= top) & (row * WINDOW < next_top) & (row < H // WINDOW)
-                     & (column * WINDOW >= left) & (column * WINDOW < next_left) & (column < W // WINDOW))
-            to = _elements(b, row, column, c, C, H // WINDOW, W // WINDOW, CHANNELS_LAST, RUN)
-            tl.store(out + to, largest.to(out.dtype.element_ty), mask=owned[:, None] & (c < C)[None, :])
+            if RUN > 1:  # exact tiling: all are owned, in aligned runs
+                owned = inside
+            else:
+                owned = (inside & (row * WINDOW >= top) & (row * WINDOW < next_top) & (row < H // WINDOW)
+                         & (column * WINDOW >= left) & (column * WINDOW < next_left) & (column < W // WINDOW))
+            to = _elements(plane, row, column, C, H // WINDOW, W // WINDOW, CHANNELS_LAST, RUN)
+            tl.store(out + to, largest.to(out.dtype.element_ty), mask=owned[:, None] & exists[None, :])
+    to = offset(plane, P * P) + (i * P + j)
     area = (bottom - top) * (right - left) * 1.0
-    to = offset(offset(b, C) + c, P * P) + i * P + j
-    tl.store(latents + to, tl.sum(sum_a, 0) / area, mask=c < C)
+    tl.store(latents + to, tl.sum(sum_a, 0) / area, mask=exists)
     if GRAD:
-        tl.store(s1 + to, tl.sum(sum_lambda, 0), mask=c < C)
-        tl.store(s2 + to, tl.sum(sum_xhat, 0), mask=c < C)
+        tl.store(s1 + to, tl.sum(sum_lambda, 0), mask=exists)
+        tl.store(s2 + to, tl.sum(sum_xhat, 0), mask=exists)
 
 
 @triton.jit
-def _unpooled(grad_latents, b, i, j, row, column, inside, c, C, H, W, P, COVER, EXACT: tl.constexpr):
-    """Sum over the bins that hold (row, column) of grad / area, (positions or 1, channels). EXACT: bin (i, j) alone."""
-    at = offset(offset(b, C) + c, P * P)[None, :]
-    if EXACT:
-        area = (H // P) * (W // P) * 1.0
-        return tl.load(grad_latents + at + (i * P + j), mask=(c < C)[None, :], other=0.0) / area
-    total = tl.zeros((row.shape[0], c.shape[0]), tl.float32)
-    # position h lies in the bins floor(h * P / H) .. ceil((h + 1) * P / H) - 1
-    for k in range(COVER * COVER):
-        y, x = row * P // H + k // COVER, column * P // W + k % COVER
-        covers = inside & (y < bin_end(row, P, H)) & (x < bin_end(column, P, W))
-        area = (bin_end(y, H, P) - bin_start(y, H, P)) * (bin_end(x, W, P) - bin_start(x, W, P)) * 1.0
-        total += tl.load(grad_latents + at + (y * P + x)[:, None], mask=covers[:, None] & (c < C)[None, :],
-                         other=0.0) / area[:, None]
+def _bin_gradient(grad_latents, plane, exists, y, x, H, W, P):
+    """grad / area of bin (y, x), (1, planes)."""
+    top, bottom, _ = bin_range(y, H, P)
+    left, right, _ = bin_range(x, W, P)
+    grad = tl.load(grad_latents + offset(plane, P * P) + (y * P + x), mask=exists, other=0.0)
+    return (grad / ((bottom - top) * (right - left) * 1.0))[None, :]
+
+
+@triton.jit
+def _unpooled(grad_latents, plane, exists, i, j, row, column, H, W, P, COVER: tl.constexpr):
+    """Sum of grad / area over the bins that hold (row, column), positions owned by bin (i, j), (positions, planes).
+
+    They are among the COVER bins up to the owner in each direction.
+    """
+    total = tl.zeros((row.shape[0], plane.shape[0]), tl.float32)
+    for dy in range(COVER):
+        for dx in range(COVER):
+            holds = ((row < ((i - dy + 1) * H + P - 1) // P) & (column < ((j - dx + 1) * W + P - 1) // P))[:, None]
+            y, x = tl.maximum(i - dy, 0), tl.maximum(j - dx, 0)  # holds is False at bins that do not exist
+            total += tl.where(holds, _bin_gradient(grad_latents, plane, exists, y, x, H, W, P), 0.0)
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "H", "W", "P"])
 def grad_preactivation_kernel(z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, slope, scale,
-                              inverse_count, C, H, W, P, COVER, EXACT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+                              inverse_count, B, C, H, W, P, COVER: tl.constexpr, CHANNELS_LAST: tl.constexpr,
                               RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """z <- scale * gamma * rstd * (lambda * g - (dbeta + xhat * dgamma) / N), g = unpool(grad_latents)."""
-    b, i, j, c = _bin_of_program(C, P, BLOCK_C)
-    top, left = bin_start(i, H, P), bin_start(j, W, P)
-    rows, columns = bin_start(i + 1, H, P) - top, bin_start(j + 1, W, P) - left
-    mu, r, g, shift = _per_channel(mean, c, C), _per_channel(rstd, c, C), _per_channel(gamma, c, C), _per_channel(beta, c, C)
+    i, j, plane = _bin_of_program(P, BLOCK_C)
+    top, _, next_top = bin_range(i, H, P)
+    left, _, next_left = bin_range(j, W, P)
+    columns = next_left - left
+    count = tl.multiple_of((next_top - top) * columns, RUN)
+    exists = plane < B * C
+    mu, r, g, shift = _normalization(mean, rstd, gamma, beta, plane % C, exists)
     share = tl.cast(inverse_count, tl.float32)
-    mean_grad, mean_grad_xhat = _per_channel(grad_beta, c, C) * share, _per_channel(grad_gamma, c, C) * share
+    mean_grad = (tl.load(grad_beta + plane % C, mask=exists, other=0.0) * share)[None, :]
+    mean_grad_xhat = (tl.load(grad_gamma + plane % C, mask=exists, other=0.0) * share)[None, :]
     factor = g * r * tl.cast(scale, tl.float32)
     negative = tl.cast(slope, tl.float32)
-    if EXACT:
-        grad = _unpooled(grad_latents, b, i, j, c, c, c, c, C, H, W, P, COVER, True)
-    for start in range(0, rows * columns, BLOCK_P):
+    if COVER == 1:
+        grad = _bin_gradient(grad_latents, plane, exists, i, j, H, W, P)
+    for start in range(0, count, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         row, column = top + p // columns, left + p % columns
-        inside = p < rows * columns
-        at = z + _elements(b, row, column, c, C, H, W, CHANNELS_LAST, RUN)
-        mask = inside[:, None] & (c < C)[None, :]
+        at = z + _elements(plane, row, column, C, H, W, CHANNELS_LAST, RUN)
+        mask = (p < count)[:, None] & exists[None, :]
         xhat = (tl.load(at, mask=mask, other=0.0).to(tl.float32) - mu) * r
-        if not EXACT:
-            grad = _unpooled(grad_latents, b, i, j, row, column, inside, c, C, H, W, P, COVER, False)
+        if COVER > 1:
+            grad = _unpooled(grad_latents, plane, exists, i, j, row, column, H, W, P, COVER)
         grad_u = tl.where(xhat * g + shift > 0, grad, grad * negative)
         result = factor * (grad_u - (mean_grad + xhat * mean_grad_xhat))
         tl.store(at, result.to(z.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def expand_grad_kernel(grad_latents, scale, out, C, H, W, P, COVER, PER_ROW: tl.constexpr, EXACT: tl.constexpr,
+@triton.jit(do_not_specialize=["B", "H", "W", "P"])
+def expand_grad_kernel(grad_latents, scale, out, B, C, H, W, P, PER_ROW: tl.constexpr, COVER: tl.constexpr,
                        CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """out = scale * unpool(grad_latents); scale is one value or one a sample."""
-    b, i, j, c = _bin_of_program(C, P, BLOCK_C)
-    top, left = bin_start(i, H, P), bin_start(j, W, P)
-    rows, columns = bin_start(i + 1, H, P) - top, bin_start(j + 1, W, P) - left
-    factor = tl.load(scale + (b if PER_ROW else 0)).to(tl.float32)
-    if EXACT:
-        grad = _unpooled(grad_latents, b, i, j, c, c, c, c, C, H, W, P, COVER, True)
-    for start in range(0, rows * columns, BLOCK_P):
+    i, j, plane = _bin_of_program(P, BLOCK_C)
+    top, _, next_top = bin_range(i, H, P)
+    left, _, next_left = bin_range(j, W, P)
+    columns = next_left - left
+    count = tl.multiple_of((next_top - top) * columns, RUN)
+    exists = plane < B * C
+    if PER_ROW:
+        factor = tl.load(scale + plane // C, mask=exists, other=0.0).to(tl.float32)[None, :]
+    else:
+        factor = tl.load(scale).to(tl.float32)
+    if COVER == 1:
+        grad = _bin_gradient(grad_latents, plane, exists, i, j, H, W, P)
+    for start in range(0, count, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         row, column = top + p // columns, left + p % columns
-        inside = p < rows * columns
-        if not EXACT:
-            grad = _unpooled(grad_latents, b, i, j, row, column, inside, c, C, H, W, P, COVER, False)
+        if COVER > 1:
+            grad = _unpooled(grad_latents, plane, exists, i, j, row, column, H, W, P, COVER)
         result = tl.broadcast_to(grad * factor, (BLOCK_P, BLOCK_C))
-        tl.store(out + _elements(b, row, column, c, C, H, W, CHANNELS_LAST, RUN), result.to(out.dtype.element_ty),
-                 mask=inside[:, None] & (c < C)[None, :])
+        tl.store(out + _elements(plane, row, column, C, H, W, CHANNELS_LAST, RUN), result.to(out.dtype.element_ty),
+                 mask=(p < count)[:, None] & exists[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["outer", "splits"])
 def batch_moments_kernel(z, partial, outer, inner, C, splits, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr,
                          BLOCK_C: tl.constexpr):
     """Pass 1: count, mean and sum of squared deviations of every `splits`-th tile, by Welford's update in each tile
@@ -217,7 +238,7 @@ def _combine(count, mean, squares):
     return total, total_mean, tl.sum(squares + count * away * away, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "C"])
 def batch_stats_kernel(partial, bias, mean, rstd, running_mean, running_var, momentum, eps, splits, C,
                        SPLITS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Pass 2: combine the partial moments; write mean and 1/sqrt(var + eps), move the running statistics."""
@@ -242,7 +263,7 @@ def batch_stats_kernel(partial, bias, mean, rstd, running_mean, running_var, mom
         tl.store(running_var + c, old_var + weight * (unbiased - old_var), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "C", "positions"])
 def norm_grads_kernel(grad_latents, s1, s2, area, grad_gamma, grad_beta, B, C, positions, BLOCK_B: tl.constexpr,
                       BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """dgamma, dbeta = sums over batch and bins of grad/area * s2, * s1, for a block of channels."""
