@@ -81,6 +81,11 @@ void bind_lls(py::module_& m) {
   m.def("lls_sign_layouts", [](Address signs, int64_t rows, int64_t dim, Address out) {
     lgk::sign_layouts(at<uint32_t>(signs), rows, dim, at<uint32_t>(out));
   }, Release());
+  m.def("lls_to_channels_last", [](Address x, int64_t b, int64_t c, int64_t h, int64_t w, int dtype, Address out,
+                                   int threads) {
+    const Activation a{at<void>(x), b, c, h, w, false, dtype};
+    raise_for(lls_kernels().to_channels_last(a, at<void>(out), threads));
+  }, Release());
   m.def("lls_latents", [](Address a, int64_t b, int64_t c, int64_t h, int64_t w, bool channels_last, int dtype,
                           int64_t pool_rows, int64_t pool_columns, Address latents, int threads) {
     const Shape s(a, b, c, h, w, channels_last, dtype, pool_rows, pool_columns);

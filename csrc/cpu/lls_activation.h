@@ -22,21 +22,59 @@ inline int for_dtype(int dtype, const F& f) {
 
 inline int64_t elements(const Activation& a) { return a.batch * a.channels * a.height * a.width; }
 
-// Rows of a plane narrower than a vector are folded into one, where no segment boundary is cut by it.
-struct Fold {
-  int64_t rows, width;  // rows merged into one, and its width
-  Fold(const Axis& r, const Axis& c) : rows(1), width(c.size) {
-    if (width >= V || V % width != 0) return;
-    const int64_t count = V / width;
-    for (int64_t s = 0; s <= r.segments; ++s)
-      if (r.bound[s] % count != 0) return;
-    rows = count;
-    width = V;
+// How the vectors of a plane meet its column segments. Rows narrower than a vector are folded into one, where no
+// segment boundary is cut by it; `segment` is the column segment of each lane of the (folded) row.
+struct RowLanes {
+  int64_t rows = 1, width;  // rows merged into one, and its width
+  vi* segment;
+  bool few;  // the column segments fit into one vector
+  static int64_t scratch(const Axis& c) { return ((c.size < V ? V : c.size) / V + 1) * V; }
+
+  RowLanes(const Axis& r, const Axis& c, float* memory)
+      : width(c.size), segment(reinterpret_cast<vi*>(memory)), few(c.segments <= V) {
+    bool fold = width < V && V % width == 0;
+    for (int64_t s = 0; s <= r.segments && fold; ++s) fold = r.bound[s] % (V / width) == 0;
+    if (fold) rows = V / width, width = V;
+    for (int64_t at = 0; at < width; at += V)
+      for (int64_t l = 0, s = 0; l < V; ++l) {
+        const int64_t column = (at + l) % c.size;
+        if (column < c.bound[s]) s = 0;
+        while (s + 1 < c.segments && column >= c.bound[s + 1]) ++s;
+        segment[at / V][l] = static_cast<int32_t>(s);
+      }
   }
 };
 
+// totals[s] += the sum of the first n lanes that lie in column segment s
+inline void add_lanes(vf lanes, vi segment, int64_t n, bool few, float* totals, int64_t segments) {
+  float value[V];
+  int32_t to[V];
+  store(value, lanes);
+  std::memcpy(to, &segment, sizeof to);
+  if (!few) {
+    for (int64_t l = 0; l < n; ++l) totals[to[l]] += value[l];
+    return;
+  }
+  vi own;
+  for (int l = 0; l < V; ++l) own[l] = l;
+  vf even = {}, odd = {};  // lane s: value[l] where l is in segment s
+  for (int64_t l = 0; l + 1 < n; l += 2) {
+    even += own == to[l] ? splat(value[l]) : vf{};
+    odd += own == to[l + 1] ? splat(value[l + 1]) : vf{};
+  }
+  if (n % 2) even += own == to[n - 1] ? splat(value[n - 1]) : vf{};
+  store_some(totals, load_some(totals, segments) + (even + odd), segments);
+}
+
+inline bool tiles(const Axis& r, const Axis& c) { return r.size % r.pool == 0 && c.size % c.pool == 0; }
+
 // Sums over the segments of one plane -> sums over bins, times `weight`.
 inline void to_bins(const float* segments, const Axis& r, const Axis& c, bool average, float weight, float* bins) {
+  if (tiles(r, c)) {
+    const float factor = average ? r.inverse[0] * c.inverse[0] : weight;
+    for (int64_t i = 0; i < r.pool * c.pool; ++i) bins[i] = segments[i] * factor;
+    return;
+  }
   for (int64_t i = 0; i < r.pool; ++i)
     for (int64_t j = 0; j < c.pool; ++j) {
       float total = 0;
@@ -48,6 +86,11 @@ inline void to_bins(const float* segments, const Axis& r, const Axis& c, bool av
 
 // The adjoint: each segment receives the sum over its bins of weight * grad / area.
 inline void from_bins(const float* grad, const Axis& r, const Axis& c, float weight, float* segments) {
+  if (tiles(r, c)) {
+    const float factor = r.inverse[0] * c.inverse[0] * weight;
+    for (int64_t i = 0; i < r.pool * c.pool; ++i) segments[i] = grad[i] * factor;
+    return;
+  }
   for (int64_t s = 0; s < r.segments; ++s)
     for (int64_t t = 0; t < c.segments; ++t) {
       float total = 0;
@@ -104,6 +147,29 @@ LGK_INLINE Unit unit_of_channels(const Norm& norm, int64_t c, int64_t n) {
           load_some(norm.beta + c, n), splat(norm.slope)};
 }
 
+// NCHW -> NHWC, V x V blocks at a time, turned in registers.
+inline int to_channels_last(const Activation& a, void* out, int threads) {
+  return for_dtype(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t channels = a.channels, area = a.height * a.width, blocks = (area + V - 1) / V;
+    parallel(a.batch * blocks, elements(a), threads, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / blocks, p = i % blocks * V, m = smaller(V, area - p);
+        const T* from = static_cast<const T*>(a.data) + b * channels * area + p;
+        T* to = static_cast<T*>(out) + (b * area + p) * channels;
+        for (int64_t c = 0; c < channels; c += V) {
+          const int64_t n = smaller(V, channels - c);
+          vf row[V];
+          for (int64_t l = 0; l < V; ++l) row[l] = l < n ? load_some(from + (c + l) * area, m) : vf{};
+          transpose(row);
+          for (int64_t q = 0; q < m; ++q) store_some(to + q * channels + c, row[q], n);
+        }
+      }
+    });
+    return 0;
+  });
+}
+
 // -- latents, and normalise-activate-pool ----------------------------------------------------------------------
 
 template <class T>
@@ -120,22 +186,24 @@ struct Pooling {
   int64_t bins() const { return rows.pool * columns.pool; }
 };
 
-LGK_INLINE float wins(float candidate, float best) {  // as torch's max_pool: nan wins
-  return candidate > best || candidate != candidate ? candidate : best;
+LGK_INLINE vf wins(vf candidate, vf best) {  // as torch's max_pool: nan wins
+  return (candidate > best) | (candidate != candidate) ? candidate : best;
 }
 
-// 2x2 maximum of one plane of float, rows `stride` apart, entries `step` apart.
+// 2x2 maximum of two rows of `width` pairs of one plane.
 template <class T>
-inline void max_pool_rows(const float* top, const float* bottom, int64_t step, int64_t width, T* out,
-                          int64_t out_step) {
-  for (int64_t w = 0; w < width; ++w, top += 2 * step, bottom += 2 * step) {
-    const float best = wins(bottom[step], wins(bottom[0], wins(top[step], top[0])));
-    store(out + w * out_step, splat(best), 1);
+inline void max_pool_rows(const float* top, const float* bottom, int64_t width, T* out) {
+  for (int64_t w = 0; w < width; w += V) {
+    const int64_t n = smaller(V, width - w), left = smaller(V, 2 * n), right = 2 * n - left;
+    const float *t = top + 2 * w, *b = bottom + 2 * w;
+    const vf low = wins(load_some(b, left), load_some(t, left));
+    const vf high = right ? wins(load_some(b + V, right), load_some(t + V, right)) : vf{};
+    store_some(out + w, wins(shuffle<Odd>(low, high), shuffle<Even>(low, high)), n);
   }
 }
 
 template <class T, bool kNorm, bool kSums>
-inline void pool_plane(const Pooling<T>& p, int64_t plane, const Fold& fold, float* scratch) {
+inline void pool_plane(const Pooling<T>& p, int64_t plane, const RowLanes& lanes, float* scratch) {
   const int64_t height = p.a.height, width = p.a.width, area = height * width, channel = plane % p.a.channels;
   const T* z = static_cast<const T*>(p.a.data) + plane * area;
   const Unit unit = kNorm ? unit_of_channel(*p.norm, channel) : Unit{};
@@ -144,13 +212,13 @@ inline void pool_plane(const Pooling<T>& p, int64_t plane, const Fold& fold, flo
   const int64_t count = p.segments();
   for (int64_t i = 0; i < (kSums ? 3 : 1) * count; ++i) segments[i] = 0;
   for (int64_t s = 0; s < p.rows.segments; ++s) {
-    const int64_t begin = p.rows.bound[s] / fold.rows, end = p.rows.bound[s + 1] / fold.rows;
-    int64_t segment = 0;
-    for (int64_t w = 0; w < fold.width; w += V) {
-      const int64_t n = smaller(V, fold.width - w);
+    const int64_t begin = p.rows.bound[s] / lanes.rows, end = p.rows.bound[s + 1] / lanes.rows;
+    float* to = segments + s * p.columns.segments;
+    for (int64_t w = 0; w < lanes.width; w += V) {
+      const int64_t n = smaller(V, lanes.width - w);
       vf total = {}, total1 = {}, total2 = {};
       for (int64_t h = begin; h < end; ++h) {
-        const int64_t at = h * fold.width + w;
+        const int64_t at = h * lanes.width + w;
         vf v = load_some(z + at, n);
         if (kNorm) {
           const vf d = unit.centred(v), u = unit.affine(d), lambda = unit.lambda(u);
@@ -161,16 +229,11 @@ inline void pool_plane(const Pooling<T>& p, int64_t plane, const Fold& fold, flo
         }
         total += v;
       }
-      float lanes[3][V];
-      store(lanes[0], total);
-      if (kSums) store(lanes[1], total1), store(lanes[2], total2);
-      float* to = segments + s * p.columns.segments;
-      for (int64_t l = 0; l < n; ++l) {
-        const int64_t column = (w + l) % width;
-        if (column == 0) segment = 0;
-        if (column == p.columns.bound[segment + 1]) ++segment;
-        to[segment] += lanes[0][l];
-        if (kSums) to[count + segment] += lanes[1][l], to[2 * count + segment] += lanes[2][l];
+      const vi segment = lanes.segment[w / V];
+      add_lanes(total, segment, n, lanes.few, to, p.columns.segments);
+      if (kSums) {
+        add_lanes(total1, segment, n, lanes.few, to + count, p.columns.segments);
+        add_lanes(total2, segment, n, lanes.few, to + 2 * count, p.columns.segments);
       }
     }
   }
@@ -184,31 +247,63 @@ inline void pool_plane(const Pooling<T>& p, int64_t plane, const Fold& fold, flo
     const int64_t out_width = width / 2, out_height = height / 2;
     T* out = p.out + plane * out_height * out_width;
     for (int64_t h = 0; h < out_height; ++h)
-      max_pool_rows(activated + 2 * h * width, activated + (2 * h + 1) * width, 1, out_width, out + h * out_width, 1);
+      max_pool_rows(activated + 2 * h * width, activated + (2 * h + 1) * width, out_width, out + h * out_width);
   }
 }
 
-// One row (or, before a max-pool, two rows) of V channels, position-major, into `out` in either format.
+// (positions, V) -> n planes `area` apart, at positions [at, at + count): V x V blocks are turned in registers.
 template <class T>
-inline void emit_rows(const Pooling<T>& p, const float* buffer, int64_t b, int64_t c, int64_t n, int64_t h) {
-  const int64_t width = p.max_pool ? p.a.width / 2 : p.a.width, height = p.max_pool ? p.a.height / 2 : p.a.height;
-  const int64_t channels = p.a.channels, row = p.max_pool ? h / 2 : h;
-  const bool last = p.out_channels_last;
-  T* out = p.out + (last ? ((b * height + row) * width) * channels + c : ((b * channels + c) * height + row) * width);
-  if (p.max_pool) {
-    for (int64_t l = 0; l < n; ++l)
-      max_pool_rows(buffer + l, buffer + p.a.width * V + l, V, width, out + l * (last ? 1 : height * width),
-                    last ? channels : 1);
-    return;
+inline void store_planes(const float* buffer, int64_t count, int64_t n, T* out, int64_t area, int64_t at) {
+  for (int64_t p = 0; p < count; p += V) {
+    const int64_t m = smaller(V, count - p);
+    vf row[V];
+    for (int i = 0; i < V; ++i) row[i] = i < m ? load(buffer + (p + i) * V) : vf{};
+    transpose(row);
+    for (int64_t l = 0; l < n; ++l) store_some(out + l * area + at + p, row[l], m);
   }
-  for (int64_t l = 0; l < n; ++l)  // transposed: a channels-last row is written by pool_channels itself
-    for (int64_t w = 0; w < width; w += V) {
-      const int64_t m = smaller(V, width - w);
-      vf v = {};
-      for (int64_t i = 0; i < m; ++i) v[i] = buffer[(w + i) * V + l];
-      store_some(out + l * height * width + w, v, m);
-    }
 }
+
+// Takes rows of V channels, position-major, max-pools them where asked, and writes `out` in either format.
+template <class T>
+struct RowWriter {
+  const Pooling<T>& p;
+  int64_t n, width, area;  // channels; of `out`
+  T* out;
+  float *rows, *held;  // two rows of `a`; positions not yet written, fewer than V between calls
+  int64_t holding = 0, written = 0;
+
+  static int64_t scratch(int64_t width) { return (3 * width + V) * V; }
+
+  RowWriter(const Pooling<T>& pooling, int64_t b, int64_t c, float* memory)
+      : p(pooling), n(smaller(V, p.a.channels - c)), width(p.max_pool ? p.a.width / 2 : p.a.width),
+        area(width * (p.max_pool ? p.a.height / 2 : p.a.height)),
+        out(p.out + (p.out_channels_last ? b * area * p.a.channels + c : (b * p.a.channels + c) * area)), rows(memory),
+        held(memory + 2 * p.a.width * V) {}
+
+  // where row h of `a` is to be put
+  float* row(int64_t h) { return p.max_pool ? rows + h % 2 * p.a.width * V : held + holding * V; }
+
+  void finish_row(int64_t h) {
+    if (p.max_pool) {
+      if (h % 2 == 0) return;
+      const float *top = rows, *bottom = rows + p.a.width * V;
+      for (int64_t w = 0; w < width; ++w, top += 2 * V, bottom += 2 * V)
+        store(held + (holding + w) * V,
+              wins(load(bottom + V), wins(load(bottom), wins(load(top + V), load(top)))));
+    }
+    if (p.out_channels_last) {
+      for (int64_t w = 0; w < width; ++w) store_some(out + (written + w) * p.a.channels, load(held + w * V), n);
+      written += width;
+      return;
+    }
+    holding += width;
+    const int64_t ready = written + holding == area ? holding : holding / V * V;
+    store_planes(held, ready, n, out, area, written);
+    std::memmove(held, held + ready * V, (holding - ready) * V * sizeof(float));
+    written += ready;
+    holding -= ready;
+  }
+};
 
 template <class T, bool kNorm, bool kSums>
 inline void pool_channels(const Pooling<T>& p, int64_t b, int64_t c, float* scratch) {
@@ -218,12 +313,12 @@ inline void pool_channels(const Pooling<T>& p, int64_t b, int64_t c, float* scra
   const bool direct = p.out_channels_last && !p.max_pool;
   const int64_t count = p.segments();
   vf* segments = reinterpret_cast<vf*>(scratch);
-  float* buffer = scratch + 3 * count * V;  // two rows of `a`
+  RowWriter<T> writer(p, b, c, scratch + 3 * count * V);
   for (int64_t i = 0; i < (kSums ? 3 : 1) * count; ++i) segments[i] = vf{};
   int64_t s = 0;
   for (int64_t h = 0; h < height; ++h) {
     if (h == p.rows.bound[s + 1]) ++s;
-    float* row = buffer + (p.max_pool ? h % 2 : 0) * width * V;
+    float* row = writer.row(h);
     for (int64_t t = 0; t < p.columns.segments; ++t) {
       vf total = {}, total1 = {}, total2 = {};
       for (int64_t w = p.columns.bound[t]; w < p.columns.bound[t + 1]; ++w) {
@@ -242,7 +337,7 @@ inline void pool_channels(const Pooling<T>& p, int64_t b, int64_t c, float* scra
       to[0] += total;
       if (kSums) to[count] += total1, to[2 * count] += total2;
     }
-    if (kNorm && !direct && (!p.max_pool || h % 2 == 1)) emit_rows(p, buffer, b, c, n, h);
+    if (kNorm && !direct) writer.finish_row(h);
   }
   const int64_t bins = p.bins(), at = (b * channels + c) * bins;
   to_bins(segments, p.rows, p.columns, true, vf{}, n, p.latents + at);
@@ -255,16 +350,16 @@ inline void pool_channels(const Pooling<T>& p, int64_t b, int64_t c, float* scra
 template <bool kNorm, bool kSums, class T>
 inline int pool(const Pooling<T>& p, int threads) {
   const int64_t height = p.a.height, width = p.a.width, groups = (p.a.channels + V - 1) / V;
-  const Fold fold(p.rows, p.columns);
-  const int64_t size = p.a.channels_last ? 3 * p.segments() * V + 2 * width * V
+  const int64_t size = p.a.channels_last ? 3 * p.segments() * V + RowWriter<T>::scratch(width)
                                          : 3 * p.segments() + (p.max_pool ? height * width : 0);
-  Scratch scratch(size, threads);
-  if (!scratch) return 1;
+  Scratch scratch(size, threads), map(RowLanes::scratch(p.columns), 1);
+  if (!scratch || !map) return 1;
+  const RowLanes lanes(p.rows, p.columns, map.of(0));
   const int64_t items = p.a.batch * (p.a.channels_last ? groups : p.a.channels);
   parallel(items, elements(p.a), threads, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin; i < end; ++i)
       if (p.a.channels_last) pool_channels<T, kNorm, kSums>(p, i / groups, i % groups * V, scratch.of(thread));
-      else pool_plane<T, kNorm, kSums>(p, i, fold, scratch.of(thread));
+      else pool_plane<T, kNorm, kSums>(p, i, lanes, scratch.of(thread));
   });
   return 0;
 }
@@ -290,17 +385,19 @@ inline int norm_act_pool(const Activation& a, const Axis& rows, const Axis& colu
 
 // f(position pointer, n, gradient) for every vector of one plane; `segments` holds the gradient of each segment.
 template <class T, class F>
-inline void over_plane(T* z, const Axis& rows, const Axis& columns, const Fold& fold, const float* segments,
-                       float* row, const F& f) {
+inline void over_plane(T* z, const Axis& rows, const Axis& columns, const RowLanes& lanes, const float* segments,
+                       const F& f) {
   for (int64_t s = 0; s < rows.segments; ++s) {
-    for (int64_t t = 0; t < columns.segments; ++t)
-      for (int64_t w = columns.bound[t]; w < columns.bound[t + 1]; ++w)
-        for (int64_t i = 0; i < fold.rows; ++i) row[i * columns.size + w] = segments[s * columns.segments + t];
-    for (int64_t h = rows.bound[s] / fold.rows; h < rows.bound[s + 1] / fold.rows; ++h)
-      for (int64_t w = 0; w < fold.width; w += V) {
-        const int64_t n = smaller(V, fold.width - w);
-        f(z + h * fold.width + w, n, load_some(row + w, n));
-      }
+    const float* of_row = segments + s * columns.segments;
+    for (int64_t w = 0; w < lanes.width; w += V) {
+      const vi segment = lanes.segment[w / V];
+      vf g = {};
+      if (lanes.few) g = look_up(load_some(of_row, columns.segments), segment);
+      else for (int l = 0; l < V; ++l) g[l] = of_row[segment[l]];
+      const int64_t n = smaller(V, lanes.width - w);
+      for (int64_t h = rows.bound[s] / lanes.rows; h < rows.bound[s + 1] / lanes.rows; ++h)
+        f(z + h * lanes.width + w, n, g);
+    }
   }
 }
 
@@ -317,7 +414,7 @@ inline void over_channels(T* z, int64_t channels, int64_t n, const Axis& rows, c
 }
 
 inline int64_t gradient_scratch(const Activation& a, const Axis& rows, const Axis& columns) {
-  return rows.segments * columns.segments * (a.channels_last ? V : 1) + (a.width > V ? a.width : V);
+  return rows.segments * columns.segments * (a.channels_last ? V : 1);
 }
 
 inline int expand_grad(const Activation& out, const Axis& rows, const Axis& columns, const float* grad,
@@ -326,9 +423,9 @@ inline int expand_grad(const Activation& out, const Axis& rows, const Axis& colu
     using T = decltype(type);
     const int64_t channels = out.channels, area = out.height * out.width, bins = rows.pool * columns.pool;
     const int64_t groups = out.channels_last ? (channels + V - 1) / V : channels;
-    const Fold fold(rows, columns);
-    Scratch scratch(gradient_scratch(out, rows, columns), threads);
-    if (!scratch) return 1;
+    Scratch scratch(gradient_scratch(out, rows, columns), threads), map(RowLanes::scratch(columns), 1);
+    if (!scratch || !map) return 1;
+    const RowLanes lanes(rows, columns, map.of(0));
     if (!out.channels_last && rows.pool == rows.size && columns.pool == columns.size) {  // every bin is one position
       const int64_t size = channels * area;
       parallel(out.batch, elements(out), threads, [&](int64_t begin, int64_t end, int) {
@@ -349,13 +446,12 @@ inline int expand_grad(const Activation& out, const Axis& rows, const Axis& colu
         T* data = static_cast<T*>(out.data);
         if (out.channels_last) {
           const int64_t n = smaller(V, channels - c);
-          vf* lanes = reinterpret_cast<vf*>(segments);
-          from_bins(grad + at * bins, rows, columns, splat(weight), n, lanes);
-          over_channels(data + b * area * channels + c, channels, n, rows, columns, lanes, write);
+          vf* wide = reinterpret_cast<vf*>(segments);
+          from_bins(grad + at * bins, rows, columns, splat(weight), n, wide);
+          over_channels(data + b * area * channels + c, channels, n, rows, columns, wide, write);
         } else {
           from_bins(grad + at * bins, rows, columns, weight, segments);
-          over_plane(data + at * area, rows, columns, fold, segments, segments + rows.segments * columns.segments,
-                     write);
+          over_plane(data + at * area, rows, columns, lanes, segments, write);
         }
       }
     });
@@ -371,9 +467,9 @@ inline int grad_preactivation(const Activation& a, const Axis& rows, const Axis&
     const int64_t channels = a.channels, area = a.height * a.width, bins = rows.pool * columns.pool;
     const int64_t groups = a.channels_last ? (channels + V - 1) / V : channels;
     const float inverse = 1.f / static_cast<float>(a.batch * area);
-    const Fold fold(rows, columns);
-    Scratch scratch(gradient_scratch(a, rows, columns), threads);
-    if (!scratch) return 1;
+    Scratch scratch(gradient_scratch(a, rows, columns), threads), map(RowLanes::scratch(columns), 1);
+    if (!scratch || !map) return 1;
+    const RowLanes lanes(rows, columns, map.of(0));
     parallel(a.batch * groups, elements(a), threads, [&](int64_t begin, int64_t end, int thread) {
       float* segments = scratch.of(thread);
       for (int64_t i = begin; i < end; ++i) {
@@ -390,13 +486,12 @@ inline int grad_preactivation(const Activation& a, const Axis& rows, const Axis&
           store_some(p, lambda * g - (offset + d * tilt), m);
         };
         if (a.channels_last) {
-          vf* lanes = reinterpret_cast<vf*>(segments);
-          from_bins(grad + at * bins, rows, columns, k, n, lanes);
-          over_channels(data + b * area * channels + c, channels, n, rows, columns, lanes, update);
+          vf* wide = reinterpret_cast<vf*>(segments);
+          from_bins(grad + at * bins, rows, columns, k, n, wide);
+          over_channels(data + b * area * channels + c, channels, n, rows, columns, wide, update);
         } else {
           from_bins(grad + at * bins, rows, columns, k[0], segments);
-          over_plane(data + at * area, rows, columns, fold, segments, segments + rows.segments * columns.segments,
-                     update);
+          over_plane(data + at * area, rows, columns, lanes, segments, update);
         }
       }
     });

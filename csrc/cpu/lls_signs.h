@@ -23,10 +23,6 @@ LGK_INLINE __m512 signed_sums(const float* x) {
   return _mm512_add_ps(low, high);
 }
 
-LGK_INLINE __m512 look_up(__m512 table, vu index) {  // by the low four bits; maskz: GCC 12 warns about the plain form
-  return _mm512_maskz_permutexvar_ps(0xffff, bits<__m512i>(index), table);
-}
-
 constexpr int64_t kChunk = 8;  // words of depth at a time: their sums for four samples fill half of L1
 
 using Sums = float[kChunk * 8][16];
@@ -47,7 +43,7 @@ inline void sign_block(const Sums* sums, int64_t groups, const uint32_t* words, 
     for (int64_t end = g + 8 < groups ? g + 8 : groups; g < end; ++g) {
       for (int b = 0; b < B; ++b) {
         const __m512 table = _mm512_load_ps(sums[b][g]);
-        for (int n = 0; n < N; ++n) acc[b][n] += look_up(table, word[n]);
+        for (int n = 0; n < N; ++n) acc[b][n] += look_up(table, bits<vi>(word[n]));  // by the low four bits
       }
       for (int n = 0; n < N; ++n) word[n] >>= 4;
     }

@@ -9,11 +9,11 @@ namespace lgk::LGK_ISA {
 // (else all bfloat16 values of one exponent would be rounded the same way).
 struct Moments {
   static constexpr int kRun = 64;
-  vf shift, sum = {}, square = {};
+  vf shift = {}, sum = {}, square = {};
   double total[V] = {}, total_square[V] = {};
   int pending = 0;
 
-  explicit Moments(vf mean) : shift(bits<vf>(bits<vu>(mean) & 0xfffff000)) {}
+  void start(vf mean) { shift = bits<vf>(bits<vu>(mean) & 0xfffff000); }
   LGK_INLINE void add(vf d) {
     sum += d;
     square += d * d;
@@ -43,6 +43,33 @@ inline void finish(double sum, double square, double shift, int64_t count, float
   running.var[c] += running.momentum * static_cast<float>(unbiased - running.var[c]);
 }
 
+constexpr int64_t kGroups = 4;  // vectors of channels side by side: a run of rows then stays in few pages
+
+template <class T>
+inline void channels_last_stats(const T* z, int64_t count, int64_t channels, int64_t c, int64_t wide, float eps,
+                                const Running& running, float* mean, float* rstd) {
+  const int64_t groups = (wide + V - 1) / V, probe = smaller(32, count);
+  Moments moments[kGroups];
+  for (int64_t g = 0; g < groups; ++g) {
+    vf shift = {};
+    for (int64_t r = 0; r < probe; ++r)
+      shift += load_some(z + r * channels + c + g * V, smaller(V, wide - g * V));
+    moments[g].start(shift / static_cast<float>(probe));
+  }
+  for (int64_t run = 0; run < count; run += Moments::kRun)
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t n = smaller(V, wide - g * V), end = smaller(run + Moments::kRun, count);
+      Moments m = moments[g];
+      for (int64_t r = run; r < end; ++r) m.add(load_some(z + r * channels + c + g * V, n) - m.shift);
+      m.flush();
+      moments[g] = m;
+    }
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t l = 0; l < smaller(V, wide - g * V); ++l)
+      finish(moments[g].total[l], moments[g].total_square[l], moments[g].shift[l], count, eps, c + g * V + l, running,
+             mean, rstd);
+}
+
 inline int batch_stats(const Activation& a, const float* bias, float* running_mean, float* running_var, float momentum,
                        float eps, float* mean, float* rstd, int threads) {
   return for_dtype(a.dtype, [&](auto type) {
@@ -50,22 +77,19 @@ inline int batch_stats(const Activation& a, const float* bias, float* running_me
     const Running running{bias, running_mean, running_var, momentum};
     const T* z = static_cast<const T*>(a.data);
     const int64_t channels = a.channels, area = a.height * a.width, count = a.batch * area;
-    const int64_t groups = a.channels_last ? (channels + V - 1) / V : channels, probe = smaller(32, a.batch);
-    parallel(groups, elements(a), threads, [&](int64_t begin, int64_t end, int) {
+    const int64_t probe = smaller(32, a.batch), share = ((channels + V - 1) / V + threads - 1) / threads;
+    const int64_t block = a.channels_last ? smaller(share, kGroups) * V : 1;
+    parallel((channels + block - 1) / block, elements(a), threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t g = begin; g < end; ++g) {
-        vf shift = {};
         if (a.channels_last) {
-          const int64_t c = g * V, n = smaller(V, channels - c), rows = smaller(32, count);
-          for (int64_t r = 0; r < rows; ++r) shift += load_some(z + r * channels + c, n);
-          Moments m(shift / static_cast<float>(rows));
-          for (int64_t r = 0; r < count; ++r) m.add(load_some(z + r * channels + c, n) - m.shift);
-          m.flush();
-          for (int64_t l = 0; l < n; ++l)
-            finish(m.total[l], m.total_square[l], m.shift[l], count, eps, c + l, running, mean, rstd);
+          channels_last_stats(z, count, channels, g * block, smaller(block, channels - g * block), eps, running, mean,
+                              rstd);
         } else {
+          vf shift = {};
           for (int64_t b = 0; b < probe; ++b)  // the start of each of the first samples' planes
             shift += load(z + (b * channels + g) * area, smaller(V - 1, area));
-          Moments m(splat(sum(shift) / static_cast<float>(probe * smaller(V - 1, area))));
+          Moments m;
+          m.start(splat(sum(shift) / static_cast<float>(probe * smaller(V - 1, area))));
           for (int64_t b = 0; b < a.batch; ++b) {
             const T* plane = z + (b * channels + g) * area;
             for (int64_t i = 0; i < area; i += V) {

@@ -3,7 +3,8 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512F__
+#include <utility>
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -120,6 +121,50 @@ LGK_INLINE float sum(vf v) {
   for (int width = V / 2; width; width /= 2)
     for (int i = 0; i < width; ++i) buffer[i] += buffer[i + width];
   return buffer[0];
+}
+
+// Lanes of a and b (b's numbered from V on) picked by a constant function of the lane.
+template <class Pick, size_t... I>
+LGK_INLINE vf shuffle_lanes(vf a, vf b, std::index_sequence<I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, Pick::lane(I)...);
+#else
+  return __builtin_shuffle(a, b, vi{Pick::lane(I)...});
+#endif
+}
+template <class Pick>
+LGK_INLINE vf shuffle(vf a, vf b) {
+  return shuffle_lanes<Pick>(a, b, std::make_index_sequence<V>());
+}
+
+template <int S> struct UpperLeft { static constexpr int lane(int l) { return l & S ? V + l - S : l; } };
+template <int S> struct LowerRight { static constexpr int lane(int l) { return l & S ? V + l : l + S; } };
+struct Even { static constexpr int lane(int l) { return 2 * l; } };
+struct Odd { static constexpr int lane(int l) { return 2 * l + 1; } };
+
+// Transposes V x V in registers: blocks of S x S off the diagonal change places, S = V/2 ... 1.
+template <int S = V / 2>
+LGK_INLINE void transpose(vf* row) {
+  for (int i = 0; i < V; ++i)
+    if (!(i & S)) {
+      const vf a = row[i], b = row[i + S];
+      row[i] = shuffle<UpperLeft<S>>(a, b);
+      row[i + S] = shuffle<LowerRight<S>>(a, b);
+    }
+  if constexpr (S > 1) transpose<S / 2>(row);
+}
+
+// Any lanes of one vector.
+LGK_INLINE vf look_up(vf table, vi index) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_permutexvar_ps(0xffff, bits<__m512i>(index), table);  // the plain form warns in GCC 12
+#elif defined(__AVX2__)
+  return _mm256_permutevar8x32_ps(table, bits<__m256i>(index));
+#else
+  vf v = {};
+  for (int i = 0; i < V; ++i) v[i] = table[index[i] & (V - 1)];
+  return v;
+#endif
 }
 
 // exp(x) for x <= 0, relative error below 2e-7; zero below -87.

@@ -63,6 +63,7 @@ struct LlsKernels {
   int (*head)(const Head&, int threads);
   int (*modulation_grad)(int64_t batch, int64_t rows, int64_t classes, bool vector, const float* similarity,
                          const float* grad_logits, const float* scale, bool per_row, float* out, int threads);
+  int (*to_channels_last)(const Activation& planes, void* out, int threads);
 };
 
 // (rows, ceil(dim / 32)) packed signs, bit j % 32 of word j / 32 set where negative, in the two orders that the products

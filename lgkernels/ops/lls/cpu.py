@@ -11,6 +11,7 @@ from . import basis as tables
 _C = native()
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+PREFERS_CHANNELS_LAST = True  # oneDNN's convolutions copy NCHW tensors into a blocked format of their own
 PACKED_BASIS = _C is not None and _C.lls_packed_signs()
 
 
@@ -118,6 +119,15 @@ def expand_grad(grad_latents, scale, out, pool_size):
     _C.lls_expand_grad(*_activation(dense), *_pools(out, pool_size), g.data_ptr(), scale.data_ptr(), scale.dim() > 0,
                        torch.get_num_threads())
     return out if dense is out else out.copy_(dense)
+
+
+def to_channels_last(x):
+    """`x.contiguous(memory_format=torch.channels_last)`, faster."""
+    if _channels_last(x) or not x.is_contiguous():
+        return x.contiguous(memory_format=torch.channels_last)
+    out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    _C.lls_to_channels_last(x.data_ptr(), *x.shape, _code(x), out.data_ptr(), torch.get_num_threads())
+    return out
 
 
 # -- the pieces of the fused block -----------------------------------------------------------------------------
