@@ -6,7 +6,7 @@ INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def shape_of(tensor):
-    return "(" + ", ".join(str(n) for n in tensor.shape) + ")"
+    return str(tuple(tensor.shape))
 
 
 def tensor(name, value):

@@ -51,15 +51,16 @@ class _LLSBlock(nn.Module):
         checks.same_device(x=x, target=target, weight=self.layer.weight)
         norm = self.norm
         momentum = 0.0 if norm.momentum is None else norm.momentum
-        if norm.track_running_stats:
-            norm.num_batches_tracked.add_(1)
-            if norm.momentum is None:  # cumulative average, as torch: this one reads a device value
-                momentum = 1.0 / float(norm.num_batches_tracked)
-        return _lls.lls_block(
+        if norm.track_running_stats and norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked + 1)  # cumulative average, as torch: reads a device value
+        result = _lls.lls_block(
             x, self.layer.weight, self.layer.bias, norm.weight, norm.bias, self.modulation, norm.running_mean,
             norm.running_var, target,
             (self.waveform, *self._geometry(), momentum, norm.eps, self.negative_slope, self.max_pool,
              self.num_classes, self.pool_size, self.temperature, self.label_smoothing), self.impl)
+        if norm.track_running_stats:
+            norm.num_batches_tracked.add_(1)
+        return result
 
     def extra_repr(self):
         modulation = None if self.modulation is None else tuple(self.modulation.shape)

@@ -216,8 +216,9 @@ def test_half_block(impl, case, dtype):
     plain = results(copy.deepcopy(block), x, target, unfused)
     got = results(block, x, target)
     assert got["out"].dtype == dtype and got["loss"].dtype == torch.float32
+    length = got["out"].numel() // got["out"].shape[1]  # positions summed; a rounded pre-activation near 0 turns its sign
     for name, value in exact.items():
-        assert_accurate(name, got[name], plain[name], value, 4, rounding=dtype)
+        assert_accurate(name, got[name], plain[name], value, length, rounding=dtype)
 
 
 def test_float16_gradient_does_not_underflow(impl):
