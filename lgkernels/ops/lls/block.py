@@ -63,6 +63,10 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
     empty where not wanted. Gradients are those of the mean local loss, in float32 (float64 for float64)."""
     is_conv = weight.dim() == 4
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    last, weight_last = channels_last(x), channels_last(weight)
+    inner_last = is_conv and getattr(kernels, "PREFERS_CHANNELS_LAST", False) and x.numel() > 2 * weight.numel()
+    if inner_last:  # x once; then neither the convolution nor its gradient makes blocked copies of its own
+        x, weight = (kernels.to_channels_last(t) for t in (x, weight))
     weight = weight.to(x.dtype)  # under autocast, and for half models, the norm's parameters stay wide
     norm_weight, norm_bias = norm_weight.to(wide), norm_bias.to(wide)
     modulation = None if modulation is None else modulation.to(wide).contiguous()
@@ -70,9 +74,12 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
         z = torch.convolution(x, weight, None, stride, padding, (1, 1), False, (0, 0), 1)
     else:
         z = x @ weight.t()
+    if z.numel() == z.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got a pre-activation of size {z.shape}")
     mean, rstd = _batch_stats(kernels, z, bias, running_mean, running_var, momentum, norm_eps, wide)
     out, latents, s1, s2 = kernels.norm_act_pool(
-        z, mean, rstd, norm_weight, norm_bias, negative_slope, pool_size, max_pool, compute_grad)
+        z, mean, rstd, norm_weight, norm_bias, negative_slope, pool_size, max_pool, compute_grad,
+        **({"out_channels_last": last} if inner_last else {}))
     loss, grad_latents, similarity, grad_logits = kernels.head(
         latents, target, modulation, basis, num_classes=num_classes, temperature=temperature,
         label_smoothing=label_smoothing, normalize=True, eps=1e-12, zero_gradient_below_eps=False, basis_scale=1.0,
@@ -97,7 +104,8 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
                                                 (False, True, False))[1]
         else:
             grad_weight = z.t() @ x
-        grad_weight = grad_weight.to(loss.dtype, memory_format=torch.contiguous_format)
+        memory_format = torch.channels_last if weight_last else torch.contiguous_format  # the parameter's
+        grad_weight = grad_weight.to(loss.dtype, memory_format=memory_format)
         if scale != 1.0:
             grad_weight = grad_weight.div_(scale)
     grad_modulation = loss.new_empty(0)

@@ -159,7 +159,7 @@ def _block_fake(x, weight, bias, norm_weight, norm_bias, running_mean, running_v
         size = [n // 2 for n in size] if max_pool else size
         out = _empty((x.shape[0], weight.shape[0], *size), x.dtype, block.channels_last(x), x.device)
     new = lambda reference, wanted=True: (  # noqa: E731
-        torch.empty_like(reference, memory_format=torch.contiguous_format, dtype=wide) if wanted and compute_grad
+        torch.empty_like(reference, dtype=wide) if wanted and compute_grad
         else x.new_empty(0, dtype=wide))
     return (out, x.new_empty((), dtype=wide), new(weight, needs_weight), new(norm_weight), new(norm_bias),
             new(modulation, needs_modulation) if modulation is not None else x.new_empty(0, dtype=wide))
