@@ -165,7 +165,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("version") = LGK_VERSION;
 #ifdef LGK_WITH_CUDA
   m.attr("has_cuda") = true;
-  m.attr("cuda_runtime") = LGK_CUDA_RUNTIME;  // 13000 for 13.0
   bind_cuda(m);
 #else
   m.attr("has_cuda") = false;

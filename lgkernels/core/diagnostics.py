@@ -94,23 +94,12 @@ def native_module():
                 "hint": "reinstall with LGKERNELS_BUILD=cpu to see why it can't be built"}
     found = {"present": True, "version": module.version, "cpu_level": module.cpu_level(), "cuda": module.has_cuda}
     if module.has_cuda:
-        runtime, driver = module.cuda_runtime, cuda_driver()
+        runtime, driver = module.cuda_runtime_version(), module.cuda_driver_version()
         found |= {"cuda_runtime": cuda_version(runtime), "cuda_driver": cuda_version(driver)}
         if driver // 1000 < runtime // 1000:
             found["warning"] = (f"the driver serves CUDA {cuda_version(driver)}, the native kernels were built with "
                                 f"{cuda_version(runtime)}: update the driver, or use impl=\"triton\"")
     return found
-
-
-def cuda_driver():
-    """Newest CUDA version that the installed driver serves, as 13000 for 13.0; 0 without a driver."""
-    import ctypes
-    version = ctypes.c_int(0)
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except OSError:
-        pass
-    return version.value
 
 
 def cuda_version(number):
