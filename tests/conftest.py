@@ -26,6 +26,27 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "unpoisoned: torch.empty is left as it is (for tests that compile)")
 
 
+def _programs(case):
+    """About how many programs a kernel is launched with."""
+    channels = case.get("C", case.get("cout", 1))
+    pool = case.get("P", case.get("pool_size", 1)) ** (1 if "N" in case or "features" in case else 2)
+    return case.get("B", 1) * channels * pool
+
+
+def pytest_collection_modifyitems(config, items):
+    """The Triton interpreter takes milliseconds a program: its large cases run with LGKERNELS_TEST_ALL=1 only."""
+    if os.environ.get("LGKERNELS_TEST_ALL") == "1" or os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    def is_long(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        return (params.get("backend") == "triton" and isinstance(params.get("case"), dict)
+                and _programs(params["case"]) > 300)
+    dropped = [item for item in items if is_long(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if not is_long(item)]
+
+
 def pytest_report_header():
     lines = [f"{name}: {unavailable(name) or 'runs'}" for name in BACKENDS]
     return ["backends: " + "; ".join(lines), f"torch threads: {torch.get_num_threads()}"]

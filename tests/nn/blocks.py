@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import lgkernels.nn as lnn
+from tests.ops import lls_problems
 from tests.ops.lls_definition import definition
 from tests.ops.lls_problems import randn, targets
 from tests.tolerances import assert_accurate
@@ -60,9 +61,11 @@ def check(case, impl, dtype=torch.float32, factor=1.0):
         block, x = block.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     block, x = block.to(dtype), x.to(dtype)
     plain, exact = copy.deepcopy(block), copy.deepcopy(block).double()
-    before = x.clone()
-    got = results(block, x, target, factor=factor)
-    assert torch.equal(x, before), "x was written to"
+    device = lls_problems.DEVICE
+    placed = x.to(device)
+    block.to(device)
+    got = results(block, placed, target.to(device), factor=factor)
+    assert torch.equal(placed.cpu(), x), "x was written to"
     same = results(plain, x, target, unfused, factor)
     truth = results(exact, x.double(), target, unfused, factor)
     length = x[0].numel() * 4 + got["out"].numel() // got["out"].shape[1]

@@ -6,6 +6,8 @@ from tests.cases import generator
 from tests.layouts import arrange
 from tests.tolerances import assert_accurate, assert_bit_equal
 
+DEVICE = "cpu"  # where the backend under test runs; tests/gpu sets "cuda". The reference runs on the CPU.
+
 HEAD = dict(temperature=0.5, label_smoothing=0.0, normalize=True, eps=1e-12, zero_gradient_below_eps=False,
             basis_scale=1.0, loss="cross_entropy", ignore_index=-100, reduction="mean", compute_grad=True)
 
@@ -52,11 +54,16 @@ def _map(value, function):
     return function(value) if isinstance(value, torch.Tensor) else value
 
 
-def _copy(tensor):
-    """A copy with the same strides, stride 0 included."""
+def _copy(tensor, device="cpu"):
+    """A copy with the same strides, stride 0 included, and the same offset from alignment."""
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
-    storage = torch.as_strided(tensor, (span,), (1,), tensor.storage_offset()).clone()
-    return torch.as_strided(storage, tensor.shape, tensor.stride(), 0)
+    storage = torch.as_strided(tensor.detach(), (tensor.storage_offset() + span,), (1,), 0).clone().to(device)
+    return torch.as_strided(storage, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def place(tensor):
+    """`tensor` on DEVICE, in its layout (itself where it lies there)."""
+    return tensor if tensor is None or tensor.device.type == DEVICE else _copy(tensor, DEVICE)
 
 
 def _outputs(result):
@@ -72,19 +79,20 @@ def check(module, name, arguments, keywords=(), *, inplace=(), length=1, per_row
     """
     keywords = dict(keywords)
 
-    def run(source, function, values):
-        values = [_map(v, _copy if i in inplace else lambda t: t) for i, v in enumerate(values)]
-        outputs = _outputs(getattr(function, name)(*values, **keywords))
+    def run(source, values):
+        values = [_map(v, lambda t: _copy(t, t.device)) if i in inplace else v for i, v in enumerate(values)]
+        outputs = _outputs(getattr(source, name)(*values, **keywords))
         return outputs + tuple(values[i] for i in inplace if values[i] is not None)
 
     before = [_map(v, torch.clone) for v in arguments]
-    got = run("kernel", module, arguments)
-    for i, (value, old) in enumerate(zip(arguments, before)):
+    placed = [_map(v, place) for v in arguments]
+    got = run(module, placed)
+    for i, (value, old) in enumerate(zip(placed, before)):
         if isinstance(value, torch.Tensor):
             assert_bit_equal(f"{name}: argument {i} was written to", value, old)
     definition = list(reference_arguments or arguments)
-    same = run("torch", reference, definition)
-    truth = run("float64", reference, [_map(v, lambda t: t.double() if t.is_floating_point() else t) for v in definition])
+    same = run(reference, definition)
+    truth = run(reference, [_map(v, lambda t: t.double() if t.is_floating_point() else t) for v in definition])
     assert len(got) == len(same), f"{name}: {len(got)} results, the reference has {len(same)}"
     for i, (ours, torchs, exact) in enumerate(zip(got, same, truth)):
         assert_accurate(f"{name}[{i}]", ours, torchs, exact, length, per_row=per_row)

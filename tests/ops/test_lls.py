@@ -12,7 +12,7 @@ from tests.cases import DTYPES, SIZES, label, subsets, sweep
 from tests.conftest import BACKENDS, running
 from tests.layouts import LAYOUTS, arrange
 from tests.ops.lls_definition import definition
-from tests.ops.lls_problems import modulation, randn, targets
+from tests.ops.lls_problems import modulation, place, randn, targets
 from tests.tolerances import assert_accurate, assert_bit_equal, assert_relative
 
 
@@ -27,7 +27,9 @@ def run(function, tensors, grad_output, **arguments):
     m = None if m is None else m.detach().requires_grad_()
     loss = function(activation, target, m, **arguments)
     wanted = [t for t in (activation, m) if t is not None]
-    return [loss.detach(), *torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype).expand(loss.shape))]
+    if grad_output.dim() == 0:
+        grad_output = grad_output.expand(loss.shape)
+    return [loss.detach(), *torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype))]
 
 
 def compare(impl, activation, target, m, per_row=False, grad_output=None, **arguments):
@@ -37,8 +39,10 @@ def compare(impl, activation, target, m, per_row=False, grad_output=None, **argu
     tensors = (activation, target, m)
     before = [None if t is None else t.clone() for t in tensors]
     zero = arguments.pop("zero_gradient_below_eps", False)
-    got = run(LF.lls_loss, tensors, grad_output, impl=impl, zero_gradient_below_eps=zero, **arguments)
-    for name, tensor, old in zip(("activation", "target", "modulation"), tensors, before):
+    placed = [place(t) for t in tensors]
+    got = run(LF.lls_loss, placed, place(grad_output), impl=impl, zero_gradient_below_eps=zero,
+              **{**arguments, "basis": place(arguments.get("basis"))})
+    for name, tensor, old in zip(("activation", "target", "modulation"), placed, before):
         if tensor is not None:
             assert_bit_equal(f"{name} was written to", tensor, old)
     torchs = run(definition, tensors, grad_output, **arguments)
@@ -54,9 +58,9 @@ def compare(impl, activation, target, m, per_row=False, grad_output=None, **argu
     return got
 
 
-BASE = dict(B=3, C=5, H=8, W=8, P=4, classes=10, kind="matrix", waveform="square")
+BASE = dict(B=3, C=5, H=8, W=8, P=2, classes=10, kind="matrix", waveform="square")
 CASES = [
-    *sweep(BASE, B=(0, 1, 17), C=(1, 7), P=(1, 2, 8), classes=(1, 2, 65), kind=("none", "vector"), waveform=("cosine",)),
+    *sweep(BASE, B=(0, 1, 17), C=(1, 7), P=(1, 4, 8), classes=(1, 2, 65), kind=("none", "vector"), waveform=("cosine",)),
     dict(BASE, H=7, W=7, P=2), dict(BASE, H=3, W=3, P=2), dict(BASE, H=5, W=9, P=4),     # overlapping bins
     dict(BASE, H=1, W=1, P=2), dict(BASE, H=2, W=3, P=4),                               # up-sampling
     *({"B": 3, "N": n, "P": p, "classes": 10, "kind": "vector", "waveform": "cosine"}
@@ -121,11 +125,11 @@ def test_basis_of_the_users(impl, kind, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("which", ["activation", "target", "modulation"])
-@pytest.mark.parametrize("shape", [(4, 5, 7, 8), (4, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (4, 9)], ids=str)
 def test_layouts(impl, layout, which, shape):
-    tensors = {"activation": randn(*shape), "target": targets(4, 6), "modulation": modulation("matrix", 6, 6)}
+    tensors = {"activation": randn(*shape), "target": targets(shape[0], 6), "modulation": modulation("matrix", 6, 6)}
     tensors[which] = arrange(tensors[which], layout)
-    compare(impl, *tensors.values(), num_classes=6, pool_size=3)
+    compare(impl, *tensors.values(), num_classes=6, pool_size=2)
 
 
 @pytest.mark.parametrize("layout", ["sliced", "expanded", "offset"])
@@ -135,7 +139,7 @@ def test_layouts_of_the_incoming_gradient(impl, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 5, 8, 8), (3, 5, 7, 7), (5, 17)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 7, 7), (5, 17)], ids=str)
 @pytest.mark.parametrize("m_dtype", [torch.float32, None], ids=str)
 def test_dtypes(impl, dtype, shape, m_dtype):
     """A half activation, with a float32 or an equally half modulation."""
@@ -237,8 +241,8 @@ def test_gradient_composes_with_what_lies_above_and_below(impl):
 
 
 def test_repeatable_bit_for_bit(impl):
-    tensors = randn(17, 5, 9, 9), targets(17, 33), modulation("matrix", 20, 33)
-    arguments = dict(num_classes=33, pool_size=4, impl=impl)
+    tensors = randn(17, 3, 9, 9), targets(17, 33), modulation("matrix", 20, 33)
+    arguments = dict(num_classes=33, pool_size=2, impl=impl)
     first = run(LF.lls_loss, tensors, torch.tensor(1.0), **arguments)
     for _ in range(5):
         for a, b in zip(first, run(LF.lls_loss, tensors, torch.tensor(1.0), **arguments)):
@@ -309,15 +313,15 @@ def test_function_transforms_are_refused(impl, transform):
 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("kind", ["none", "vector", "matrix"])
-@pytest.mark.parametrize("shape", [(3, 5, 4, 4), (3, 17)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 17)], ids=str)
 def test_opcheck_of_the_loss(impl, kind, shape):
     m = modulation(kind, 6, 6)
     for compute_grad, activation in ((True, randn(*shape)), (False, arrange(randn(*shape), "transposed"))):
-        arguments = (activation, targets(3, 6), m, None, "square", 6, 2, 0.5, 0.0, True, 1e-12, False, 1.0, "cross_entropy",
+        arguments = (activation, targets(2, 6), m, None, "square", 6, 2, 0.5, 0.0, True, 1e-12, False, 1.0, "cross_entropy",
                      -100, "mean", compute_grad, impl)
         torch.library.opcheck(torch.ops.lgkernels.lls_loss_forward.default, arguments)
     _, grad_latents, similarity, grad_logits = torch.ops.lgkernels.lls_loss_forward(
-        randn(*shape), targets(3, 6), m, None, "square", 6, 2, 0.5, 0.0, True, 1e-12, False, 1.0, "cross_entropy", -100,
+        randn(*shape), targets(2, 6), m, None, "square", 6, 2, 0.5, 0.0, True, 1e-12, False, 1.0, "cross_entropy", -100,
         "mean", True, impl)
     for channels_last, wants_m in ((False, m is not None), (len(shape) == 4, False)):
         torch.library.opcheck(torch.ops.lgkernels.lls_loss_backward.default, (
