@@ -29,6 +29,7 @@ struct RowLanes {
   vi* segment;
   bool few;  // the column segments fit into one vector
   static int64_t scratch(const Axis& c) { return ((c.size < V ? V : c.size) / V + 1) * V; }
+  int64_t padded() const { return (width + V - 1) / V * V; }
 
   RowLanes(const Axis& r, const Axis& c, float* memory)
       : width(c.size), segment(reinterpret_cast<vi*>(memory)), few(c.segments <= V) {
@@ -45,25 +46,34 @@ struct RowLanes {
   }
 };
 
-// totals[s] += the sum of the first n lanes that lie in column segment s
-inline void add_lanes(vf lanes, vi segment, int64_t n, bool few, float* totals, int64_t segments) {
-  float value[V];
-  int32_t to[V];
-  store(value, lanes);
-  std::memcpy(to, &segment, sizeof to);
-  if (!few) {
-    for (int64_t l = 0; l < n; ++l) totals[to[l]] += value[l];
-    return;
+// segments[i * c.segments + t] = the sum of the lanes of row i of `sums` (count, width) that lie in column segment t.
+// V rows are turned at a time, so that lanes are added as vectors.
+inline void add_lanes(const float* sums, int64_t count, const RowLanes& lanes, const Axis& c, float* segments,
+                      vf* totals) {
+  const int64_t padded = lanes.padded();
+  for (int64_t i = 0; i < count; i += V) {
+    const int64_t m = smaller(V, count - i);
+    for (int64_t t = 0; t < c.segments; ++t) totals[t] = vf{};
+    for (int64_t w = 0; w < lanes.width; w += V) {
+      vf row[V];
+      for (int64_t l = 0; l < V; ++l) row[l] = l < m ? load(sums + (i + l) * padded + w) : vf{};
+      transpose(row);
+      int32_t to[V];
+      std::memcpy(to, &lanes.segment[w / V], sizeof to);
+      vf run = row[0];
+      for (int64_t l = 1; l < smaller(V, lanes.width - w); ++l) {
+        if (to[l] == to[l - 1]) {
+          run += row[l];
+        } else {
+          totals[to[l - 1]] += run;
+          run = row[l];
+        }
+      }
+      totals[to[smaller(V, lanes.width - w) - 1]] += run;
+    }
+    for (int64_t t = 0; t < c.segments; ++t)
+      for (int64_t l = 0; l < m; ++l) segments[(i + l) * c.segments + t] = totals[t][l];
   }
-  vi own;
-  for (int l = 0; l < V; ++l) own[l] = l;
-  vf even = {}, odd = {};  // lane s: value[l] where l is in segment s
-  for (int64_t l = 0; l + 1 < n; l += 2) {
-    even += own == to[l] ? splat(value[l]) : vf{};
-    odd += own == to[l + 1] ? splat(value[l + 1]) : vf{};
-  }
-  if (n % 2) even += own == to[n - 1] ? splat(value[n - 1]) : vf{};
-  store_some(totals, load_some(totals, segments) + (even + odd), segments);
 }
 
 inline bool tiles(const Axis& r, const Axis& c) { return r.size % r.pool == 0 && c.size % c.pool == 0; }
@@ -207,13 +217,13 @@ inline void pool_plane(const Pooling<T>& p, int64_t plane, const RowLanes& lanes
   const int64_t height = p.a.height, width = p.a.width, area = height * width, channel = plane % p.a.channels;
   const T* z = static_cast<const T*>(p.a.data) + plane * area;
   const Unit unit = kNorm ? unit_of_channel(*p.norm, channel) : Unit{};
-  float* activated = scratch;  // whole plane, only before a max-pool
-  float* segments = scratch + (p.max_pool ? area : 0);
-  const int64_t count = p.segments();
-  for (int64_t i = 0; i < (kSums ? 3 : 1) * count; ++i) segments[i] = 0;
+  const int64_t count = p.segments(), sums_count = p.rows.segments, padded = lanes.padded();
+  vf* totals = reinterpret_cast<vf*>(scratch);
+  float* sums = scratch + p.columns.segments * V;  // of z or a, of lambda, of lambda * d; by row segment and lane
+  float* segments = sums + 3 * sums_count * padded;
+  float* activated = segments + 3 * count;  // the whole plane, before a max-pool
   for (int64_t s = 0; s < p.rows.segments; ++s) {
     const int64_t begin = p.rows.bound[s] / lanes.rows, end = p.rows.bound[s + 1] / lanes.rows;
-    float* to = segments + s * p.columns.segments;
     for (int64_t w = 0; w < lanes.width; w += V) {
       const int64_t n = smaller(V, lanes.width - w);
       vf total = {}, total1 = {}, total2 = {};
@@ -229,14 +239,14 @@ inline void pool_plane(const Pooling<T>& p, int64_t plane, const RowLanes& lanes
         }
         total += v;
       }
-      const vi segment = lanes.segment[w / V];
-      add_lanes(total, segment, n, lanes.few, to, p.columns.segments);
+      store(sums + s * padded + w, total);
       if (kSums) {
-        add_lanes(total1, segment, n, lanes.few, to + count, p.columns.segments);
-        add_lanes(total2, segment, n, lanes.few, to + 2 * count, p.columns.segments);
+        store(sums + (sums_count + s) * padded + w, total1);
+        store(sums + (2 * sums_count + s) * padded + w, total2);
       }
     }
   }
+  add_lanes(sums, (kSums ? 3 : 1) * sums_count, lanes, p.columns, segments, totals);
   const int64_t bins = p.bins();
   to_bins(segments, p.rows, p.columns, true, 1, p.latents + plane * bins);
   if (kSums) {
@@ -351,7 +361,8 @@ template <bool kNorm, bool kSums, class T>
 inline int pool(const Pooling<T>& p, int threads) {
   const int64_t height = p.a.height, width = p.a.width, groups = (p.a.channels + V - 1) / V;
   const int64_t size = p.a.channels_last ? 3 * p.segments() * V + RowWriter<T>::scratch(width)
-                                         : 3 * p.segments() + (p.max_pool ? height * width : 0);
+                                         : p.columns.segments * V + 3 * p.rows.segments * (width + V) +
+                                               3 * p.segments() + (p.max_pool ? height * width : 0);
   Scratch scratch(size, threads), map(RowLanes::scratch(p.columns), 1);
   if (!scratch || !map) return 1;
   const RowLanes lanes(p.rows, p.columns, map.of(0));
