@@ -57,9 +57,10 @@ PRESETS = {
         block(16, 128, 256, 32, 2, 10),
         block(32, 256, 512, 8, 2, 100),
         block(32, 512, 512, 4, 2, 100),
-        Case("norm_act_pool", 16, 256, size=32, pool=2),
-        Case("grad_preactivation_", 16, 256, size=32, pool=2),
+        Case("norm_act_pool", 64, 256, size=32, pool=2),
+        Case("grad_preactivation_", 64, 256, size=32, pool=2),
         Case("vgg8_step", 32, 3, size=32),
+        Case("vgg8_step", 32, 3, size=32, channels_last=True),
     ],
     "gpu": [
         Case("norm_act_pool", 128, 256, size=32, pool=2, **_HALF),
