@@ -67,7 +67,7 @@ norm_act_pool_nhwc(Image s, Norm norm, bool aligned, const T* __restrict__ z, T*
     const int unit_columns = (columns.end - 1) / UNIT + 1 - unit_column;
     const int units = ((rows.end - 1) / UNIT + 1 - unit_row) * unit_columns;
     const T* const sample = z + b * s.height * s.width * s.channels + c0;
-    T* const out_sample = out + b * out_height * out_width * s.channels + c0;
+    const int64_t out_base = b * out_height * out_width * s.channels + c0;
     constexpr int kUnits = UNIT == 1 ? kLoads : 1, kSide = UNIT;
     for (int first = threadIdx.y; first < units; first += blockDim.y * kUnits) {
       Pack<T, V> pack[kLoads];
@@ -97,7 +97,7 @@ norm_act_pool_nhwc(Image s, Norm norm, bool aligned, const T* __restrict__ z, T*
         }
         const bool last = UNIT == 1 || q == kLoads - 1, owned = h[u] >= rows.own && w[u] >= columns.own;
         if (last && owned && out != nullptr)
-          store<T, V>(out_sample + (h[u] / UNIT * out_width + w[u] / UNIT) * s.channels, best, channels, aligned);
+          store<T, V>(out + out_base + (h[u] / UNIT * out_width + w[u] / UNIT) * s.channels, best, channels, aligned);
       }
     }
   }

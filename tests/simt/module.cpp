@@ -1,5 +1,8 @@
 // The tests' module: the CUDA entry points of lgkernels._C on the CPU executor, and kernels that are wrong on purpose.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <utility>
 
 #include "lgk/launch.h"
 
@@ -66,7 +69,9 @@ PYBIND11_MODULE(lgk_simt, m) {
                                  : name == "shuffled"   ? Order::kShuffled
                                                         : throw py::value_error("order: got " + name);
   });
-  m.def("launches", [] { return Executor::instance().launches; });
+  m.def("set_dry", [](bool dry) { Executor::instance().dry = dry; });
+  // (blocks, threads of a block, bytes of dynamic shared memory) of every launch since the last call
+  m.def("launches", [] { return std::exchange(Executor::instance().log, {}); });
   m.def("rotate", [](std::uintptr_t in, std::uintptr_t out, int blocks, int threads, bool with_barrier) {
     LGK_LAUNCH(rotate, blocks, threads, threads * sizeof(float), 0, pointer<float>(in), pointer<float>(out),
                with_barrier);

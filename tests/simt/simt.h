@@ -7,9 +7,9 @@
 // what was never written shows in the result.
 #pragma once
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -21,6 +21,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "context.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -72,7 +74,7 @@ inline const char* name(Wait wait) {
 }
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   char* stack = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
   dim3 index;
@@ -86,6 +88,8 @@ struct Fiber {
 class Executor {
  public:
   Order order = Order::kAscending;
+  bool dry = false;                           // launches are checked and logged, nothing runs
+  std::vector<std::array<size_t, 3>> log;     // blocks, threads of a block, bytes of dynamic shared memory
 
   static Executor& instance() {
     static Executor executor;
@@ -97,7 +101,10 @@ class Executor {
       throw std::runtime_error("a block has " + std::to_string(block.volume()) + " threads: whole warps, at most 1024");
     if (grid.volume() == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu)
       throw std::runtime_error("the grid is empty or too large");
-    if (shared_bytes > 99 * 1024) throw std::runtime_error("more than 99 KiB of dynamic shared memory");
+    if (shared_bytes > 48 * 1024)
+      throw std::runtime_error("more than 48 KiB of shared memory: a GPU gives it only to kernels that ask for it");
+    log.push_back({grid.volume(), block.volume(), shared_bytes});
+    if (dry) return;
     kernel_ = std::move(kernel);
     gridDim = grid;
     blockDim = block;
@@ -109,7 +116,6 @@ class Executor {
       shared_ = poisoned.data();
       run_block(block);
     }
-    ++launches;
   }
 
   char* shared() const { return shared_; }
@@ -124,8 +130,6 @@ class Executor {
     switch_to_scheduler(fiber, &fiber.fake_stack);
     return fiber.result;
   }
-
-  int64_t launches = 0;
 
  private:
   static constexpr size_t kStack = LGK_ASAN ? 256 * 1024 : 64 * 1024;
@@ -145,11 +149,7 @@ class Executor {
 #if LGK_ASAN
     __asan_unpoison_memory_region(fiber.stack, kStack);
 #endif
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack;
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, &Executor::enter, 0);
+    make_context(&fiber.context, fiber.stack, kStack, &Executor::enter);
     fiber.wait = Wait::kReady;
   }
 
@@ -168,7 +168,7 @@ class Executor {
 #if LGK_ASAN
     __sanitizer_start_switch_fiber(save_fake_stack, scheduler_stack_, scheduler_stack_size_);
 #endif
-    swapcontext(&fiber.context, &scheduler_);
+    switch_context(&fiber.context, &scheduler_);
 #if LGK_ASAN
     __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
 #endif
@@ -181,7 +181,7 @@ class Executor {
     void* fake_stack = nullptr;
     __sanitizer_start_switch_fiber(&fake_stack, fiber.stack, kStack);
 #endif
-    swapcontext(&scheduler_, &fiber.context);
+    switch_context(&scheduler_, &fiber.context);
 #if LGK_ASAN
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
@@ -278,7 +278,7 @@ class Executor {
   std::function<void()> kernel_;
   std::vector<Fiber> fibers_;
   std::mt19937 random_{1};
-  ucontext_t scheduler_;
+  Context scheduler_;
   Fiber* current_ = nullptr;
   char* shared_ = nullptr;
   const void* scheduler_stack_ = nullptr;

@@ -146,8 +146,9 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
         return out, result, _new(z, 0), _new(z, 0)
     batch, channels, height, width = z.shape
     size = (height // 2, width // 2) if max_pool else (height, width)
+    plain = not channels_last or height * width == 1 and z.is_contiguous()
     out = torch.empty((batch, channels, *size), dtype=z.dtype, device=z.device,
-                      memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+                      memory_format=torch.contiguous_format if plain else torch.channels_last)
     result, *sums = (_new(z, batch, channels * pool_size**2) for _ in range(3 if compute_grad else 1))
     s1, s2 = sums or (_new(z, 0), _new(z, 0))
     _call("norm_act_pool", z.device, _image(dense, channels_last, pool_size), addresses, negative_slope,

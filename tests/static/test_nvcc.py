@@ -1,0 +1,61 @@
+"""Every CUDA source compiles for every architecture that wheels hold, with no spills, within the shared memory limits."""
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+SHARED_LIMIT = 48 * 1024  # static and dynamic together; the dynamic part: tests/simt/test_lls_launches.py
+NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+
+def compile_report(source, out, architectures=ARCHITECTURES):
+    """{(architecture, kernel): {"stack", "spill", "shared", "registers"}} from the assembler's own report."""
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    result = subprocess.run([NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings",
+                             f"-I{ROOT / 'csrc/include'}", *targets, "--threads", str(min(2, os.cpu_count())),
+                             "-Xptxas", "-v", "-c", str(source), "-o", str(out)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = {}
+    for part in re.split(r"Compiling entry function ", result.stdout + result.stderr)[1:]:
+        kernel, architecture = re.match(r"'(\w+)' for 'sm_(\w+)'", part).groups()
+        stack, stores, loads = map(int, re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
+        shared = re.search(r"(\d+) bytes smem", part)
+        report[architecture, kernel] = dict(
+            stack=stack, spill=stores + loads, shared=int(shared[1]) if shared else 0,
+            registers=int(re.search(r"Used (\d+) registers", part)[1]))
+    return report
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_compiles_for_every_architecture(source, tmp_path):
+    report = compile_report(source, tmp_path / "object.o")
+    kernels = {kernel for _, kernel in report}
+    assert kernels and {a for a, _ in report} == set(ARCHITECTURES)
+    assert len(report) == len(kernels) * len(ARCHITECTURES)
+    for (architecture, kernel), use in report.items():
+        where = f"{kernel} on sm_{architecture}: {use}"
+        assert use["spill"] == 0 and use["stack"] == 0, f"spills: {where}"
+        assert use["shared"] <= SHARED_LIMIT, f"static shared memory: {where}"
+        assert use["registers"] <= 128, f"fewer than two blocks of 256 threads fit a multiprocessor: {where}"
+
+
+def test_a_spill_is_seen(tmp_path):
+    source = tmp_path / "spill.cu"
+    source.write_text("""
+        __global__ void __launch_bounds__(1024, 2) spill(float* x) {
+          float v[96];
+          for (int i = 0; i < 96; ++i) v[i] = x[i * 1024 + threadIdx.x];
+          __syncthreads();
+          for (int i = 0; i < 96; ++i) x[i * 1024 + threadIdx.x] = v[95 - i] * v[i];
+        }""")
+    (use,) = compile_report(source, tmp_path / "object.o", ["86"]).values()
+    assert use["spill"] > 0
