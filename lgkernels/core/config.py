@@ -14,13 +14,13 @@ from .dispatch import interpreting
 # Shared memory that one block may use, bytes.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
-# Elementwise passes: (elements of a tile, warps). Sixteen elements a thread keep enough loads in flight, and three
-# float32 accumulators of that size still fit the registers.
-_TILES = {arch: (2048, 4) for arch in SHARED_MEMORY}
+# Elementwise passes: elements of a tile. With sixteen elements a thread enough loads are in flight, and three float32
+# accumulators of that size still fit the registers.
+_TILES = {arch: 2048 for arch in SHARED_MEMORY}
 
 # Matrix products: (three block sizes, warps, stages), largest first. M samples, K basis rows, D latents, N columns.
-_SIMILARITY = ((64, 64, 64, 4, 3), (16, 128, 64, 4, 3), (16, 64, 64, 4, 3), (16, 32, 128, 4, 3), (16, 16, 128, 4, 3))
-_LATENT_GRAD = ((64, 32, 64, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3))
+_SIMILARITY = ((16, 64, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3))
+_LATENT_GRAD = ((16, 32, 64, 4, 3), (16, 16, 64, 4, 3))
 _PRODUCT = ((16, 64, 32, 4, 3), (16, 16, 32, 4, 3))
 _MODULATION_GRAD = ((32, 64, 64, 4, 3), (32, 32, 32, 4, 3), (32, 16, 16, 4, 3))
 
@@ -54,8 +54,8 @@ def _tile(sizes, dtype, arch):
     if arch == "interpret":
         block_p = min(positions, 1 << 12)
         return {"BLOCK_P": block_p, "BLOCK_C": min(planes, (1 << 14) // block_p), "num_warps": 1}
-    elements, warps = _TILES[arch]
-    elements = elements // 2 if pooled else elements  # a group of four positions is live at once
+    per_thread = 8 if pooled else 16  # pooled: a group of four positions is live at once
+    elements = _TILES[arch] * per_thread // 16
     run = 256 // dtype.itemsize
     if channels_last:
         block_c = min(planes, run)
@@ -63,7 +63,7 @@ def _tile(sizes, dtype, arch):
     else:
         block_p = min(positions, run)
         block_c = min(planes, elements // block_p, 256)
-    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": max(block_p * block_c // (32 * per_thread), 1)}
 
 
 def _rows(sizes, dtype, arch):
@@ -71,7 +71,7 @@ def _rows(sizes, dtype, arch):
     rows, columns = sizes
     if arch == "interpret":
         return {"BLOCK_B": min(rows, 128), "BLOCK_N": min(columns, 1024), "num_warps": 1}
-    return {"BLOCK_B": min(rows, 16), "BLOCK_N": min(columns, 64), "num_warps": 4}
+    return {"BLOCK_B": min(rows, 16), "BLOCK_N": min(columns, 32), "num_warps": 4}
 
 
 def _similarity(sizes, dtype, arch):
@@ -79,8 +79,7 @@ def _similarity(sizes, dtype, arch):
     if arch == "interpret":
         m, k, d, warps, stages = min(batch, 128), min(rows, 256), max(min(dim, 512), 32), 1, 1
     else:
-        m, k, d, warps, stages = _first(_SIMILARITY, arch, lambda m, k, d: (m == 16 or batch >= 512) and
-                                        (k <= rows or k == 16))
+        m, k, d, warps, stages = _first(_SIMILARITY, arch, lambda m, k, d: k <= rows or k == 16)
     return {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
 
 
@@ -107,8 +106,7 @@ def _latent_grad(sizes, dtype, arch):
     if arch == "interpret":
         m, k, d, warps, stages = min(batch, 128), min(rows, 256), max(min(dim, 512), 32), 1, 1
     else:
-        m, k, d, warps, stages = _first(_LATENT_GRAD, arch, lambda m, k, d: (m == 16 or batch >= 512) and
-                                        (k <= rows or k == 16))
+        m, k, d, warps, stages = _first(_LATENT_GRAD, arch, lambda m, k, d: k <= rows or k == 16)
     return {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
 
 
@@ -132,8 +130,7 @@ _SELECT = {
     "norm_act_pool": _tile, "grad_preactivation": _tile, "expand_grad": _tile, "batch_stats": _tile,
     "linear_pool": _rows, "linear_expand": _rows, "linear_grad": _rows,
     "similarity": _similarity, "logits": _product, "loss_rows": _loss_rows, "grad_similarity": _product,
-    "latent_grad": _latent_grad,
-    "modulation_grad": _modulation_grad, "norm_grads": _norm_grads,
+    "latent_grad": _latent_grad, "modulation_grad": _modulation_grad, "norm_grads": _norm_grads,
 }
 
 

@@ -1,7 +1,8 @@
-"""Address arithmetic of the Triton kernels, always in int64.
+"""Address arithmetic of the Triton kernels: every product with a stride is taken in int64.
 
 A program id and an index vector are int32; multiplied by a stride they overflow at 2^31 elements (a 4.3 GB tensor in
-bfloat16). So kernels take program ids from `program_id` and turn an index into an offset with `offset` only.
+bfloat16). So kernels take program ids from `program_id`, may divide them, and multiply them only in `indices` and
+`offset`. The wrappers keep grids below 2^31 programs.
 """
 import triton
 import triton.language as tl
@@ -9,8 +10,8 @@ import triton.language as tl
 
 @triton.jit
 def program_id(axis: tl.constexpr):
-    """tl.program_id as int64."""
-    return tl.program_id(axis).to(tl.int64)
+    """tl.program_id, int32: divisions by it are cheap. Multiply it with `indices` or `offset` only."""
+    return tl.program_id(axis)
 
 
 @triton.jit

@@ -16,11 +16,11 @@ from ..common.dot import dot
 
 
 @triton.jit
-def _basis(basis, k, start, K, d, PACKED: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Phi[k, start : start + BLOCK_D] in float32. Past the last column the value is finite, whatever it is."""
-    j = start + tl.arange(0, BLOCK_D)
+def _basis(basis, k, block, K, d, PACKED: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows k of block number `block` of BLOCK_D columns of Phi. Past the last column some finite value."""
+    j = indices(block, BLOCK_D)
     if PACKED:
-        word = start // 32 + tl.arange(0, BLOCK_D // 32)
+        word = indices(block, BLOCK_D // 32)
         words = tl.load(basis + offset(k, tl.cdiv(d, 32))[:, None] + word[None, :],
                         mask=(k < K)[:, None] & (word * 32 < d)[None, :], other=0)
         negative = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
@@ -42,10 +42,10 @@ def similarity_kernel(x, basis, target, partial, count, B, d, K, slices, ignore_
     slice = pid // k_blocks // m_blocks
     products = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(slice * BLOCK_D, d, slices * BLOCK_D):
-        j = start + tl.arange(0, BLOCK_D)
+    for block in range(slice, tl.cdiv(d, BLOCK_D), slices):
+        j = indices(block, BLOCK_D)
         tile = tl.load(x + offset(m, d)[:, None] + j[None, :], mask=(m < B)[:, None] & (j < d)[None, :], other=0.0)
-        products = dot(tile, tl.trans(_basis(basis, k, start, K, d, PACKED, BLOCK_D)), products, PRECISION)
+        products = dot(tile, tl.trans(_basis(basis, k, block, K, d, PACKED, BLOCK_D)), products, PRECISION)
         squares += tl.sum(tile * tile, 1)
     row = partial + offset(offset(slice, B) + m, K + 1)
     tl.store(row[:, None] + k[None, :], products, mask=(m < B)[:, None] & (k < K)[None, :])
@@ -201,15 +201,15 @@ def latent_grad_kernel(x, basis, grad_similarity, rows, losses, count, loss, gra
     NORMALIZE. With REDUCE the first program sums the losses."""
     pid = program_id(0)
     d_blocks = tl.cdiv(d, BLOCK_D)
-    m, start = indices(pid // d_blocks, BLOCK_M), pid % d_blocks * BLOCK_D
+    m, block = indices(pid // d_blocks, BLOCK_M), pid % d_blocks
     g = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         grad_s = tl.load(grad_similarity + offset(m, K)[:, None] + k[None, :],
                          mask=(m < B)[:, None] & (k < K)[None, :], other=0.0)
-        g = dot(grad_s, _basis(basis, k, start, K, d, PACKED, BLOCK_D), g, PRECISION)
+        g = dot(grad_s, _basis(basis, k, block, K, d, PACKED, BLOCK_D), g, PRECISION)
     g = g * tl.cast(basis_scale, tl.float32)
-    j = start + tl.arange(0, BLOCK_D)
+    j = indices(block, BLOCK_D)
     at = offset(m, d)[:, None] + j[None, :]
     mask = (m < B)[:, None] & (j < d)[None, :]
     if NORMALIZE:

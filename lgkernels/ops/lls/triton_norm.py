@@ -35,7 +35,7 @@ def _elements(plane, row, column, C, H, W, CHANNELS_LAST: tl.constexpr, RUN: tl.
 def _bin_of_program(P, BLOCK_C: tl.constexpr):
     """(bin row, bin column, planes) of this program, int32; bins vary fastest, so that neighbours share cache lines."""
     pid = program_id(0)
-    bin = (pid % (P * P)).to(tl.int32)
+    bin = pid % (P * P)
     return bin // P, bin % P, indices(pid // (P * P), BLOCK_C).to(tl.int32)
 
 
