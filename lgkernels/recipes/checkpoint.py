@@ -44,7 +44,8 @@ def _flatten(node, key, tensors):
         return {type(node).__name__: [_flatten(v, f"{key}.{i}", tensors) for i, v in enumerate(node)]}
     if node is None or isinstance(node, (bool, int, float, str)):
         return {"value": node}
-    raise TypeError(f"a checkpoint holds dicts, lists, numbers, strings and tensors, got {type(node).__name__} at {key}")
+    raise TypeError("a checkpoint holds dicts, lists, numbers, strings and tensors, got "
+                    f"{type(node).__name__} at {key}")
 
 
 def _restore(node, tensors):

@@ -73,7 +73,8 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) in self._ALLOWED:
-            return super().find_class(module.replace("numpy.core", "numpy._core") if hasattr(np, "_core") else module, name)
+            present = module.replace("numpy.core", "numpy._core") if hasattr(np, "_core") else module
+            return super().find_class(present, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
 
 

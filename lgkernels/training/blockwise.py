@@ -12,8 +12,8 @@ class BlockwiseTrainer(Trainer):
 
     Args:
         blocks (iterable of nn.Module): in order. A module with parameters to train is a block: in training
-            ``forward(x, target)`` returns ``(output, loss)``, without target the output (:class:`lgkernels.nn.LLSConvBlock`,
-            :class:`lgkernels.nn.ClassifierBlock`, ...). Any other is a transform, applied as ``module(x)``.
+            ``forward(x, target)`` returns ``(output, loss)``, without target the output
+            (:class:`lgkernels.nn.LLSConvBlock`, :class:`lgkernels.nn.ClassifierBlock`, ...). Any other is a transform, applied as ``module(x)``.
         optimizer_factory (callable): a block's list of parameters -> its optimizer.
         scheduler_factory (callable, optional): an optimizer -> its learning-rate schedule; see ``scheduler_step``.
         accumulation_steps (int): calls of ``step`` to one optimizer step; each loss is divided by it.
@@ -55,8 +55,8 @@ class BlockwiseTrainer(Trainer):
                 result = block(x, target)
                 if not isinstance(result, tuple) or len(result) != 2:
                     raise TypeError(
-                        f"blocks[{i}] ({type(block).__name__}) must return (output, loss) for (x, target) in training, got "
-                        f"{type(result).__name__}: wrap it in nn.LLSHead or nn.ClassifierBlock, or freeze its parameters")
+                        f"blocks[{i}] ({type(block).__name__}) must return (output, loss) for (x, target) in training, "
+                        f"got {type(result).__name__}: wrap it in nn.LLSHead or nn.ClassifierBlock, or freeze it")
                 x, loss = result
                 del result  # what is left of the block's graph hangs on `loss` alone
                 x = x.detach()

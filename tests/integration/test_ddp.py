@@ -40,7 +40,8 @@ def train(rank, kind, accumulation, wrap):
     return torch.cat([p.detach().flatten() for block in blocks for p in block.parameters()])
 
 
-CASES = {"local losses": (BlockwiseTrainer, 1), "accumulated": (BlockwiseTrainer, 2), "back-propagation": (BackpropTrainer, 1)}
+CASES = {"local losses": (BlockwiseTrainer, 1), "accumulated": (BlockwiseTrainer, 2),
+         "back-propagation": (BackpropTrainer, 1)}
 
 
 def worker(rank, folder):

@@ -42,7 +42,8 @@ def test_idx(mnist_folder, name):
 
 
 @pytest.mark.parametrize("raw, message", [
-    (idx(pixels(5, 28, 28))[:-1], "cut short"), (b"\0\0\x08", "not a complete IDX"), (b"PK\x03\x04zip", "not an IDX file"),
+    (idx(pixels(5, 28, 28))[:-1], "cut short"), (b"\0\0\x08", "not a complete IDX"),
+    (b"PK\x03\x04zip", "not an IDX file"),
     (gzip.compress(idx(pixels(5, 28, 28)))[:200], "not a complete IDX")])
 def test_bad_idx(mnist_folder, raw, message):
     folder, _ = mnist_folder
@@ -79,7 +80,8 @@ def test_cifar_binary(tmp_path, classes, name, coarse):
     folder = tmp_path / name
     folder.mkdir()
     rows = {}
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"] if classes == 10 else ["train.bin", "test.bin"]
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"] if classes == 10 else [
+        "train.bin", "test.bin"]
     for file in names:
         rows[file] = pixels(3, 3073 + coarse)
         rows[file][:, coarse] %= classes

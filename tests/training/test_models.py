@@ -114,8 +114,9 @@ def test_signal_macs_are_those_of_the_input_gradients():
         assert sum(found[1:]) == macs(model, "bp", 10, size)
 
 
-@pytest.mark.parametrize("arguments, message", [(("resnet", "lls"), "unknown model 'resnet'; expected one of: smallconv"),
-                                                (("vgg8", "dfa"), "unknown rule 'dfa'; expected one of: lls")])
+@pytest.mark.parametrize("arguments, message", [
+    (("resnet", "lls"), "unknown model 'resnet'; expected one of: smallconv"),
+    (("vgg8", "dfa"), "unknown rule 'dfa'; expected one of: lls")])
 def test_unknown_names(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.build(*arguments, in_channels=3, num_classes=10)

@@ -28,7 +28,8 @@ def network(golden, impl, dtype):
     """(modules, name -> block), loaded with the initial tensors."""
     classes = golden["init/classifier/weight"].shape[0]
     options = dict(num_classes=classes, modulation=MODULATION[str(golden["mode"])], waveform=str(golden["waveform"]),
-                   temperature=float(golden["temperature"]), label_smoothing=float(golden["label_smoothing"]), impl=impl)
+                   temperature=float(golden["temperature"]), label_smoothing=float(golden["label_smoothing"]),
+                   impl=impl)
     pools = golden["pooling_sizes"].tolist()
     shapes = [golden[f"init/{name}/weight"].shape for name in NAMES]
     conv = [lnn.LLSConvBlock(shape[1], shape[0], 3, padding=1, pool_size=pool, max_pool=i < 2, **options)
@@ -58,7 +59,8 @@ def close(name, got, wanted, tolerance):
     assert error <= tolerance, f"{name}: {error:.2e} of the largest entry, allowed {tolerance}"
 
 
-@pytest.mark.parametrize("impl, dtype", [("auto", torch.float32), ("reference", torch.float32), ("reference", torch.float64)])
+@pytest.mark.parametrize("impl, dtype", [
+    ("auto", torch.float32), ("reference", torch.float32), ("reference", torch.float64)])
 @pytest.mark.parametrize("file", FILES)
 def test_stack(file, impl, dtype):
     golden = dict(np.load(GOLDEN / f"{file}.npz", allow_pickle=False))

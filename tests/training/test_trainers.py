@@ -151,7 +151,8 @@ def test_backprop_is_the_plain_loop():
 def test_no_step_waits_for_the_device(kind):
     class NoSync(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), function
+            aten = torch.ops.aten
+            assert function not in (aten._local_scalar_dense.default, aten.nonzero.default), function
             return function(*args, **(kwargs or {}))
 
     trainer = kind(local_blocks(), lambda p: torch.optim.SGD(p, lr=0.1), clip_grad_norm=1.0)
@@ -180,11 +181,12 @@ def test_one_block_is_alive_at_a_time():
 
 
 def test_schedules():
-    trainer = BlockwiseTrainer(local_blocks(), sgd, scheduler_factory=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5))
+    schedules = torch.optim.lr_scheduler
+    trainer = BlockwiseTrainer(local_blocks(), sgd, scheduler_factory=lambda o: schedules.StepLR(o, 1, 0.5))
     trainer.step(*batch())
     trainer.scheduler_step()
     assert [o.param_groups[0]["lr"] for o in trainer.optimizers if o] == [0.05] * 3
-    plateau = BlockwiseTrainer(local_blocks(), sgd, scheduler_factory=lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(
+    plateau = BlockwiseTrainer(local_blocks(), sgd, scheduler_factory=lambda o: schedules.ReduceLROnPlateau(
         o, factor=0.1, patience=0))
     for metric in (1.0, 2.0, 3.0):
         plateau.scheduler_step(metric)
