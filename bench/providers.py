@@ -201,7 +201,7 @@ def lls_loss(case, device, compiled):
             activations[i], target, official_basis(case.classes, dim, device), case.pool, modulation), activations[i])
     providers["lean torch"] = lean
     if compiled:
-        function = torch.compile(lambda a, m: LeanLoss.apply(a, target, phi, case.pool, m))
+        function = torch.compile(lambda a, m: LeanLoss.apply(a, target, phi, case.pool, m), dynamic=False)
         providers["lean torch.compile"] = lambda i: gradients(function(activations[i], modulation), activations[i])
     if case.size:  # it has to read the activation and to write a gradient of its size
         providers["floor"] = lambda i: {"": torch.empty_like(activations[i]).copy_(activations[i].detach())}
@@ -213,7 +213,7 @@ def lls_loss(case, device, compiled):
     wide_modulation = None if modulation is None else modulation.detach().double().requires_grad_()
     truth = gradients(LF.lls_loss(wide, target, wide_modulation, num_classes=case.classes, pool_size=case.pool,
                                   temperature=TEMPERATURE), wide, wide_modulation)
-    return Problem(providers, "floor", truth, _tolerance(case), copies, bytes=2 * size,
+    return Problem(providers, "floor", truth, _tolerance(case), copies, bytes=2 * size if case.size else 0,
                    flops=0 if case.size else 4 * case.batch * dim * case.classes)
 
 
@@ -296,7 +296,7 @@ def lls_block(case, device, compiled):
     providers["lean torch"] = lambda i: dict(
         zip(names, lean_block(xs[i], target, *arguments, phi, case.pool, case.max_pool)))
     if compiled:
-        function = torch.compile(lean_block)
+        function = torch.compile(lean_block, dynamic=False)
         providers["lean torch.compile"] = lambda i: dict(
             zip(names, function(xs[i], target, *arguments, phi, case.pool, case.max_pool)))
     providers["bp layer"], providers["floor"] = bp_layer(), floor(xs)
@@ -345,7 +345,7 @@ def norm_act_pool(case, device, compiled):
     providers = {f"lgkernels {impl}": run(dispatch.backend("lls_block", impl, device, case.torch_dtype).norm_act_pool)
                  for impl in backends("lls_block", device, case.torch_dtype)}
     if compiled:
-        providers["torch.compile"] = run(torch.compile(reference.norm_act_pool))
+        providers["torch.compile"] = run(torch.compile(reference.norm_act_pool, dynamic=False))
     moved = size + size // (4 if case.max_pool else 1) + 12 * case.batch * case.channels * case.pool**2
     providers["floor"] = _copy_floor(device, moved)
     truth = dict(zip(names, reference.norm_act_pool(zs[0].double(), *_doubles(channel), *arguments)))
@@ -366,7 +366,7 @@ def grad_preactivation_(case, device, compiled):
         dispatch.backend("lls_block", impl, device, case.torch_dtype).grad_preactivation_)
         for impl in backends("lls_block", device, case.torch_dtype)}
     if compiled:
-        providers["torch.compile"] = run(torch.compile(reference.grad_preactivation_))
+        providers["torch.compile"] = run(torch.compile(reference.grad_preactivation_, dynamic=False))
     moved = 2 * size + 4 * grad_latents.numel()
     providers["floor"] = _copy_floor(device, moved)
     wide = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
