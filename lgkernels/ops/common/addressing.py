@@ -16,11 +16,11 @@ def program_id(axis: tl.constexpr):
 
 @triton.jit
 def offset(index, stride):
-    """index * stride in int64; `index` is a tensor of any integer type."""
-    return index.to(tl.int64) * stride
+    """index * stride in int64; `index` is an integer or a tensor of any integer type."""
+    return tl.cast(index, tl.int64) * stride
 
 
 @triton.jit
 def indices(block, BLOCK: tl.constexpr):
     """int64 indices of block number `block`: block * BLOCK + (0 .. BLOCK-1)."""
-    return block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
