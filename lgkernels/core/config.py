@@ -123,7 +123,7 @@ def _norm_grads(sizes, dtype, arch):
     batch, channels, positions = sizes
     block_p = min(positions, 64)
     block_b, block_c, warps = (min(batch, 128), channels, 1) if arch == "interpret" else (32, min(channels, 4), 4)
-    return {"BLOCK_B": block_b, "BLOCK_C": max(min(block_c, 16384 // block_p), 1), "BLOCK_P": block_p, "num_warps": warps}
+    return {"BLOCK_B": block_b, "BLOCK_C": min(block_c, 16384 // block_p), "BLOCK_P": block_p, "num_warps": warps}
 
 
 _SELECT = {

@@ -7,8 +7,8 @@ import triton.language as tl
 def float32_precision():
     """`input_precision` of float32 operands: torch's float32 matmul setting.
 
-    "tf32" where torch is allowed to use it. Otherwise "tf32x3", three TensorFloat-32 products of split operands: it runs
-    on matrix instructions and keeps float32 accuracy (relative error about 2^-22 a product).
+    "tf32" where torch is allowed to use it. Otherwise "tf32x3", three TensorFloat-32 products of split operands: it
+    runs on matrix instructions and keeps float32 accuracy (relative error about 2^-22 a product).
     """
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):

@@ -227,7 +227,8 @@ def latent_grad_kernel(x, basis, grad_similarity, rows, losses, count, loss, gra
 
 @triton.jit(do_not_specialize=["B"])
 def modulation_grad_kernel(similarity, grad_logits, scale, grad, B, K, C, PER_ROW: tl.constexpr, VECTOR: tl.constexpr,
-                           PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+                           PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+                           BLOCK_C: tl.constexpr):
     """dL/dm = sum over the batch of scale * g_z * s, or dL/dM = s^T (scale * g_z), one tile of it."""
     pid = program_id(0)
     c_blocks = tl.cdiv(C, BLOCK_C)
@@ -236,7 +237,8 @@ def modulation_grad_kernel(similarity, grad_logits, scale, grad, B, K, C, PER_RO
     by_matrix = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for start in range(0, B, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
-        g = tl.load(grad_logits + offset(b, C)[:, None] + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :], other=0.0)
+        g = tl.load(grad_logits + offset(b, C)[:, None] + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :],
+                    other=0.0)
         if PER_ROW:
             g = g * tl.load(scale + b, mask=b < B, other=0.0).to(tl.float32)[:, None]
         else:

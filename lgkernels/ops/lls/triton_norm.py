@@ -23,7 +23,8 @@ def bin_range(i, size, pool):
 
 @triton.jit
 def _elements(plane, row, column, C, H, W, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr):
-    """int64 offsets (positions, planes) of [plane // C, plane % C, row, column]; in NCHW order columns come in aligned runs of RUN."""
+    """int64 offsets (positions, planes) of [plane // C, plane % C, row, column]; in NCHW order columns come in
+    aligned runs of RUN."""
     position = row * W + column
     if CHANNELS_LAST:
         return offset(position, C)[:, None] + (offset(plane // C, H * W * C) + plane % C)[None, :]
