@@ -10,7 +10,7 @@ namespace lgk::LGK_ISA {
 
 constexpr int64_t kSamples = 16;  // samples a block at most: the basis is read from the cache once for all of them
 
-inline float inverse_norm(const float* x, int64_t dim, float eps, bool* below) {
+inline double inverse_norm(const float* x, int64_t dim, float eps, bool* below) {
   vf total[4] = {};
   int64_t j = 0;
   for (; j + 4 * V <= dim; j += 4 * V)
@@ -22,14 +22,18 @@ inline float inverse_norm(const float* x, int64_t dim, float eps, bool* below) {
     const vf v = load_some(x + j, smaller(V, dim - j));
     total[0] += v * v;
   }
-  const float norm = std::sqrt(sum((total[0] + total[1]) + (total[2] + total[3])));
+  float lanes[V];
+  store(lanes, (total[0] + total[1]) + (total[2] + total[3]));
+  double square = 0;
+  for (int l = 0; l < V; ++l) square += lanes[l];
+  const double norm = std::sqrt(square);
   *below = !(norm >= eps);
   return 1 / (norm < eps ? eps : norm);
 }
 
 // Loss of one row of logits v (already divided by the temperature, overwritten) and its gradient with respect to v,
 // without the one-hot part's sign: softmax - q, or the straight-through difference.
-inline float row_loss(const Head& h, float* v, int64_t target, float* grad) {
+inline double row_loss(const Head& h, float* v, int64_t target, float* grad) {
   const int64_t classes = h.classes;
   if (h.hard_sigmoid) {
     float total = 0;
@@ -51,9 +55,11 @@ inline float row_loss(const Head& h, float* v, int64_t target, float* grad) {
     mass += e;
     shifted_sum += shifted;
   }
-  const float partition = sum(mass), log_partition = std::log(partition), q = h.smoothing / static_cast<float>(classes);
-  float loss = -(1 - h.smoothing) * ((v[target] - highest) - log_partition);
-  if (h.smoothing != 0) loss -= q * (sum(shifted_sum) - static_cast<float>(classes) * log_partition);
+  const float partition = sum(mass), q = h.smoothing / static_cast<float>(classes);
+  const double log_partition = std::log(static_cast<double>(partition));
+  const double correct = static_cast<double>(v[target]) - highest;
+  double loss = -(1.0 - h.smoothing) * (correct - log_partition);
+  if (h.smoothing != 0) loss -= h.smoothing * (sum(shifted_sum) / static_cast<double>(classes) - log_partition);
   const float scale = 1 / partition;
   for (int64_t c = 0; c < classes; c += V) {
     const int64_t n = smaller(V, classes - c);
@@ -77,8 +83,8 @@ inline void loss_rows(const Head& h, int64_t b, int64_t count, float weight, flo
     }
     const int64_t target = h.target[b + i];
     const bool valid = target != h.ignore_index;
-    const float loss = row_loss(h, v, valid ? target : 0, g);
-    losses[b + i] = valid ? loss : 0;
+    const double loss = row_loss(h, v, valid ? target : 0, g);
+    losses[b + i] = valid ? static_cast<float>(loss) : 0;
     for (int64_t c = 0; c < h.classes; ++c) g[c] = valid ? g[c] * weight : 0;
     if (h.compute_grad && (!h.modulation || h.vector))
       for (int64_t c = 0; c < h.classes; ++c)
@@ -122,8 +128,10 @@ inline int run_head(const Head& h, const Products& products, int threads) {
       bool below[kSamples] = {};
       products.similarity(x, count, s);
       for (int64_t i = 0; i < count; ++i) {
-        inverse[i] = h.normalize ? inverse_norm(x + i * h.dim, h.dim, h.eps, &below[i]) : 1.f;
-        for (int64_t k = 0; k < h.rows; ++k) s[i * h.rows + k] *= inverse[i] * h.basis_scale;
+        const double scale = h.normalize ? inverse_norm(x + i * h.dim, h.dim, h.eps, &below[i]) : 1.0;
+        inverse[i] = static_cast<float>(scale);
+        for (int64_t k = 0; k < h.rows; ++k)
+          s[i * h.rows + k] = static_cast<float>(s[i * h.rows + k] * (scale * h.basis_scale));
       }
       loss_rows(h, b, count, weight, losses, logits, h.compute_grad ? h.grad_logits + b * classes : spare,
                 grad_similarity);
