@@ -58,8 +58,8 @@ class BlockwiseTrainer(Trainer):
                         f"blocks[{i}] ({type(block).__name__}) must return (output, loss) for (x, target) in training, "
                         f"got {type(result).__name__}: wrap it in nn.LLSHead or nn.ClassifierBlock, or freeze it")
                 x, loss = result
-                del result  # what is left of the block's graph hangs on `loss` alone
-                x = x.detach()
+                del result
+                x = x.detach()  # what is left of the block's graph hangs on `loss` alone
                 losses.append(loss.detach())
                 self._backward(loss, parameters)
                 del loss
