@@ -96,7 +96,9 @@ def native_module():
     if module.has_cuda:
         runtime, driver = module.cuda_runtime_version(), module.cuda_driver_version()
         found |= {"cuda_runtime": cuda_version(runtime), "cuda_driver": cuda_version(driver)}
-        if driver // 1000 < runtime // 1000:
+        if not driver:
+            found["warning"] = "no CUDA driver here: the native CUDA kernels can't run"
+        elif driver // 1000 < runtime // 1000:
             found["warning"] = (f"the driver serves CUDA {cuda_version(driver)}, the native kernels were built with "
                                 f"{cuda_version(runtime)}: update the driver, or use impl=\"triton\"")
     return found
