@@ -122,9 +122,9 @@ class Trainer:
 
     @torch.no_grad()
     def predict(self, x):
-        """Output of the last block, in the present mode."""
+        """Output of the last block, in the present mode. Ranks may call it one by one: nothing is exchanged."""
         for module in self.blocks:
-            x = module(x)
+            x = _bare(module)(x)
         return x
 
     def bn_recalibrate(self, batches):

@@ -37,6 +37,9 @@ def train(rank, kind, accumulation, wrap):
     generator = torch.Generator().manual_seed(100 + rank)  # different data on each rank
     for _ in range(STEPS):
         trainer.step(torch.randn(8, 1, 8, 8, generator=generator), torch.randint(0, 3, (8,), generator=generator))
+    if rank == 0:  # an evaluation on one rank alone must not wait for the other
+        trainer.bn_recalibrate([torch.randn(8, 1, 8, 8)])
+        assert trainer.eval().predict(torch.randn(2, 1, 8, 8)).shape == (2, 3)
     return torch.cat([p.detach().flatten() for block in blocks for p in block.parameters()])
 
 
