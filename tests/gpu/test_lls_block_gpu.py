@@ -13,7 +13,8 @@ if not torch.cuda.is_available():
 
 from tests.nn.test_lls_blocks import test_loss_factor, test_step  # noqa: E402,F401
 
-BOTH = pytest.mark.parametrize("case", [dict(CONV, modulation="matrix", max_pool=True), dict(LINEAR, modulation="vector")],
+BOTH = pytest.mark.parametrize("case", [dict(CONV, modulation="matrix", max_pool=True),
+                                        dict(LINEAR, modulation="vector")],
                                ids=["conv", "linear"])
 IMPLEMENTED = pytest.mark.parametrize("case", [dict(CONV, modulation="vector"), LINEAR], ids=label)
 
@@ -136,7 +137,8 @@ def test_loss_of_more_than_2_to_the_31_elements(impl):
 def test_class_out_of_range_with_the_debug_switch(impl, monkeypatch):
     monkeypatch.setenv("LGKERNELS_CHECK", "1")
     with pytest.raises(ValueError, match="target must hold class indices"):
-        LF.lls_loss(torch.randn(2, 8, device="cuda"), torch.tensor([0, 9], device="cuda"), num_classes=5, pool_size=8, impl=impl)
+        LF.lls_loss(torch.randn(2, 8, device="cuda"), torch.tensor([0, 9], device="cuda"), num_classes=5, pool_size=8,
+                    impl=impl)
 
 
 @IMPLEMENTED

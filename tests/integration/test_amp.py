@@ -49,7 +49,7 @@ def test_loss_under_autocast(impl, dtype):
 
 
 def test_float16_with_a_grad_scaler(impl):
-    """A step with finite gradients is taken, unscaled; one with an infinite gradient is skipped and the scale halved."""
+    """A step with finite gradients is taken, unscaled; one with an infinite gradient is skipped, the scale halved."""
     block, x, target = make(dict(CONV, modulation="vector"), impl)
     exact = results(copy.deepcopy(block).double(), x.double(), target, unfused)["layer.weight"]
     optimizer = torch.optim.SGD(block.parameters(), lr=1.0)
@@ -98,4 +98,5 @@ def test_head_module_under_autocast(impl):
         out, loss = head(randn(2, 3, 6, 6), targets(2, 5))
     loss.backward()
     assert out.dtype == torch.bfloat16 and loss.dtype == torch.float32
-    assert head.block.weight.grad.dtype == torch.float32 and F.normalize(head.block.weight.grad.flatten(), dim=0).isfinite().all()
+    assert head.block.weight.grad.dtype == torch.float32 and F.normalize(head.block.weight.grad.flatten(),
+                                                                         dim=0).isfinite().all()

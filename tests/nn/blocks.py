@@ -12,7 +12,8 @@ from tests.tolerances import assert_accurate
 
 CONV = dict(B=4, cin=3, cout=6, H=8, W=8, kernel=3, padding=1, pool_size=2, num_classes=10)
 LINEAR = dict(B=6, features=12, out=16, pool_size=16, num_classes=10)
-OPTIONS = ("pool_size", "num_classes", "modulation", "reduced_rows", "waveform", "temperature", "label_smoothing", "activation",
+OPTIONS = ("pool_size", "num_classes", "modulation", "reduced_rows", "waveform", "temperature", "label_smoothing",
+           "activation",
            "negative_slope", "max_pool")
 
 
@@ -24,7 +25,8 @@ def make(case, impl="auto", seed=0):
         block = lnn.LLSLinearBlock(case["features"], case["out"], case.get("bias", True), impl=impl, **options)
         x = randn(case["B"], case["features"], seed=seed + 1)
     else:
-        block = lnn.LLSConvBlock(case["cin"], case["cout"], case["kernel"], case.get("stride", 1), case.get("padding", 0),
+        block = lnn.LLSConvBlock(case["cin"], case["cout"], case["kernel"], case.get("stride", 1),
+                                 case.get("padding", 0),
                                  case.get("bias", True), impl=impl, **options)
         x = randn(case["B"], case["cin"], case["H"], case["W"], seed=seed + 1)
     with torch.no_grad():
@@ -50,7 +52,8 @@ def results(block, x, target, function=None, factor=1.0):
     """Everything one training step leaves behind, by name."""
     out, loss = (function or type(block).__call__)(block, x, target)
     (loss * factor).backward()
-    found = {"out": out, "loss": loss.detach(), "running_mean": block.norm.running_mean, "running_var": block.norm.running_var}
+    found = {"out": out, "loss": loss.detach(), "running_mean": block.norm.running_mean,
+             "running_var": block.norm.running_var}
     return {**found, **{name: p.grad for name, p in block.named_parameters() if name != "layer.bias"}}
 
 

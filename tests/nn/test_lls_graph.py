@@ -19,7 +19,8 @@ from tests.nn.blocks import CONV, LINEAR, make, results
 from tests.ops.lls_problems import randn, targets
 from tests.tolerances import assert_bit_equal
 
-BOTH = pytest.mark.parametrize("case", [dict(CONV, modulation="matrix"), dict(LINEAR, modulation="vector")], ids=["conv", "linear"])
+BOTH = pytest.mark.parametrize("case", [dict(CONV, modulation="matrix"), dict(LINEAR, modulation="vector")],
+                               ids=["conv", "linear"])
 
 
 @BOTH
@@ -133,14 +134,17 @@ def test_reentrant_checkpointing_gives_the_same_gradients(impl):
 @pytest.mark.parametrize("transform", ["vmap", "jvp", "grad"])
 def test_transforms_are_refused(impl, transform):
     block, x, target = make(CONV, impl)
+    weight = block.layer.weight.detach()
+
+    def loss(weight):
+        return torch.func.functional_call(block, {"layer.weight": weight}, (x, target))[1]
     with pytest.raises((NotImplementedError, RuntimeError)):
         if transform == "vmap":
             torch.func.vmap(lambda a: block(a, target)[1])(torch.stack([x, x]))
         elif transform == "grad":
-            torch.func.grad(lambda w: torch.func.functional_call(block, {"layer.weight": w}, (x, target))[1])(block.layer.weight)
+            torch.func.grad(loss)(weight)
         else:
-            torch.func.jvp(lambda w: torch.func.functional_call(block, {"layer.weight": w}, (x, target))[1],
-                           (block.layer.weight.detach(),), (torch.ones_like(block.layer.weight),))
+            torch.func.jvp(loss, (weight,), (torch.ones_like(weight),))
 
 
 @pytest.mark.unpoisoned
@@ -151,7 +155,7 @@ def test_opcheck(impl, case):
     if case.get("channels_last"):
         x = x.contiguous(memory_format=torch.channels_last)
     m, norm = block.modulation, block.norm
-    tensors = [None if t is None else t.detach() for t in (block.layer.weight, block.layer.bias, norm.weight, norm.bias)]
+    tensors = [t.detach() for t in (block.layer.weight, block.layer.bias, norm.weight, norm.bias)]
     stride, padding = block._geometry()
     for compute_grad in (True, False):
         torch.library.opcheck(torch.ops.lgkernels.lls_block.default, (
@@ -162,8 +166,8 @@ def test_opcheck(impl, case):
 
 # -- what it costs ----------------------------------------------------------------------------------------------
 
-_FREE = ("empty", "new_empty", "view", "_unsafe_view", "reshape", "as_strided", "detach", "alias", "t.", "transpose", "permute",
-         "expand", "unsqueeze", "squeeze", "slice", "select", "lift_fresh")
+_FREE = ("empty", "new_empty", "view", "_unsafe_view", "reshape", "as_strided", "detach", "alias", "t.", "transpose",
+         "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "lift_fresh")
 
 
 class Dispatches(TorchDispatchMode):
@@ -182,8 +186,8 @@ class Dispatches(TorchDispatchMode):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The ops as plain functions, so that a dispatch mode sees the calls inside; without the targets' range check, which
-    runs on CPU tensors only (elsewhere it would be a synchronisation)."""
+    """The ops as plain functions, so that a dispatch mode sees the calls inside; without the targets' range check,
+    which runs on CPU tensors only (elsewhere it would be a synchronisation)."""
     monkeypatch.setattr(lls_op, "class_indices", lambda target, *_: target)
     monkeypatch.setattr(lls_autograd, "_ops", SimpleNamespace(lls_block=lls_op._block))
 
@@ -213,15 +217,16 @@ def count_kernels(monkeypatch, backend, names):
 
 
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("case", [CONV, dict(CONV, max_pool=True), dict(CONV, modulation="vector"), dict(CONV, modulation="matrix"),
-                                  LINEAR, dict(LINEAR, modulation="matrix")], ids=label)
+@pytest.mark.parametrize("case", [CONV, dict(CONV, max_pool=True), dict(CONV, modulation="vector"),
+                                  dict(CONV, modulation="matrix"), LINEAR,
+                                  dict(LINEAR, modulation="matrix")], ids=label)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_at_most_eight_launches_a_layer(impl, backend, case, dtype, monkeypatch, opened):
-    """Forward, loss and all gradients of a layer: torch calls plus our kernels; one more for the modulation's own gradient.
+    """Forward, loss and all gradients of a layer: torch calls plus our kernels; one more for the modulation's gradient.
 
-    A convolution counts as one, the packing of its operands and result included, whether the library does it inside the call
-    or we do around it. Left out: the counter of batches, which torch's batch norm also keeps, and the look at the incoming gradient,
-    which other devices skip.
+    A convolution counts as one, the packing of its operands and result included, whether the library does it inside
+    the call or we do around it. Left out: the counter of batches, which torch's batch norm also keeps, and the look at
+    the incoming gradient, which other devices skip.
     """
     if backend not in ("cpu", "triton"):
         pytest.skip("counted on the fused paths: C++ on the CPU and Triton")
@@ -237,13 +242,13 @@ def test_at_most_eight_launches_a_layer(impl, backend, case, dtype, monkeypatch,
     free = ("add_.Tensor", "_local_scalar_dense.default", "ones_like.default", "kernel lls_to_channels_last")
     names = [n for n in dispatches.names if n not in free]
     if dtype != torch.float32 or backend == "cpu":
-        names = [n for n in names if n != "_to_copy.default"]  # casts, as under any mixed precision; packing (see above)
+        names = [n for n in names if n != "_to_copy.default"]  # casts, as in any mixed precision; packing (see above)
     limit = 8 if block.modulation is None else 9
     assert len(names) <= limit, "; ".join(names)
 
 
 def test_no_synchronisation(impl, opened):
-    """Nothing on the forward's path reads a device value back. (tests/gpu asks the device itself, backward included.)"""
+    """Nothing in the forward reads a device value back. (tests/gpu asks the device itself, backward included.)"""
     if impl == "reference":
         pytest.skip("torch's one_hot, which the reference calls, looks at CPU tensors")
     block, x, target = make(dict(CONV, modulation="matrix"), impl)

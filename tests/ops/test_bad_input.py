@@ -20,7 +20,8 @@ LOSS = [
     (dict(activation=randn(2, 0, 4, 4)), ValueError,
      "activation must have no empty dimension but the batch, got shape (2, 0, 4, 4)"),
     (dict(target=None), TypeError, "target must be a torch.Tensor, got NoneType"),
-    (dict(target=T.float()), TypeError, "target must hold integers (int64, int32, ...), got float32; class indices are expected"),
+    (dict(target=T.float()), TypeError,
+     "target must hold integers (int64, int32, ...), got float32; class indices are expected"),
     (dict(target=torch.tensor([0])), ValueError,
      "target must have shape (2,) (one class index per row of activation), got (1,)"),
     (dict(target=torch.tensor([[0], [1]])), ValueError,
@@ -51,20 +52,25 @@ LOSS = [
      "modulation must be (num_classes,) or (K, num_classes) with num_classes=5, got shape (4,)"),
     (dict(modulation=randn(5, 4)), ValueError,
      "modulation must be (num_classes,) or (K, num_classes) with num_classes=5, got shape (5, 4)"),
-    (dict(modulation=randn(1, 5, 5)), ValueError, "modulation must be (num_classes,) or (K, num_classes), got shape (1, 5, 5)"),
-    (dict(basis=randn(5, 11)), ValueError, "basis must have shape (5, 12) (the size of the pooled latents), got (5, 11)"),
+    (dict(modulation=randn(1, 5, 5)), ValueError,
+     "modulation must be (num_classes,) or (K, num_classes), got shape (1, 5, 5)"),
+    (dict(basis=randn(5, 11)), ValueError,
+     "basis must have shape (5, 12) (the size of the pooled latents), got (5, 11)"),
     (dict(basis=randn(12)), ValueError, "basis must be (K, 12), got shape (12,)"),
     (dict(basis=randn(4, 12)), ValueError, "basis must have 5 rows (num_classes), got 4"),
-    (dict(basis=randn(4, 12), modulation=randn(7, 5)), ValueError, "basis must have 7 rows (those of modulation), got 4"),
+    (dict(basis=randn(4, 12), modulation=randn(7, 5)), ValueError,
+     "basis must have 7 rows (those of modulation), got 4"),
     (dict(target=T.to("meta")), ValueError, "target must be on cpu like activation, got meta; move it with .to('cpu')"),
     (dict(impl="fast"), ValueError, "impl must be one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'fast'"),
     (dict(impl="triton", activation=A.double()), ValueError,
-     "impl='triton' can't run lls_loss on cpu torch.float64: float64 is for the reference only; usable here: ['reference']"),
+     "impl='triton' can't run lls_loss on cpu torch.float64: float64 is for the reference only; "
+     "usable here: ['reference']"),
 ]
 
 
 def table(rows):
-    return pytest.mark.parametrize("changes, error, message", rows, ids=[f"{i}-{'-'.join(r[0])}" for i, r in enumerate(rows)])
+    return pytest.mark.parametrize("changes, error, message", rows, ids=[f"{i}-{'-'.join(r[0])}"
+                                                                         for i, r in enumerate(rows)])
 
 
 @table(LOSS)
@@ -76,7 +82,8 @@ def test_loss(changes, error, message):
 
 @pytest.mark.parametrize("target", [torch.tensor([0, 5]), torch.tensor([3, -7])], ids=str)
 def test_a_class_out_of_range_is_refused_by_every_backend(impl, target):
-    with pytest.raises(ValueError, match=r"target must hold class indices in \[0, 4\] or ignore_index=-100, got (5|-7)"):
+    with pytest.raises(ValueError,
+                       match=r"target must hold class indices in \[0, 4\] or ignore_index=-100, got (5|-7)"):
         loss(target=target, impl=impl)
 
 
@@ -122,7 +129,8 @@ def test_block_arguments(make, changes, error, message):
     (conv, randn(2, 3, 5, 5).int(), T, TypeError, "x must be one of float32, bfloat16, float16, float64, got int32"),
     (conv, randn(2, 3, 5, 5), T.float(), TypeError,
      "target must hold integers (int64, int32, ...), got float32; class indices are expected"),
-    (conv, randn(2, 3, 5, 5), T[:1], ValueError, "target must have shape (2,) (one class index per row of x), got (1,)"),
+    (conv, randn(2, 3, 5, 5), T[:1], ValueError,
+     "target must have shape (2,) (one class index per row of x), got (1,)"),
     (conv, randn(2, 3, 5, 5), torch.tensor([0, 5]), ValueError,
      "target must hold class indices in [0, 4] or ignore_index=-100, got 5"),
     (linear, randn(2, 5), T, ValueError, "x must have 6 features (in_features), got shape (2, 5)"),
@@ -152,5 +160,6 @@ def test_unusable_impl_says_why_and_what_else(monkeypatch):
         loss()
     assert torch.isfinite(loss(impl="reference"))  # the argument wins
     monkeypatch.delenv("LGKERNELS_IMPL")
-    with pytest.raises(ValueError, match="impl='cuda' can't run lls_loss on cpu torch.float32: .*usable here: .*'reference'"):
+    with pytest.raises(ValueError,
+                       match="impl='cuda' can't run lls_loss on cpu torch.float32: .*usable here: .*'reference'"):
         loss(impl="cuda")

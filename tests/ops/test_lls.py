@@ -35,7 +35,8 @@ def run(function, tensors, grad_output, **arguments):
 def compare(impl, activation, target, m, per_row=False, grad_output=None, **arguments):
     """Kernel and plain torch at the given dtype against the definition in float64, with a random incoming gradient."""
     if grad_output is None:
-        grad_output = randn(activation.shape[0], seed=99) if arguments.get("reduction") == "none" else torch.tensor(-1.3)
+        grad_output = randn(activation.shape[0],
+                            seed=99) if arguments.get("reduction") == "none" else torch.tensor(-1.3)
     tensors = (activation, target, m)
     before = [None if t is None else t.clone() for t in tensors]
     zero = arguments.pop("zero_gradient_below_eps", False)
@@ -60,7 +61,8 @@ def compare(impl, activation, target, m, per_row=False, grad_output=None, **argu
 
 BASE = dict(B=3, C=5, H=8, W=8, P=2, classes=10, kind="matrix", waveform="square")
 CASES = [
-    *sweep(BASE, B=(0, 1, 17), C=(1, 7), P=(1, 4, 8), classes=(1, 2, 65), kind=("none", "vector"), waveform=("cosine",)),
+    *sweep(BASE, B=(0, 1, 17), C=(1, 7), P=(1, 4, 8), classes=(1, 2, 65), kind=("none", "vector"),
+           waveform=("cosine",)),
     dict(BASE, H=7, W=7, P=2), dict(BASE, H=3, W=3, P=2), dict(BASE, H=5, W=9, P=4),     # overlapping bins
     dict(BASE, H=1, W=1, P=2), dict(BASE, H=2, W=3, P=4),                               # up-sampling
     *({"B": 3, "N": n, "P": p, "classes": 10, "kind": "vector", "waveform": "cosine"}
@@ -92,9 +94,11 @@ def test_reference_is_the_definition(case, reduction):
         assert_relative(name, a.nan_to_num(7), b.nan_to_num(7), 1e-11)
 
 
-OPTIONS = [dict(temperature=2.0), dict(label_smoothing=0.1), dict(label_smoothing=1.0), dict(normalize=False, basis_scale=1 / 20),
+OPTIONS = [dict(temperature=2.0), dict(label_smoothing=0.1), dict(label_smoothing=1.0),
+           dict(normalize=False, basis_scale=1 / 20),
            dict(basis_scale=0.25), dict(loss="hard_sigmoid_mse"), dict(loss="hard_sigmoid_mse", normalize=False),
-           dict(loss="hard_sigmoid_mse", ignore_index=2), dict(ignore_index=2), dict(ignore_index=2, label_smoothing=0.1),
+           dict(loss="hard_sigmoid_mse", ignore_index=2), dict(ignore_index=2),
+           dict(ignore_index=2, label_smoothing=0.1),
            dict(eps=3.0), dict(eps=3.0, zero_gradient_below_eps=True), dict(waveform="cosine")]
 
 
@@ -103,13 +107,15 @@ OPTIONS = [dict(temperature=2.0), dict(label_smoothing=0.1), dict(label_smoothin
 def test_options(impl, options, reduction):
     target = targets(6, 7)
     target[1], target[4] = 2, 2
-    compare(impl, randn(6, 5, 4, 4), target, modulation("matrix", 7, 7), num_classes=7, pool_size=2, reduction=reduction,
+    compare(impl, randn(6, 5, 4, 4), target, modulation("matrix", 7, 7), num_classes=7, pool_size=2,
+            reduction=reduction,
             **options)
 
 
 @pytest.mark.parametrize("rows, classes", [(20, 10), (3, 8), (1, 2)])
 def test_reduced_set(impl, rows, classes):
-    compare(impl, randn(4, 6, 4, 4), targets(4, classes), modulation("matrix", rows, classes), num_classes=classes, pool_size=2)
+    compare(impl, randn(4, 6, 4, 4), targets(4, classes), modulation("matrix", rows, classes), num_classes=classes,
+            pool_size=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -134,7 +140,8 @@ def test_layouts(impl, layout, which, shape):
 
 @pytest.mark.parametrize("layout", ["sliced", "expanded", "offset"])
 def test_layouts_of_the_incoming_gradient(impl, layout):
-    compare(impl, randn(4, 5, 7, 8), targets(4, 6), modulation("vector", 6, 6), num_classes=6, pool_size=3, reduction="none",
+    compare(impl, randn(4, 5, 7, 8), targets(4, 6), modulation("vector", 6, 6), num_classes=6, pool_size=3,
+            reduction="none",
             grad_output=arrange(randn(4, seed=3), layout))
 
 
@@ -144,7 +151,8 @@ def test_layouts_of_the_incoming_gradient(impl, layout):
 def test_dtypes(impl, dtype, shape, m_dtype):
     """A half activation, with a float32 or an equally half modulation."""
     m = modulation("matrix", 10, 10).to(m_dtype or dtype)
-    loss, grad, grad_m = compare(impl, randn(*shape, dtype=dtype), targets(shape[0], 10), m, num_classes=10, pool_size=4)
+    loss, grad, grad_m = compare(impl, randn(*shape, dtype=dtype), targets(shape[0], 10), m, num_classes=10,
+                                 pool_size=4)
     assert loss.dtype == torch.float32 and grad.dtype == dtype and grad_m.dtype == m.dtype
 
 
@@ -161,11 +169,13 @@ def test_target_dtypes(impl, dtype):
 @pytest.mark.parametrize("kind", ["vector", "matrix"])
 def test_requires_grad_subsets(impl, needed, kind):
     tensors = {"activation": randn(3, 5, 4, 4), "modulation": modulation(kind, 6, 6)}
-    full = run(LF.lls_loss, (tensors["activation"], targets(3, 6), tensors["modulation"]), torch.tensor(1.0), num_classes=6,
+    full = run(LF.lls_loss, (tensors["activation"], targets(3, 6), tensors["modulation"]), torch.tensor(1.0),
+               num_classes=6,
                pool_size=2, impl=impl)
     for name in needed:
         tensors[name].requires_grad_()
-    loss = LF.lls_loss(tensors["activation"], targets(3, 6), tensors["modulation"], num_classes=6, pool_size=2, impl=impl)
+    loss = LF.lls_loss(tensors["activation"], targets(3, 6), tensors["modulation"], num_classes=6, pool_size=2,
+                       impl=impl)
     assert_bit_equal("loss", loss.detach(), full[0])
     assert loss.requires_grad == bool(needed)
     if needed:
@@ -204,7 +214,8 @@ def test_all_rows_ignored(impl, loss, reduction):
                   reduction=reduction) if reduction != "mean" else None
     if got is None:  # torch: nan loss, and a gradient of 0 or nan that depends on its own kernels; ours is 0
         activation = randn(3, 8).requires_grad_()
-        value = LF.lls_loss(activation, torch.full((3,), -1), num_classes=4, pool_size=8, ignore_index=-1, loss=loss, impl=impl)
+        value = LF.lls_loss(activation, torch.full((3,), -1), num_classes=4, pool_size=8, ignore_index=-1, loss=loss,
+                            impl=impl)
         value.backward()
         assert value.isnan() and (activation.grad == 0).all()
 
@@ -251,8 +262,10 @@ def test_repeatable_bit_for_bit(impl):
 
 # -- derivatives that exist, and those that do not --------------------------------------------------------------
 
-@pytest.mark.parametrize("options", [dict(), dict(normalize=False, basis_scale=0.1), dict(label_smoothing=0.2, temperature=2.0),
-                                     dict(waveform="cosine"), dict(reduction="none"), dict(reduction="sum", ignore_index=1)],
+@pytest.mark.parametrize("options", [dict(), dict(normalize=False, basis_scale=0.1),
+                                     dict(label_smoothing=0.2, temperature=2.0),
+                                     dict(waveform="cosine"), dict(reduction="none"),
+                                     dict(reduction="sum", ignore_index=1)],
                          ids=label)
 @pytest.mark.parametrize("shape", [(2, 2, 3, 3), (3, 5)], ids=str)
 @pytest.mark.parametrize("kind", ["none", "vector", "matrix"])
@@ -262,7 +275,8 @@ def test_gradcheck(options, shape, kind):
     inputs += [] if m is None else [m.double().requires_grad_()]
 
     def loss(activation, modulation=None):
-        return LF.lls_loss(activation, targets(shape[0], 3), modulation, num_classes=3, pool_size=2, impl="reference", **options)
+        return LF.lls_loss(activation, targets(shape[0], 3), modulation, num_classes=3, pool_size=2, impl="reference",
+                           **options)
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=False)
 
 
@@ -317,7 +331,8 @@ def test_function_transforms_are_refused(impl, transform):
 def test_opcheck_of_the_loss(impl, kind, shape):
     m = modulation(kind, 6, 6)
     for compute_grad, activation in ((True, randn(*shape)), (False, arrange(randn(*shape), "transposed"))):
-        arguments = (activation, targets(2, 6), m, None, "square", 6, 2, 0.5, 0.0, True, 1e-12, False, 1.0, "cross_entropy",
+        arguments = (activation, targets(2, 6), m, None, "square", 6, 2, 0.5, 0.0, True, 1e-12, False, 1.0,
+                     "cross_entropy",
                      -100, "mean", compute_grad, impl)
         torch.library.opcheck(torch.ops.lgkernels.lls_loss_forward.default, arguments)
     _, grad_latents, similarity, grad_logits = torch.ops.lgkernels.lls_loss_forward(
@@ -334,13 +349,15 @@ def test_opcheck_of_the_loss(impl, kind, shape):
 @pytest.mark.parametrize("name", BACKENDS)
 def test_fuzz(name):
     with running(name) as impl:
-        @settings(max_examples=60 if name in ("reference", "cpu") else 15, derandomize=True, deadline=None, database=None,
-                  phases=[Phase.generate])  # a failing case is printed as it is: shrinking it takes the interpreter minutes
+        @settings(max_examples=60 if name in ("reference", "cpu") else 15, derandomize=True, deadline=None,
+                  database=None,
+                  phases=[Phase.generate])  # no shrinking, which takes the interpreter minutes
         @given(st.data())
         def check(data):
             draw = lambda *options: data.draw(st.sampled_from(options))  # noqa: E731
             batch, classes, pool = draw(0, 1, 2, 5, 33), draw(1, 2, 3, 10, 31), draw(1, 2, 3, 5)
-            shape = (batch, draw(*SIZES[1:])) if draw(True, False) else (batch, draw(1, 2, 3, 9), *(draw(1, 2, 4, 5, 9, 16),) * 2)
+            shape = (batch, draw(*SIZES[1:])) if draw(True, False) else (batch, draw(1, 2, 3, 9),
+                                                                         *(draw(1, 2, 4, 5, 9, 16),) * 2)
             kind = draw("none", "vector", "matrix")
             rows = draw(1, 4, classes) if kind == "matrix" else classes
             activation = arrange(randn(*shape, dtype=draw(*DTYPES), seed=draw(1, 2, 3)), draw(*LAYOUTS))
@@ -349,6 +366,7 @@ def test_fuzz(name):
                 warnings.simplefilter("ignore")
                 compare(impl, activation, targets(batch, classes), modulation(kind, rows, classes),
                         num_classes=classes, pool_size=pool, waveform=draw("square", "cosine"), loss=loss,
-                        temperature=draw(0.5, 1.0, 3.0), normalize=draw(True, False), reduction=draw("mean", "sum", "none"),
+                        temperature=draw(0.5, 1.0, 3.0), normalize=draw(True, False),
+                        reduction=draw("mean", "sum", "none"),
                         label_smoothing=draw(0.0, 0.1) if loss == "cross_entropy" else 0.0)
         check()

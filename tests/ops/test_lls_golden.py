@@ -174,7 +174,8 @@ def build_stack(data, precision, impl):
     for i, pool in enumerate(data["pooling_sizes"], 1):
         init = {k.split("/")[2]: v for k, v in data.items() if k.startswith(f"init/layer{i}/")}
         m = tensor(init["M"]) if "M" in init else None
-        block = make_block("conv" if init["weight"].ndim == 4 else "linear", tensor(init["weight"]), tensor(init["bias"]),
+        block = make_block("conv" if init["weight"].ndim == 4 else "linear", tensor(init["weight"]),
+                           tensor(init["bias"]),
                            m, mode=data["mode"], precision=precision, impl=impl, padding=1,
                            num_classes=data["n_classes"], pool_size=int(pool), reduced_rows=data["reduced_set"],
                            waveform=data["waveform"], temperature=data["temperature"],
@@ -228,14 +229,16 @@ def test_stack(name, impl, precision, monkeypatch):
         assert_relative("logits", hidden, data[f"step{step}/logits"], tolerance)
         for i, block in enumerate(layers, 1):
             state = {"weight": block.layer.weight, "bn_weight": block.norm.weight, "bn_bias": block.norm.bias,
-                     "running_var": block.norm.running_var, "M": block.modulation, "running_mean": block.norm.running_mean}
+                     "running_var": block.norm.running_var, "M": block.modulation,
+                     "running_mean": block.norm.running_mean}
             for key, value in state.items():
                 stored = data.get(f"step{step}/layer{i}/{key}")
                 # under Adam the official bias drifts by amplified rounding noise, and the running mean follows it
                 if stored is not None and not (is_adam and key == "running_mean"):
                     assert_relative(f"step {step} layer{i} {key}", value, stored, tolerance)
     if is_adam:
-        for module, optimizer, layer in zip((*layers, classifier), optimizers, [f"layer{i}" for i in range(1, 5)] + ["classifier"]):
+        for module, optimizer, layer in zip((*layers, classifier), optimizers,
+                                            [f"layer{i}" for i in range(1, 5)] + ["classifier"]):
             optimizer.eval()
             linear = module.module if module is classifier else module.layer
             assert_relative(f"averaged {layer}", linear.weight, data[f"averaged/{layer}/weight"], tolerance)

@@ -5,7 +5,8 @@ import torch
 from tests.cases import DTYPES, SIZES, label, random_cases, sweep
 from tests.conftest import backend_module
 from tests.ops import lls_problems
-from tests.ops.lls_problems import (HEAD, areas, check, check_head, modulation, norm_arguments, place, preactivation, randn,
+from tests.ops.lls_problems import (HEAD, areas, check, check_head, modulation, norm_arguments, place, preactivation,
+                                    randn,
                                     table, targets)
 from tests.tolerances import assert_bit_equal
 
@@ -66,7 +67,8 @@ def test_reduced_head(module, rows, classes, waveform):
                rows=rows)
 
 
-OPTIONS = [dict(temperature=2.0), dict(label_smoothing=0.1), dict(normalize=False), dict(normalize=False, basis_scale=1 / 33),
+OPTIONS = [dict(temperature=2.0), dict(label_smoothing=0.1), dict(normalize=False),
+           dict(normalize=False, basis_scale=1 / 33),
            dict(basis_scale=0.25), dict(loss="hard_sigmoid_mse"),
            dict(loss="hard_sigmoid_mse", normalize=False, temperature=1.0), dict(reduction="sum"),
            dict(reduction="none"), dict(reduction="none", loss="hard_sigmoid_mse"), dict(ignore_index=1),
@@ -206,7 +208,8 @@ def test_max_pool_of_nan_and_odd_sizes(module):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
-@pytest.mark.parametrize("shape", [(3, 5, 8, 8), (2, 1, 1, 1), (1, 17, 9, 7), (2, 65, 4, 4), (129, 3, 1, 1), (2, 3, 64, 65),
+@pytest.mark.parametrize("shape", [(3, 5, 8, 8), (2, 1, 1, 1), (1, 17, 9, 7), (2, 65, 4, 4), (129, 3, 1, 1),
+                                   (2, 3, 64, 65),
                                    (5, 17), (129, 65), (2, 1)], ids=str)
 def test_batch_stats(module, shape, layout, dtype):
     z = preactivation(shape, dtype, layout)
@@ -250,7 +253,8 @@ def grad_preactivation(module, case, dtype, layout, slope=0.01, scale=1.0):
         return result
     g = randn(z.shape[0], channels * case["P"] ** 2, seed=8)
     norm_gradients = randn(channels, seed=6), randn(channels, seed=7)
-    return check(module, "grad_preactivation_", (*common, g, *norm_gradients, case["P"], scale), inplace=(0,), length=16)
+    return check(module, "grad_preactivation_", (*common, g, *norm_gradients, case["P"], scale), inplace=(0,),
+                 length=16)
 
 
 @pytest.mark.parametrize("case", BLOCKS + [c for c in LINEAR if c["B"]], ids=label)
@@ -323,10 +327,12 @@ def test_random_blocks(module, case):
     check(module, "batch_stats", (z, None, None, None, 0.1, 1e-5), length=z.numel() // shape[1])
     norm = norm_arguments(shape[1], seed=seed)
     x = check(module, "norm_act_pool", (z, *norm, case["slope"], case["P"], max_pool, True), length=300)[1]
-    g = check_head(module, x, targets(shape[0], case["classes"]), modulation(case["kind"], case["classes"], case["classes"]),
+    g = check_head(module, x, targets(shape[0], case["classes"]), modulation(case["kind"], case["classes"],
+                                                                             case["classes"]),
                    case["waveform"], case["classes"], label_smoothing=case["smoothing"], reduction=case["reduction"],
                    zero_gradient_below_eps=True)[1]
-    check(module, "grad_preactivation_", (z, *norm, case["slope"], g, randn(shape[1]), randn(shape[1], seed=1), case["P"],
+    check(module, "grad_preactivation_", (z, *norm, case["slope"], g, randn(shape[1]), randn(shape[1], seed=1),
+                                          case["P"],
                                           1.0), inplace=(0,), length=16)
     scale = randn(shape[0], seed=5) if case["reduction"] == "none" else torch.tensor(1.3)
     check(module, "expand_grad", (g, scale, preactivation(shape, dtype, layout), case["P"]), inplace=(2,), length=16)
