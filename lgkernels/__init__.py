@@ -1,2 +1,17 @@
 """Fused kernels for training neural networks without (full) back-propagation."""
+import importlib
+
 __version__ = "0.1.0"
+
+_SUBMODULES = ("functional", "nn", "random", "training")
+
+
+def __getattr__(name):
+    """Submodules load at first use: `import lgkernels` itself costs nothing, and torch's settings are still open."""
+    if name in _SUBMODULES:
+        return importlib.import_module(f"lgkernels.{name}")
+    raise AttributeError(f"module 'lgkernels' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_SUBMODULES])

@@ -1,4 +1,5 @@
 """The optional native module `lgkernels._C`, loaded at first use."""
+import importlib.util
 from functools import lru_cache
 
 import torch  # noqa: F401  before _C, so that both share one OpenMP pool
@@ -11,6 +12,8 @@ def _load():
     try:
         from lgkernels import _C
     except ImportError as error:
+        if importlib.util.find_spec("lgkernels._C") is None:
+            return None, "built without the native module: there was no compiler, or LGKERNELS_BUILD=none"
         return None, str(error)
     return _C, None
 
