@@ -54,7 +54,7 @@ def _tile(sizes, dtype, arch):
     if arch == "interpret":
         block_p = min(positions, 1 << 12)
         return {"BLOCK_P": block_p, "BLOCK_C": min(planes, (1 << 14) // block_p), "num_warps": 1}
-    per_thread = 8 if pooled else 16  # pooled: a group of four positions is live at once
+    per_thread = 4 if pooled else 16  # pooled: a group of four positions is live at once
     elements = _TILES[arch] * per_thread // 16
     run = 256 // dtype.itemsize
     if channels_last:
@@ -63,7 +63,8 @@ def _tile(sizes, dtype, arch):
     else:
         block_p = min(positions, run)
         block_c = min(planes, elements // block_p, 256)
-    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": max(block_p * block_c // (32 * per_thread), 1)}
+    warps = max(min(block_p * block_c // (32 * min(per_thread, 8)), 4), 1)  # unaligned small tiles need more registers
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
 
 
 def _rows(sizes, dtype, arch):

@@ -2,7 +2,7 @@
 
 A program id and an index vector are int32; multiplied by a stride they overflow at 2^31 elements (a 4.3 GB tensor in
 bfloat16). So kernels take program ids from `program_id`, may divide them, and multiply them only in `indices` and
-`offset`. The wrappers keep grids below 2^31 programs.
+`offset`. (A CUDA grid has fewer than 2^31 programs.)
 """
 import triton
 import triton.language as tl
