@@ -73,7 +73,7 @@ def assert_bit_equal(name, got, expected):
     """Same dtype, shape and bits (nan equals nan, 0 does not equal -0)."""
     assert got.dtype == expected.dtype and got.shape == expected.shape, (
         f"{name}: {got.dtype} {tuple(got.shape)}, expected {expected.dtype} {tuple(expected.shape)}")
-    got, expected = got.detach().cpu().contiguous(), expected.detach().cpu().contiguous()
+    got, expected = (t.detach().cpu().clone(memory_format=torch.contiguous_format) for t in (got, expected))
     if got.dim() == 0:
         got, expected = got.reshape(1), expected.reshape(1)
     if got.numel():

@@ -362,7 +362,7 @@ def test_fuzz(name):
             rows = draw(1, 4, classes) if kind == "matrix" else classes
             activation = arrange(randn(*shape, dtype=draw(*DTYPES), seed=draw(1, 2, 3)), draw(*LAYOUTS))
             loss = draw("cross_entropy", "hard_sigmoid_mse")
-            single = activation.shape[1:].numel() == 1  # normalised, one value has the exact gradient 0: no scale to err by
+            single = activation.shape[1:].numel() == 1  # normalised, its exact gradient is 0: no scale
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 compare(impl, activation, targets(batch, classes), modulation(kind, rows, classes),
