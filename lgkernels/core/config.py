@@ -21,7 +21,7 @@ _TILES = {arch: 2048 for arch in SHARED_MEMORY}
 # Matrix products: (three block sizes, warps, stages), largest first. M samples, K basis rows, D latents, N columns.
 _SIMILARITY = ((16, 64, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3))
 _LATENT_GRAD = ((16, 32, 64, 4, 3), (16, 16, 64, 4, 3))
-_PRODUCT = ((16, 64, 32, 4, 3), (16, 16, 32, 4, 3))
+_PRODUCT = ((16, 64, 32, 4, 3), (16, 16, 16, 4, 3))
 _MODULATION_GRAD = ((32, 64, 64, 4, 3), (32, 32, 32, 4, 3), (32, 16, 16, 4, 3))
 
 
