@@ -1,5 +1,6 @@
 // The table of one instruction-set level: include with LGK_ISA and LGK_LEVEL defined.
 #include "lls_activation.h"
+#include "lls_gradients.h"
 #include "lls_head.h"
 #include "lls_signs.h"
 #include "lls_stats.h"
