@@ -80,7 +80,7 @@ struct HeadOutputs {
 
 // SAMPLES rows a block; the basis is read once for all of them. `workspace` holds what does not fit into shared memory.
 template <int SAMPLES, bool PACKED>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
 head(Head p, bool stage_x, const float* __restrict__ x, const int64_t* __restrict__ target,
      const float* __restrict__ modulation, const void* __restrict__ basis, HeadOutputs out, float* workspace) {
   [[maybe_unused]] constexpr int kUnroll = SAMPLES == 1 ? 4 : 1;
@@ -224,7 +224,7 @@ head(Head p, bool stage_x, const float* __restrict__ x, const int64_t* __restric
 }
 
 // One block: the mean or sum of the rows' losses, in a fixed order.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
 reduce_loss(Head p, const int64_t* __restrict__ target, const float* __restrict__ row_loss, float* loss) {
   LGK_DYNAMIC_SHARED(float, reduce);
   const float divisor = loss_divisor(p, target, reduce);
@@ -281,7 +281,7 @@ modulation_grad_matrix(int64_t batch, int rows, int classes, const float* __rest
   if (k < rows && c < classes) grad[int64_t{k} * classes + c] = sum;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
 modulation_grad_vector(int64_t batch, int classes, const float* __restrict__ similarity,
                        const float* __restrict__ grad_logits, const float* __restrict__ scale, bool scale_per_row,
                        float* __restrict__ grad) {

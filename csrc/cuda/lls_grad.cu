@@ -165,7 +165,7 @@ int launch_unpool_grad(const Image& s, const Norm& norm, const LatentGrad& grad,
 }
 
 // Block (columns, rows of the batch) on `block_channels` channels, so that a thread's columns share a channel.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
 norm_grads(int64_t batch, int channels, int bins, int block_channels, const float* __restrict__ grad_latents,
            const float* __restrict__ s1, const float* __restrict__ s2, const float* __restrict__ area,
            float* __restrict__ grad_gamma, float* __restrict__ grad_beta) {

@@ -9,7 +9,7 @@ namespace {
 
 // One thread a latent: it also writes the activations that its bin owns.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
 linear_norm_act_pool(int64_t batch, int features, int pool, Norm norm, const T* __restrict__ z, T* __restrict__ out,
                      float* __restrict__ latents) {
   const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -29,7 +29,7 @@ linear_norm_act_pool(int64_t batch, int features, int pool, Norm norm, const T* 
 
 // Block (features, rows of the batch): sums over the batch, then dz.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
 linear_grad_preactivation(int64_t batch, int features, int pool, Norm norm, T* __restrict__ z,
                           const float* __restrict__ grad_latents, float scale, float* __restrict__ grad_gamma,
                           float* __restrict__ grad_beta) {

@@ -149,7 +149,7 @@ LGK_DEVICE float interpolate(float from, float to, float weight) {
 }
 
 // One warp a channel: merges the splits, writes mean and rstd, moves the running statistics.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
 finish_moments(int splits, int channels, const float* __restrict__ partial, const float* __restrict__ bias,
                float* running_mean, float* running_var, float momentum, float eps, float* mean, float* rstd) {
   const int c = blockIdx.x * blockDim.y + threadIdx.y;
