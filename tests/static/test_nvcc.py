@@ -51,7 +51,7 @@ def test_compiles_for_every_architecture(source, tmp_path):
 def test_a_spill_is_seen(tmp_path):
     source = tmp_path / "spill.cu"
     source.write_text("""
-        __global__ void __launch_bounds__(1024, 2) spill(float* x) {
+        __global__ void __launch_bounds__(1024, 1) spill(float* x) {
           float v[96];
           for (int i = 0; i < 96; ++i) v[i] = x[i * 1024 + threadIdx.x];
           __syncthreads();
