@@ -69,35 +69,40 @@ norm_act_pool_nhwc(Image s, Norm norm, bool aligned, const T* __restrict__ z, T*
     const T* const sample = z + b * s.height * s.width * s.channels + c0;
     const int64_t out_base = b * out_height * out_width * s.channels + c0;
     constexpr int kUnits = UNIT == 1 ? kLoads : 1, kSide = UNIT;
+    constexpr int kInFlight = UNIT == 2 && V == 8 ? 2 : kLoads;  // with four the widest vectors spill at 128 registers
     for (int first = threadIdx.y; first < units; first += blockDim.y * kUnits) {
-      Pack<T, V> pack[kLoads];
       int h[kUnits], w[kUnits];  // the unit's corner; beyond the image where there is no unit
 #pragma unroll
-      for (int q = 0; q < kLoads; ++q) {
-        const int u = UNIT == 1 ? q : 0, unit = first + u * static_cast<int>(blockDim.y);
-        if (q == u) {
-          h[u] = unit < units ? (unit_row + unit / unit_columns) * UNIT : s.height;
-          w[u] = (unit_column + unit % unit_columns) * UNIT;
-        }
-        const int row = h[u] + q / kSide % UNIT, column = w[u] + q % kSide;
-        if (row < s.height && column < s.width)
-          pack[q] = load<T, V>(sample + (row * s.width + column) * s.channels, channels, aligned);
+      for (int u = 0; u < kUnits; ++u) {
+        const int unit = first + u * static_cast<int>(blockDim.y);
+        h[u] = unit < units ? (unit_row + unit / unit_columns) * UNIT : s.height;
+        w[u] = (unit_column + unit % unit_columns) * UNIT;
       }
       float best[V];
 #pragma unroll
-      for (int q = 0; q < kLoads; ++q) {
-        const int u = UNIT == 1 ? q : 0, row = h[u] + q / kSide % UNIT, column = w[u] + q % kSide;
-        if (row >= s.height || column >= s.width) continue;
-        const bool in_bin = UNIT == 1 || (row >= rows.begin && row < rows.end && column >= columns.begin &&
-                                          column < columns.end);
+      for (int start = 0; start < kLoads; start += kInFlight) {
+        Pack<T, V> pack[kInFlight];
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const float a = activate(p[v], norm.slope, to_float(pack[q].element[v]), in_bin, sums[v]);
-          best[v] = UNIT == 1 || q == 0 ? a : larger(best[v], a);
+        for (int q = start; q < start + kInFlight; ++q) {
+          const int u = UNIT == 1 ? q : 0, row = h[u] + q / kSide % UNIT, column = w[u] + q % kSide;
+          if (row < s.height && column < s.width)
+            pack[q - start] = load<T, V>(sample + (row * s.width + column) * s.channels, channels, aligned);
         }
-        const bool last = UNIT == 1 || q == kLoads - 1, owned = h[u] >= rows.own && w[u] >= columns.own;
-        if (last && owned && out != nullptr)
-          store<T, V>(out + out_base + (h[u] / UNIT * out_width + w[u] / UNIT) * s.channels, best, channels, aligned);
+#pragma unroll
+        for (int q = start; q < start + kInFlight; ++q) {
+          const int u = UNIT == 1 ? q : 0, row = h[u] + q / kSide % UNIT, column = w[u] + q % kSide;
+          if (row >= s.height || column >= s.width) continue;
+          const bool in_bin = UNIT == 1 || (row >= rows.begin && row < rows.end && column >= columns.begin &&
+                                            column < columns.end);
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            const float a = activate(p[v], norm.slope, to_float(pack[q - start].element[v]), in_bin, sums[v]);
+            best[v] = UNIT == 1 || q == 0 ? a : larger(best[v], a);
+          }
+          const bool last = UNIT == 1 || q == kLoads - 1, owned = h[u] >= rows.own && w[u] >= columns.own;
+          if (last && owned && out != nullptr)
+            store<T, V>(out + out_base + (h[u] / UNIT * out_width + w[u] / UNIT) * s.channels, best, channels, aligned);
+        }
       }
     }
   }
