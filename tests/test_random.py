@@ -358,6 +358,7 @@ def test_global_generator_is_untouched():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.unpoisoned  # the compiler does not trace the poisoned torch.empty
 def test_compiles_in_one_graph_and_does_not_recompile_for_another_seed():
     compiled = torch.compile(lambda one: one.materialize((4, 40)), fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
