@@ -63,7 +63,10 @@ def _tile(sizes, dtype, arch):
     else:
         block_p = min(positions, run)
         block_c = min(planes, elements // block_p, 256)
-    warps = max(min(block_p * block_c // (32 * min(per_thread, 8)), 4), 1)  # unaligned small tiles need more registers
+    # Unaligned small tiles need more registers. On sm_80 the assembler keeps 8 bytes of a pooled NCHW tile on the stack
+    # with four values a thread, none with eight.
+    a_thread = 8 if arch == 80 and pooled and not channels_last else min(per_thread, 8)
+    warps = max(min(block_p * block_c // (32 * a_thread), 4), 1)
     return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
 
 

@@ -15,6 +15,8 @@ from functools import lru_cache
 
 import torch
 
+_SMALL_PLANE = 64  # positions; the passes over z go along channels where a plane fills too few vectors
+
 _convolution_backward = torch.ops.aten.convolution_backward.default
 
 
@@ -64,9 +66,14 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
     is_conv = weight.dim() == 4
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     last, weight_last = channels_last(x), channels_last(weight)
-    inner_last = is_conv and getattr(kernels, "PREFERS_CHANNELS_LAST", False) and x.numel() > 2 * weight.numel()
-    if inner_last:  # x once; then neither the convolution nor its gradient makes blocked copies of its own
-        x, weight = (kernels.to_channels_last(t) for t in (x, weight))
+    formats = is_conv and hasattr(kernels, "to_channels_last")
+    if formats:
+        # oneDNN wants large maps channels_last (NCHW ones it copies into blocks of its own); where the weight is the
+        # larger part it stays as it is, and x, which is small, follows.
+        if weight_last or x.numel() > 2 * weight.numel():
+            x, weight = (kernels.to_channels_last(t) for t in (x, weight))
+        else:
+            x = kernels.to_contiguous(x)
     weight = weight.to(x.dtype)  # under autocast, and for half models, the norm's parameters stay wide
     norm_weight, norm_bias = norm_weight.to(wide), norm_bias.to(wide)
     modulation = None if modulation is None else modulation.to(wide).contiguous()
@@ -76,10 +83,13 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
         z = x @ weight.t()
     if z.numel() == z.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got a pre-activation of size {z.shape}")
+    z_last = channels_last(z)
+    if formats and z.shape[2] * z.shape[3] <= _SMALL_PLANE:
+        z = kernels.to_channels_last(z)
     mean, rstd = _batch_stats(kernels, z, bias, running_mean, running_var, momentum, norm_eps, wide)
     out, latents, s1, s2 = kernels.norm_act_pool(
         z, mean, rstd, norm_weight, norm_bias, negative_slope, pool_size, max_pool, compute_grad,
-        **({"out_channels_last": last} if inner_last else {}))
+        **({"out_channels_last": last} if formats else {}))
     loss, grad_latents, similarity, grad_logits = kernels.head(
         latents, target, modulation, basis, num_classes=num_classes, temperature=temperature,
         label_smoothing=label_smoothing, normalize=True, eps=1e-12, zero_gradient_below_eps=False, basis_scale=1.0,
@@ -100,6 +110,7 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
     grad_weight = none
     if needs_weight:
         if is_conv:
+            z = kernels.to_contiguous(z) if formats and not z_last else z
             grad_weight = _convolution_backward(z, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1,
                                                 (False, True, False))[1]
         else:

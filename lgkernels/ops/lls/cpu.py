@@ -16,13 +16,6 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # largest block that glibc learns from, 32 MiB, never touched, lifts the mark to 64 MiB.
 torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
-PREFERS_CHANNELS_LAST = True  # oneDNN's convolutions copy NCHW tensors into a blocked format of their own
-# glibc returns free memory to the system above twice the largest block freed so far. A step's pre-activation and
-# output reach that together, and every step then pays thousands of page faults (16 MB, 4 of 29 ms). Freeing once the
-# largest block that glibc learns from, 32 MiB, never touched, lifts the mark to 64 MiB.
-torch.empty(2**25 - 2**16, dtype=torch.uint8)
-
-PREFERS_CHANNELS_LAST = True  # for the layer inside the fused block: the library's convolution runs up to 4x faster
 PACKED_BASIS = _C is not None and _C.lls_packed_signs()
 
 
@@ -138,6 +131,17 @@ def to_channels_last(x):
         return x.contiguous(memory_format=torch.channels_last)
     out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
     _C.lls_to_channels_last(x.data_ptr(), *x.shape, _code(x), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def to_contiguous(x):
+    """`x.contiguous()`, faster."""
+    if not _channels_last(x):
+        return x.contiguous()
+    batch, channels, height, width = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype)  # the same transposition, with channels and positions in each other's place
+    _C.lls_to_channels_last(x.data_ptr(), batch, height * width, channels, 1, _code(x), out.data_ptr(),
+                            torch.get_num_threads())
     return out
 
 
