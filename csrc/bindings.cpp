@@ -116,9 +116,11 @@ void bind_lls(py::module_& m) {
                                           threads));
   }, Release());
   m.def("lls_norm_grads", [](int64_t batch, int64_t channels, int64_t bins, Address grad, Address s1, Address s2,
-                             Address area, Address grad_gamma, Address grad_beta, int threads) {
+                             Address area, Address grad_gamma, Address grad_beta, Address grad_bias,
+                             int threads) {
     raise_for(lls_kernels().norm_grads(batch, channels, bins, at<float>(grad), at<float>(s1), at<float>(s2),
-                                       at<float>(area), at<float>(grad_gamma), at<float>(grad_beta), threads));
+                                       at<float>(area), at<float>(grad_gamma), at<float>(grad_beta),
+                                       at<float>(grad_bias), threads));
   }, Release());
   m.def("lls_grad_preactivation", [](Address z, int64_t b, int64_t c, int64_t h, int64_t w, bool channels_last,
                                      int dtype, int64_t pool_rows, int64_t pool_columns, Address mean, Address rstd,
@@ -131,11 +133,11 @@ void bind_lls(py::module_& m) {
   }, Release());
   m.def("lls_linear_grad_preactivation", [](Address z, int64_t b, int64_t n, int dtype, Address mean, Address rstd,
                                             Address gamma, Address beta, float slope, Address grad, Address grad_gamma,
-                                            Address grad_beta, float scale, int threads) {
+                                            Address grad_beta, Address grad_bias, float scale, int threads) {
     const Activation a{at<void>(z), b, n, 1, 1, true, dtype};
     const lgk::Norm norm{at<float>(mean), at<float>(rstd), at<float>(gamma), at<float>(beta), slope};
     raise_for(lls_kernels().linear_grad_preactivation(a, norm, at<float>(grad), at<float>(grad_gamma),
-                                                      at<float>(grad_beta), scale, threads));
+                                                      at<float>(grad_beta), at<float>(grad_bias), scale, threads));
   }, Release());
   m.def("lls_head", [](int64_t batch, int64_t dim, int64_t rows, int64_t classes, Address x, Address target,
                        Address modulation, bool vector, Address basis, Address signs, float temperature,

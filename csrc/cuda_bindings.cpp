@@ -53,9 +53,10 @@ void bind_cuda(py::module_& m) {
                                   floats(latents), floats(s1), floats(s2), pointer<void>(stream));
   });
   m.def("lls_norm_grads", [](int64_t batch, int channels, int bins, Address grad_latents, Address s1, Address s2,
-                             Address area, Address grad_gamma, Address grad_beta, Address stream) {
+                             Address area, Address grad_gamma, Address grad_beta, Address grad_bias,
+                             Address stream) {
     return lgk::lls_norm_grads(batch, channels, bins, floats(grad_latents), floats(s1), floats(s2), floats(area),
-                               floats(grad_gamma), floats(grad_beta), pointer<void>(stream));
+                               floats(grad_gamma), floats(grad_beta), floats(grad_bias), pointer<void>(stream));
   });
   m.def("lls_grad_preactivation", [](Shape shape, Addresses parameters, float slope, Address z, Address grad_latents,
                                      Address grad_gamma, Address grad_beta, float scale, Address stream) {
@@ -74,10 +75,11 @@ void bind_cuda(py::module_& m) {
   });
   m.def("lls_linear_grad_preactivation", [](int64_t batch, int features, int pool, int dtype, Addresses parameters,
                                             float slope, Address z, Address grad_latents, float scale,
-                                            Address grad_gamma, Address grad_beta, Address stream) {
+                                            Address grad_gamma, Address grad_beta, Address grad_bias,
+                                            Address stream) {
     return lgk::lls_linear_grad_preactivation(batch, features, pool, dtype, norm(parameters, slope), pointer<void>(z),
                                               floats(grad_latents), scale, floats(grad_gamma), floats(grad_beta),
-                                              pointer<void>(stream));
+                                              floats(grad_bias), pointer<void>(stream));
   });
 
   py::class_<lgk::Head>(m, "LlsHead")

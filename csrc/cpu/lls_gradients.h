@@ -122,7 +122,7 @@ inline int grad_preactivation(const Activation& a, const Axis& rows, const Axis&
 
 // z (B, N): the two column sums, then dz; `grad` (B, N) is already unpooled.
 inline int linear_grad_preactivation(const Activation& a, const Norm& norm, const float* grad, float* grad_gamma,
-                                     float* grad_beta, float scale, int threads) {
+                                     float* grad_beta, float* grad_bias, float scale, int threads) {
   return for_dtype(a.dtype, [&](auto type) {
     using T = decltype(type);
     const int64_t width = a.channels;
@@ -143,6 +143,7 @@ inline int linear_grad_preactivation(const Activation& a, const Norm& norm, cons
         dgamma *= rstd;
         store_some(grad_gamma + c, dgamma, n);
         store_some(grad_beta + c, dbeta, n);
+        store_some(grad_bias + c, vf{}, n);
         const vf k = unit.gain * scale, offset = dbeta * inverse, tilt = rstd * dgamma * inverse;
         for (int64_t b = 0; b < a.batch; ++b) {
           const vf d = unit.centred(load_some(z + b * width, n));

@@ -110,7 +110,8 @@ inline int batch_stats(const Activation& a, const float* bias, float* running_me
 }
 
 inline int norm_grads(int64_t batch, int64_t channels, int64_t bins, const float* grad, const float* s1,
-                      const float* s2, const float* area, float* grad_gamma, float* grad_beta, int threads) {
+                      const float* s2, const float* area, float* grad_gamma, float* grad_beta,
+                      float* grad_bias, int threads) {
   parallel(channels, batch * channels * bins, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t c = begin; c < end; ++c) {
       double gamma = 0, beta = 0;
@@ -122,6 +123,7 @@ inline int norm_grads(int64_t batch, int64_t channels, int64_t bins, const float
         }
       grad_gamma[c] = static_cast<float>(gamma);
       grad_beta[c] = static_cast<float>(beta);
+      grad_bias[c] = 0;  // the normalisation cancels the layer's bias
     }
   });
   return 0;

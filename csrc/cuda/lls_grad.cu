@@ -168,7 +168,7 @@ int launch_unpool_grad(const Image& s, const Norm& norm, const LatentGrad& grad,
 __global__ void __launch_bounds__(kThreads, 2)
 norm_grads(int64_t batch, int channels, int bins, int block_channels, const float* __restrict__ grad_latents,
            const float* __restrict__ s1, const float* __restrict__ s2, const float* __restrict__ area,
-           float* __restrict__ grad_gamma, float* __restrict__ grad_beta) {
+           float* __restrict__ grad_gamma, float* __restrict__ grad_beta, float* __restrict__ grad_bias) {
   LGK_DYNAMIC_SHARED(float, partial);  // (2, blockDim.y, blockDim.x)
   const int c0 = blockIdx.x * block_channels, columns = min(block_channels, channels - c0) * bins;
   float gamma = 0.0f, beta = 0.0f;
@@ -192,6 +192,7 @@ norm_grads(int64_t batch, int channels, int bins, int block_channels, const floa
   for (int y = 0; y < static_cast<int>(blockDim.y); ++y)
     for (int x = begin; x < end; ++x) sum += partial[threadIdx.y * slots + y * blockDim.x + x];
   (threadIdx.y == 0 ? grad_gamma : grad_beta)[c0 + c] = sum;
+  if (threadIdx.y == 0) grad_bias[c0 + c] = 0.0f;  // the normalisation cancels the layer's bias
 }
 
 }  // namespace
@@ -238,12 +239,12 @@ int lls_expand_grad(const Image& s, const float* grad_latents, const float* scal
 }
 
 int lls_norm_grads(int64_t batch, int channels, int bins, const float* grad_latents, const float* s1, const float* s2,
-                   const float* area, float* grad_gamma, float* grad_beta, void* stream) {
+                   const float* area, float* grad_gamma, float* grad_beta, float* grad_bias, void* stream) {
   if (channels == 0) return 0;
   const int block_channels = std::max(32 / bins, 1);
   LGK_LAUNCH(norm_grads, dim3(ceil_div(channels, block_channels)), dim3(32, kThreads / 32),
              2 * kThreads * sizeof(float), stream, batch, channels, bins, block_channels, grad_latents, s1, s2, area,
-             grad_gamma, grad_beta);
+             grad_gamma, grad_beta, grad_bias);
   return launch_status();
 }
 

@@ -32,7 +32,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
 linear_grad_preactivation(int64_t batch, int features, int pool, Norm norm, T* __restrict__ z,
                           const float* __restrict__ grad_latents, float scale, float* __restrict__ grad_gamma,
-                          float* __restrict__ grad_beta) {
+                          float* __restrict__ grad_beta, float* __restrict__ grad_bias) {
   LGK_DYNAMIC_SHARED(float, partial);  // (2, blockDim.y, blockDim.x)
   const int k = blockIdx.x * blockDim.x + threadIdx.x;
   const bool inside = k < features;
@@ -62,6 +62,7 @@ linear_grad_preactivation(int64_t batch, int features, int pool, Norm norm, T* _
   if (threadIdx.y == 0) {
     grad_gamma[k] = gamma;
     grad_beta[k] = beta;
+    grad_bias[k] = 0.0f;  // the normalisation cancels the layer's bias
   }
   const float gain = p.gain * scale, inverse_count = 1.0f / static_cast<float>(batch);
   for (int64_t b = threadIdx.y; b < batch; b += blockDim.y) {
@@ -88,13 +89,13 @@ int lls_linear_norm_act_pool(int64_t batch, int features, int pool, int dtype, c
 
 int lls_linear_grad_preactivation(int64_t batch, int features, int pool, int dtype, const Norm& norm, void* z,
                                   const float* grad_latents, float scale, float* grad_gamma, float* grad_beta,
-                                  void* stream) {
+                                  float* grad_bias, void* stream) {
   if (!fits(Image{batch, 1, 1, features, 1, pool, false, dtype})) return kInvalidArgument;
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     LGK_LAUNCH((linear_grad_preactivation<T>), dim3(ceil_div(features, 32)), dim3(32, kThreads / 32),
                2 * kThreads * sizeof(float), stream, batch, features, pool, norm, static_cast<T*>(z), grad_latents,
-               scale, grad_gamma, grad_beta);
+               scale, grad_gamma, grad_beta, grad_bias);
     return launch_status();
   });
 }

@@ -58,7 +58,7 @@ def test_block_kernels(image, layout, dtype):
     for max_pool in (False, True):
         in_every_order(lambda kernels: kernels.norm_act_pool(z, *norm, 0.01, pool, max_pool, True))
     _, _, s1, s2 = executor.backend("lls").norm_act_pool(z, *norm, 0.01, pool, False, True)
-    dgamma, dbeta = in_every_order(lambda kernels: kernels.norm_grads(latents, s1, s2, channels,
+    dgamma, dbeta, _ = in_every_order(lambda kernels: kernels.norm_grads(latents, s1, s2, channels,
                                                                       areas(*shape[2:], pool)))
     in_every_order(lambda kernels: kernels.grad_preactivation_(z.clone(), *norm, 0.01, latents, dgamma, dbeta, pool, 4.0))
     in_every_order(lambda kernels: kernels.expand_grad(latents, torch.tensor(0.7), torch.empty_like(z), pool))
@@ -146,11 +146,11 @@ def test_golden_blocks(name):
         loss, grad, s, grad_z = kernels.head(latents, target, m, phi, num_classes=data["n_classes"], **dict(
             HEAD, temperature=data["temperature"], label_smoothing=data["label_smoothing"]))
         if conv:
-            dgamma, dbeta = kernels.norm_grads(grad, s1, s2, z.shape[1], areas(*z.shape[2:], pool))
+            dgamma, dbeta, _ = kernels.norm_grads(grad, s1, s2, z.shape[1], areas(*z.shape[2:], pool))
             kernels.grad_preactivation_(z, *norm, slope, grad, dgamma, dbeta, pool, 1.0)
             grad_weight = torch.nn.grad.conv2d_weight(x, weight.shape, z, *layer)
         else:
-            dgamma, dbeta = kernels.linear_grad_preactivation_(z, *norm, slope, grad, pool, 1.0)
+            dgamma, dbeta, _ = kernels.linear_grad_preactivation_(z, *norm, slope, grad, pool, 1.0)
             grad_weight = z.t() @ x
         extra = [] if m is None else [kernels.modulation_grad(s, grad_z, m.dim() == 1, loss.new_ones(()))]
         return out, loss, grad_weight, dgamma, dbeta, *running, *extra

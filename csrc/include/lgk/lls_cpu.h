@@ -54,12 +54,13 @@ struct LlsKernels {
   int (*norm_act_pool)(const Activation&, const Axis& rows, const Axis& columns, const Norm&, bool max_pool, void* out,
                        bool out_channels_last, float* latents, float* s1, float* s2, int threads);
   int (*norm_grads)(int64_t batch, int64_t channels, int64_t bins, const float* grad_latents, const float* s1,
-                    const float* s2, const float* area, float* grad_gamma, float* grad_beta, int threads);
+                    const float* s2, const float* area, float* grad_gamma, float* grad_beta, float* grad_bias,
+                    int threads);
   int (*grad_preactivation)(const Activation&, const Axis& rows, const Axis& columns, const Norm&,
                             const float* grad_latents, const float* grad_gamma, const float* grad_beta, float scale,
                             int threads);
   int (*linear_grad_preactivation)(const Activation&, const Norm&, const float* grad, float* grad_gamma,
-                                   float* grad_beta, float scale, int threads);
+                                   float* grad_beta, float* grad_bias, float scale, int threads);
   int (*head)(const Head&, int threads);
   int (*modulation_grad)(int64_t batch, int64_t rows, int64_t classes, bool vector, const float* similarity,
                          const float* grad_logits, const float* scale, bool per_row, float* out, int threads);

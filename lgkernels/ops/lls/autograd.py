@@ -58,7 +58,7 @@ class _LLSBlock(torch.autograd.Function):
     def forward(ctx, x, weight, bias, norm_weight, norm_bias, modulation, running_mean, running_var, target,
                 grad_enabled, arguments, impl):
         needs = ctx.needs_input_grad
-        compute_grad = grad_enabled and any(needs[i] for i in (1, 3, 4, 5))
+        compute_grad = grad_enabled and any(needs[1:6])
         out, loss, *grads = _ops.lls_block(
             x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, *arguments,
             compute_grad, needs[1], needs[5], impl)
@@ -66,7 +66,7 @@ class _LLSBlock(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.grads = None
         if torch.compiler.is_compiling():
-            ctx.save_for_backward(bias, *grads)
+            ctx.save_for_backward(*grads)
         elif compute_grad:
             # Not saved tensors: handed over in the first backward, AccumulateGrad can take them without a copy.
             ctx.grads = grads
@@ -79,8 +79,8 @@ class _LLSBlock(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 12
         if ctx.compiled:
-            bias, *grads = ctx.saved_tensors
-            grads = [g * grad_loss for g in grads]
+            grad_weight, grad_bias, *grads = ctx.saved_tensors
+            grads = [grad_weight * grad_loss, grad_bias, *(g * grad_loss for g in grads)]
             inputs = ()
         else:
             grads, ctx.grads = ctx.grads, None
@@ -90,13 +90,9 @@ class _LLSBlock(torch.autograd.Function):
                     "a copy. Call forward again, or use nn.LLSHead(block, ...), which keeps an ordinary graph")
             # one multiplication over all of them, and none at all where the answer is known without a device sync
             if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
-                torch._foreach_mul_(grads, grad_loss)
+                torch._foreach_mul_([grads[0], *grads[2:]], grad_loss)  # all but the zeros of the layer's bias
             inputs = ctx.saved_tensors if torch.is_grad_enabled() else ()
-            bias = ctx.saved_tensors[1] if ctx.needs_input_grad[2] else None
-        grad_weight, grad_norm_weight, grad_norm_bias, grad_modulation = grads
-        grads = [None, grad_weight, None if bias is None else torch.zeros_like(bias), grad_norm_weight,
-                 grad_norm_bias, grad_modulation]
-        del grad_weight, grad_norm_weight, grad_norm_bias, grad_modulation
+        grads = [None, *grads]
         for i, needed in enumerate(ctx.needs_input_grad[:6]):
             grads[i] = first_order_only("lls_block", grads[i], *inputs, grad_loss) if needed else None
         grads += [None] * 6

@@ -61,8 +61,9 @@ def _batch_stats(kernels, z, bias, running_mean, running_var, momentum, eps, wid
 def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, basis,
             stride, padding, momentum, norm_eps, negative_slope, max_pool, num_classes, pool_size, temperature,
             label_smoothing, compute_grad, needs_weight, needs_modulation):
-    """Returns (out, loss, grad_weight, grad_norm_weight, grad_norm_bias, grad_modulation); the last four are
-    empty where not wanted. Gradients are those of the mean local loss, in float32 (float64 for float64)."""
+    """Returns (out, loss, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_modulation); the last five
+    are empty where not wanted, grad_bias is zero. Gradients are those of the mean local loss, in float32 (float64 for
+    float64)."""
     is_conv = weight.dim() == 4
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     last, weight_last = channels_last(x), channels_last(weight)
@@ -96,16 +97,16 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
         loss="cross_entropy", ignore_index=-100, reduction="mean", compute_grad=compute_grad)
     none = loss.new_empty(0)
     if not compute_grad:
-        return out, loss, none, *(loss.new_empty(0) for _ in range(3))
+        return out, loss, none, *(loss.new_empty(0) for _ in range(4))
     scale = _gradient_scale(z, pool_size, temperature)
     if is_conv:
         areas = _bin_areas(tuple(z.shape[2:]), pool_size, z.device)
-        grad_gamma, grad_beta = kernels.norm_grads(grad_latents, s1, s2, z.shape[1], areas)
+        grad_gamma, grad_beta, grad_bias = kernels.norm_grads(grad_latents, s1, s2, z.shape[1], areas)
         if needs_weight:
             kernels.grad_preactivation_(z, mean, rstd, norm_weight, norm_bias, negative_slope, grad_latents,
                                         grad_gamma, grad_beta, pool_size, scale)
     else:
-        grad_gamma, grad_beta = kernels.linear_grad_preactivation_(
+        grad_gamma, grad_beta, grad_bias = kernels.linear_grad_preactivation_(
             z, mean, rstd, norm_weight, norm_bias, negative_slope, grad_latents, pool_size, scale)
     grad_weight = none
     if needs_weight:
@@ -122,4 +123,5 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
     grad_modulation = loss.new_empty(0)
     if needs_modulation:
         grad_modulation = kernels.modulation_grad(similarity, grad_logits, modulation.dim() == 1, _one(loss.device))
-    return out, loss, grad_weight, grad_gamma, grad_beta, grad_modulation
+    grad_bias = loss.new_empty(0) if bias is None else grad_bias
+    return out, loss, grad_weight, grad_bias, grad_gamma, grad_beta, grad_modulation

@@ -194,10 +194,10 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
 
 def norm_grads(grad_latents, s1, s2, channels, area):
     g, s1, s2, area = (_float(t) for t in (grad_latents, s1, s2, area))
-    grad_gamma, grad_beta = (torch.empty(channels, dtype=torch.float32) for _ in range(2))
+    grads = [torch.empty(channels, dtype=torch.float32) for _ in range(3)]
     _C.lls_norm_grads(g.shape[0], channels, area.numel(), g.data_ptr(), s1.data_ptr(), s2.data_ptr(), area.data_ptr(),
-                      grad_gamma.data_ptr(), grad_beta.data_ptr(), torch.get_num_threads())
-    return grad_gamma, grad_beta
+                      *(t.data_ptr() for t in grads), torch.get_num_threads())
+    return tuple(grads)
 
 
 def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size,
@@ -215,10 +215,9 @@ def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_
     if pool_size != z.shape[1]:
         grad = expand_grad(grad, torch.ones(()), torch.empty(z.shape, dtype=torch.float32), pool_size)
     kept, norm = _norm(mean, rstd, gamma, beta)
-    grad_gamma, grad_beta = (torch.empty(z.shape[1], dtype=torch.float32) for _ in range(2))
+    grads = [torch.empty(z.shape[1], dtype=torch.float32) for _ in range(3)]
     _C.lls_linear_grad_preactivation(dense.data_ptr(), *z.shape, _code(z), *norm, negative_slope, grad.data_ptr(),
-                                     grad_gamma.data_ptr(), grad_beta.data_ptr(), float(scale),
-                                     torch.get_num_threads())
+                                     *(t.data_ptr() for t in grads), float(scale), torch.get_num_threads())
     if dense is not z:
         z.copy_(dense)
-    return grad_gamma, grad_beta
+    return tuple(grads)

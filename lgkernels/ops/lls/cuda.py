@@ -158,10 +158,10 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
 
 def norm_grads(grad_latents, s1, s2, channels, area):
     grad_latents, area = _float(grad_latents), _float(area)
-    grad_gamma, grad_beta = _new(s1, channels), _new(s1, channels)
+    grads = tuple(_new(s1, channels) for _ in range(3))
     _call("norm_grads", s1.device, grad_latents.shape[0], channels, area.numel(),
-          *map(_address, (grad_latents, s1, s2, area, grad_gamma, grad_beta)))
-    return grad_gamma, grad_beta
+          *map(_address, (grad_latents, s1, s2, area, *grads)))
+    return grads
 
 
 def _in_place(z, run):
@@ -186,8 +186,8 @@ def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents
 def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, pool_size, scale):
     parameters, addresses = _norm(mean, rstd, gamma, beta)
     grad_latents = _float(grad_latents)
-    grad_gamma, grad_beta = _new(z, z.shape[1]), _new(z, z.shape[1])
+    grads = tuple(_new(z, z.shape[1]) for _ in range(3))
     _in_place(z, lambda dense, _: _call(
         "linear_grad_preactivation", z.device, *z.shape, pool_size, _DTYPES[z.dtype], addresses, negative_slope,
-        _address(dense), _address(grad_latents), scale, _address(grad_gamma), _address(grad_beta)))
-    return grad_gamma, grad_beta
+        _address(dense), _address(grad_latents), scale, *map(_address, grads)))
+    return grads

@@ -131,7 +131,7 @@ LIBRARY.define(
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor target, Tensor? modulation, str waveform, "
     "int[] stride, int[] padding, float momentum, float norm_eps, float negative_slope, bool max_pool, "
     "int num_classes, int pool_size, float temperature, float label_smoothing, bool compute_grad, "
-    "bool needs_weight, bool needs_modulation, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+    "bool needs_weight, bool needs_modulation, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
 def _block(x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, waveform, stride,
@@ -159,10 +159,10 @@ def _block_fake(x, weight, bias, norm_weight, norm_bias, running_mean, running_v
         size = [n // 2 for n in size] if max_pool else size
         out = _empty((x.shape[0], weight.shape[0], *size), x.dtype, block.channels_last(x), x.device)
     new = lambda reference, wanted=True: (  # noqa: E731
-        torch.empty_like(reference, dtype=wide) if wanted and compute_grad
+        torch.empty_like(reference, dtype=wide) if wanted and compute_grad and reference is not None
         else x.new_empty(0, dtype=wide))
-    return (out, x.new_empty((), dtype=wide), new(weight, needs_weight), new(norm_weight), new(norm_bias),
-            new(modulation, needs_modulation) if modulation is not None else x.new_empty(0, dtype=wide))
+    return (out, x.new_empty((), dtype=wide), new(weight, needs_weight), new(bias), new(norm_weight), new(norm_bias),
+            new(modulation, needs_modulation))
 
 
 for _name, _implementation, _fake in (("lls_loss_forward", _forward, _forward_fake),

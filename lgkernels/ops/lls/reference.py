@@ -158,9 +158,13 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
 
 
 def norm_grads(grad_latents, s1, s2, channels, area):
-    """dgamma, dbeta (C,) = sums over batch and bins of grad/area * s2, * s1; `area` (P*P,) positions of each bin."""
+    """dgamma, dbeta (C,) = sums over batch and bins of grad/area * s2, * s1; `area` (P*P,) positions of each bin.
+
+    The third result (C,) is the gradient of the layer's bias: zeros, for batch normalisation cancels it.
+    """
     g = grad_latents.reshape(grad_latents.shape[0], channels, area.numel()) / area
-    return (g * s2.reshape(g.shape)).sum((0, 2)), (g * s1.reshape(g.shape)).sum((0, 2))
+    grad_gamma, grad_beta = (g * s2.reshape(g.shape)).sum((0, 2)), (g * s1.reshape(g.shape)).sum((0, 2))
+    return grad_gamma, grad_beta, torch.zeros_like(grad_beta)
 
 
 def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta,
@@ -175,10 +179,10 @@ def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents
 
 
 def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, pool_size, scale):
-    """The linear block's twin, z (B, N): overwrites z and returns `(grad_gamma, grad_beta)`."""
+    """The linear block's twin, z (B, N): overwrites z and returns what `norm_grads` does."""
     xhat = _normalized(z, mean, rstd)
     u = xhat * _channel(gamma, z) + _channel(beta, z)
     grad_u = _derivative(u, negative_slope) * unpool(grad_latents, z.shape, pool_size)
     grad_gamma, grad_beta = (grad_u * xhat).sum(0), grad_u.sum(0)
     grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size, scale)
-    return grad_gamma, grad_beta
+    return grad_gamma, grad_beta, torch.zeros_like(grad_beta)

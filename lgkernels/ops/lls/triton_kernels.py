@@ -224,12 +224,11 @@ def expand_grad(grad_latents, scale, out, pool_size):
 
 def norm_grads(grad_latents, s1, s2, channels, area):
     B, positions = grad_latents.shape[0], area.numel()
-    grad_gamma = torch.empty(channels, dtype=torch.float32, device=s1.device)
-    grad_beta = torch.empty_like(grad_gamma)
+    grads = tuple(torch.empty(channels, dtype=torch.float32, device=s1.device) for _ in range(3))
     config = _config("norm_grads", (max(B, 1), channels, positions), s1)
     launch(triton_norm.norm_grads_kernel, _blocks(channels, config["BLOCK_C"]), s1.device, grad_latents.contiguous(),
-           s1.contiguous(), s2.contiguous(), area.contiguous(), grad_gamma, grad_beta, B, channels, positions, **config)
-    return grad_gamma, grad_beta
+           s1.contiguous(), s2.contiguous(), area.contiguous(), *grads, B, channels, positions, **config)
+    return grads
 
 
 def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta,
@@ -250,11 +249,11 @@ def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents
 def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, pool_size, scale):
     dense = z.contiguous()
     B, N = z.shape
-    grad_gamma, grad_beta = (torch.empty(N, dtype=torch.float32, device=z.device) for _ in range(2))
+    grads = tuple(torch.empty(N, dtype=torch.float32, device=z.device) for _ in range(3))
     config = _config("linear_grad", (max(B, 1), N), z)
     launch(triton_linear.linear_grad_kernel, _blocks(N, config["BLOCK_N"]), z.device, dense, mean, rstd, gamma, beta,
-           grad_latents.contiguous(), grad_gamma, grad_beta, float(negative_slope), float(scale), B, N, pool_size,
+           grad_latents.contiguous(), *grads, float(negative_slope), float(scale), B, N, pool_size,
            _cover(N, pool_size), **config)
     if dense is not z:
         z.copy_(dense)
-    return grad_gamma, grad_beta
+    return grads

@@ -68,9 +68,9 @@ def linear_expand_kernel(grad_latents, scale, out, B, N, P, cover, PER_ROW: tl.c
 
 
 @triton.jit(do_not_specialize=["B", "P", "cover"])
-def linear_grad_kernel(z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, slope, scale, B, N, P, cover,
-                       BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For a block of columns: dgamma, dbeta over the whole batch, then z <- scale * dL/dz."""
+def linear_grad_kernel(z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, grad_bias, slope, scale, B, N,
+                       P, cover, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For a block of columns: dgamma, dbeta over the whole batch, then z <- scale * dL/dz; grad_bias = 0."""
     n = indices(program_id(0), BLOCK_N)
     mu, r, g, shift = _columns(mean, n, N), _columns(rstd, n, N), _columns(gamma, n, N), _columns(beta, n, N)
     negative = tl.cast(slope, tl.float32)
@@ -87,6 +87,7 @@ def linear_grad_kernel(z, mean, rstd, gamma, beta, grad_latents, grad_gamma, gra
     dbeta, dgamma = tl.sum(by_one, 0), tl.sum(by_xhat, 0)
     tl.store(grad_beta + n, dbeta, mask=n < N)
     tl.store(grad_gamma + n, dgamma, mask=n < N)
+    tl.store(grad_bias + n, tl.zeros((BLOCK_N,), tl.float32), mask=n < N)
     count = B * 1.0
     mean_grad, mean_grad_xhat = (dbeta / count)[None, :], (dgamma / count)[None, :]
     factor = g * r * tl.cast(scale, tl.float32)

@@ -265,9 +265,9 @@ def batch_stats_kernel(partial, bias, mean, rstd, running_mean, running_var, mom
 
 
 @triton.jit(do_not_specialize=["B", "C", "positions"])
-def norm_grads_kernel(grad_latents, s1, s2, area, grad_gamma, grad_beta, B, C, positions, BLOCK_B: tl.constexpr,
-                      BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """dgamma, dbeta = sums over batch and bins of grad/area * s2, * s1, for a block of channels."""
+def norm_grads_kernel(grad_latents, s1, s2, area, grad_gamma, grad_beta, grad_bias, B, C, positions,
+                      BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """dgamma, dbeta = sums over batch and bins of grad/area * s2, * s1, for a block of channels; grad_bias = 0."""
     c = indices(program_id(0), BLOCK_C)
     by_s1 = tl.zeros((BLOCK_B, BLOCK_C, BLOCK_P), tl.float32)
     by_s2 = tl.zeros((BLOCK_B, BLOCK_C, BLOCK_P), tl.float32)
@@ -283,3 +283,4 @@ def norm_grads_kernel(grad_latents, s1, s2, area, grad_gamma, grad_beta, B, C, p
             by_s2 += g * tl.load(s2 + at, mask=mask, other=0.0)
     tl.store(grad_beta + c, tl.sum(tl.sum(by_s1, 2), 0), mask=c < C)
     tl.store(grad_gamma + c, tl.sum(tl.sum(by_s2, 2), 0), mask=c < C)
+    tl.store(grad_bias + c, tl.zeros((BLOCK_C,), tl.float32), mask=c < C)
