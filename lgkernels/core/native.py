@@ -1,6 +1,9 @@
 """The optional native module `lgkernels._C`, loaded at first use."""
 import importlib.util
+import os
+import warnings
 from functools import lru_cache
+from pathlib import Path
 
 import torch  # noqa: F401  before _C, so that both share one OpenMP pool
 
@@ -15,7 +18,18 @@ def _load():
         if importlib.util.find_spec("lgkernels._C") is None:
             return None, "built without the native module: there was no compiler, or LGKERNELS_BUILD=none"
         return None, str(error)
+    _warn_if_outdated(_C.__file__)
     return _C, None
+
+
+def _warn_if_outdated(module):
+    """An editable install goes on with the old module after an update of the tree; say so before calls fail."""
+    sources = Path(__file__).resolve().parents[2] / "csrc"
+    folders = (sources, sources / "cpu", sources / "include/lgk") if sources.is_dir() else ()
+    newest = max((entry.stat().st_mtime for folder in folders for entry in os.scandir(folder)), default=0.0)
+    if newest > os.stat(module).st_mtime:
+        warnings.warn("lgkernels._C is older than its sources in csrc/: build it again with "
+                      "`pip install -e .` (or `python setup.py build_ext --inplace`)", stacklevel=3)
 
 
 def native():
