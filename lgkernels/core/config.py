@@ -70,6 +70,14 @@ def _tile(sizes, dtype, arch):
     return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
 
 
+def _moments(sizes, dtype, arch):
+    """As `_tile`, with eight values a thread: each has a mean and a sum of squares of its own."""
+    config = _tile(sizes, dtype, arch)
+    if arch != "interpret":
+        config["num_warps"] = max(min(config["BLOCK_P"] * config["BLOCK_C"] // 256, 8), 1)
+    return config
+
+
 def _rows(sizes, dtype, arch):
     """Tile (batch rows, columns) of a two-dimensional pass, columns contiguous."""
     rows, columns = sizes
@@ -85,6 +93,17 @@ def _similarity(sizes, dtype, arch):
     else:
         m, k, d, warps, stages = _first(_SIMILARITY, arch, lambda m, k, d: k <= rows or k == 16)
     return {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
+
+
+def _head(sizes, dtype, arch):
+    """A sample a program, with a tile (basis rows, latents) of at most 4096 products in registers."""
+    batch, dim, rows, classes = sizes
+    if arch == "interpret":
+        batch = min(batch, 64)
+        return {"BLOCK_B": batch, "BLOCK_K": rows, "BLOCK_C": classes,
+                "BLOCK_D": max(min(dim, (1 << 18) // (batch * rows)), 32), "num_warps": 1}
+    block_d = max(min(dim, 4096 // rows, 256), 32)
+    return {"BLOCK_B": 1, "BLOCK_K": rows, "BLOCK_C": classes, "BLOCK_D": block_d, "num_warps": 4}
 
 
 def _loss_rows(sizes, dtype, arch):
@@ -123,6 +142,13 @@ def _modulation_grad(sizes, dtype, arch):
     return {"BLOCK_B": b, "BLOCK_K": k, "BLOCK_C": c, "num_warps": warps, "num_stages": stages}
 
 
+def _finish_head(sizes, dtype, arch):
+    """The modulation's gradient inside another kernel: small tiles, which leave that kernel its registers."""
+    smallest = _MODULATION_GRAD[-1][:3]
+    return _modulation_grad(sizes, dtype, arch) if arch == "interpret" else dict(
+        zip(("BLOCK_B", "BLOCK_K", "BLOCK_C"), smallest))
+
+
 def _norm_grads(sizes, dtype, arch):
     batch, channels, positions = sizes
     block_p = min(positions, 64)
@@ -131,10 +157,11 @@ def _norm_grads(sizes, dtype, arch):
 
 
 _SELECT = {
-    "norm_act_pool": _tile, "grad_preactivation": _tile, "expand_grad": _tile, "batch_stats": _tile,
+    "norm_act_pool": _tile, "grad_preactivation": _tile, "expand_grad": _tile, "batch_stats": _moments,
     "linear_pool": _rows, "linear_expand": _rows, "linear_grad": _rows,
-    "similarity": _similarity, "logits": _product, "loss_rows": _loss_rows, "grad_similarity": _product,
+    "head": _head, "similarity": _similarity, "logits": _product, "loss_rows": _loss_rows, "grad_similarity": _product,
     "latent_grad": _latent_grad, "modulation_grad": _modulation_grad, "norm_grads": _norm_grads,
+    "finish_head": _finish_head,
 }
 
 

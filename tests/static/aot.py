@@ -58,13 +58,18 @@ def head_cases():
     """Every mode of the head, and batch and class counts on both sides of each threshold of the tables."""
     options = dict(temperature=0.5, label_smoothing=0.1, normalize=True, eps=1e-12, zero_gradient_below_eps=False,
                    basis_scale=1.0, loss="cross_entropy", ignore_index=-100, reduction="mean", compute_grad=True)
+    column, area = torch.empty(256), torch.empty(4)
     for batch, dim, classes, modes in ((128, 2048, 10, (0, 1, 2)), (128, 1024, 20, (0, 2)), (128, 2048, 100, (0, 1, 2)),
-                                       (128, 8192, 1000, (0, 2))):
+                                       (128, 8192, 10, (0, 2)), (128, 8192, 20, (2,)), (128, 8192, 1000, (0, 2))):
         x, target = torch.empty(batch, dim), torch.zeros(batch, dtype=torch.int64)
         for mode in modes:
             modulation = torch.empty((classes,) * mode) if mode else None
-            similarity, grad_logits = lls.head(x, target, modulation, basis.signs(classes, dim), num_classes=classes,
-                                               **options)[2:]
+            losses, _, similarity, grad_logits = lls.head(
+                x, target, modulation, basis.signs(classes, dim), num_classes=classes, reduce=False, **options)
+            finish = losses, target, similarity, grad_logits, modulation, -100
+            latents, z = torch.empty(batch, 1024), torch.empty(batch, 256, dtype=torch.bfloat16)
+            lls.norm_grads(latents, latents, latents, 256, area, finish)
+            lls.linear_grad_preactivation_(z, *(column,) * 4, 0.01, torch.empty(batch, 256), 256, 1.0, finish)
             if mode:
                 lls.modulation_grad(similarity, grad_logits, mode == 1, torch.empty(()))
         lls.head(x, target, None, torch.empty(classes, dim), num_classes=classes, **options)
