@@ -59,17 +59,18 @@ def measure(case, config):
     device, sizes = device_of(config), {}
     compiled = not config.getoption("--no-compile")
     problem = getattr(providers, case.op)(case, device, compiled)
-    rows, functions = {}, {}
+    rows, timers = {}, {}
     for name in providers.names(case, device, compiled):
         try:
             function = problem.providers[name]
             compare(function(0) or {}, problem)
             sizes[name] = timing.peak_memory(function, device)
-            functions[name] = function
+            timers[name] = timing.timer(function, device, problem.copies)
         except Exception as error:  # one broken provider must not hide the others
             rows[name] = error
-    samples = timing.interleaved(functions, device, config.getoption("--seconds"), problem.copies,
-                                 config.getoption("--min-rounds"))
+    samples = timing.interleaved(timers, config.getoption("--seconds"), config.getoption("--min-rounds"))
+    if problem.baseline not in samples:  # nothing to compare with: every provider reports why
+        return {name: rows.get(name, rows[problem.baseline]) for name in providers.names(case, device, compiled)}
     baseline = samples[problem.baseline]
     for name, times in samples.items():
         seconds = statistics.median(times)

@@ -410,7 +410,7 @@ class _Checkpointed(nn.Module):
         self.block = block
 
     def forward(self, x):
-        return checkpoint(self.block, x, use_reentrant=False)
+        return checkpoint(self.block, x, use_reentrant=False, preserve_rng_state=False)  # no dropout here
 
 
 def vgg8_step(case, device, compiled):

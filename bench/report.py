@@ -184,6 +184,7 @@ def main(arguments=None):
     parser.add_argument("results", nargs="*", type=Path, help="default: all of bench/results")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--quiet", action="store_true", help="write the files, print nothing")
     parser.add_argument("--verified", type=Path, metavar="GPU_CHECK.json")
     options = parser.parse_args(arguments)
     paths = options.results or sorted(RESULTS.glob("*.json"))
@@ -198,7 +199,8 @@ def main(arguments=None):
             plot(data, path.with_suffix(".svg"))
             text += f"\n![time relative to the baseline]({path.stem}.svg)\n"
         path.with_suffix(".md").write_text(text)
-        print(text)
+        if not options.quiet:
+            print(text)
         tables.append(summary(data))
         if options.verified:
             write_verified(json.loads(options.verified.read_text()), data)

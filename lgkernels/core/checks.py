@@ -2,7 +2,7 @@
 import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def shape_of(tensor):

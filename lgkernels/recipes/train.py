@@ -69,7 +69,7 @@ def _main(given):
     out, name, resume = Path(given.pop("out")), given.pop("name", None), given.pop("resume")
     missing = [m for m in NEEDED if importlib.util.find_spec(m) is None]
     if missing:
-        raise UsageError(f'{", ".join(missing)} not installed; run: pip install "lgkernels[demo]"')
+        raise UsageError(f'{", ".join(missing)} not installed; run: pip install "lgkernels[demo]", in a clone: pip install -e ".[demo]"')
     folder, settings = _settings(given, out, name, resume)
     _validate(settings)
     if settings["threads"]:

@@ -145,7 +145,8 @@ def test_writing_to_the_output_does_not_touch_the_gradients(impl):
     assert_bit_equal("layer.weight", block.layer.weight.grad, full["layer.weight"])
 
 
-def test_checkpointing_warns_once(impl, monkeypatch):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_warns_once(impl, monkeypatch, reentrant):
     monkeypatch.setattr(lls_autograd, "_warned_checkpoint", False)
     block, x, target = make(CONV, impl)
     expected = results(copy.deepcopy(block), x, target)["layer.weight"]
@@ -154,7 +155,7 @@ def test_checkpointing_warns_once(impl, monkeypatch):
         warnings.simplefilter("always")
         for _ in range(3):
             block.zero_grad()
-            checkpoint(lambda a: block(a, target)[1], x, use_reentrant=False).backward()
+            checkpoint(lambda a: block(a, target)[1], x, use_reentrant=reentrant).backward()
     ours = [w for w in caught if "activation checkpointing around a fused LLS block" in str(w.message)]
     assert len(ours) == 1
     assert_bit_equal("layer.weight", block.layer.weight.grad, expected)

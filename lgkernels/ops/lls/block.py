@@ -49,6 +49,8 @@ def _one(device):
 
 
 def _batch_stats(kernels, z, bias, running_mean, running_var, momentum, eps, wide):
+    if z.shape[0] == 0:  # nothing to learn from: torch's batch norm leaves the running statistics alone, too
+        running_mean = running_var = None
     if running_mean is None or running_mean.dtype == wide:
         return kernels.batch_stats(z, bias, running_mean, running_var, momentum, eps)
     running = running_mean.to(wide), running_var.to(wide)  # a half model's
