@@ -36,14 +36,17 @@ LGK_DEVICE Moments warp_merge(Moments value) {
 }
 
 // Mean of the first four of a channel's `count` values, `stride` apart, cut to twelve bits: the difference of a half
-// value and it is exact.
+// value and it is exact. 0 where it is no larger than the spread: another origin would cost the mean digits.
 template <typename T>
 LGK_DEVICE float near_mean(const T* z, int64_t stride, int64_t count) {
   const int probes = static_cast<int>(min(count, int64_t{4}));
   if (probes == 0) return 0.0f;
   float sum = 0.0f;
   for (int k = 0; k < probes; ++k) sum += to_float(z[k * stride]);
-  return __uint_as_float(__float_as_uint(sum / static_cast<float>(probes)) & 0xfffff000u);
+  const float mean = sum / static_cast<float>(probes);
+  float spread = 0.0f;
+  for (int k = 0; k < probes; ++k) spread = fmaxf(spread, fabsf(to_float(z[k * stride]) - mean));
+  return fabsf(mean) > 8.0f * spread ? __uint_as_float(__float_as_uint(mean) & 0xfffff000u) : 0.0f;
 }
 
 // partial: (4, splits, channels)

@@ -231,12 +231,16 @@ def batch_moments_kernel(z, partial, outer, inner, C, splits, CHANNELS_LAST: tl.
 @triton.jit
 def _near_mean(z, c, inner, C, CHANNELS_LAST: tl.constexpr):
     """Mean of the first sixteen elements of channels c, or of as many as there are in one piece, cut to twelve bits:
-    then half precision less it is exact, and not all values of one exponent are rounded the same way."""
+    then half precision less it is exact, and not all values of one exponent are rounded the same way. 0 where the mean
+    is no larger than the spread: counting from elsewhere would cost the mean digits."""
     p = tl.arange(0, 16)
     at = offset(p, C)[:, None] + c[None, :] if CHANNELS_LAST else offset(c, inner)[None, :] + p[:, None]
-    value = tl.load(z + at, mask=(p < inner)[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+    inside = (p < inner)[:, None]
+    value = tl.load(z + at, mask=inside & (c < C)[None, :], other=0.0).to(tl.float32)
     mean = tl.sum(value, 0) / tl.minimum(inner, 16)
-    return (mean.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    spread = tl.max(tl.where(inside, tl.abs(value - mean[None, :]), 0.0), 0)
+    short = (mean.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(mean) > 8 * spread, short, 0.0)
 
 
 @triton.jit
