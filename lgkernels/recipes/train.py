@@ -78,7 +78,10 @@ def _main(given):
     dataset = dataset.truncated(settings["limit"])
     if len(dataset.train[1]) < settings["batch_size"]:
         raise UsageError(f"--batch-size {settings['batch_size']} exceeds the {len(dataset.train[1])} training samples")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the run's folder {folder} cannot be made ({error.strerror})") from None
     report.write_json(folder / "config.json", settings)
     return Session(settings, dataset, folder, resume).run()
 
@@ -91,6 +94,8 @@ def _settings(given, out, name, resume):
         folder = out / name
         try:
             stored = json.loads((folder / "config.json").read_text())
+            if not isinstance(stored, dict):
+                raise ValueError("config.json holds no settings")
         except (OSError, ValueError) as error:
             raise UsageError(f"no run to resume in {folder} ({error})") from None
         for key, value in given.items():
@@ -125,6 +130,8 @@ def _validate(settings):
     for key in ("epochs", "batch_size", "threads", "limit", "lr", "bp_lr"):
         if settings[key] is not None and not settings[key] > 0:
             raise UsageError(f"--{key.replace('_', '-')} must be positive, got {settings[key]}")
+    if not 0 <= settings["seed"] < 2**63:
+        raise UsageError(f"--seed must lie in [0, 2**63), got {settings['seed']}")
     if settings["batch_size"] < 2:
         raise UsageError("--batch-size must be at least 2: batch normalisation needs two samples")
     try:
@@ -204,7 +211,13 @@ class Session:
         for rule in self.rules:
             run = loop.Run(s, rule, self.dataset, self._path("checkpoint", rule, ".safetensors"))
             if self.resume and run.path.exists():
-                run.load_state_dict(checkpoint.load(run.path))
+                state = checkpoint.load(run.path)
+                try:
+                    run.load_state_dict(state)
+                except checkpoint.CheckpointError:
+                    raise
+                except (KeyError, RuntimeError, ValueError) as error:
+                    raise UsageError(f"{run.path} does not fit the run's settings ({error})") from None
             runs.append(run)
         report.rewrite_metrics(self.folder, [run.history for run in runs])
         with _Stop() as stop:

@@ -153,6 +153,14 @@ def test_resume_refuses_a_corrupt_checkpoint_and_other_settings(tmp_path, capsys
     assert "add --resume to go on with it" in capsys.readouterr().err
     assert run(tmp_path, "--resume", "--name", "a", "--lr", "0.1") == 2
     assert "--lr 0.1 differs from the run's None" in capsys.readouterr().err
+    config, settings = tmp_path / "a" / "config.json", (tmp_path / "a" / "config.json").read_text()
+    config.write_text(settings.replace("smallconv", "vgg8"))
+    assert run(tmp_path, "--resume", "--name", "a", "--epochs", "3") == 2
+    assert "does not fit the run's settings" in capsys.readouterr().err
+    config.write_text("[1]")
+    assert run(tmp_path, "--resume", "--name", "a") == 2
+    assert "config.json holds no settings" in capsys.readouterr().err
+    config.write_text(settings)
     path = tmp_path / "a" / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     assert run(tmp_path, "--resume", "--name", "a", "--epochs", "3") == 2
@@ -171,6 +179,7 @@ def test_resume_refuses_a_corrupt_checkpoint_and_other_settings(tmp_path, capsys
     (["--amp", "int8"], "unknown amp 'int8'"),
     (["--epochs", "0"], "--epochs must be positive, got 0"),
     (["--lr", "-1"], "--lr must be positive, got -1.0"),
+    (["--seed", "-1"], "--seed must lie in [0, 2**63), got -1"),
     (["--batch-size", "1"], "--batch-size must be at least 2"),
     (["--limit", "32"], "--batch-size 128 exceeds the 32 training samples"),
     (["--device", "toaster"], "--device toaster cannot be used"),
@@ -182,6 +191,13 @@ def test_bad_arguments(tmp_path, capsys, arguments, message):
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run(tmp_path / "file", *SMALL) == 2
+    err = capsys.readouterr().err
+    assert "cannot be made" in err and err.count("\n") == 1
 
 
 def test_missing_extras(tmp_path, capsys, monkeypatch):
