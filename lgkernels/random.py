@@ -73,22 +73,30 @@ def law_values(words, law, scale=1.0, low=None):
     return (1 - 2 * bits).float() * scale
 
 
-def random_matrix(state, rows, cols, law="uniform", scale=1.0, low=None, *, offset=(0, 0), dtype=torch.float32):
-    """(rows, cols) elements of the matrix of `state` (int64 tensor: seed, stream, step) from (row, col) `offset` on."""
+def random_rows(state, index, cols, law="uniform", scale=1.0, low=None, *, first=0, dtype=torch.float32):
+    """(len(index), cols) elements: rows `index` (int64 tensor), columns from `first` on, of the matrix of `state`
+    (int64 tensor: seed, stream, step)."""
     v = VALUES_PER_CALL[law]
-    first, skip = divmod(offset[1], v)
+    first, skip = divmod(first, v)
     blocks = (skip + cols + v - 1) // v
     seed, stream, step = state.unbind()
     key, stream, step = (seed & _MASK, (seed >> 32) & _MASK), stream & _MASK, step & _MASK
     block = torch.arange(first, first + blocks, device=state.device)
+    rows = index.shape[0]
     out = torch.empty(rows, cols, dtype=dtype, device=state.device)
     at_once = max(1, _BLOCKS_AT_ONCE // max(blocks, 1))
     for start in range(0, rows, at_once):
         stop = min(start + at_once, rows)
-        row = torch.arange(offset[0] + start, offset[0] + stop, device=state.device).unsqueeze(1)
-        words = torch.stack(torch.broadcast_tensors(*philox(block, row, step, stream, *key)), -1)
+        words = torch.stack(torch.broadcast_tensors(
+            *philox(block, index[start:stop].unsqueeze(1), step, stream, *key)), -1)
         out[start:stop] = law_values(words, law, scale, low).flatten(1)[:, skip:skip + cols]
     return out
+
+
+def random_matrix(state, rows, cols, law="uniform", scale=1.0, low=None, *, offset=(0, 0), dtype=torch.float32):
+    """(rows, cols) elements of the matrix of `state` (int64 tensor: seed, stream, step) from (row, col) `offset` on."""
+    index = torch.arange(offset[0], offset[0] + rows, device=state.device)
+    return random_rows(state, index, cols, law, scale, low, first=offset[1], dtype=dtype)
 
 
 class RandomFeedback(torch.nn.Module):
