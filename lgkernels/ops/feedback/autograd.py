@@ -1,0 +1,152 @@
+"""autograd entries of the family feedback: the library's forward, and a backward that reads F where W would stand.
+
+    dX = grad @ F,   dW = grad^T x,   db = sum grad          (a convolution's alike)
+
+F is made in the backward and only where a dX is asked for: never for the first layer, in evaluation or under
+no_grad. Saved are x, the weight (signs) or its packed signs, and the 24-byte random state. That state is checked by
+autograd as every saved tensor is: advancing it between a forward and its backward raises.
+"""
+from typing import NamedTuple, Optional, Union
+
+import torch
+import torch.nn.functional as F
+
+from ...core.guard import first_order_only
+from .op import without_autocast
+
+_ops = torch.ops.lgkernels
+
+
+class Formula(NamedTuple):
+    """F without its tensors: scale * value, or scale * |value| * sign(weight). `scale` may be "mean_abs" (of W)."""
+    signs: str = "none"  # "none", "weight", or "packed": +-1 from packed bits
+    law: str = "uniform"
+    law_scale: float = 1.0
+    low: Optional[float] = None
+    scale: Union[float, str] = 1.0
+    sign_plus: bool = False
+
+
+def _tensors(ctx, x, weight, packed, magnitude, state, formula):
+    """Save what the backward reads, and the factor that scale="mean_abs" stands for."""
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    factor = None
+    if needs_x and formula.scale == "mean_abs":
+        factor = torch.linalg.vector_norm(weight, 1, dtype=torch.promote_types(weight.dtype, torch.float32))
+        factor = factor / max(weight.numel(), 1)
+    signs = weight if formula.signs == "weight" else packed
+    ctx.save_for_backward(x, *((signs, magnitude, state, factor) if needs_x else (None,) * 4),
+                          weight if needs_weight else None)
+    ctx.formula = formula
+
+
+def _formula_arguments(formula, signs, magnitude, state):
+    scale = 1.0 if formula.scale == "mean_abs" else formula.scale
+    return (signs, magnitude, state, formula.law, formula.law_scale, formula.low, scale, formula.sign_plus)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, packed, magnitude, state, formula, dtype, impl):
+        _tensors(ctx, x if ctx.needs_input_grad[1] else None, weight, packed, magnitude, state, formula)
+        ctx.shape, ctx.impl = x.shape, impl
+        return F.linear(x, weight if dtype is None else weight.to(dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, signs, magnitude, state, factor, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        with without_autocast(grad.device):
+            rows = grad.reshape(-1, grad.shape[-1])
+            if needs[0]:
+                scaled = rows if factor is None else rows * factor
+                grad_x = _ops.feedback_product(
+                    scaled, ctx.shape[-1], *_formula_arguments(ctx.formula, signs, magnitude, state), ctx.impl)
+                grad_x = grad_x.view(ctx.shape)
+            if needs[1]:
+                grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+            if needs[2]:
+                grad_bias = rows.sum(0)
+        inputs = (x, weight, grad, signs)
+        return (first_order_only("feedback_linear", grad_x, *inputs),
+                first_order_only("feedback_linear", grad_weight, *inputs),
+                first_order_only("feedback_linear", grad_bias, grad), None, None, None, None, None, None)
+
+
+def _channels_last(weight):
+    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _conv_feedback(shape, signs, magnitude, state, factor, formula, dtype, device, impl):
+    """F (O, C / groups, kh, kw) in `dtype`, in the memory format of the weight that it stands for."""
+    arguments = _formula_arguments(formula, signs, magnitude, state)[1:]
+    columns = shape[1] * shape[2] * shape[3]
+    by_memory = signs is not None and signs.dim() == 4 and _channels_last(signs)
+    if by_memory and magnitude is None and state is None:  # no value depends on its place: take W as it lies
+        lying = signs.permute(0, 2, 3, 1)
+        feedback = _ops.feedback_matrix(shape[0], columns, lying.flatten(1), *arguments, dtype, device, impl)
+        feedback = feedback.view(lying.shape).permute(0, 3, 1, 2)
+    else:
+        signs = signs.flatten(1) if signs is not None and signs.dim() == 4 else signs
+        arguments = (None if magnitude is None else magnitude.flatten(1), *arguments[1:])
+        feedback = _ops.feedback_matrix(shape[0], columns, signs, *arguments, dtype, device, impl).view(shape)
+        if by_memory:
+            feedback = feedback.contiguous(memory_format=torch.channels_last)
+    return feedback if factor is None else feedback.mul_(factor)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, packed, magnitude, state, formula, dtype, geometry, impl):
+        _tensors(ctx, x, weight, packed, magnitude, state, formula)
+        ctx.shape, ctx.weight_dtype, ctx.geometry, ctx.impl = weight.shape, weight.dtype, geometry, impl
+        return torch.conv2d(x, weight if dtype is None else weight.to(dtype), bias, *geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, signs, magnitude, state, factor, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        stride, padding, dilation, groups = ctx.geometry
+        with without_autocast(grad.device):
+            if needs[0]:
+                feedback = _conv_feedback(ctx.shape, signs, magnitude, state, factor, ctx.formula, grad.dtype,
+                                          grad.device, ctx.impl)
+            else:  # only its shape is read
+                feedback = grad.new_empty(ctx.shape) if weight is None else weight.to(grad.dtype)
+            grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                grad, x, feedback, [ctx.shape[0]] if needs[2] else None, stride, padding, dilation, False, (0, 0),
+                groups, needs[:3])
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight_dtype)
+        inputs = (x, weight, grad, signs)
+        return (first_order_only("feedback_conv2d", grad_x, *inputs),
+                first_order_only("feedback_conv2d", grad_weight, *inputs),
+                first_order_only("feedback_conv2d", grad_bias, grad), *(None,) * 7)
+
+
+def _cast(tensor, dtype):
+    return tensor if dtype is None or tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _prepare(x, weight, bias, packed, formula, impl):
+    """Autocast as torch's own layer does; signs packed where the backward is to read them instead of the weight."""
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    if formula.signs == "packed" and packed is None and torch.is_grad_enabled() and x.requires_grad:
+        packed = _ops.feedback_pack_signs(weight.detach().flatten(1), impl)
+    return _cast(x, dtype), _cast(bias, dtype), packed, None if weight.dtype == torch.float64 else dtype
+
+
+def linear(x, weight, bias, formula, *, packed=None, magnitude=None, state=None, impl="auto"):
+    """x (..., K), weight (N, K); `packed` int32 (N, ceil(K / 32)) or None, to be made of the weight;
+    `magnitude` (N, K) and `state` are the tensors of F's value, None both where it is 1."""
+    x, bias, packed, dtype = _prepare(x, weight, bias, packed, formula, impl)
+    return _Linear.apply(x, weight, bias, packed, magnitude, state, formula, dtype, impl)
+
+
+def conv2d(x, weight, bias, stride, padding, dilation, groups, formula, *, packed=None, magnitude=None, state=None,
+           impl="auto"):
+    """x (B, C, H, W), weight (O, C / groups, kh, kw); `magnitude` like the weight; pairs of integers."""
+    x, bias, packed, dtype = _prepare(x, weight, bias, packed, formula, impl)
+    return _Conv2d.apply(x, weight, bias, packed, magnitude, state, formula, dtype, (stride, padding, dilation, groups),
+                         impl)
