@@ -3,6 +3,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...core.dispatch import interpreting
+
 
 def float32_precision():
     """`input_precision` of float32 operands: torch's float32 matmul setting.
@@ -19,10 +21,21 @@ def float32_precision():
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def precision(dtype):
+    """PRECISION of `dot` for operands of `dtype`: "bf16", "fp16" (exact products of half operands), or float32's.
+
+    Interpreted Triton multiplies the raw bits of bfloat16, so there half operands are multiplied in float32."""
+    if dtype == torch.float32 or interpreting():
+        return float32_precision()
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
 @triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a @ b with float32 operands.
-
-    Operands are widened first: interpreted Triton multiplies the raw bits of bfloat16.
-    """
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision=PRECISION)
+    """accumulator + a @ b in float32; operands are first rounded to half with "bf16" or "fp16", else widened."""
+    if PRECISION == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), accumulator, input_precision="ieee")
+    elif PRECISION == "fp16":
+        return tl.dot(a.to(tl.float16), b.to(tl.float16), accumulator, input_precision="ieee")
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision=PRECISION)

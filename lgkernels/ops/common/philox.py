@@ -1,7 +1,7 @@
 """Triton pieces for random matrices: the words and laws of `lgkernels.random`, for use inside kernels.
 
-State is the device tensor (seed, stream, step); scalars are loaded by `load_state`. `tile` makes v values per
-Philox call for tiles that start at a multiple of v; `element` takes any (row, col) at one call per element.
+State is the device tensor (seed, stream, step); scalars are loaded by `load_state`. `tile` and `panel` make v values
+per Philox call for tiles that start at a multiple of v; `element` takes any (row, col) at one call per element.
 Rows, columns and blocks may be int32 or int64 and broadcast against each other.
 """
 import numpy as np
@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from lgkernels.random import VALUES_PER_CALL
+
+from .addressing import indices
 
 LAWS = {"uniform": 0, "normal": 1, "uniform8": 2, "sign": 3}
 _UNIFORM, _NORMAL, _UNIFORM8, _SIGN = (tl.constexpr(LAWS[law]) for law in ("uniform", "normal", "uniform8", "sign"))
@@ -111,3 +113,11 @@ def tile(seed, stream, step, row, block, scale, span, low, LAW: tl.constexpr, HA
         else:
             shift = tl.arange(0, 32).to(tl.uint32)
             return tl.reshape(sign(word[:, :, None] >> shift[None, None, :], scale), (ROWS, BLOCKS * 128))
+
+
+@triton.jit
+def panel(seed, stream, step, row, block, scale, span, low, LAW: tl.constexpr, HAS_LOW: tl.constexpr,
+          ROWS: tl.constexpr, COLS: tl.constexpr):
+    """(ROWS, COLS) float32 values for `row` (ROWS, 1) and columns [block * COLS, (block + 1) * COLS), v | COLS."""
+    CALLS: tl.constexpr = COLS // (16 if LAW == _UNIFORM8 else 128 if LAW == _SIGN else 4)
+    return tile(seed, stream, step, row, indices(block, CALLS)[None, :], scale, span, low, LAW, HAS_LOW, ROWS, CALLS)
