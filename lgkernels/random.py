@@ -131,9 +131,9 @@ class RandomFeedback(torch.nn.Module):
             if low >= scale:
                 raise ValueError(f"low must be below scale={scale!r}, got {low!r}")
         self.law, self.scale, self.low = law, float(scale), None if low is None else float(low)
-        seed = int(seed) - 2**64 if seed >= 2**63 else int(seed)
+        self.seed, self.stream = int(seed) - 2**64 if seed >= 2**63 else int(seed), int(stream)
         with torch.inference_mode(False):  # a state made under inference mode could not advance outside of it
-            self.register_buffer("state", torch.tensor([seed, int(stream), 0], dtype=torch.int64), persistent=False)
+            self.register_buffer("state", torch.tensor([self.seed, self.stream, 0], dtype=torch.int64), persistent=False)
 
     def materialize(self, shape, device=None, dtype=None, *, offset=(0, 0)):
         """The tensor of `shape` on `device` (default: the state's) in `dtype` (default float32; rounded once).
@@ -152,6 +152,17 @@ class RandomFeedback(torch.nn.Module):
                              f"({rows}, {cols}) matrix")
         state = self.state if device is None else self.state.to(device)
         return random_matrix(state, rows, cols, self.law, self.scale, self.low, offset=offset, dtype=dtype).view(shape)
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """The state that the constructor sets: step 0. After `to_empty`, which leaves it undefined."""
+        self.set_state(self.seed, self.stream, 0)
+
+    @torch.no_grad()
+    def set_state(self, seed, stream, step):
+        """Another matrix: as three integers of `state.tolist()`."""
+        self.seed, self.stream = seed, stream
+        self.state.copy_(torch.tensor([seed, stream, step]))
 
     @torch.no_grad()
     def advance(self):

@@ -3,14 +3,18 @@
     dX = grad @ F,   dW = grad^T x,   db = sum grad          (a convolution's alike)
 
 F is made in the backward and only where a dX is asked for: never for the first layer, in evaluation or under
-no_grad. Saved are x, the weight (signs) or its packed signs, and the 24-byte random state. That state is checked by
+no_grad. A weight with an attribute `fused_update` gets no gradient: it is called with (grad, x), both 2-D, after dX is
+there, and steps the weight itself (optim.fuse_update). Saved are x, the weight (signs) or its packed signs, and the 24-byte random state. That state is checked by
 autograd as every saved tensor is: advancing it between a forward and its backward raises.
 """
+import math
+import os
 from typing import NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
 
+from ...core import checks
 from ...core.guard import first_order_only
 from .op import without_autocast
 
@@ -27,13 +31,15 @@ class Formula(NamedTuple):
     sign_plus: bool = False
 
 
+def _mean_abs(weight):
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, 1, dtype=dtype) / max(weight.numel(), 1)
+
+
 def _tensors(ctx, x, weight, packed, magnitude, state, formula):
     """Save what the backward reads, and the factor that scale="mean_abs" stands for."""
     needs_x, needs_weight = ctx.needs_input_grad[:2]
-    factor = None
-    if needs_x and formula.scale == "mean_abs":
-        factor = torch.linalg.vector_norm(weight, 1, dtype=torch.promote_types(weight.dtype, torch.float32))
-        factor = factor / max(weight.numel(), 1)
+    factor = _mean_abs(weight) if needs_x and formula.scale == "mean_abs" else None
     signs = weight if formula.signs == "weight" else packed
     ctx.save_for_backward(x, *((signs, magnitude, state, factor) if needs_x else (None,) * 4),
                           weight if needs_weight else None)
@@ -50,6 +56,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, packed, magnitude, state, formula, dtype, impl):
         _tensors(ctx, x if ctx.needs_input_grad[1] else None, weight, packed, magnitude, state, formula)
         ctx.shape, ctx.impl = x.shape, impl
+        ctx.update = None if torch.compiler.is_compiling() else getattr(weight, "fused_update", None)
         return F.linear(x, weight if dtype is None else weight.to(dtype), bias)
 
     @staticmethod
@@ -64,10 +71,14 @@ class _Linear(torch.autograd.Function):
                 grad_x = _ops.feedback_product(
                     scaled, ctx.shape[-1], *_formula_arguments(ctx.formula, signs, magnitude, state), ctx.impl)
                 grad_x = grad_x.view(ctx.shape)
-            if needs[1]:
-                grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
             if needs[2]:
                 grad_bias = rows.sum(0)
+            if needs[1]:
+                columns = x.reshape(-1, x.shape[-1])
+                if ctx.update is not None:
+                    ctx.update(rows, columns)
+                else:
+                    grad_weight = (rows.t() @ columns).to(weight.dtype)
         inputs = (x, weight, grad, signs)
         return (first_order_only("feedback_linear", grad_x, *inputs),
                 first_order_only("feedback_linear", grad_weight, *inputs),
@@ -82,6 +93,8 @@ def _conv_feedback(shape, signs, magnitude, state, factor, formula, dtype, devic
     """F (O, C / groups, kh, kw) in `dtype`, in the memory format of the weight that it stands for."""
     arguments = _formula_arguments(formula, signs, magnitude, state)[1:]
     columns = shape[1] * shape[2] * shape[3]
+    if signs is None and magnitude is not None:  # FA with a given tensor: nothing to make
+        return magnitude.to(dtype)
     by_memory = signs is not None and signs.dim() == 4 and _channels_last(signs)
     if by_memory and magnitude is None and state is None:  # no value depends on its place: take W as it lies
         lying = signs.permute(0, 2, 3, 1)
@@ -150,3 +163,36 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups, formula, *, packe
     x, bias, packed, dtype = _prepare(x, weight, bias, packed, formula, impl)
     return _Conv2d.apply(x, weight, bias, packed, magnitude, state, formula, dtype, (stride, padding, dilation, groups),
                          impl)
+
+
+@torch.no_grad()
+def weight_rows(weight, formula, start, stop, *, packed=None, state=None, impl="auto"):
+    """Rows [start, stop) of F as a matrix (out, rest), float32 or float64 as the weight: no more of F is made."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    columns = math.prod(weight.shape[1:])
+    value = None
+    if state is not None:
+        index = torch.arange(start, stop, device=weight.device)
+        value = _ops.feedback_rows(index, columns, state, formula.law, formula.law_scale, formula.low, 1.0, dtype, impl)
+    signs = packed if packed is not None else None if formula.signs == "none" else weight
+    signs = None if signs is None else signs[start:stop].flatten(1)
+    feedback = _ops.feedback_matrix(stop - start, columns, *_formula_arguments(formula, signs, value, None), dtype,
+                                    weight.device, impl)
+    return feedback.mul_(_mean_abs(weight)) if formula.scale == "mean_abs" else feedback
+
+
+@torch.no_grad()
+def project(error, columns, matrix, law, state, impl):
+    """error (B, C) @ (C, columns): DFA's signal."""
+    return _ops.feedback_product(error, columns, None, matrix, state, *law, 1.0, False, impl)
+
+
+@torch.no_grad()
+def rows(index, columns, matrix, law, state, impl):
+    """(B, columns): the rows `index` (B,) of the feedback, DRTP's signal."""
+    index = index.long()
+    if index.device.type == "cpu" or os.environ.get("LGKERNELS_CHECK") == "1":
+        checks.class_indices("target", index, 2**32 if matrix is None else matrix.shape[0], None)
+    if matrix is not None:
+        return matrix[index]
+    return _ops.feedback_rows(index, columns, state, *law, 1.0, torch.float32, impl)

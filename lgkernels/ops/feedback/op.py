@@ -43,6 +43,10 @@ LIBRARY.define("feedback_update_(Tensor(a!) weight, Tensor(b!)? momentum_buffer,
 
 
 def _product(grad, columns, weight, magnitude, state, law, law_scale, low, scale, sign_plus, impl):
+    if weight is None and magnitude is not None:  # FA with a given matrix: nothing to make
+        with without_autocast(grad.device):
+            product = grad @ magnitude.to(grad.dtype)
+            return product if scale == 1.0 else product.mul_(scale)
     kernels = dispatch.backend("feedback_product", impl, grad.device, grad.dtype)
     with without_autocast(grad.device):
         return kernels.product(grad, columns, weight, magnitude, _random(state, law, law_scale, low), scale, sign_plus)
