@@ -1,0 +1,165 @@
+// dX = grad F for few rows M of grad: F is made in registers and read from memory nowhere.
+//
+//   out[m, k] = scale * sum over n of grad[m, n] * (F / scale)[n, k], in float32
+//
+// Made for M so small that reading W bounds the time. A warp takes 128 columns k and every row_warps-th tile of four
+// rows n; the signs of the next tile are loaded before the multiply-adds of this one. The warps of a block, then the
+// splits of n, are summed in a fixed order that depends on the shape alone.
+#include "lgk/feedback_device.h"
+
+namespace lgk {
+namespace {
+
+constexpr int kChunk = 256;  // rows n whose grad lies in shared memory
+
+struct Split {
+  int row_warps, column_warps, count;  // warps of a block along n and k; splits of n
+  int64_t column_blocks, rows;         // rows of a split
+};
+
+// MT rows of grad at a time. Grid (column_blocks * ceil(m / MT), splits): blocks of the same columns run side by side,
+// so that W comes from the L2 cache for all but the first. out: (m, columns), or with several splits (splits, m, columns)
+// float32 sums without the scale.
+template <int MT>
+__global__ void __launch_bounds__(kThreads, 2)
+product(FeedbackMatrix f, Operand grad, int64_t m, Split split, void* __restrict__ out, int dtype) {
+  LGK_DYNAMIC_SHARED(float, shared);  // (kChunk, MT) of grad; (warps, kTile) to make tiles, then for the sums
+  float* const sums = shared + kChunk * MT;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint32_t* const tile = reinterpret_cast<uint32_t*>(sums) + warp * kTile;
+  const int64_t m_tiles = ceil_div<int64_t>(m, MT), first_m = blockIdx.x % m_tiles * MT;
+  const int64_t first_column = blockIdx.x / m_tiles * split.column_warps * kWarpColumns;
+  const int64_t warp_column = first_column + warp / split.row_warps * kWarpColumns;
+  const int64_t column = warp_column + lane * kLaneColumns;
+  const int64_t begin = blockIdx.y * split.rows, end = min(begin + split.rows, f.rows);
+  const RandomState state = random_state(f);
+
+  float sum[MT][kLaneColumns] = {};
+  int64_t row = begin + warp % split.row_warps * kTileRows;
+  Bits bits;
+  load_signs(f, row, end, column, bits);
+  for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < kChunk * MT; i += kThreads) {  // zeros beyond the rows and columns of grad
+      const int n = i % kChunk, k = i / kChunk;
+      const bool inside = chunk + n < end && first_m + k < m;
+      shared[n * MT + k] = inside ? load_element(grad, first_m + k, chunk + n) : 0.0f;
+    }
+    __syncthreads();
+    for (; row < min(chunk + kChunk, end); row += split.row_warps * kTileRows) {
+      begin_tile(f, state, nullptr, row, end, warp_column, lane, tile);
+      const float* const g = shared + (row - chunk) * MT;
+#pragma unroll
+      for (int r = 0; r < kTileRows; ++r) {
+        float value[kLaneColumns];
+        row_values(f, row, r, end, column, lane, bits[r], tile, value);
+        load_signs(f, row + split.row_warps * kTileRows + r, end, column, bits[r]);  // of the next tile
+#pragma unroll
+        for (int k = 0; k < MT; k += 4) {
+          const Pack<float, 4> four = *reinterpret_cast<const Pack<float, 4>*>(g + r * MT + k);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int c = 0; c < kLaneColumns; ++c) sum[k + i][c] = fmaf(four.element[i], value[c], sum[k + i][c]);
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int k = 0; k < MT; k += kTileRows) {  // four rows of the result at a time
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r)
+      store<float, kLaneColumns>(sums + warp * kTile + r * kWarpColumns + lane * kLaneColumns, sum[k + r], kLaneColumns,
+                                 true);
+    __syncthreads();
+    for (int i = threadIdx.x; i < split.column_warps * kTileRows * 32; i += kThreads) {
+      const int column_warp = i / (kTileRows * 32), r = i / 32 % kTileRows;
+      float total[kLaneColumns] = {};
+      for (int w = 0; w < split.row_warps; ++w) {
+        const float* const part = sums + (column_warp * split.row_warps + w) * kTile + r * kWarpColumns;
+        const Pack<float, 4> four = *reinterpret_cast<const Pack<float, 4>*>(part + i % 32 * kLaneColumns);
+#pragma unroll
+        for (int c = 0; c < kLaneColumns; ++c) total[c] += four.element[c];
+      }
+      const int64_t out_column = first_column + column_warp * kWarpColumns + i % 32 * kLaneColumns;
+      const int64_t out_row = first_m + k + r;
+      const int count = lane_count(f.columns, out_column);
+      if (out_row >= m || count == 0) continue;
+      if (split.count > 1) {
+        store_lane<float>(out, f.columns, blockIdx.y * m + out_row, out_column, count, total);
+      } else {
+#pragma unroll
+        for (int c = 0; c < kLaneColumns; ++c) total[c] *= f.scale;
+        store_lane(out, dtype, f.columns, out_row, out_column, count, total);
+      }
+    }
+  }
+}
+
+// out[i] = scale * sum over the splits of partial[split, i], four elements a thread.
+__global__ void __launch_bounds__(kThreads, 2)
+sum_splits(const float* __restrict__ partial, int splits, int64_t elements, float scale, void* __restrict__ out, int dtype) {
+  const int64_t k = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kLaneColumns;
+  const int count = lane_count(elements, k);
+  if (count == 0) return;
+  float total[kLaneColumns] = {};
+  for (int split = 0; split < splits; ++split) {
+    float part[kLaneColumns];
+    load_lane<float>(partial, elements, split, k, count, part);
+#pragma unroll
+    for (int c = 0; c < kLaneColumns; ++c) total[c] += part[c];
+  }
+#pragma unroll
+  for (int c = 0; c < kLaneColumns; ++c) total[c] *= scale;
+  store_lane(out, dtype, 0, 0, k, count, total);
+}
+
+int rows_at_once(int64_t m) { return m <= 8 ? 8 : 16; }
+
+// Enough blocks to fill a large GPU, each with enough rows of F that their sums are little work beside it.
+constexpr int64_t kBlocks = 1024;
+constexpr int64_t kRowsPerSplit = 128;
+
+Split divide(const FeedbackMatrix& f, int64_t m) {
+  const int64_t tiles = ceil_div<int64_t>(f.rows, kTileRows), column_tiles = ceil_div<int64_t>(f.columns, kWarpColumns);
+  // Eight tiles of rows a warp, if there are as many; else the warps stand side by side, where there are columns.
+  const int row_warps = std::max(power_of_two_from(tiles / 8, kWarps), kWarps / power_of_two_from(column_tiles, kWarps));
+  const int column_warps = kWarps / row_warps;
+  const int64_t column_blocks = ceil_div<int64_t>(column_tiles, column_warps);
+  const int64_t blocks = column_blocks * ceil_div<int64_t>(m, rows_at_once(m));
+  const int64_t wanted = std::min(ceil_div(kBlocks, blocks), ceil_div(f.rows, kRowsPerSplit));
+  const int64_t rows = ceil_div<int64_t>(ceil_div(f.rows, wanted), kWarps * kTileRows) * kWarps * kTileRows;
+  return Split{row_warps, column_warps, static_cast<int>(ceil_div(f.rows, rows)), column_blocks, rows};
+}
+
+}  // namespace
+
+int feedback_product_splits(const FeedbackMatrix& f, int64_t m) {
+  return m == 0 || f.rows == 0 || f.columns == 0 ? 1 : divide(f, m).count;
+}
+
+int feedback_product(const FeedbackMatrix& f, const Operand& grad, int64_t m, void* out, int dtype, float* scratch,
+                     void* stream) {
+  if (m == 0 || f.columns == 0) return 0;
+  if (f.rows == 0) return kInvalidArgument;
+  const Split split = divide(f, m);
+  void* const target = split.count > 1 ? scratch : out;
+  const int step = rows_at_once(m);
+  const dim3 grid(split.column_blocks * ceil_div<int64_t>(m, step), split.count);
+  const size_t shared = (kChunk * step + kWarps * kTile) * sizeof(float);
+  if (step == 8) {
+    LGK_LAUNCH((product<8>), grid, dim3(kThreads), shared, stream, f, grad, m, split, target, dtype);
+  } else {
+    LGK_LAUNCH((product<16>), grid, dim3(kThreads), shared, stream, f, grad, m, split, target, dtype);
+  }
+  const int status = launch_status();
+  if (status != 0 || split.count == 1) return status;
+  const int64_t elements = m * f.columns;
+  LGK_LAUNCH(sum_splits, dim3(ceil_div<int64_t>(elements, kThreads * kLaneColumns)), dim3(kThreads), 0, stream, scratch,
+             split.count, elements, f.scale, out, dtype);
+  return launch_status();
+}
+
+}  // namespace lgk
