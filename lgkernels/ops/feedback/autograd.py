@@ -3,8 +3,7 @@
     dX = grad @ F,   dW = grad^T x,   db = sum grad          (a convolution's alike)
 
 F is made in the backward and only where a dX is asked for: never for the first layer, in evaluation or under
-no_grad. A weight with an attribute `fused_update` gets no gradient: it is called with (grad, x), both 2-D, after dX is
-there, and steps the weight itself (optim.fuse_update). Saved are x, the weight (signs) or its packed signs, and the 24-byte random state. That state is checked by
+no_grad. Saved are x, the weight (signs) or its packed signs, and the 24-byte random state. That state is checked by
 autograd as every saved tensor is: advancing it between a forward and its backward raises.
 """
 import math
@@ -36,14 +35,12 @@ def _mean_abs(weight):
     return torch.linalg.vector_norm(weight, 1, dtype=dtype) / max(weight.numel(), 1)
 
 
-def _tensors(ctx, x, weight, packed, magnitude, state, formula):
-    """Save what the backward reads, and the factor that scale="mean_abs" stands for."""
-    needs_x, needs_weight = ctx.needs_input_grad[:2]
-    factor = _mean_abs(weight) if needs_x and formula.scale == "mean_abs" else None
+def _save(ctx, x, packed, magnitude, state, factor, formula, weight):
+    """What the backward reads."""
     signs = weight if formula.signs == "weight" else packed
-    ctx.save_for_backward(x, *((signs, magnitude, state, factor) if needs_x else (None,) * 4),
-                          weight if needs_weight else None)
-    ctx.formula = formula
+    down = (signs, magnitude, state, factor) if ctx.needs_input_grad[0] else (None,) * 4
+    ctx.save_for_backward(x, *down)
+    ctx.formula, ctx.weight_dtype = formula, weight.dtype
 
 
 def _formula_arguments(formula, signs, magnitude, state):
@@ -51,21 +48,24 @@ def _formula_arguments(formula, signs, magnitude, state):
     return (signs, magnitude, state, formula.law, formula.law_scale, formula.low, scale, formula.sign_plus)
 
 
+def _rows(tensor):
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # -1 is ambiguous where a size is 0
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, packed, magnitude, state, formula, dtype, impl):
-        _tensors(ctx, x if ctx.needs_input_grad[1] else None, weight, packed, magnitude, state, formula)
+    def forward(ctx, x, weight, bias, packed, magnitude, state, factor, formula, dtype, impl):
+        _save(ctx, x if ctx.needs_input_grad[1] else None, packed, magnitude, state, factor, formula, weight)
         ctx.shape, ctx.impl = x.shape, impl
-        ctx.update = None if torch.compiler.is_compiling() else getattr(weight, "fused_update", None)
         return F.linear(x, weight if dtype is None else weight.to(dtype), bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, signs, magnitude, state, factor, weight = ctx.saved_tensors
+        x, signs, magnitude, state, factor = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         with without_autocast(grad.device):
-            rows = grad.reshape(-1, grad.shape[-1])
+            rows = _rows(grad)
             if needs[0]:
                 scaled = rows if factor is None else rows * factor
                 grad_x = _ops.feedback_product(
@@ -74,15 +74,11 @@ class _Linear(torch.autograd.Function):
             if needs[2]:
                 grad_bias = rows.sum(0)
             if needs[1]:
-                columns = x.reshape(-1, x.shape[-1])
-                if ctx.update is not None:
-                    ctx.update(rows, columns)
-                else:
-                    grad_weight = (rows.t() @ columns).to(weight.dtype)
-        inputs = (x, weight, grad, signs)
+                grad_weight = (rows.t() @ _rows(x)).to(ctx.weight_dtype)
+        inputs = (x, grad, signs)
         return (first_order_only("feedback_linear", grad_x, *inputs),
                 first_order_only("feedback_linear", grad_weight, *inputs),
-                first_order_only("feedback_linear", grad_bias, grad), None, None, None, None, None, None)
+                first_order_only("feedback_linear", grad_bias, grad), *(None,) * 7)
 
 
 def _channels_last(weight):
@@ -111,31 +107,31 @@ def _conv_feedback(shape, signs, magnitude, state, factor, formula, dtype, devic
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, packed, magnitude, state, formula, dtype, geometry, impl):
-        _tensors(ctx, x, weight, packed, magnitude, state, formula)
-        ctx.shape, ctx.weight_dtype, ctx.geometry, ctx.impl = weight.shape, weight.dtype, geometry, impl
+    def forward(ctx, x, weight, bias, packed, magnitude, state, factor, formula, dtype, geometry, impl):
+        _save(ctx, x, packed, magnitude, state, factor, formula, weight)
+        ctx.shape, ctx.strides, ctx.geometry, ctx.impl = weight.shape, weight.stride(), geometry, impl
         return torch.conv2d(x, weight if dtype is None else weight.to(dtype), bias, *geometry)
 
     @staticmethod
     def backward(ctx, grad):
-        x, signs, magnitude, state, factor, weight = ctx.saved_tensors
+        x, signs, magnitude, state, factor = ctx.saved_tensors
         needs = ctx.needs_input_grad
         stride, padding, dilation, groups = ctx.geometry
         with without_autocast(grad.device):
             if needs[0]:
                 feedback = _conv_feedback(ctx.shape, signs, magnitude, state, factor, ctx.formula, grad.dtype,
                                           grad.device, ctx.impl)
-            else:  # only its shape is read
-                feedback = grad.new_empty(ctx.shape) if weight is None else weight.to(grad.dtype)
+            else:  # shape and strides are read, no value
+                feedback = grad.new_empty_strided(ctx.shape, ctx.strides)
             grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
                 grad, x, feedback, [ctx.shape[0]] if needs[2] else None, stride, padding, dilation, False, (0, 0),
                 groups, needs[:3])
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.weight_dtype)
-        inputs = (x, weight, grad, signs)
+        inputs = (x, grad, signs)
         return (first_order_only("feedback_conv2d", grad_x, *inputs),
                 first_order_only("feedback_conv2d", grad_weight, *inputs),
-                first_order_only("feedback_conv2d", grad_bias, grad), *(None,) * 7)
+                first_order_only("feedback_conv2d", grad_bias, grad), *(None,) * 8)
 
 
 def _cast(tensor, dtype):
@@ -143,26 +139,31 @@ def _cast(tensor, dtype):
 
 
 def _prepare(x, weight, bias, packed, formula, impl):
-    """Autocast as torch's own layer does; signs packed where the backward is to read them instead of the weight."""
+    """`(x, bias, packed, factor, dtype)`: autocast as torch's own layer does; and, where x asks for a gradient, the
+    weight's packed signs and the factor that scale="mean_abs" stands for."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-    if formula.signs == "packed" and packed is None and torch.is_grad_enabled() and x.requires_grad:
-        packed = _ops.feedback_pack_signs(weight.detach().flatten(1), impl)
-    return _cast(x, dtype), _cast(bias, dtype), packed, None if weight.dtype == torch.float64 else dtype
+    factor = None
+    if torch.is_grad_enabled() and x.requires_grad:
+        if formula.signs == "packed" and packed is None:
+            packed = _ops.feedback_pack_signs(weight.detach().flatten(1), impl)
+        if formula.scale == "mean_abs":
+            factor = _mean_abs(weight.detach())
+    return _cast(x, dtype), _cast(bias, dtype), packed, factor, None if weight.dtype == torch.float64 else dtype
 
 
 def linear(x, weight, bias, formula, *, packed=None, magnitude=None, state=None, impl="auto"):
     """x (..., K), weight (N, K); `packed` int32 (N, ceil(K / 32)) or None, to be made of the weight;
     `magnitude` (N, K) and `state` are the tensors of F's value, None both where it is 1."""
-    x, bias, packed, dtype = _prepare(x, weight, bias, packed, formula, impl)
-    return _Linear.apply(x, weight, bias, packed, magnitude, state, formula, dtype, impl)
+    x, bias, packed, factor, dtype = _prepare(x, weight, bias, packed, formula, impl)
+    return _Linear.apply(x, weight, bias, packed, magnitude, state, factor, formula, dtype, impl)
 
 
 def conv2d(x, weight, bias, stride, padding, dilation, groups, formula, *, packed=None, magnitude=None, state=None,
            impl="auto"):
     """x (B, C, H, W), weight (O, C / groups, kh, kw); `magnitude` like the weight; pairs of integers."""
-    x, bias, packed, dtype = _prepare(x, weight, bias, packed, formula, impl)
-    return _Conv2d.apply(x, weight, bias, packed, magnitude, state, formula, dtype, (stride, padding, dilation, groups),
-                         impl)
+    x, bias, packed, factor, dtype = _prepare(x, weight, bias, packed, formula, impl)
+    return _Conv2d.apply(x, weight, bias, packed, magnitude, state, factor, formula, dtype,
+                         (stride, padding, dilation, groups), impl)
 
 
 @torch.no_grad()
