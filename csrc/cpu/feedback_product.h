@@ -1,0 +1,231 @@
+// grad (M, N) @ F (N, K) with F made where it is used: for 32 rows and a panel of columns at a time, in the cache.
+//
+// Two inner products. Of any F: the 32 rows are written out as floats, and a register tile of the output takes one
+// multiply-add an element. Of signs alone (AVX-512): 32 rows become one word a column, and four rows at once are one
+// look-up in a register of the 16 sums +-g0 +-g1 +-g2 +-g3 and one addition; needs no zero among the weights, so
+// panels that hold one take the first way.
+#pragma once
+#include "feedback_laws.h"
+#include "parallel.h"
+
+namespace lgk::LGK_ISA {
+
+constexpr int64_t kDepth = 32;               // rows of F in the cache at a time
+constexpr int64_t kBatch = 128;              // rows of grad for which they are made once
+constexpr int kBlock = V == 16 ? 8 : 4;      // rows of grad in a register tile
+constexpr int kTile = 2;                     // vectors of columns in it
+static_assert(128 % (kTile * V) == 0, "panels are whole tiles");
+
+inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Panels of columns: whole multiples of 128, about as many for every thread, and wide rather than narrow.
+inline int64_t panel_width(int64_t columns, int threads) {
+  int64_t best = 128, cost = INT64_MAX;
+  for (int64_t width = kSegment; width >= 128; width -= 128) {
+    const int64_t panels = (columns + width - 1) / width, mine = (panels + threads - 1) / threads * width;
+    if (mine < cost) best = width, cost = mine;
+  }
+  return best;
+}
+
+// Rows of a block: kBlock, or for the last the power of two that holds what is left.
+inline int64_t block_rows(int64_t left) {
+  int64_t rows = kBlock;
+  while (rows > 1 && rows / 2 >= left) rows /= 2;
+  return rows;
+}
+
+template <class F>
+LGK_INLINE void for_block(int64_t rows, const F& f) {
+  switch (rows) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 4: return f(std::integral_constant<int, 4>());
+    default: return f(std::integral_constant<int, kBlock>());
+  }
+}
+
+// grad's rows [m, m + count) as blocks of (depth, rows) floats, padded with zeros to whole blocks and `depth`.
+template <class T>
+inline void pack_grad(const Matrix& grad, int64_t m, int64_t count, int64_t begin, int64_t end, int64_t columns,
+                      int64_t depth, float* out) {
+  for (int64_t b = 0; b < count; b += kBlock) {
+    const int64_t rows = block_rows(count - b), real = smaller(count - b, rows);
+    float* block = out + b * depth;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t n = begin; n < end; n += V) {
+        const int64_t left = i < real && n < columns ? smaller(columns - n, V) : 0;
+        const vf v = left ? load_some(at<T>(grad, m + b + i, n), left) : vf{};
+        const int64_t stop = smaller(end - n, V);
+        for (int64_t l = 0; l < stop; ++l) block[(n + l) * rows + i] = v[l];
+      }
+  }
+}
+
+// c (ROWS, width) += a (depth, ROWS)^T @ f (depth, width); the lines of `next` come into the cache meanwhile.
+template <int ROWS>
+inline void multiply_values(const float* a, const float* f, int64_t depth, int64_t width, float* c) {
+  for (int64_t j = 0; j < width; j += kTile * V) {
+    vf acc[ROWS][kTile];
+    for (int i = 0; i < ROWS; ++i)
+      for (int t = 0; t < kTile; ++t) acc[i][t] = load(c + i * width + j + t * V);
+    for (int64_t n = 0; n < depth; ++n) {
+      vf right[kTile];
+      for (int t = 0; t < kTile; ++t) right[t] = load(f + n * width + j + t * V);
+      for (int i = 0; i < ROWS; ++i) {
+        const vf left = splat(a[n * ROWS + i]);
+        for (int t = 0; t < kTile; ++t) acc[i][t] += left * right[t];
+      }
+    }
+    for (int i = 0; i < ROWS; ++i)
+      for (int t = 0; t < kTile; ++t) store(c + i * width + j + t * V, acc[i][t]);
+  }
+}
+
+#ifdef __AVX512F__
+// Bit i of words[j] is the sign of row i, column j; false where a weight is zero or nan (its sign is no bit).
+template <class T>
+inline bool pack_columns(const Matrix& weight, int64_t row, int64_t col, int64_t rows, int64_t n, int64_t width,
+                         uint32_t* words) {
+  std::memset(words, 0, width * sizeof *words);
+  __mmask16 special = 0;
+  for (int64_t r = 0; r < rows; r += 4) {
+    const T* source[4];
+    for (int i = 0; i < 4; ++i) source[i] = at<T>(weight, row + smaller(r + i, rows - 1), col);
+    for (int64_t j = 0; j < n; j += V) {
+      const int64_t m = smaller(n - j, V);
+      vu word = load(words + j) >> 4;
+      for (int i = 0; i < 4; ++i) {
+        const vf w = load_some(source[i] + j, m);
+        special |= _mm512_mask_fpclass_ps_mask((1u << m) - 1, w, 0x87);  // quiet nan, +0, -0, signalling nan
+        word = bits<vu>(_mm512_ternarylogic_epi32(bits<__m512i>(word), bits<__m512i>(bits<vu>(w) >> (3 - i)),
+                                                  _mm512_set1_epi32(1 << (28 + i)), 0xf8));  // word | (w & bit)
+      }
+      std::memcpy(words + j, &word, sizeof word);
+    }
+  }
+  const int64_t missing = kDepth - (rows + 3) / 4 * 4;
+  if (missing)
+    for (int64_t j = 0; j < width; ++j) words[j] >>= missing;
+  return !special;
+}
+
+inline bool pack_columns_of_bits(const Matrix& weight, int64_t row, int64_t col, int64_t rows, int64_t n,
+                                 int64_t width, uint32_t* words) {
+  for (int64_t j = 0; j < width; j += V) {
+    __m512i word = {};
+    if (j < n)
+      for (int64_t r = 0; r < rows; ++r) {
+        const uint32_t bits = *at<uint32_t>(weight, row + r, (col + j) / 32) >> j % 32;
+        word = _mm512_mask_or_epi32(word, static_cast<__mmask16>(bits), word, _mm512_set1_epi32(1u << r));
+      }
+    std::memcpy(words + j, &word, sizeof word);
+  }
+  return true;
+}
+
+// c (ROWS, width) += a (32, ROWS)^T @ signs
+template <int ROWS>
+inline void multiply_signs(const float* a, const uint32_t* words, int64_t width, float* c) {
+  alignas(64) float tables[8][ROWS][V];
+  const vi lane = bits<vi>(lanes());
+  for (int g = 0; g < 8; ++g)
+    for (int i = 0; i < ROWS; ++i) {
+      vf sums = {};
+      for (int r = 0; r < 4; ++r) {
+        const vf x = splat(a[(4 * g + r) * ROWS + i]);
+        sums += bits<vf>(bits<vu>(x) ^ (bits<vu>(lane) >> r << 31));
+      }
+      store(tables[g][i], sums);
+    }
+  for (int64_t j = 0; j < width; j += kTile * V) {
+    vf acc[ROWS][kTile];
+    vu index[kTile];
+    for (int t = 0; t < kTile; ++t) index[t] = load(words + j + t * V);
+    for (int i = 0; i < ROWS; ++i)
+      for (int t = 0; t < kTile; ++t) acc[i][t] = load(c + i * width + j + t * V);
+    for (int g = 0; g < 8; ++g) {
+      for (int i = 0; i < ROWS; ++i) {
+        const vf table = load(tables[g][i]);
+        for (int t = 0; t < kTile; ++t) acc[i][t] += look_up(table, bits<vi>(index[t]));  // by the low four bits
+      }
+      for (int t = 0; t < kTile; ++t) index[t] >>= 4;
+    }
+    for (int i = 0; i < ROWS; ++i)
+      for (int t = 0; t < kTile; ++t) store(c + i * width + j + t * V, acc[i][t]);
+  }
+}
+#endif
+
+inline int product(const Feedback& f, const Matrix& grad, int64_t batch, void* out, int dtype, int threads) {
+  const int64_t width = panel_width(f.columns, threads), panels = (f.columns + width - 1) / width;
+  const int64_t depth = rounded(f.rows, kDepth), chunk = smaller(rounded(batch, kBlock), kBatch);
+  const int64_t work = f.rows * f.columns;
+  Scratch packed(chunk * depth, 1), sums(chunk * width, threads), values(kDepth * width, threads);
+  Scratch columns(width, threads);
+  if (!packed || !sums || !values || !columns) return 1;
+  const int status = for_dtype(grad.dtype, [](auto) { return 0; }) | for_dtype(dtype, [](auto) { return 0; });
+  if (status) return status;
+
+  for (int64_t m = 0; m < batch; m += kBatch) {
+    const int64_t count = smaller(batch - m, kBatch);
+    float* a = packed.of(0);
+    parallel((depth + V - 1) / V, count * depth, threads, [&](int64_t begin, int64_t end, int) {
+      for_dtype(grad.dtype, [&](auto type) {
+        pack_grad<decltype(type)>(grad, m, count, begin * V, smaller(end * V, depth), f.rows, depth, a);
+        return 0;
+      });
+    });
+    parallel(panels, work, threads, [&](int64_t begin, int64_t end, int thread) {
+      float *c = sums.of(thread), *rows = values.of(thread);
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t col = panel * width, n = smaller(f.columns - col, width);
+        std::memset(c, 0, rounded(count, kBlock) * width * sizeof(float));
+        for (int64_t row = 0; row < f.rows; row += kDepth) {
+          const int64_t mine = smaller(f.rows - row, kDepth);
+#ifdef __AVX512F__
+          if (f.weight.data && !f.magnitude.data && !f.state) {
+            uint32_t* words = reinterpret_cast<uint32_t*>(columns.of(thread));
+            bool clean = false;
+            if (f.weight.dtype == kPackedSigns)
+              clean = pack_columns_of_bits(f.weight, row, col, mine, n, width, words);
+            else
+              for_dtype(f.weight.dtype, [&](auto type) {
+                clean = pack_columns<decltype(type)>(f.weight, row, col, mine, n, width, words);
+                return 0;
+              });
+            if (clean) {
+              for (int64_t b = 0; b < count; b += kBlock) {
+                const int64_t block = block_rows(count - b);
+                for_block(block, [&](auto size) {
+                  multiply_signs<decltype(size)::value>(a + b * depth + row * block, words, width, c + b * width);
+                });
+              }
+              continue;
+            }
+          }
+#endif
+          for (int64_t r = 0; r < mine; ++r) feedback_row(f, row + r, col, n, rows + r * width);
+          for (int64_t b = 0; b < count; b += kBlock) {
+            const int64_t block = block_rows(count - b);
+            for_block(block, [&](auto size) {
+              multiply_values<decltype(size)::value>(a + b * depth + row * block, rows, mine, width, c + b * width);
+            });
+          }
+        }
+        for_dtype(dtype, [&](auto type) {
+          using T = decltype(type);
+          for (int64_t i = 0; i < count; ++i) {
+            T* target = static_cast<T*>(out) + (m + i) * f.columns + col;
+            for (int64_t j = 0; j < n; j += V)
+              store_some(target + j, load(c + i * width + j) * f.scale, smaller(n - j, V));
+          }
+          return 0;
+        });
+      }
+    });
+  }
+  return 0;
+}
+
+}  // namespace lgk::LGK_ISA
