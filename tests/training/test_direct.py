@@ -379,7 +379,7 @@ def test_autocast(rule, dtype):
     for (i, want), got in zip(enumerate(gradients(plain)), gradients(half)):
         assert got.dtype == torch.float32
         if not (rule == "sdfa" or i == 3):  # a sign may flip; a bias before batch normalisation has no gradient
-            assert_relative(f"gradient {i}", got, want, 0.1 if dtype == torch.bfloat16 else 0.02)
+            assert_relative(f"gradient {i}", got, want, 0.1 if dtype == torch.bfloat16 else 0.05)
 
 
 def test_autocast_over_several_steps_sees_the_new_weights():
