@@ -66,19 +66,23 @@ sgd_update(SgdStep s, int64_t m, int64_t n, int64_t k, int64_t column_blocks, Op
   }
 
   const int64_t column = first_column + lane * kLaneColumns;
-  const int count = lane_count(k, column);
-  if (count == 0) return;
+  if (column >= k) return;
+  const int64_t row = first_row + own_row;
+  const int rows = static_cast<int>(min(n - row, int64_t{kThreadRows}));
+  const RowReader weights = row_reader(weight.data, weight.dtype, weight.stride, row, column, k);
+  RowReader velocities{};
+  if (velocity.data != nullptr)
+    velocities = row_reader(velocity.data, velocity.dtype, velocity.stride, row, column, k);
 #pragma unroll
   for (int r = 0; r < kThreadRows; ++r) {
-    const int64_t row = first_row + own_row + r;
-    if (row >= n) break;
+    if (r >= rows) break;
     float w[kLaneColumns], v[kLaneColumns] = {};
-    load_lane(weight.data, weight.dtype, weight.stride, row, column, count, w);
-    if (velocity.data != nullptr) load_lane(velocity.data, velocity.dtype, velocity.stride, row, column, count, v);
+    load_lane(weights, weight.dtype, r, w);
+    if (velocity.data != nullptr) load_lane(velocities, velocity.dtype, r, v);
 #pragma unroll
     for (int c = 0; c < kLaneColumns; ++c) w[c] = fmaf(-s.lr, step_of(s, sum[r][c], w[c], velocity, v[c]), w[c]);
-    if (velocity.data != nullptr) store_lane(velocity.data, velocity.dtype, velocity.stride, row, column, count, v);
-    store_lane(weight.data, weight.dtype, weight.stride, row, column, count, w);
+    if (velocity.data != nullptr) store_lane(velocities, velocity.dtype, r, v);
+    store_lane(weights, weight.dtype, r, w);
   }
 }
 

@@ -55,7 +55,7 @@ def _formula(shape, weight, magnitude, random, scale, sign_plus):
     value = _MAGNITUDE if magnitude is not None else _ONES if random is None else _RANDOM
     state, law, law_scale, low = random if value == _RANDOM else (None, "uniform", 1.0, None)
     formula = native.cuda_entries().FeedbackMatrix(
-        *shape, _rows_of(weight, kind), value, _rows_of(magnitude, _DTYPES[magnitude.dtype] if value == _MAGNITUDE else 0),
+        *shape, _rows_of(weight, kind), value, _rows_of(magnitude, 0 if magnitude is None else _DTYPES[magnitude.dtype]),
         _address(state), _LAWS[law], law_scale, low, scale, sign_plus)
     return formula, (weight, magnitude, state)
 
