@@ -97,6 +97,18 @@ LGK_INLINE vu lanes() {
   return lane;
 }
 
+LGK_INLINE vf load_bytes(const uint8_t* p) {
+  vb bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+#if defined(__AVX512F__)  // GCC takes the bytes one by one
+  return to_float(bits<vu>(_mm512_maskz_cvtepu8_epi32(0xffff, bits<__m128i>(bytes))));
+#elif defined(__AVX2__)
+  return to_float(bits<vu>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
+  return to_float(__builtin_convertvector(bytes, vu));
+#endif
+}
+
 // Bits j, j + 1, ... of `words` as sign bits of the lanes (j a multiple of V).
 LGK_INLINE vu sign_bits(const uint32_t* words, int64_t j) {
   return (((vu{} + words[j / 32]) >> (lanes() + static_cast<uint32_t>(j % 32))) << 31);
@@ -174,12 +186,8 @@ inline void law_row(const Feedback& f, int64_t row, int64_t col, int64_t n, floa
       break;
     case kUniform8: {
       const uint8_t* bytes = reinterpret_cast<const uint8_t*>(words);
-      for (int64_t j = 0; j < n; j += V) {
-        vb b;
-        std::memcpy(&b, bytes + j, sizeof b);
-        const vf u = (to_float(__builtin_convertvector(b, vu)) + 0.5f) * 0x1p-8f;
-        store(out + j, in_range(u, r));  // 2u - 1 = (2 byte - 255) / 256
-      }
+      for (int64_t j = 0; j < n; j += V)  // 2u - 1 = (2 byte - 255) / 256
+        store(out + j, in_range((load_bytes(bytes + j) + 0.5f) * 0x1p-8f, r));
       break;
     }
     case kSign:
@@ -219,6 +227,16 @@ inline const T* at(const Matrix& m, int64_t row, int64_t col) {
   return static_cast<const T*>(m.data) + row * m.stride + col;
 }
 
+constexpr int64_t kDepth = 32;  // rows of F that a product holds in the cache at a time
+
+// The weight's lines of the next kDepth rows come into the second-level cache while this thread computes: odd rows
+// with the reading of this block (here), even rows with its multiplication. Left to itself the processor waits for
+// memory at the start of every row of a panel. (Beyond the matrix's end a prefetch does nothing.)
+template <class T>
+LGK_INLINE void prefetch_below(const T* p, int64_t stride) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kDepth * stride * sizeof(T)), 0, 2);
+}
+
 // n elements of F / scale, of `row` from column `col` on (a multiple of 128), into out (room for n rounded up to 2 V).
 inline void feedback_row(const Feedback& f, int64_t row, int64_t col, int64_t n, float* out) {
   const bool has_value = f.state || f.magnitude.data;
@@ -226,7 +244,10 @@ inline void feedback_row(const Feedback& f, int64_t row, int64_t col, int64_t n,
   if (f.magnitude.data)
     for_dtype(f.magnitude.dtype, [&](auto type) {
       const auto* magnitude = at<decltype(type)>(f.magnitude, row, col);
-      for (int64_t j = 0; j < n; j += V) store(out + j, load_some(magnitude + j, smaller(n - j, V)));
+      for (int64_t j = 0; j < n; j += V) {
+        if (row % 2) prefetch_below(magnitude + j, f.magnitude.stride);
+        store(out + j, load_some(magnitude + j, smaller(n - j, V)));
+      }
       return 0;
     });
   const auto put = [&](int64_t j, vf sign) {
@@ -242,7 +263,10 @@ inline void feedback_row(const Feedback& f, int64_t row, int64_t col, int64_t n,
     for_dtype(f.weight.dtype, [&](auto type) {
       const auto* weight = at<decltype(type)>(f.weight, row, col);
       int64_t j = 0;
-      for (; j + V <= n; j += V) put(j, sign_of(load(weight + j), f.sign_plus));
+      for (; j + V <= n; j += V) {
+        if (row % 2) prefetch_below(weight + j, f.weight.stride);
+        put(j, sign_of(load(weight + j), f.sign_plus));
+      }
       if (j < n) put(j, sign_of(load(weight + j, n - j), f.sign_plus));
       return 0;
     });

@@ -10,7 +10,6 @@
 
 namespace lgk::LGK_ISA {
 
-constexpr int64_t kDepth = 32;               // rows of F in the cache at a time
 constexpr int64_t kBatch = 128;              // rows of grad for which they are made once
 constexpr int kBlock = V == 16 ? 8 : 4;      // rows of grad in a register tile
 constexpr int kTile = 2;                     // vectors of columns in it
@@ -45,6 +44,16 @@ LGK_INLINE void for_block(int64_t rows, const F& f) {
   }
 }
 
+// Where the weight's next kDepth rows of this panel lie (or the first of the next panel).
+struct Next {
+  const char* data = nullptr;
+  int64_t stride = 0, element = 0;
+  LGK_INLINE void prefetch(int64_t row, int64_t col) const {  // kTile vectors of columns
+    const char* p = data + row * stride + col * element;
+    for (int64_t byte = 0; byte < kTile * V * element; byte += 64) __builtin_prefetch(p + byte, 0, 2);
+  }
+};
+
 // grad's rows [m, m + count) as blocks of (depth, rows) floats, padded with zeros to whole blocks and `depth`.
 template <class T>
 inline void pack_grad(const Matrix& grad, int64_t m, int64_t count, int64_t begin, int64_t end, int64_t columns,
@@ -62,14 +71,15 @@ inline void pack_grad(const Matrix& grad, int64_t m, int64_t count, int64_t begi
   }
 }
 
-// c (ROWS, width) += a (depth, ROWS)^T @ f (depth, width); the lines of `next` come into the cache meanwhile.
+// c (ROWS, width) += a (depth, ROWS)^T @ f (depth, width)
 template <int ROWS>
-inline void multiply_values(const float* a, const float* f, int64_t depth, int64_t width, float* c) {
+inline void multiply_values(const float* a, const float* f, int64_t depth, int64_t width, const Next& next, float* c) {
   for (int64_t j = 0; j < width; j += kTile * V) {
     vf acc[ROWS][kTile];
     for (int i = 0; i < ROWS; ++i)
       for (int t = 0; t < kTile; ++t) acc[i][t] = load(c + i * width + j + t * V);
     for (int64_t n = 0; n < depth; ++n) {
+      if (n % 2 == 0 && next.data) next.prefetch(n, j);
       vf right[kTile];
       for (int t = 0; t < kTile; ++t) right[t] = load(f + n * width + j + t * V);
       for (int i = 0; i < ROWS; ++i) {
@@ -96,6 +106,7 @@ inline bool pack_columns(const Matrix& weight, int64_t row, int64_t col, int64_t
       const int64_t m = smaller(n - j, V);
       vu word = load(words + j) >> 4;
       for (int i = 0; i < 4; ++i) {
+        if (i % 2) prefetch_below(source[i] + j, weight.stride);
         const vf w = load_some(source[i] + j, m);
         special |= _mm512_mask_fpclass_ps_mask((1u << m) - 1, w, 0x87);  // quiet nan, +0, -0, signalling nan
         word = bits<vu>(_mm512_ternarylogic_epi32(bits<__m512i>(word), bits<__m512i>(bits<vu>(w) >> (3 - i)),
@@ -126,7 +137,7 @@ inline bool pack_columns_of_bits(const Matrix& weight, int64_t row, int64_t col,
 
 // c (ROWS, width) += a (32, ROWS)^T @ signs
 template <int ROWS>
-inline void multiply_signs(const float* a, const uint32_t* words, int64_t width, float* c) {
+inline void multiply_signs(const float* a, const uint32_t* words, int64_t width, const Next& next, float* c) {
   alignas(64) float tables[8][ROWS][V];
   const vi lane = bits<vi>(lanes());
   for (int g = 0; g < 8; ++g)
@@ -145,6 +156,7 @@ inline void multiply_signs(const float* a, const uint32_t* words, int64_t width,
     for (int i = 0; i < ROWS; ++i)
       for (int t = 0; t < kTile; ++t) acc[i][t] = load(c + i * width + j + t * V);
     for (int g = 0; g < 8; ++g) {
+      if (next.data) next.prefetch(4 * g, j), next.prefetch(4 * g + 2, j);
       for (int i = 0; i < ROWS; ++i) {
         const vf table = load(tables[g][i]);
         for (int t = 0; t < kTile; ++t) acc[i][t] += look_up(table, bits<vi>(index[t]));  // by the low four bits
@@ -183,6 +195,13 @@ inline int product(const Feedback& f, const Matrix& grad, int64_t batch, void* o
         std::memset(c, 0, rounded(count, kBlock) * width * sizeof(float));
         for (int64_t row = 0; row < f.rows; row += kDepth) {
           const int64_t mine = smaller(f.rows - row, kDepth);
+          Next next;
+          if (f.weight.data && f.weight.dtype != kPackedSigns) {
+            next.element = f.weight.dtype == kFloat32 ? 4 : 2;
+            next.stride = f.weight.stride * next.element;
+            next.data = static_cast<const char*>(f.weight.data) + col * next.element;
+            next.data += row + kDepth < f.rows ? (row + kDepth) * next.stride : width * next.element;
+          }
 #ifdef __AVX512F__
           if (f.weight.data && !f.magnitude.data && !f.state) {
             uint32_t* words = reinterpret_cast<uint32_t*>(columns.of(thread));
@@ -198,7 +217,8 @@ inline int product(const Feedback& f, const Matrix& grad, int64_t batch, void* o
               for (int64_t b = 0; b < count; b += kBlock) {
                 const int64_t block = block_rows(count - b);
                 for_block(block, [&](auto size) {
-                  multiply_signs<decltype(size)::value>(a + b * depth + row * block, words, width, c + b * width);
+                  multiply_signs<decltype(size)::value>(a + b * depth + row * block, words, width, b ? Next() : next,
+                                                        c + b * width);
                 });
               }
               continue;
@@ -209,7 +229,8 @@ inline int product(const Feedback& f, const Matrix& grad, int64_t batch, void* o
           for (int64_t b = 0; b < count; b += kBlock) {
             const int64_t block = block_rows(count - b);
             for_block(block, [&](auto size) {
-              multiply_values<decltype(size)::value>(a + b * depth + row * block, rows, mine, width, c + b * width);
+              multiply_values<decltype(size)::value>(a + b * depth + row * block, rows, mine, width,
+                                                     b ? Next() : next, c + b * width);
             });
           }
         }
