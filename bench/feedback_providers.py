@@ -20,7 +20,6 @@ from . import providers as base
 from .providers import Problem
 
 OPS = ("feedback_linear", "feedback_conv2d", "feedback_product", "feedback_step", "dfa_step")
-_FAMILY = {op: "feedback_product" for op in OPS} | {"feedback_conv2d": "feedback_matrix", "dfa_step": "feedback_product"}
 _gradients = torch.ops.aten.convolution_backward.default
 
 
@@ -34,10 +33,10 @@ def biotorch(layer, rule):
 
 def names(case, device, compiled):
     """Providers of a case, in the order of its tables."""
-    ours = base.backends(_FAMILY[case.op], device, case.torch_dtype)
-    ours = [f"lgkernels {b}" for b in ours if b != "reference"] or ["lgkernels reference"]
     if case.op == "dfa_step":
-        return ours + ["bp"]
+        return ["lgkernels", "bp"]
+    ours = base.backends("feedback_matrix" if case.size else "feedback_product", device, case.torch_dtype)
+    ours = [f"lgkernels {b}" for b in ours if b != "reference"] or ["lgkernels reference"]
     lean = ["lean torch"] + ["lean torch.compile"] * compiled
     if case.op == "feedback_product":
         return ours + ["torch.mm with W"] + lean + ["floor"]
@@ -280,13 +279,11 @@ def dfa_step(case, device, compiled):
     x, target = base._random((case.batch, case.channels, case.size, case.size), case, device, 1)[0], base._target(
         case, device)
 
-    def step(trainer, network, backend="auto", **options):
+    def step(trainer, network, **options):
         torch.manual_seed(5)
-        layers = build("vgg8", network, in_channels=case.channels, num_classes=case.classes, impl=backend)
+        layers = build("vgg8", network, in_channels=case.channels, num_classes=case.classes)
         made = trainer([layer.to(device) for layer in layers], lambda own: torch.optim.SGD(own, lr=0.0), **options)
         return lambda i: {"": made.step(x, target)}
 
-    providers = {name: step(DirectTrainer, "dfa", name.split()[1], rule="dfa", impl=name.split()[1])
-                 for name in names(case, device, False) if name.startswith("lgkernels")}
-    providers["bp"] = step(BackpropTrainer, "bp")
+    providers = {"lgkernels": step(DirectTrainer, "dfa", rule="dfa"), "bp": step(BackpropTrainer, "bp")}
     return Problem(providers, "bp")
