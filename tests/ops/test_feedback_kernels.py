@@ -61,9 +61,11 @@ def call(module, name, *arguments):
     return result.cpu()
 
 
-def assert_same_matrix(name, got, expected, law):
+def assert_same_matrix(module, name, got, expected, law):
     """Bit-equal; a normal law within 4 units in the last place, and one of the output's dtype beside."""
-    if law != "normal":
+    truncates = (module.__name__.endswith("triton_kernels") and lls_problems.DEVICE == "cpu"
+                 and got.dtype == torch.bfloat16)  # as Triton's interpreter does
+    if law != "normal" and not truncates:
         assert_bit_equal(name, got, expected)
         return
     assert got.shape == expected.shape and got.dtype == expected.dtype
@@ -79,7 +81,7 @@ def check_matrix(module, case, arguments, dtype=torch.float32):
     got = module.matrix((case["N"], case["K"]), *placed, dtype, device)
     expected = reference.matrix((case["N"], case["K"]), *arguments, dtype, torch.device("cpu"))
     assert got.device.type == device.type
-    assert_same_matrix("matrix", got.cpu(), expected, arguments[2] and arguments[2][1])
+    assert_same_matrix(module, "matrix", got.cpu(), expected, arguments[2] and arguments[2][1])
 
 
 def check_product(module, case, grad, arguments):
@@ -218,7 +220,7 @@ def test_rows(module, law, dtype):
     index, random = torch.tensor([3, 0, 3, 2**31 + 5, 11, 2]), (torch.tensor(STATE), *LAWS[law])
     for columns in (0, 1, 65, 700):
         got = call(module, "rows", index, columns, random, 0.5, dtype)
-        assert_same_matrix("rows", got, reference.rows(index, columns, random, 0.5, dtype), law)
+        assert_same_matrix(module, "rows", got, reference.rows(index, columns, random, 0.5, dtype), law)
     assert call(module, "rows", index[:0], 7, random, 1.0, dtype).shape == (0, 7)
 
 
