@@ -319,7 +319,7 @@ def test_repeatable_bit_for_bit(module, threads):
         torch.set_num_threads(before)
 
 
-# -- seeded random cases -------------------------------------------------------------------------------------------------
+# -- seeded random cases ----------------------------------------------------------------------------------------------
 
 FUZZ = random_cases(40, 2027, M=[1, 2, 3, 7, 9, 17], N=list(range(1, 80)), K=list(range(1, 200)), dtype=list(DTYPES),
                     weight_dtype=list(DTYPES), layout=list(LAYOUTS), value=list(VALUES), signs=list(SIGNS),
