@@ -2,8 +2,8 @@
 //
 // Two inner products. Of any F: the 32 rows are written out as floats, and a register tile of the output takes one
 // multiply-add an element. Of signs alone (AVX-512): 32 rows become one word a column, and four rows at once are one
-// look-up in a register of the 16 sums +-g0 +-g1 +-g2 +-g3 and one addition; needs no zero among the weights, so
-// panels that hold one take the first way.
+// look-up in a register of the 16 sums +-g0 +-g1 +-g2 +-g3 and one addition; no bit holds the sign of a zero, so 128
+// columns that have one among the 32 rows take the first way.
 #pragma once
 #include "feedback_laws.h"
 #include "parallel.h"
@@ -13,14 +13,15 @@ namespace lgk::LGK_ISA {
 constexpr int64_t kBatch = 128;              // rows of grad for which they are made once
 constexpr int kBlock = V == 16 ? 8 : 4;      // rows of grad in a register tile
 constexpr int kTile = 2;                     // vectors of columns in it
-static_assert(128 % (kTile * V) == 0, "panels are whole tiles");
+constexpr int64_t kGroup = 128;              // columns that go one way together; panels are whole groups
+static_assert(kGroup % (kTile * V) == 0 && kSegment / kGroup <= 32, "groups are whole tiles and bits of a word");
 
 inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Panels of columns: whole multiples of 128, about as many for every thread, and wide rather than narrow.
+// Panels of columns: whole groups, about as many for every thread, and wide rather than narrow.
 inline int64_t panel_width(int64_t columns, int threads) {
-  int64_t best = 128, cost = INT64_MAX;
-  for (int64_t width = kSegment; width >= 128; width -= 128) {
+  int64_t best = kGroup, cost = INT64_MAX;
+  for (int64_t width = kSegment; width >= kGroup; width -= kGroup) {
     const int64_t panels = (columns + width - 1) / width, mine = (panels + threads - 1) / threads * width;
     if (mine < cost) best = width, cost = mine;
   }
@@ -71,57 +72,62 @@ inline void pack_grad(const Matrix& grad, int64_t m, int64_t count, int64_t begi
   }
 }
 
-// c (ROWS, width) += a (depth, ROWS)^T @ f (depth, width)
+// c (ROWS, width) += a (depth, ROWS)^T @ f (depth, width), rows of c and f `stride` apart
 template <int ROWS>
-inline void multiply_values(const float* a, const float* f, int64_t depth, int64_t width, const Next& next, float* c) {
+inline void multiply_values(const float* a, const float* f, int64_t depth, int64_t width, int64_t stride,
+                            const Next& next, float* c) {
   for (int64_t j = 0; j < width; j += kTile * V) {
     vf acc[ROWS][kTile];
     for (int i = 0; i < ROWS; ++i)
-      for (int t = 0; t < kTile; ++t) acc[i][t] = load(c + i * width + j + t * V);
+      for (int t = 0; t < kTile; ++t) acc[i][t] = load(c + i * stride + j + t * V);
     for (int64_t n = 0; n < depth; ++n) {
       if (n % 2 == 0 && next.data) next.prefetch(n, j);
       vf right[kTile];
-      for (int t = 0; t < kTile; ++t) right[t] = load(f + n * width + j + t * V);
+      for (int t = 0; t < kTile; ++t) right[t] = load(f + n * stride + j + t * V);
       for (int i = 0; i < ROWS; ++i) {
         const vf left = splat(a[n * ROWS + i]);
         for (int t = 0; t < kTile; ++t) acc[i][t] += left * right[t];
       }
     }
     for (int i = 0; i < ROWS; ++i)
-      for (int t = 0; t < kTile; ++t) store(c + i * width + j + t * V, acc[i][t]);
+      for (int t = 0; t < kTile; ++t) store(c + i * stride + j + t * V, acc[i][t]);
   }
 }
 
 #ifdef __AVX512F__
-// Bit i of words[j] is the sign of row i, column j; false where a weight is zero or nan (its sign is no bit).
+// Bit i of words[j] is the sign of row i, column j. Returns the groups that hold a zero or nan, which have no such bit.
 template <class T>
-inline bool pack_columns(const Matrix& weight, int64_t row, int64_t col, int64_t rows, int64_t n, int64_t width,
-                         uint32_t* words) {
+inline uint32_t pack_columns(const Matrix& weight, int64_t row, int64_t col, int64_t rows, int64_t n, int64_t width,
+                             uint32_t* words) {
   std::memset(words, 0, width * sizeof *words);
-  __mmask16 special = 0;
+  uint32_t groups = 0;
   for (int64_t r = 0; r < rows; r += 4) {
     const T* source[4];
     for (int i = 0; i < 4; ++i) source[i] = at<T>(weight, row + smaller(r + i, rows - 1), col);
-    for (int64_t j = 0; j < n; j += V) {
-      const int64_t m = smaller(n - j, V);
-      vu word = load(words + j) >> 4;
-      for (int i = 0; i < 4; ++i) {
-        if (i % 2) prefetch_below(source[i] + j, weight.stride);
-        const vf w = load_some(source[i] + j, m);
-        special |= _mm512_mask_fpclass_ps_mask((1u << m) - 1, w, 0x87);  // quiet nan, +0, -0, signalling nan
-        word = bits<vu>(_mm512_ternarylogic_epi32(bits<__m512i>(word), bits<__m512i>(bits<vu>(w) >> (3 - i)),
-                                                  _mm512_set1_epi32(1 << (28 + i)), 0xf8));  // word | (w & bit)
+    for (int64_t start = 0; start < n; start += kGroup) {
+      __mmask16 special = 0;
+      for (int64_t j = start; j < smaller(n, start + kGroup); j += V) {
+        const int64_t m = smaller(n - j, V);
+        vu word = load(words + j) >> 4;
+        for (int i = 0; i < 4; ++i) {
+          if (i % 2) prefetch_below(source[i] + j, weight.stride);
+          const vf w = load_some(source[i] + j, m);
+          special |= _mm512_mask_fpclass_ps_mask((1u << m) - 1, w, 0x87);  // quiet nan, +0, -0, signalling nan
+          word = bits<vu>(_mm512_ternarylogic_epi32(bits<__m512i>(word), bits<__m512i>(bits<vu>(w) >> (3 - i)),
+                                                    _mm512_set1_epi32(1 << (28 + i)), 0xf8));  // word | (w & bit)
+        }
+        std::memcpy(words + j, &word, sizeof word);
       }
-      std::memcpy(words + j, &word, sizeof word);
+      if (special) groups |= 1u << start / kGroup;
     }
   }
   const int64_t missing = kDepth - (rows + 3) / 4 * 4;
   if (missing)
     for (int64_t j = 0; j < width; ++j) words[j] >>= missing;
-  return !special;
+  return groups;
 }
 
-inline bool pack_columns_of_bits(const Matrix& weight, int64_t row, int64_t col, int64_t rows, int64_t n,
+inline uint32_t pack_columns_of_bits(const Matrix& weight, int64_t row, int64_t col, int64_t rows, int64_t n,
                                  int64_t width, uint32_t* words) {
   for (int64_t j = 0; j < width; j += V) {
     __m512i word = {};
@@ -132,12 +138,13 @@ inline bool pack_columns_of_bits(const Matrix& weight, int64_t row, int64_t col,
       }
     std::memcpy(words + j, &word, sizeof word);
   }
-  return true;
+  return 0;
 }
 
-// c (ROWS, width) += a (32, ROWS)^T @ signs
+// c (ROWS, width) += a (32, ROWS)^T @ signs, rows of c `stride` apart
 template <int ROWS>
-inline void multiply_signs(const float* a, const uint32_t* words, int64_t width, const Next& next, float* c) {
+inline void multiply_signs(const float* a, const uint32_t* words, int64_t width, int64_t stride, const Next& next,
+                           float* c) {
   alignas(64) float tables[8][ROWS][V];
   const vi lane = bits<vi>(lanes());
   for (int g = 0; g < 8; ++g)
@@ -154,7 +161,7 @@ inline void multiply_signs(const float* a, const uint32_t* words, int64_t width,
     vu index[kTile];
     for (int t = 0; t < kTile; ++t) index[t] = load(words + j + t * V);
     for (int i = 0; i < ROWS; ++i)
-      for (int t = 0; t < kTile; ++t) acc[i][t] = load(c + i * width + j + t * V);
+      for (int t = 0; t < kTile; ++t) acc[i][t] = load(c + i * stride + j + t * V);
     for (int g = 0; g < 8; ++g) {
       if (next.data) next.prefetch(4 * g, j), next.prefetch(4 * g + 2, j);
       for (int i = 0; i < ROWS; ++i) {
@@ -164,7 +171,7 @@ inline void multiply_signs(const float* a, const uint32_t* words, int64_t width,
       for (int t = 0; t < kTile; ++t) index[t] >>= 4;
     }
     for (int i = 0; i < ROWS; ++i)
-      for (int t = 0; t < kTile; ++t) store(c + i * width + j + t * V, acc[i][t]);
+      for (int t = 0; t < kTile; ++t) store(c + i * stride + j + t * V, acc[i][t]);
   }
 }
 #endif
@@ -202,36 +209,41 @@ inline int product(const Feedback& f, const Matrix& grad, int64_t batch, void* o
             next.data = static_cast<const char*>(f.weight.data) + col * next.element;
             next.data += row + kDepth < f.rows ? (row + kDepth) * next.stride : width * next.element;
           }
+          uint32_t by_values = ~0u;  // the groups that go by the first way
 #ifdef __AVX512F__
+          uint32_t* words = reinterpret_cast<uint32_t*>(columns.of(thread));
           if (f.weight.data && !f.magnitude.data && !f.state) {
-            uint32_t* words = reinterpret_cast<uint32_t*>(columns.of(thread));
-            bool clean = false;
             if (f.weight.dtype == kPackedSigns)
-              clean = pack_columns_of_bits(f.weight, row, col, mine, n, width, words);
+              by_values = pack_columns_of_bits(f.weight, row, col, mine, n, width, words);
             else
               for_dtype(f.weight.dtype, [&](auto type) {
-                clean = pack_columns<decltype(type)>(f.weight, row, col, mine, n, width, words);
+                by_values = pack_columns<decltype(type)>(f.weight, row, col, mine, n, width, words);
                 return 0;
               });
-            if (clean) {
-              for (int64_t b = 0; b < count; b += kBlock) {
-                const int64_t block = block_rows(count - b);
-                for_block(block, [&](auto size) {
-                  multiply_signs<decltype(size)::value>(a + b * depth + row * block, words, width, b ? Next() : next,
-                                                        c + b * width);
-                });
-              }
-              continue;
-            }
           }
 #endif
-          for (int64_t r = 0; r < mine; ++r) feedback_row(f, row + r, col, n, rows + r * width);
-          for (int64_t b = 0; b < count; b += kBlock) {
-            const int64_t block = block_rows(count - b);
-            for_block(block, [&](auto size) {
-              multiply_values<decltype(size)::value>(a + b * depth + row * block, rows, mine, width,
-                                                     b ? Next() : next, c + b * width);
-            });
+          const bool one_way = by_values == 0 || by_values == ~0u;
+          for (int64_t j = 0; j < n; j += one_way ? width : kGroup) {
+            const int64_t wide = one_way ? width : kGroup;
+            const bool values_needed = by_values >> j / kGroup & 1;
+            if (values_needed)
+              for (int64_t r = 0; r < mine; ++r)
+                feedback_row(f, row + r, col + j, smaller(n - j, wide), rows + r * width + j);
+            for (int64_t b = 0; b < count; b += kBlock) {
+              const int64_t block = block_rows(count - b);
+              const float* left = a + b * depth + row * block;
+              const Next ahead = b || j ? Next() : next;
+              for_block(block, [&](auto size) {
+                constexpr int kRows = decltype(size)::value;
+#ifdef __AVX512F__
+                if (!values_needed) {
+                  multiply_signs<kRows>(left, words + j, wide, width, ahead, c + b * width + j);
+                  return;
+                }
+#endif
+                multiply_values<kRows>(left, rows + j, mine, wide, width, ahead, c + b * width + j);
+              });
+            }
           }
         }
         for_dtype(dtype, [&](auto type) {

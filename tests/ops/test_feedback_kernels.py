@@ -299,6 +299,8 @@ def _everything(module):
     for value, signs in (("one", "zero"), ("one", "packed"), ("uniform8 from 0", "zero"), ("normal", "none")):
         placed = [_place(a) for a in formula(case, value, signs)]
         results.append(module.product(grad, 300, *placed))
+    weight = place(torch.where(torch.arange(300) == 200, 0.0, randn(130, 300, seed=8)))  # zeros in some columns alone
+    results.append(module.product(grad, 300, weight, None, None, 1.0, False))
     weight, velocity = place(randn(130, 300, seed=5)), place(randn(130, 300, seed=6))
     module.sgd_update_(weight, velocity, grad, place(randn(20, 300, seed=7)), **STEP)
     return [*results, weight, velocity]
@@ -317,6 +319,21 @@ def test_repeatable_bit_for_bit(module, threads):
                 assert_bit_equal(f"result {i}", a, b)
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_do_not_change_a_bit(module):
+    if not module.__name__.endswith("cpu"):
+        pytest.skip("threads of the host do not matter here")
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(_everything(module))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for i, (a, b) in enumerate(zip(results[0], other)):
+            assert_bit_equal(f"result {i}", a, b)
 
 
 # -- seeded random cases ----------------------------------------------------------------------------------------------

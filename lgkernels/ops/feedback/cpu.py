@@ -1,8 +1,7 @@
 """Feedback on the CPU: the functions of `reference.py` over the C++ kernels of `lgkernels._C` (csrc/cpu/feedback*).
 
 Rows of a matrix are taken with any stride, columns dense (anything else is copied once). Arithmetic is float32, sums
-in a fixed order; results depend on the number of threads only where a weight holds zeros (panels without any take a
-faster way).
+in an order that no number of threads changes.
 """
 import torch
 
