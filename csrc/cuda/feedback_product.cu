@@ -138,7 +138,7 @@ sum_splits(const float* __restrict__ partial, int splits, int64_t elements, floa
 
 // Enough blocks to fill a large GPU, each with enough rows of F that their sums are little work beside it.
 constexpr int64_t kBlocks = 1024;
-constexpr int64_t kRowsPerSplit = 128;
+constexpr int64_t kRowsPerSplit = 64;
 
 Split divide(const FeedbackMatrix& f, int64_t m) {
   const int64_t tiles = ceil_div<int64_t>(f.rows, kTileRows), column_tiles = ceil_div<int64_t>(f.columns, kWarpColumns);

@@ -54,9 +54,10 @@ def _formula(shape, weight, magnitude, random, scale, sign_plus):
     kind = _NO_WEIGHT if weight is None else _PACKED_SIGNS if weight.dtype == torch.int32 else _DTYPES[weight.dtype]
     value = _MAGNITUDE if magnitude is not None else _ONES if random is None else _RANDOM
     state, law, law_scale, low = random if value == _RANDOM else (None, "uniform", 1.0, None)
+    magnitude_dtype = 0 if magnitude is None else _DTYPES[magnitude.dtype]
     formula = native.cuda_entries().FeedbackMatrix(
-        *shape, _rows_of(weight, kind), value, _rows_of(magnitude, 0 if magnitude is None else _DTYPES[magnitude.dtype]),
-        _address(state), _LAWS[law], law_scale, low, scale, sign_plus)
+        *shape, _rows_of(weight, kind), value, _rows_of(magnitude, magnitude_dtype), _address(state), _LAWS[law],
+        law_scale, low, scale, sign_plus)
     return formula, (weight, magnitude, state)
 
 
