@@ -24,9 +24,9 @@ _LATENT_GRAD = ((16, 32, 64, 4, 3), (16, 16, 64, 4, 3))
 _PRODUCT = ((16, 64, 32, 4, 3), (16, 16, 16, 4, 3))
 _MODULATION_GRAD = ((32, 64, 64, 4, 3), (32, 32, 32, 4, 3), (32, 16, 16, 4, 3))
 
-# Feedback: M rows of the gradient, N rows and K columns of F. One tile holds all M up to 128 (64 in float32, whose three
-# products take more registers), so each weight is read and made once. The tables were chosen by registers and shared
-# memory, and have not been timed on a GPU yet.
+# Feedback: M rows of the gradient, N rows and K columns of F. One tile holds all M up to 128 (64 in float32, whose
+# three products take more registers), so each weight is read and made once. The tables were chosen by registers and
+# shared memory, and have not been timed on a GPU yet.
 _FEEDBACK_PRODUCT = ((128, 32, 128, 8, 3), (64, 32, 128, 8, 3), (32, 32, 128, 8, 4), (16, 32, 128, 4, 4))
 _FEEDBACK_UPDATE = ((32, 64, 128, 8, 3), (16, 32, 128, 4, 3))
 
@@ -153,7 +153,7 @@ def _feedback_product(sizes, dtype, arch):
     wanted = min(max(m, 16), 64 if dtype == torch.float32 else 128)
     block_m, block_n, block_k, warps, stages = next(row for row in _FEEDBACK_PRODUCT if row[0] <= wanted)
     if v > 1 and block_m <= 32:
-        block_n = 16  # random values pass through shared memory on their way: smaller tiles leave room for more programs
+        block_n = 16  # random values pass through shared memory: smaller tiles leave room for more programs
     # Without a limit of its own the assembler aims at a round number of programs and spills eight bytes to meet it.
     return {"BLOCK_M": block_m, "BLOCK_N": max(min(n, block_n), 16), "BLOCK_K": block_k, "num_warps": warps,
             "num_stages": stages, "maxnreg": 168 if block_m <= 32 else 255}

@@ -3,7 +3,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.dispatch import interpreting
+from .rounding import INTERPRETING, rounded
 
 
 def float32_precision():
@@ -22,20 +22,23 @@ def float32_precision():
 
 
 def precision(dtype):
-    """PRECISION of `dot` for operands of `dtype`: "bf16", "fp16" (exact products of half operands), or float32's.
+    """PRECISION of `dot` for operands of `dtype`: "bf16" or "fp16" (their products are exact), or float32's."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype) or float32_precision()
 
-    Interpreted Triton multiplies the raw bits of bfloat16, so there half operands are multiplied in float32."""
-    if dtype == torch.float32 or interpreting():
-        return float32_precision()
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+@triton.jit
+def _half(x, DTYPE: tl.constexpr):
+    """x rounded to DTYPE; interpreted Triton multiplies the raw bits of bfloat16, so there it is widened again."""
+    x = rounded(x.to(tl.float32), DTYPE)
+    return x.to(tl.float32) if INTERPRETING else x
 
 
 @triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
     """accumulator + a @ b in float32; operands are first rounded to half with "bf16" or "fp16", else widened."""
     if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), accumulator, input_precision="ieee")
+        return tl.dot(_half(a, tl.bfloat16), _half(b, tl.bfloat16), accumulator, input_precision="ieee")
     elif PRECISION == "fp16":
-        return tl.dot(a.to(tl.float16), b.to(tl.float16), accumulator, input_precision="ieee")
+        return tl.dot(_half(a, tl.float16), _half(b, tl.float16), accumulator, input_precision="ieee")
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision=PRECISION)

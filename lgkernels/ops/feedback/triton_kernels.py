@@ -109,10 +109,11 @@ def pack_signs(weight):
 def sgd_update_(weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan,
                 grad_scale=1.0):
     (N, K), M = weight.shape, grad.shape[0]
-    config = _config("feedback_update", (M, N, K), grad.dtype, weight.device)
+    dtype = torch.promote_types(grad.dtype, x.dtype)
+    config = _config("feedback_update", (M, N, K), dtype, weight.device)
     programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
         numbers = map(float, (lr, momentum, dampening, weight_decay, grad_scale))
         launch(triton_product.sgd_update_kernel, programs, weight.device, weight, momentum_buffer, grad.contiguous(),
                x.contiguous(), *numbers, M, N, K, *weight.stride(), *_strides(momentum_buffer), NESTEROV=bool(nesterov),
-               MANHATTAN=bool(manhattan), PRECISION=precision(grad.dtype), **config)
+               MANHATTAN=bool(manhattan), PRECISION=precision(dtype), **config)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..common import philox
 from ..common.addressing import indices, offset, program_id
+from ..common.rounding import rounded
 
 
 @triton.jit
@@ -74,8 +75,8 @@ def matrix_kernel(out, weight, magnitude, state, scale, law_scale, span, low, N,
     value = values(weight, magnitude, seed, stream, step, law_scale, span, low, n, block, N, K, weight_row,
                    weight_column, magnitude_row, magnitude_column, LAW, HAS_LOW, SIGNS, BLOCK_K)
     k = indices(block, BLOCK_K)
-    tl.store(out + offset(n, K)[:, None] + k[None, :], (value * tl.cast(scale, tl.float32)).to(out.dtype.element_ty),
-             mask=(n < N)[:, None] & (k < K)[None, :])
+    value = rounded(value * tl.cast(scale, tl.float32), out.dtype.element_ty)
+    tl.store(out + offset(n, K)[:, None] + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -89,8 +90,8 @@ def rows_kernel(index, out, state, scale, law_scale, span, low, B, K, LAW: tl.co
     row = tl.load(index + b, mask=b < B, other=0)
     value = philox.panel(seed, stream, step, row[:, None], block, law_scale, span, low, LAW, HAS_LOW, BLOCK_N, BLOCK_K)
     k = indices(block, BLOCK_K)
-    tl.store(out + offset(b, K)[:, None] + k[None, :], (value * tl.cast(scale, tl.float32)).to(out.dtype.element_ty),
-             mask=(b < B)[:, None] & (k < K)[None, :])
+    value = rounded(value * tl.cast(scale, tl.float32), out.dtype.element_ty)
+    tl.store(out + offset(b, K)[:, None] + k[None, :], value, mask=(b < B)[:, None] & (k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -4,6 +4,7 @@ import triton.language as tl
 
 from ..common.addressing import indices, offset, program_id
 from ..common.dot import dot
+from ..common.rounding import rounded
 from .triton_matrix import load_state, values
 
 
@@ -28,7 +29,7 @@ def product_kernel(grad, out, weight, magnitude, state, scale, law_scale, span, 
         total = dot(g, f, total, PRECISION)
     k = indices(block, BLOCK_K)
     row = offset(offset(slice, M) + m, K)
-    tl.store(out + row[:, None] + k[None, :], (total * tl.cast(scale, tl.float32)).to(out.dtype.element_ty),
+    tl.store(out + row[:, None] + k[None, :], rounded(total * tl.cast(scale, tl.float32), out.dtype.element_ty),
              mask=(m < M)[:, None] & (k < K)[None, :])
 
 
@@ -39,7 +40,7 @@ def sum_slices_kernel(partial, out, size, slices, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     for slice in range(slices):
         total += tl.load(partial + offset(slice, size) + i, mask=i < size, other=0.0)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < size)
+    tl.store(out + i, rounded(total, out.dtype.element_ty), mask=i < size)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -69,6 +70,6 @@ def sgd_update_kernel(weight, momentum_buffer, grad, x, lr, momentum, dampening,
         at_buffer = momentum_buffer + offset(n, buffer_row)[:, None] + offset(k, buffer_column)[None, :]
         v = mu * tl.load(at_buffer, mask=inside, other=0.0).to(tl.float32)
         v += (1.0 - tl.cast(dampening, tl.float32)) * total
-        tl.store(at_buffer, v.to(momentum_buffer.dtype.element_ty), mask=inside)
+        tl.store(at_buffer, rounded(v, momentum_buffer.dtype.element_ty), mask=inside)
         total = total + mu * v if NESTEROV else v
-    tl.store(at, (w - tl.cast(lr, tl.float32) * total).to(weight.dtype.element_ty), mask=inside)
+    tl.store(at, rounded(w - tl.cast(lr, tl.float32) * total, weight.dtype.element_ty), mask=inside)
