@@ -207,7 +207,7 @@ inline void law_row(const Feedback& f, int64_t row, int64_t col, int64_t n, floa
   }
 }
 
-// -- signs and magnitudes -----------------------------------------------------------------------------------------------
+// -- signs and magnitudes ----------------------------------------------------------------------------------------
 
 LGK_INLINE vf sign_of(vf w, bool plus) {
 #if defined(__AVX512F__)

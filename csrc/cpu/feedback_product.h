@@ -10,7 +10,8 @@
 
 namespace lgk::LGK_ISA {
 
-constexpr int64_t kBatch = 128;              // rows of grad for which they are made once
+constexpr int64_t kBatch = 128;              // rows of grad for which F is made once
+constexpr int64_t kPacked = 1 << 22;         // floats of grad packed at a time
 constexpr int kBlock = V == 16 ? 8 : 4;      // rows of grad in a register tile
 constexpr int kTile = 2;                     // vectors of columns in it
 constexpr int64_t kGroup = 128;              // columns that go one way together; panels are whole groups
@@ -178,27 +179,30 @@ inline void multiply_signs(const float* a, const uint32_t* words, int64_t width,
 
 inline int product(const Feedback& f, const Matrix& grad, int64_t batch, void* out, int dtype, int threads) {
   const int64_t width = panel_width(f.columns, threads), panels = (f.columns + width - 1) / width;
-  const int64_t depth = rounded(f.rows, kDepth), chunk = smaller(rounded(batch, kBlock), kBatch);
-  const int64_t work = f.rows * f.columns;
-  Scratch packed(chunk * depth, 1), sums(chunk * width, threads), values(kDepth * width, threads);
-  Scratch columns(width, threads);
+  const int64_t depth = rounded(f.rows, kDepth), work = f.rows * f.columns;
+  const int64_t fitting = kPacked / (depth > 0 ? depth : 1) / kBatch * kBatch, round = fitting > 0 ? fitting : kBatch;
+  const int64_t rows_held = rounded(smaller(batch, round), kBlock);
+  Scratch packed(rows_held * depth, 1), sums(smaller(rows_held, kBatch) * width, threads);
+  Scratch values(kDepth * width, threads), columns(width, threads);
   if (!packed || !sums || !values || !columns) return 1;
   const int status = for_dtype(grad.dtype, [](auto) { return 0; }) | for_dtype(dtype, [](auto) { return 0; });
   if (status) return status;
 
-  for (int64_t m = 0; m < batch; m += kBatch) {
-    const int64_t count = smaller(batch - m, kBatch);
-    float* a = packed.of(0);
-    parallel((depth + V - 1) / V, count * depth, threads, [&](int64_t begin, int64_t end, int) {
+  for (int64_t start = 0; start < batch; start += round) {
+    const int64_t together = smaller(batch - start, round), chunks = (together + kBatch - 1) / kBatch;
+    parallel((depth + V - 1) / V, together * depth, threads, [&](int64_t begin, int64_t end, int) {
       for_dtype(grad.dtype, [&](auto type) {
-        pack_grad<decltype(type)>(grad, m, count, begin * V, smaller(end * V, depth), f.rows, depth, a);
+        pack_grad<decltype(type)>(grad, start, together, begin * V, smaller(end * V, depth), f.rows, depth,
+                                  packed.of(0));
         return 0;
       });
     });
-    parallel(panels, work, threads, [&](int64_t begin, int64_t end, int thread) {
+    parallel(panels * chunks, work * chunks, threads, [&](int64_t begin, int64_t end, int thread) {
       float *c = sums.of(thread), *rows = values.of(thread);
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t col = panel * width, n = smaller(f.columns - col, width);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t col = i / chunks * width, n = smaller(f.columns - col, width);
+        const int64_t m = start + i % chunks * kBatch, count = smaller(start + together - m, kBatch);
+        const float* a = packed.of(0) + (m - start) * depth;
         std::memset(c, 0, rounded(count, kBlock) * width * sizeof(float));
         for (int64_t row = 0; row < f.rows; row += kDepth) {
           const int64_t mine = smaller(f.rows - row, kDepth);
@@ -248,10 +252,10 @@ inline int product(const Feedback& f, const Matrix& grad, int64_t batch, void* o
         }
         for_dtype(dtype, [&](auto type) {
           using T = decltype(type);
-          for (int64_t i = 0; i < count; ++i) {
-            T* target = static_cast<T*>(out) + (m + i) * f.columns + col;
+          for (int64_t b = 0; b < count; ++b) {
+            T* target = static_cast<T*>(out) + (m + b) * f.columns + col;
             for (int64_t j = 0; j < n; j += V)
-              store_some(target + j, load(c + i * width + j) * f.scale, smaller(n - j, V));
+              store_some(target + j, load(c + b * width + j) * f.scale, smaller(n - j, V));
           }
           return 0;
         });

@@ -173,6 +173,13 @@ def test_product_of_every_rule(module, value, signs):
     check_product(module, case, randn(9, 40, seed=1), formula(case, value, signs))
 
 
+def test_product_of_more_gradients_than_are_packed_at_a_time(module):
+    if not module.__name__.endswith("cpu"):
+        pytest.skip("the CPU kernel packs grad")
+    case = dict(M=130, N=40000, K=3)
+    check_product(module, case, randn(130, 40000, seed=1), formula(case, "one", "packed"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", ["one", "tensor", "uniform8"])
