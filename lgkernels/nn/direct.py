@@ -97,11 +97,11 @@ class DirectFeedback(nn.Module):
 
     @torch.no_grad()
     def signal(self, error, activation):
-        r"""error (B, C), or (B, T, C) for tokens, projected to the shape and dtype of `activation` (B, [T,] \*shape)."""
+        r"""error (B, C), or (B, T, C) for tokens, projected to shape and dtype of `activation` (B, [T,] \*shape)."""
         tokens = error.dim() - 1
         if error.shape[:-1] != activation.shape[:tokens]:
-            raise ValueError(f"activation must have one row for each of the error's {tuple(error.shape[:-1])}, got shape "
-                             f"{checks.shape_of(activation)}")
+            raise ValueError(f"activation must have one row for each of the error's {tuple(error.shape[:-1])}, got "
+                             f"shape {checks.shape_of(activation)}")
         shape = tuple(activation.shape[tokens:])
         delta = LF.feedback_projection(error.reshape(-1, error.shape[-1]).to(activation.dtype), self._feedback(shape),
                                        shape, impl=self.impl)

@@ -1,4 +1,4 @@
-"""How feedback and weights relate, over the epochs: FA's weights turn towards the feedback, sign-symmetry starts there."""
+"""How feedback and weights relate over the epochs: FA's weights turn towards it, sign-symmetry starts there."""
 import math
 
 from torch import nn

@@ -140,7 +140,8 @@ def alexnet(in_channels, num_classes):
 
     return [layers(nn.Conv2d(in_channels, 64, 11, 4, 2, bias=False), pool=True),
             layers(nn.Conv2d(64, 192, 5, padding=2, bias=False), pool=True),
-            layers(nn.Conv2d(192, 384, 3, padding=1, bias=False)), layers(nn.Conv2d(384, 256, 3, padding=1, bias=False)),
+            layers(nn.Conv2d(192, 384, 3, padding=1, bias=False)),
+            layers(nn.Conv2d(384, 256, 3, padding=1, bias=False)),
             layers(nn.Conv2d(256, 256, 3, padding=1, bias=False), pool=True), nn.AdaptiveAvgPool2d(6), nn.Flatten(),
             layers(nn.Linear(256 * 36, 4096, bias=False)), layers(nn.Linear(4096, 4096, bias=False)),
             nn.Linear(4096, num_classes)]

@@ -58,8 +58,8 @@ class DirectTrainer(Trainer):
         blocks (iterable of nn.Module, or an nn.Sequential): plain modules, applied in order as ``module(x)``. A block
             ends where the signal enters: put :class:`lgkernels.nn.DirectFeedback` there, or none at all, and
             every module with parameters to train but the last is a block. So a pool inside such a module lies before
-            the signal, one that stands on its own after it. A residual block is one block: the signal
-            replaces the gradient of its output, skip included. Blocks may be wrapped in DistributedDataParallel, one by one.
+            the signal, one that stands on its own after it. A residual block is one block: the signal replaces the
+            gradient of its output, skip included. Blocks may be wrapped in DistributedDataParallel, one by one.
         optimizer_factory (callable): a block's list of parameters -> its optimizer.
         rule (str): as above.
         loss (callable): (output, target) -> scalar, for the output block. Default: cross entropy.
@@ -230,7 +230,7 @@ def _segments(blocks):
         else:
             inner = next((m for m in block.modules() if isinstance(m, DirectFeedback)), None)
             if inner is not None:
-                raise ValueError(f"blocks must hold their DirectFeedback side by side with the modules, got one inside a "
-                                 f"{type(block).__name__}: take that one apart")
+                raise ValueError("blocks must hold their DirectFeedback side by side with the modules, got one inside "
+                                 f"a {type(block).__name__}: take that one apart")
             modules.append(block)
     return [*segments, _Segment(modules, None)]

@@ -230,7 +230,8 @@ def test_conventions():
         trainer.step(*images())
         places[name] = [b for b in trainer.blocks if isinstance(b, lnn.DirectFeedback)]
     shapes = (4, 8, 8), (6, 2, 2), (12,)
-    for name, bound in (("nokland", lambda n: n**-0.5), ("kaiming", lambda n: (6 / n)**0.5), ("lighton", lambda n: 1 / 16)):
+    for name, bound in (("nokland", lambda n: n**-0.5), ("kaiming", lambda n: (6 / n)**0.5),
+                        ("lighton", lambda n: 1 / 16)):
         for place, shape in zip(places["chfrenkel" if name == "kaiming" else name], shapes):
             b, limit = place.matrix(40, shape), bound(np.prod(shape))
             assert 0.9 * limit < b.max() <= limit and -limit <= b.min() < -0.9 * limit

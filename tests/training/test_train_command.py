@@ -193,7 +193,7 @@ def test_resume_refuses_a_corrupt_checkpoint_and_other_settings(tmp_path, capsys
     (["--compare", "bp", "xx"], "unknown rule 'xx'"),
     (["--model", "resnet"], "unknown model 'resnet'; expected one of: smallconv, "),
     (["--model", "resnet18"], "--rule lls needs a model with local heads (smallconv, "),
-    (["--model", "alexnet", "--rule", "usf"], "--model alexnet needs images of 63 x 63 or more, those of fashion-mnist "),
+    (["--model", "alexnet", "--rule", "usf"], "--model alexnet needs images of 63 x 63 or more, those of "),
     (["--data", "imagenet"], "unknown data set 'imagenet'"),
     (["--data", "cifar10"], "data set cifar10 needs --data-dir"),
     (["--data", "mnist", "--data-dir", "/no/such/place"], "data folder /no/such/place does not exist"),
