@@ -42,7 +42,7 @@ def _matches(patterns, name, module):
 def _patterns(argument, patterns):
     if patterns is None:
         return None
-    patterns = (patterns,) if isinstance(patterns, (str, type)) or callable(patterns) else tuple(patterns)
+    patterns = tuple(patterns) if isinstance(patterns, (list, tuple, set)) else (patterns,)
     for p in patterns:
         if not isinstance(p, (str, type)) and not callable(p):
             raise TypeError(f"{argument} must hold name patterns, module classes or functions (name, module) -> bool, got "
@@ -60,8 +60,8 @@ def _why_not(module, parent):
         if isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):
             return "not yet initialised: run a batch through the model first"
         return f"a subclass of nn.{'Linear' if isinstance(module, nn.Linear) else 'Conv2d'} with its own behaviour"
-    own = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
-    return "no feedback rule for this kind of layer" if own else None
+    matrices = [p for name, p in module.named_parameters(recurse=False) if name.startswith("weight") and p.dim() >= 2]
+    return "no feedback rule for this kind of layer" if matrices else None
 
 
 def convert(model, rule, *, last_layer="bp", include=None, exclude=None, seed=0, verbose=True, **options):
@@ -78,7 +78,8 @@ def convert(model, rule, *, last_layer="bp", include=None, exclude=None, seed=0,
             :func:`redraw_after`), ``"signed_init"`` (the signs of the weight as it is now, kept in one bit a weight).
         last_layer (str): ``"bp"`` leaves the last Linear or Conv2d of the model, in order of registration, as it is
             (worth 1.4 points for sign-symmetry, 5.5 for FA on CIFAR-10, by the reproduction of Xiao et al.);
-            ``"convert"`` takes it too. A single layer as model is converted in any case.
+            ``"convert"`` takes it too. A single layer as model is converted in any case. A model with several
+            outputs has several last layers: `exclude` the others.
         include, exclude: shell patterns of qualified names (``"backbone.*"``), module classes, functions
             ``(name, module) -> bool``, or a list of those. Default: all.
         seed (int): of the random values. A layer's stream is a hash of its qualified name (CRC-32).

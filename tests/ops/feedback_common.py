@@ -21,7 +21,7 @@ def kernels_are_there(request):
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
 def weights(*shape, seed=2, dtype=torch.float32):

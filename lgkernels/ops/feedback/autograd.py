@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional, Union
 import torch
 import torch.nn.functional as F
 
-from ...core import checks
+from ...core import checks, dispatch
 from ...core.guard import first_order_only
 from .op import without_autocast
 
@@ -142,13 +142,16 @@ def _prepare(x, weight, bias, packed, formula, impl):
     """`(x, bias, packed, factor, dtype)`: autocast as torch's own layer does; and, where x asks for a gradient, the
     weight's packed signs and the factor that scale="mean_abs" stands for."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    x, bias = _cast(x, dtype), _cast(bias, dtype)
     factor = None
+    if impl != "auto" and not torch.compiler.is_compiling():  # a backend that can't is an error now, not in the backward
+        dispatch.choose("feedback_product", impl, x.device, x.dtype)
     if torch.is_grad_enabled() and x.requires_grad:
         if formula.signs == "packed" and packed is None:
             packed = _ops.feedback_pack_signs(weight.detach().flatten(1), impl)
         if formula.scale == "mean_abs":
             factor = _mean_abs(weight.detach())
-    return _cast(x, dtype), _cast(bias, dtype), packed, factor, None if weight.dtype == torch.float64 else dtype
+    return x, bias, packed, factor, None if weight.dtype == torch.float64 else dtype
 
 
 def linear(x, weight, bias, formula, *, packed=None, magnitude=None, state=None, impl="auto"):
