@@ -12,9 +12,9 @@ from ..common.launch import launch
 from ..common.philox import law_arguments, values_per_call
 from . import triton_matrix, triton_product
 
-# `product` makes F in registers up to this many rows of grad, which one tile holds, so each weight is made once. Above
-# it every further tile would make it again: there F is written once and the library multiplies. With few rows of F
-# (DFA) the output is the larger by far, and F is never written. Neither number has been measured on a GPU yet.
+# `product` makes F in registers up to this many rows of grad, which one tile holds (two in float32), so each weight is
+# made once. Above it every further tile would make it again: there F is written once and the library multiplies. With
+# few rows of F (DFA) the output is the larger by far, and F is never written. Neither has been measured on a GPU yet.
 ROWS_IN_REGISTERS = 128
 SMALL_ROWS_OF_F = 128
 
