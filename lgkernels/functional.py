@@ -213,7 +213,8 @@ def sign_symmetric_linear(x, weight, bias=None, *, scale=1.0, magnitude=None, si
                           impl="auto"):
     r"""Linear layer with sign-symmetric feedback: the error goes down through the signs of the weight.
 
-    .. math:: y = x W^T + b, \qquad dX = g F, \quad F = s\,|M| \odot \mathrm{sign}(W), \quad dW = g^T x, \quad db = \sum g
+    .. math::
+        y = x W^T + b, \qquad dX = g F, \quad F = s\,|M| \odot \mathrm{sign}(W), \quad dW = g^T x, \quad db = \sum g
 
     Args:
         x (Tensor): (..., K). weight (Tensor): (N, K). bias (Tensor, optional): (N,). float32, bfloat16, float16, and

@@ -7,5 +7,5 @@ from .feedback import FeedbackAlignmentConv2d, FeedbackAlignmentLinear, SignSymm
 from .lls import LLSConvBlock, LLSHead, LLSLinearBlock
 
 __all__ = ["ClassifierBlock", "DirectFeedback", "FeedbackAlignmentConv2d", "FeedbackAlignmentLinear", "LLSConvBlock",
-           "LLSHead", "LLSLinearBlock", "SignSymmetricConv2d", "SignSymmetricLinear", "alignment", "convert", "feedback_state",
-           "load_feedback_state", "redraw_after", "weight_ratio"]
+           "LLSHead", "LLSLinearBlock", "SignSymmetricConv2d", "SignSymmetricLinear", "alignment", "convert",
+           "feedback_state", "load_feedback_state", "redraw_after", "weight_ratio"]

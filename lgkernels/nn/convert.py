@@ -45,8 +45,8 @@ def _patterns(argument, patterns):
     patterns = tuple(patterns) if isinstance(patterns, (list, tuple, set)) else (patterns,)
     for p in patterns:
         if not isinstance(p, (str, type)) and not callable(p):
-            raise TypeError(f"{argument} must hold name patterns, module classes or functions (name, module) -> bool, got "
-                            f"{type(p).__name__}")
+            raise TypeError(f"{argument} must hold name patterns, module classes or functions (name, module) -> bool, "
+                            f"got {type(p).__name__}")
     return patterns
 
 
@@ -217,14 +217,15 @@ def load_feedback_state(model, state):
         raise ValueError(f"state must be a dict from feedback_state, got None: resumed without it, the {len(holders)} "
                          "random feedbacks of this model would be others than those it was trained with")
     if not isinstance(state, dict) or set(state) != {"law_version", "feedback"}:
-        raise ValueError(f"state must be a dict from feedback_state, got {state if isinstance(state, dict) else type(state).__name__}")
+        got = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"state must be a dict from feedback_state, got {got}")
     if state["law_version"] != LAW_VERSION:
-        raise ValueError(f"state must have law version {LAW_VERSION}, got {state['law_version']}: its random matrices are "
-                         "made by another formula")
+        raise ValueError(f"state must have law version {LAW_VERSION}, got {state['law_version']}: its random matrices "
+                         "are made by another formula")
     saved = state["feedback"]
     if set(saved) != set(holders):
-        raise ValueError(f"state must have the model's feedbacks; only in state: {sorted(set(saved) - set(holders))}, only "
-                         f"in the model: {sorted(set(holders) - set(saved))}")
+        raise ValueError(f"state must have the model's feedbacks; only in state: {sorted(set(saved) - set(holders))}, "
+                         f"only in the model: {sorted(set(holders) - set(saved))}")
     for name, holder in holders.items():
         expected, got = (_kind(holder), saved[name])
         differing = [key for key in expected if key not in got or (

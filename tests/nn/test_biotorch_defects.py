@@ -211,8 +211,8 @@ class Residual(nn.Module):
 
 
 def test_13_dfa_replaces_the_gradient_of_a_residual_block():
-    """The injected gradient was added to the skip path's exact one. Here the signal is the whole gradient of the block's
-    output, and no exact gradient goes past it."""
+    """The injected gradient was added to the skip path's exact one. Here the signal is the whole gradient of the
+    block's output, and no exact gradient goes past it."""
     torch.manual_seed(0)
     block, places = [Residual(), Residual()], [lnn.DirectFeedback(seed=1, stream=i) for i in range(2)]
     head = nn.Linear(8, 3)

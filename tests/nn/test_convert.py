@@ -157,7 +157,8 @@ def test_last_layer():
 @pytest.mark.parametrize("options, expected", [
     (dict(include="5"), ["5"]), (dict(include=["0", "5"]), ["0", "5"]), (dict(exclude="3"), ["0", "5"]),
     (dict(include=nn.Conv2d), ["0", "3"]), (dict(exclude=[nn.Linear, "3"]), ["0"]), (dict(include=[]), []),
-    (dict(include=lambda name, m: getattr(m, "bias", None) is None), ["0"]), (dict(include="[03]", exclude="0"), ["3"])],
+    (dict(include=lambda name, m: getattr(m, "bias", None) is None), ["0"]),
+    (dict(include="[03]", exclude="0"), ["3"])],
     ids=str)
 def test_include_and_exclude(options, expected):
     assert converted(quiet(network(), "usf", **options)) == expected
@@ -178,17 +179,16 @@ def test_summary_says_what_and_why(capsys):
             self.norm, self.skip, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 2)
     model = lnn.convert(Model(), "usf", exclude="skip")
     text = capsys.readouterr().out.splitlines()
+    rule = "bias=True, rule='usf', scale='kaiming'"
     assert text[:4] == [
-        "usf: 2 layers converted",
-        "  encoder.linear1  SignSymmetricLinear(in_features=8, out_features=16, bias=True, rule='usf', scale='kaiming')",
-        "  encoder.linear2  SignSymmetricLinear(in_features=16, out_features=8, bias=True, rule='usf', scale='kaiming')",
-        "left alone"]
+        "usf: 2 layers converted", f"  encoder.linear1  SignSymmetricLinear(in_features=8, out_features=16, {rule})",
+        f"  encoder.linear2  SignSymmetricLinear(in_features=16, out_features=8, {rule})", "left alone"]
     reasons = {line.split()[0]: line.split(": ", 1)[1] for line in text[4:]}
     assert reasons == {
         "embed": "no feedback rule for this kind of layer",
         "encoder.self_attn": "attention's in_proj is a bare parameter, read inside torch's fused function",
-        "encoder.self_attn.out_proj": "attention's out_proj: its forward is never called, torch's fused function reads its "
-                                      "weight",
+        "encoder.self_attn.out_proj":
+            "attention's out_proj: its forward is never called, torch's fused function reads its weight",
         "scaled": "a subclass of nn.Linear with its own behaviour", "conv1d": "no feedback rule for this kind of layer",
         "lazy": "not yet initialised: run a batch through the model first", "skip": "in exclude",
         "head": "the last layer (last_layer='bp')"}
@@ -299,13 +299,14 @@ def test_state_of_another_model_is_refused():
     (("usf",), dict(include=[3]), TypeError,
      "include must hold name patterns, module classes or functions (name, module) -> bool, got int"),
     (("bp",), dict(scale=1.0), TypeError, "options must be empty with rule='bp', got ['scale']"),
-    (("usf",), dict(scale="big"), ValueError, "scale must be one of 'kaiming', 'xavier', 'inv_sqrt_fan_in', 'he_fan_out', "
-                                              "'he_fan_in', got 'big'"),
+    (("usf",), dict(scale="big"), ValueError,
+     "scale must be one of 'kaiming', 'xavier', 'inv_sqrt_fan_in', 'he_fan_out', 'he_fan_in', got 'big'"),
     (("usf",), dict(law="uniform"), ValueError, "law must be None with rule='usf' (it has no random magnitudes), got "
                                                 "'uniform'"),
-    (("frsf",), dict(law="cauchy"), ValueError, "law must be one of 'uniform', 'normal', 'uniform8', 'sign', got 'cauchy'"),
-    (("usf",), dict(packed_signs=True), ValueError, "sign_zero must be 'plus' with packed_signs=True (one bit cannot hold "
-                                                    "sign(0) = 0), got 'zero'"),
+    (("frsf",), dict(law="cauchy"), ValueError,
+     "law must be one of 'uniform', 'normal', 'uniform8', 'sign', got 'cauchy'"),
+    (("usf",), dict(packed_signs=True), ValueError,
+     "sign_zero must be 'plus' with packed_signs=True (one bit cannot hold sign(0) = 0), got 'zero'"),
     (("fa",), dict(feedback_init=-1.0), ValueError, "scale must be greater than 0, got -1.0"),
     (("frsf",), dict(seed=1.5), TypeError, "seed must be an int, got float")], ids=str)
 def test_bad_options_leave_the_model_alone(arguments, options, error, message):

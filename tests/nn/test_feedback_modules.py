@@ -71,7 +71,8 @@ def test_linear(impl, rule, shape, bias):
 
 
 CONVS = [dict(), dict(stride=2, padding=1), dict(stride=(2, 1), padding=(0, 2), dilation=(1, 2)), dict(groups=2),
-         dict(groups=4), dict(bias=False), dict(padding="same"), dict(padding="same", dilation=3), dict(padding="valid"),
+         dict(groups=4), dict(bias=False), dict(padding="same"), dict(padding="same", dilation=3),
+         dict(padding="valid"),
          *(dict(padding=2, padding_mode=mode) for mode in ("reflect", "replicate", "circular")),
          dict(padding="same", padding_mode="circular"), dict(padding="same", padding_mode="reflect", dilation=2)]
 

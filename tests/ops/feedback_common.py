@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lgkernels.random import RandomFeedback
 from tests.cases import generator
 from tests.tolerances import assert_accurate, assert_bit_equal
 
@@ -22,6 +23,14 @@ def kernels_are_there(request):
 
 def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+LAWS = {"uniform": dict(law="uniform", scale=0.5), "uniform8": dict(law="uniform8", scale=0.5, low=0.0),
+        "normal": dict(law="normal", scale=0.3), "sign": dict(law="sign", scale=0.25)}
+
+
+def random_feedback(law="uniform8", seed=5, stream=3):
+    return RandomFeedback(seed, stream, **LAWS[law])
 
 
 def weights(*shape, seed=2, dtype=torch.float32):

@@ -26,7 +26,8 @@ LINEAR = [
     (dict(impl="fast"), ValueError, "impl must be one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'fast'"),
 ]
 FEEDBACK = LINEAR + [
-    (dict(feedback=None), TypeError, "feedback must be a torch.Tensor or a lgkernels.random.RandomFeedback, got NoneType"),
+    (dict(feedback=None), TypeError,
+     "feedback must be a torch.Tensor or a lgkernels.random.RandomFeedback, got NoneType"),
     (dict(feedback=W.int()), TypeError, "feedback must be one of float32, bfloat16, float16, float64, got int32"),
     (dict(feedback=randn(6, 4)), ValueError, "feedback must have shape (4, 6) (that of weight), got (6, 4)"),
     (dict(feedback=W.to("meta")), ValueError, "feedback must be on cpu like weight, got meta; move it with .to('cpu')"),
@@ -39,7 +40,8 @@ SYMMETRIC = LINEAR + [
     (dict(scale="kaiming"), ValueError, "scale must be one of 'mean_abs', got 'kaiming'"),
     (dict(scale=randn()), TypeError, "scale must be a number or 'mean_abs', got Tensor"),
     (dict(scale=True), TypeError, "scale must be a number or 'mean_abs', got bool"),
-    (dict(magnitude=0.5), TypeError, "magnitude must be a torch.Tensor or a lgkernels.random.RandomFeedback, got float"),
+    (dict(magnitude=0.5), TypeError,
+     "magnitude must be a torch.Tensor or a lgkernels.random.RandomFeedback, got float"),
     (dict(magnitude=randn(4)), ValueError, "magnitude must have shape (4, 6) (that of weight), got (4,)"),
     (dict(sign_zero="minus"), ValueError, "sign_zero must be one of 'zero', 'plus', got 'minus'"),
     (dict(packed_signs=True), ValueError,
@@ -83,7 +85,8 @@ PROJECTION = [
 T = torch.tensor([0, 2])
 TARGET = [
     (dict(target=[0, 2]), TypeError, "target must be a torch.Tensor, got list"),
-    (dict(target=T.float()), TypeError, "target must hold integers (int64, int32, ...), got float32; class indices are expected"),
+    (dict(target=T.float()), TypeError,
+     "target must hold integers (int64, int32, ...), got float32; class indices are expected"),
     (dict(target=T.view(2, 1)), ValueError, "target must be (B,) class indices or (B, C) floats, got shape (2, 1)"),
     (dict(target=torch.tensor([0, 3])), ValueError, "target must hold class indices in [0, 2], got 3"),
     (dict(target=torch.tensor([0, -1]), feedback=RANDOM), ValueError,
@@ -164,6 +167,6 @@ def test_modules_check_their_input():
 
 
 def test_kernels_refuse_float64():
-    with pytest.raises(ValueError, match="impl='triton' can't run feedback_product on cpu torch.float64: float64 is for the "
-                                         "reference only"):
+    with pytest.raises(ValueError, match="impl='triton' can't run feedback_product on cpu torch.float64: float64 is for "
+                                         "the reference only"):
         LF.feedback_linear(X.double(), W.double(), feedback=RANDOM, impl="triton")

@@ -1,8 +1,5 @@
-"""`feedback_linear`, `feedback_conv2d`, `sign_symmetric_linear`, `sign_symmetric_conv2d` and the two projections as a
-user calls them: every backend against the definition written out in plain torch."""
-import copy
-import itertools
-
+"""`feedback_linear`, `feedback_conv2d`, `sign_symmetric_linear`, `sign_symmetric_conv2d` as a user calls them: every
+backend against the definition written out in plain torch."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,16 +9,18 @@ import lgkernels.functional as LF
 from lgkernels.random import RandomFeedback
 from tests.cases import DTYPES, label, subsets, sweep
 from tests.layouts import LAYOUTS, arrange
-from tests.ops.feedback_common import compare, kernels_are_there, linear, randn, run, sign, weights  # noqa: F401
-from tests.tolerances import assert_accurate, assert_relative
-
-LAWS = {"uniform": dict(law="uniform", scale=0.5), "uniform8": dict(law="uniform8", scale=0.5, low=0.0),
-        "normal": dict(law="normal", scale=0.3), "sign": dict(law="sign", scale=0.25)}
-
-
-def random_feedback(law="uniform8", seed=5, stream=3):
-    return RandomFeedback(seed, stream, **LAWS[law])
-
+from tests.ops.feedback_common import (  # noqa: F401
+    LAWS,
+    compare,
+    kernels_are_there,
+    linear,
+    random_feedback,
+    randn,
+    run,
+    sign,
+    weights,
+)
+from tests.tolerances import assert_relative
 
 # -- linear -------------------------------------------------------------------------------------------------------
 
@@ -115,10 +114,12 @@ def test_a_weight_of_another_dtype_than_the_magnitude(impl):
 # -- convolution --------------------------------------------------------------------------------------------------
 
 CONV = dict(x=(2, 6, 9, 8), weight=(4, 6, 3, 3), stride=1, padding=0, dilation=1, groups=1)
-CONVS = [CONV, dict(CONV, stride=2, padding=1), dict(CONV, dilation=2, padding=2), dict(CONV, weight=(4, 3, 3, 3), groups=2),
-         dict(CONV, weight=(6, 1, 3, 3), groups=6, padding=1), dict(CONV, weight=(5, 6, 1, 1)), dict(CONV, weight=(1, 6, 9, 8)),
+CONVS = [CONV, dict(CONV, stride=2, padding=1), dict(CONV, dilation=2, padding=2),
+         dict(CONV, weight=(4, 3, 3, 3), groups=2), dict(CONV, weight=(6, 1, 3, 3), groups=6, padding=1),
+         dict(CONV, weight=(5, 6, 1, 1)), dict(CONV, weight=(1, 6, 9, 8)),
          dict(CONV, padding="same"), dict(CONV, padding="same", weight=(4, 6, 2, 4)), dict(CONV, padding="valid"),
-         dict(CONV, padding="same", weight=(4, 6, 2, 3), dilation=3), dict(CONV, x=(0, 6, 9, 8)), dict(CONV, x=(6, 9, 8)),
+         dict(CONV, padding="same", weight=(4, 6, 2, 3), dilation=3), dict(CONV, x=(0, 6, 9, 8)),
+         dict(CONV, x=(6, 9, 8)),
          dict(CONV, stride=(2, 1), padding=(0, 2), dilation=(1, 2), weight=(4, 6, 2, 3)),
          dict(CONV, x=(6, 9, 8), padding="same", weight=(6, 2, 3, 2), groups=3)]
 
@@ -149,7 +150,8 @@ def test_conv_channels_last(impl, kind, dtype):
     """A channels_last weight's feedback is channels_last, and every value stands where the formula says."""
     geometry, layer = conv_layer(dict(CONV, padding=1))
     x, weight, magnitude = (t.to(memory_format=torch.channels_last) for t in (
-        randn(2, 6, 9, 8, seed=1, dtype=dtype), weights(4, 6, 3, 3, dtype=dtype), randn(4, 6, 3, 3, seed=4, dtype=dtype)))
+        randn(2, 6, 9, 8, seed=1, dtype=dtype), weights(4, 6, 3, 3, dtype=dtype),
+        randn(4, 6, 3, 3, seed=4, dtype=dtype)))
     random = random_feedback("uniform")
     values = random.materialize(weight.shape)
     if kind.startswith("fa"):
@@ -160,8 +162,8 @@ def test_conv_channels_last(impl, kind, dtype):
     arguments, value = {"usf": ({}, 1.0), "mean_abs": (dict(scale="mean_abs"), weight.float().abs().mean()),
                         "tensor": (dict(magnitude=magnitude), magnitude.float().abs()),
                         "formula": (dict(magnitude=random), values.abs())}[kind]
-    got = compare(LF.sign_symmetric_conv2d, layer, x, weight, None, value * weight.sign().float(), impl=impl, **arguments,
-                  **geometry)
+    got = compare(LF.sign_symmetric_conv2d, layer, x, weight, None, value * weight.sign().float(), impl=impl,
+                  **arguments, **geometry)
     assert got[2].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -192,9 +194,11 @@ class Calls(TorchDispatchMode):
 FUNCTIONS = {
     "linear": (lambda x, w, b, **kw: LF.sign_symmetric_linear(x, w, b, magnitude=random_feedback(), **kw),
                (3, 8), (4, 8)),
-    "packed linear": (lambda x, w, b, **kw: LF.sign_symmetric_linear(x, w, b, packed_signs=True, sign_zero="plus", **kw),
-                      (3, 8), (4, 8)),
-    "mean_abs linear": (lambda x, w, b, **kw: LF.sign_symmetric_linear(x, w, b, scale="mean_abs", **kw), (3, 8), (4, 8)),
+    "packed linear": (
+        lambda x, w, b, **kw: LF.sign_symmetric_linear(x, w, b, packed_signs=True, sign_zero="plus", **kw),
+        (3, 8), (4, 8)),
+    "mean_abs linear": (lambda x, w, b, **kw: LF.sign_symmetric_linear(x, w, b, scale="mean_abs", **kw),
+                        (3, 8), (4, 8)),
     "fa linear": (lambda x, w, b, **kw: LF.feedback_linear(x, w, b, feedback=random_feedback(), **kw), (3, 8), (4, 8)),
     "conv": (lambda x, w, b, **kw: LF.sign_symmetric_conv2d(x, w, b, 2, 1, magnitude=random_feedback(), **kw),
              (2, 3, 5, 5), (4, 3, 3, 3)),
@@ -254,7 +258,8 @@ def test_feedback_equal_to_the_weight_is_back_propagation():
     x, weight, bias = (t.double().requires_grad_() for t in operands(BASE))
     assert torch.autograd.gradcheck(lambda x: LF.feedback_linear(x, weight, bias, feedback=weight), (x,))
     x, weight = randn(2, 4, 5, 6).double().requires_grad_(), randn(6, 2, 3, 2).double()
-    assert torch.autograd.gradcheck(lambda x: LF.feedback_conv2d(x, weight, None, 2, 1, groups=2, feedback=weight), (x,))
+    assert torch.autograd.gradcheck(
+        lambda x: LF.feedback_conv2d(x, weight, None, 2, 1, groups=2, feedback=weight), (x,))
 
 
 def test_a_given_feedback_gets_no_gradient(impl):
@@ -437,77 +442,3 @@ def test_opcheck_of_the_other_ops(impl):
     for buffer in (None, randn(6, 40, seed=5)):
         torch.library.opcheck(ops.feedback_update_.default, (
             randn(6, 40), buffer, randn(3, 6), randn(3, 40), 0.1, 0.9, 0.0, 0.01, False, False, 1.0, impl))
-
-
-# -- projections --------------------------------------------------------------------------------------------------
-
-SHAPES = ((12,), (3, 4, 5), (1,), (2, 0))
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("batch", [0, 1, 9])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_feedback_projection(impl, shape, batch, dtype):
-    error, matrix, random = randn(batch, 7, dtype=dtype), randn(7, *shape, seed=1), random_feedback("uniform")
-    for given, dense in ((matrix, matrix), (matrix.flatten(1), matrix), (random, random.materialize((7, *shape)))):
-        got = LF.feedback_projection(error, given, shape, impl=impl)
-        rival = (error @ dense.flatten(1).to(dtype)).view(batch, *shape)
-        assert_accurate("signal", got, rival, (error.double() @ dense.flatten(1).double()).view(batch, *shape), 7)
-    assert not LF.feedback_projection(error.requires_grad_(), random, shape, impl=impl).requires_grad
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("integers", [torch.int64, torch.int32, torch.uint8], ids=str)
-def test_target_projection_is_a_row(impl, shape, integers):
-    target, matrix, random = torch.tensor([6, 0, 3, 3]).to(integers), randn(7, *shape, seed=1), random_feedback("uniform")
-    for given, dense in ((matrix, matrix), (matrix.flatten(1), matrix), (random, random.materialize((7, *shape)))):
-        assert torch.equal(LF.target_projection(target, given, shape, impl=impl), dense[target.long()])
-    one_hot = F.one_hot(target.long(), 7).float()
-    assert_relative("one-hot", LF.target_projection(one_hot, random, shape, impl=impl),
-                    random.materialize((7, *shape))[target.long()], 1e-6)
-
-
-def test_an_integer_is_a_shape(impl):
-    assert LF.feedback_projection(randn(2, 7), random_feedback(), 5, impl=impl).shape == (2, 5)
-
-
-@pytest.mark.parametrize("law", LAWS)
-def test_projections_draw_row_by_class_and_column_by_neuron(impl, law):
-    random = random_feedback(law)
-    eye = LF.feedback_projection(torch.eye(7), random, (2, 9), impl=impl)
-    assert_relative("signal", eye, random.materialize((7, 2, 9)), 1e-6)
-
-
-# -- the fused update's op ----------------------------------------------------------------------------------------
-
-UPDATES = [dict(zip(("momentum", "dampening", "weight_decay", "nesterov"), values)) for values in itertools.product(
-    (0.0, 0.9), (0.0, 0.3), (0.0, 0.05), (False, True)) if not (values[3] and (values[0] == 0 or values[1]))]
-
-
-@pytest.mark.parametrize("options", UPDATES, ids=label)
-def test_update_is_torchs_sgd(impl, options):
-    start, weight, momentum = randn(6, 40, seed=1), randn(6, 40, seed=1), options["momentum"]
-    parameter = torch.nn.Parameter(start.clone())
-    optimizer = torch.optim.SGD([parameter], lr=0.1, **options)
-    buffer = torch.zeros(6, 40) if momentum else None
-    for step in range(3):
-        grad, x = randn(5, 6, seed=10 + step), randn(5, 40, seed=20 + step)
-        parameter.grad = grad.t() @ x
-        optimizer.step()
-        torch.ops.lgkernels.feedback_update_(
-            weight, buffer, grad, x, 0.1, momentum, options["dampening"] if step else 0.0, options["weight_decay"],
-            options["nesterov"], False, 1.0, impl)
-    assert_relative("weight", weight, parameter, 1e-5)
-    if momentum:
-        assert_relative("momentum", buffer, optimizer.state[parameter]["momentum_buffer"], 1e-5)
-
-
-def test_feedback_modules_copy_and_pickle(tmp_path):
-    random = random_feedback()
-    random.advance()
-    twin = copy.deepcopy(random)
-    twin.advance()
-    assert random.state.tolist() == [5, 3, 1] and twin.state.tolist() == [5, 3, 2]
-    torch.save(random, tmp_path / "random.pt")
-    loaded = torch.load(tmp_path / "random.pt", weights_only=False)
-    assert torch.equal(loaded.materialize((3, 4)), random.materialize((3, 4)))

@@ -56,8 +56,8 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups):
     checks.dims("weight", weight, (4,), "(O, C / groups, kh, kw)")
     checks.positive_integer("groups", groups)
     if x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
-        raise ValueError(f"x must be (B, {weight.shape[1] * groups}, H, W) (weight's channels times groups) or the same "
-                         f"without B, got shape {checks.shape_of(x)}")
+        raise ValueError(f"x must be (B, {weight.shape[1] * groups}, H, W) (weight's channels times groups) or the "
+                         f"same without B, got shape {checks.shape_of(x)}")
     if weight.shape[0] % groups:
         raise ValueError(f"groups must divide weight's {weight.shape[0]} outputs, got {groups}")
     _layer(x, weight, bias)
@@ -75,8 +75,8 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups):
     else:
         padding = _pair("padding", padding, 0)
     if any(size + 2 * p < n + 1 for size, p, n in zip(x.shape[2:], padding, reach)):
-        raise ValueError(f"x must reach over weight's kernel, {tuple(n + 1 for n in reach)} with dilation, when padded by "
-                         f"{padding}, got shape {checks.shape_of(x)}")
+        raise ValueError(f"x must reach over weight's kernel, {tuple(n + 1 for n in reach)} with dilation, when padded "
+                         f"by {padding}, got shape {checks.shape_of(x)}")
     return x, (stride, padding, dilation, groups), batched
 
 
@@ -86,7 +86,8 @@ def _source(name, value, weight):
         checks.same_device(weight=weight, **{name: value.state})
         return dict(law=value.law, law_scale=value.scale, low=value.low), {"state": value.state}
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or a lgkernels.random.RandomFeedback, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor or a lgkernels.random.RandomFeedback, got "
+                        f"{type(value).__name__}")
     checks.floating(name, value)
     checks.shape(name, value, weight.shape, "that of weight")
     checks.same_device(weight=weight, **{name: value})

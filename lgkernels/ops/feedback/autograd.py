@@ -144,7 +144,7 @@ def _prepare(x, weight, bias, packed, formula, impl):
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
     x, bias = _cast(x, dtype), _cast(bias, dtype)
     factor = None
-    if impl != "auto" and not torch.compiler.is_compiling():  # a backend that can't is an error now, not in the backward
+    if impl != "auto" and not torch.compiler.is_compiling():  # an error now, not in the backward
         dispatch.choose("feedback_product", impl, x.device, x.dtype)
     if torch.is_grad_enabled() and x.requires_grad:
         if formula.signs == "packed" and packed is None:

@@ -16,8 +16,10 @@ def _formulas(device, dtype):
     """(weight, magnitude, state, law, law_scale, low, scale, sign_plus) of uSF, frSF by tensor and by formula, FA."""
     weight, magnitude = (_random(n, 40, device=device, dtype=dtype)[:6] for n in (6, 7))
     state = torch.tensor([11, 3, 2], device=device)
-    return [(weight, None, None, "uniform", 1.0, None, 0.25, False), (weight, magnitude, None, "uniform", 1.0, None, 0.25, True),
-            (weight, None, state, "uniform8", 0.5, 0.0, 1.0, False), (None, None, state, "normal", 0.5, None, 1.0, False)]
+    return [(weight, None, None, "uniform", 1.0, None, 0.25, False),
+            (weight, magnitude, None, "uniform", 1.0, None, 0.25, True),
+            (weight, None, state, "uniform8", 0.5, 0.0, 1.0, False),
+            (None, None, state, "normal", 0.5, None, 1.0, False)]
 
 
 def product(impl, device, dtype):
