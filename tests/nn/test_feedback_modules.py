@@ -13,7 +13,7 @@ import lgkernels.functional as LF
 import lgkernels.nn as lnn
 from lgkernels.nn.feedback import scale_of
 from lgkernels.random import RandomFeedback
-from tests.ops.feedback_common import kernels_are_there, randn, weights  # noqa: F401
+from tests.ops.feedback_common import randn, weights
 from tests.tolerances import assert_relative
 
 RULES = ("usf", "frsf", "brsf", "signed_init", "fa")

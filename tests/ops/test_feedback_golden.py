@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 import lgkernels.functional as LF
 import lgkernels.nn as lnn
-from tests.ops.feedback_common import kernels_are_there  # noqa: F401
 from tests.tolerances import GOLDEN, assert_relative
 
 FOLDER = Path(__file__).parents[1] / "golden"

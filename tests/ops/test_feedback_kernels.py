@@ -9,7 +9,7 @@ from tests.cases import DTYPES, SIZES, label, random_cases, sweep
 from tests.conftest import backend_module
 from tests.layouts import arrange
 from tests.ops import lls_problems
-from tests.ops.feedback_common import kernels_are_there, randn, weights  # noqa: F401
+from tests.ops.feedback_common import randn, weights
 from tests.ops.lls_problems import place
 from tests.tolerances import assert_accurate, assert_bit_equal
 

@@ -9,10 +9,9 @@ import lgkernels.functional as LF
 from lgkernels.random import RandomFeedback
 from tests.cases import DTYPES, label, subsets, sweep
 from tests.layouts import LAYOUTS, arrange
-from tests.ops.feedback_common import (  # noqa: F401
+from tests.ops.feedback_common import (
     LAWS,
     compare,
-    kernels_are_there,
     linear,
     random_feedback,
     randn,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import lgkernels.functional as LF
 from tests.cases import DTYPES, label
-from tests.ops.feedback_common import LAWS, kernels_are_there, random_feedback, randn  # noqa: F401
+from tests.ops.feedback_common import LAWS, random_feedback, randn
 from tests.tolerances import assert_accurate, assert_relative
 
 # -- projections --------------------------------------------------------------------------------------------------
