@@ -27,7 +27,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collect_file(parent, file_path):
-    if file_path.name.startswith("bench_") and file_path.suffix == ".py":
+    mine = file_path.name.startswith("bench_") and file_path.suffix == ".py"
+    if mine and not parent.session.isinitpath(file_path):  # pytest itself collects a file that it is given
         return pytest.Module.from_parent(parent, path=file_path)
 
 
@@ -58,7 +59,7 @@ def measure(case, config):
     """{provider: row or the exception that it raised} of a case; correctness comes before timing."""
     device, sizes = device_of(config), {}
     compiled = not config.getoption("--no-compile")
-    problem = getattr(providers, case.op)(case, device, compiled)
+    problem = providers.builder(case.op)(case, device, compiled)
     rows, timers = {}, {}
     for name in providers.names(case, device, compiled):
         try:

@@ -22,6 +22,11 @@ TITLES = {
     "norm_act_pool": "`norm_act_pool`: one pass over memory",
     "grad_preactivation_": "`grad_preactivation_`: one pass over memory, in place",
     "vgg8_step": "VGG8 training step",
+    "feedback_linear": "Feedback in a linear layer, forward and backward",
+    "feedback_conv2d": "Feedback in a 3x3 convolution, forward and backward",
+    "feedback_product": "The product with the feedback matrix alone",
+    "feedback_step": "Linear layer: forward, backward and SGD with momentum",
+    "dfa_step": "VGG8 training step with direct feedback",
 }
 
 
@@ -45,6 +50,7 @@ def merge(path, environment, ceilings, rows):
 def _shape(row):
     size = [row[k] for k in ("batch", "channels", "out_channels") if row[k]] + [row["size"]] * bool(row["size"])
     notes = [f"P={row['pool']}", f"{row['classes']} classes"] if row["op"] != "vgg8_step" else []
+    notes = [row["rule"]] if row.get("rule") else notes
     notes += [row["modulation"]] * bool(row["modulation"]) + ["max-pool"] * row["max_pool"]
     notes += [row["dtype"]] * (row["dtype"] != "float32") + ["channels_last"] * row["channels_last"]
     return ", ".join(["(" + ", ".join(map(str, size)) + ")", *notes])

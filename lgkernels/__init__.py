@@ -3,7 +3,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("functional", "nn", "random", "training")
+_SUBMODULES = ("functional", "nn", "optim", "random", "training")
 
 
 def __getattr__(name):

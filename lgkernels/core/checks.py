@@ -78,6 +78,8 @@ def class_indices(name, value, num_classes, ignore_index):
         value = value.detach().numpy()  # a few microseconds, where torch's reductions take tens
     if 0 <= int(value.min()) and int(value.max()) < num_classes:
         return
-    wrong = value[((value < 0) | (value >= num_classes)) & (value != ignore_index)]
+    wrong = (value < 0) | (value >= num_classes)
+    wrong = value[wrong if ignore_index is None else wrong & (value != ignore_index)]
     if len(wrong):
-        raise ValueError(f"{name} must hold class indices in [0, {num_classes - 1}] or ignore_index={ignore_index}, got {int(wrong[0])}")
+        ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+        raise ValueError(f"{name} must hold class indices in [0, {num_classes - 1}]{ignored}, got {int(wrong[0])}")
