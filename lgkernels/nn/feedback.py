@@ -56,7 +56,7 @@ class _FeedbackLayer:
         for name, value in settings.items():
             setattr(self, name, value)
         self._settings = tuple(settings)
-        self.register_module("feedback", None)
+        self.feedback = None  # not a registered None, which repr would show
         self.register_buffer("frozen_signs", None, persistent=False)
 
     def _draw(self, law, scale, low=None):

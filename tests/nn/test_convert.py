@@ -410,3 +410,13 @@ def test_timm(torchvision):
         assert len(converted(model)) > 20  # timm's attention calls its qkv and proj layers: they are converted
         F.cross_entropy(model(randn(2, 3, size, size)), torch.tensor([0, 1])).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_convert_and_its_instruments_are_at_the_top():
+    import lgkernels
+    assert lgkernels.convert is lnn.convert and lgkernels.alignment is lnn.alignment
+    assert {"convert", "feedback_state", "load_feedback_state", "weight_ratio"} <= set(dir(lgkernels))
+
+
+def test_repr_shows_no_empty_entry():
+    assert "None" not in repr(nn.Sequential(lnn.SignSymmetricLinear(3, 2), lnn.SignSymmetricConv2d(3, 2, 1)))
