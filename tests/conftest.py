@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo
 
 BACKENDS = ("reference", "cpu", "triton", "cuda-simt")
 REQUIRED = tuple(filter(None, os.environ.get("LGKERNELS_TEST_BACKENDS", "").split(",")))
@@ -113,12 +114,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiler_knows_torch_functions():
-    """The compiler lists torch's functions at its first use: it must see them before `poison` replaces some."""
-    torch.compile(lambda: torch.empty(1), backend="eager")()
-
-
 def _poisoned(allocate):
     @functools.wraps(allocate)
     def wrapper(*args, **kwargs):
@@ -137,6 +132,9 @@ def poison(request, monkeypatch):
     """Memory that lgkernels takes uninitialised holds nan, so an output byte that no kernel writes shows."""
     if request.node.get_closest_marker("unpoisoned"):
         return
+    # The compiler lists torch's functions, once (and anew after a process group was made): not while some are replaced.
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
+    torch._dynamo.trace_rules.get_tensor_method()
     for owner, names in ((torch, ("empty", "empty_like", "empty_strided")),
                          (torch.Tensor, ("new_empty", "new_empty_strided"))):
         for name in names:

@@ -234,7 +234,7 @@ def test_missing_extras(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None if name == "tqdm" else True)
     assert run(tmp_path) == 2
     assert capsys.readouterr().err == ('python -m lgkernels train: error: tqdm not installed; run: '
-                                       'pip install "lgkernels[demo]"\n')
+                                       'pip install "lgkernels[demo]", in a clone: pip install -e ".[demo]"\n')
 
 
 def test_missing_pillow(tmp_path, capsys, monkeypatch):
