@@ -22,7 +22,12 @@ def _families():
     return importlib.import_module("tests.static.aot").families()  # needs triton
 
 
-@pytest.fixture(scope="module", params=sorted(config.SHARED_MEMORY), ids=lambda arch: f"sm_{arch}")
+# one test process an architecture, for those who run several: compiling is the work, and uses both cores itself
+ARCHITECTURES = [pytest.param(arch, id=f"sm_{arch}", marks=pytest.mark.xdist_group(f"sm_{arch}"))
+                 for arch in sorted(config.SHARED_MEMORY)]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def compiled(request, tmp_path_factory):
     """`(arch, results)`: one dict for each distinct specialisation."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LGKERNELS_IMPL")}
