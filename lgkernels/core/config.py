@@ -19,7 +19,7 @@ SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_44
 _TILES = {arch: 2048 for arch in SHARED_MEMORY}
 
 # Matrix products: (three block sizes, warps, stages), largest first. M samples, K basis rows, D latents, N columns.
-_SIMILARITY = ((16, 64, 32, 4, 3), (16, 32, 64, 4, 3), (16, 16, 64, 4, 3))
+_SIMILARITY = ((16, 64, 32, 4, 3), (16, 32, 32, 4, 3), (16, 16, 64, 4, 3))
 _LATENT_GRAD = ((16, 32, 64, 4, 3), (16, 16, 64, 4, 3))
 _PRODUCT = ((16, 64, 32, 4, 3), (16, 16, 16, 4, 3))
 _MODULATION_GRAD = ((32, 64, 64, 4, 3), (32, 32, 32, 4, 3), (32, 16, 16, 4, 3))
@@ -102,13 +102,13 @@ def _similarity(sizes, dtype, arch):
 
 
 def _head(sizes, dtype, arch):
-    """A sample a program, with a tile (basis rows, latents) of at most 4096 products in registers."""
+    """A sample a program, with a tile (basis rows, latents) of at most 2048 products in registers."""
     batch, dim, rows, classes = sizes
     if arch == "interpret":
         batch = min(batch, 64)
         return {"BLOCK_B": batch, "BLOCK_K": rows, "BLOCK_C": classes,
                 "BLOCK_D": max(min(dim, (1 << 18) // (batch * rows)), 32), "num_warps": 1}
-    block_d = max(min(dim, 4096 // rows, 256), 32)
+    block_d = max(min(dim, 2048 // rows, 128), 32)
     return {"BLOCK_B": 1, "BLOCK_K": rows, "BLOCK_C": classes, "BLOCK_D": block_d, "num_warps": 4}
 
 
