@@ -118,8 +118,8 @@ def _direct_forward_fake(z, gamma, beta, running_mean, running_var, momentum, ep
 
 def _direct_backward(z, mean, rstd, gamma, beta, delta, error, state, law, law_scale, low, slope, max_pool, impl):
     kernels = dispatch.backend("direct_backward_", impl, z.device, z.dtype)
-    return kernels.direct_backward_(z, mean, rstd, gamma, beta, delta, error, _random(state, law, law_scale, low), slope,
-                                    max_pool)
+    random = _random(state, law, law_scale, low)
+    return kernels.direct_backward_(z, mean, rstd, gamma, beta, delta, error, random, slope, max_pool)
 
 
 def _direct_backward_fake(z, mean, rstd, gamma, beta, delta, error, state, law, law_scale, low, slope, max_pool, impl):
