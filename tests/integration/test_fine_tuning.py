@@ -6,5 +6,5 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "fine_tune_with_sig
 
 
 def test_accuracy_is_kept():
-    before, after = runpy.run_path(str(EXAMPLE))["main"](pretraining=4, samples=2048)
-    assert before > 65 and after >= before
+    before, after = runpy.run_path(str(EXAMPLE))["main"](pretraining=4, samples=1024)
+    assert before > 55 and after >= before

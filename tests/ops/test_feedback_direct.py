@@ -144,12 +144,18 @@ def _channels_last(conv, norm):
     conv.to(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("change", [_hook, _frozen, _channels_last])
+def _another_backend(conv, norm):
+    pass
+
+
+@pytest.mark.parametrize("change", [_hook, _frozen, _channels_last, _another_backend])
 def test_what_the_kernel_cannot_do_runs_as_written(change, monkeypatch):
+    if change is _another_backend:
+        monkeypatch.setenv("LGKERNELS_IMPL", "reference")
     x, calls = torch.randn(5, 3, 14, 14, generator=torch.Generator().manual_seed(1)), []
     monkeypatch.setattr(fused.direct, "block", lambda *a, own=fused.direct.block: calls.append(a[0]) or own(*a))
     _, mine = steps(blocks(change), "dfa", x, count=1)
-    assert all(a.shape[1] != 3 for a in calls)
+    assert all(a.shape[1] != 3 for a in calls) and len(calls) == (change in (_hook, _frozen))
     monkeypatch.setattr(fused, "split", lambda modules: (modules, None))
     assert_relative("two steps", mine, steps(blocks(change), "dfa", x, count=1)[1], 1e-5)
 

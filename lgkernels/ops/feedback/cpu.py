@@ -100,28 +100,31 @@ def sgd_update_(weight, momentum_buffer, grad, x, lr, momentum, dampening, weigh
 
 
 def _direct(z, gamma, beta, mean, rstd, slope, max_pool):
-    if z.dtype != torch.float32 or not z.is_contiguous():
-        raise TypeError(f"the kernel takes contiguous float32 planes, got {z.dtype} with strides {z.stride()}")
-    return _C.DirectBlock(*z.shape, z.data_ptr(), gamma.data_ptr(), beta.data_ptr(), mean.data_ptr(), rstd.data_ptr(),
-                          slope, max_pool)
+    """`(z as contiguous float32 planes, the block)`."""
+    own, gamma, beta = (t.float().contiguous() for t in (z, gamma, beta))
+    addresses = (t.data_ptr() for t in (own, gamma, beta, mean, rstd))
+    return (own, gamma, beta), _C.DirectBlock(*z.shape, *addresses, slope, max_pool)
 
 
 def direct_forward(z, gamma, beta, running_mean, running_var, momentum, eps, slope, max_pool):
     batch, channels, height, width = z.shape
-    out = torch.empty((batch, channels, height // 2, width // 2) if max_pool else z.shape)
-    mean, rstd = torch.empty(channels), torch.empty(channels)
-    block = _direct(z, gamma, beta, mean, rstd, slope, max_pool)
+    size = (height // 2, width // 2) if max_pool else (height, width)
+    out = torch.empty(batch, channels, *size, dtype=torch.float32)
+    mean, rstd = (torch.empty(channels, dtype=torch.float32) for _ in range(2))
+    _held, block = _direct(z, gamma, beta, mean, rstd, slope, max_pool)
     running = (0, 0) if running_mean is None else (running_mean.data_ptr(), running_var.data_ptr())
     _C.direct_forward(block, *running, momentum, eps, out.data_ptr(), torch.get_num_threads())
-    return out, mean, rstd
+    return out.to(z.dtype), mean, rstd
 
 
 def direct_backward_(z, mean, rstd, gamma, beta, delta, error, random, slope, max_pool):
     grad_gamma, grad_beta = torch.empty_like(mean), torch.empty_like(mean)
-    block = _direct(z, gamma, beta, mean, rstd, slope, max_pool)
-    error = None if error is None else _rows(error)
-    delta = None if delta is None else delta.contiguous()
+    held, block = _direct(z, gamma, beta, mean, rstd, slope, max_pool)
+    error = None if error is None else _rows(error.float())
+    delta = None if delta is None else delta.float().contiguous()
     f = _feedback((0 if error is None else error.shape[1], 0), None, None, random, 1.0, False)
     _C.direct_backward(block, 0 if delta is None else delta.data_ptr(), f, _matrix(error), grad_gamma.data_ptr(),
                        grad_beta.data_ptr(), torch.get_num_threads())
+    if held[0] is not z:
+        z.copy_(held[0])
     return grad_gamma, grad_beta

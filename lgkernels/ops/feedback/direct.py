@@ -4,6 +4,8 @@ What stands for the gradient of its output comes by a `Signal`: the error of the
 the kernel makes delta where it uses it. The pre-activation z is the only activation that is kept; the backward turns
 it into its gradient, in place, and frees it. No other backward can follow.
 """
+import os
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -20,8 +22,9 @@ class Signal:
 
 
 def fused(device, dtype):
-    """Whether a kernel is there (the reference is slower than torch's own layers)."""
-    return dtype == torch.float32 and dispatch.choose("direct_forward", "auto", device, dtype) != "reference"
+    """Whether a kernel is there and wanted (the reference is slower than torch's own layers)."""
+    wanted = os.environ.get("LGKERNELS_IMPL", "auto") in ("auto", "cpu")
+    return wanted and dtype == torch.float32 and dispatch.explain("direct_forward", device, dtype)[0] != "reference"
 
 
 class _Block(torch.autograd.Function):
