@@ -1,9 +1,9 @@
-"""`python -m bench.gpu_check --out DIR`: one command for a machine with a GPU, within nine minutes.
+"""`python -m bench.gpu_check --out DIR`: one command for a machine with a GPU, within nine minutes a run.
 
-Parts: build (the native module with CUDA kernels, in place), test (tests/gpu), bench:lls (ceilings, then every case
-by CUDA-graph replay). Each part saves its outcome to DIR/gpu_check.json as it ends; a second run does what is missing
-or has failed, `--only build,test,bench:lls` does those again. Benches go to DIR/<device>.json, what passed
-tests/gpu to lgkernels/core/verified.json. A table comes last.
+Parts: build (the native module with CUDA kernels, in place), test (tests/gpu but those of the family feedback),
+test:feedback, bench:lls and bench:feedback (ceilings, then every case by CUDA-graph replay). Each part saves its
+outcome to DIR/gpu_check.json as it ends; a second run does what is missing or has failed, `--only build,test,bench:lls`
+does those again. Benches go to DIR/<device>.json, what passed tests/gpu to lgkernels/core/verified.json. A table comes last.
 """
 import argparse
 import json
@@ -21,9 +21,11 @@ from . import report, timing
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 540.0  # seconds in all
-LIMITS = {"build": 150.0, "test": 270.0, "bench:lls": 240.0}
+LIMITS = {"build": 150.0, "test": 270.0, "test:feedback": 270.0, "bench:lls": 240.0, "bench:feedback": 180.0}
 BACKENDS = ("triton", "cuda")
-OPS = ("lls_loss", "lls_block")
+OPS = {"test": ("lls_loss", "lls_block"),
+       "test:feedback": ("feedback_product", "feedback_matrix", "feedback_rows", "feedback_pack_signs",
+                         "feedback_update_")}
 
 
 def run(command, limit, log, **environment):
@@ -52,10 +54,10 @@ def build(out, limit):
     return {"ok": status == 0, "status": status, "tail": tail}
 
 
-def passed_backends(junit):
-    """{op: [backends all of whose tests passed, of which at least one ran]}.
+def passed_backends(junit, ops):
+    """{op of `ops`: [backends all of whose tests passed, of which at least one ran]}.
 
-    The backend is one of a test's parameters, the op stands in its name (else the test speaks for all ops).
+    The backend is one of a test's parameters, the op stands in its name (else the test speaks for all of them).
     """
     outcomes = {}
     for case in ElementTree.parse(junit).iter("testcase"):
@@ -64,30 +66,40 @@ def passed_backends(junit):
         if case.find("skipped") is not None:
             continue
         parameters = case.get("name").partition("[")[2].rstrip("]").split("-")
-        for op in [op for op in OPS if op in name] or OPS:
+        for op in [op for op in ops if op in name] or ops:
             for backend in [backend for backend in BACKENDS if backend in parameters]:
                 outcomes.setdefault((op, backend), []).append(not failed)
-    return {op: [b for b in BACKENDS if outcomes.get((op, b)) and all(outcomes[op, b])] for op in OPS}
+    return {op: [b for b in BACKENDS if outcomes.get((op, b)) and all(outcomes[op, b])] for op in ops}
 
 
-def test(out, limit):
-    junit = out / "tests.xml"
-    junit.unlink(missing_ok=True)
-    status, tail = run([sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider",
-                        f"--junitxml={junit}"], limit, out / "tests.log")
-    passed = passed_backends(junit) if junit.exists() else {}
-    return {"ok": status == 0, "status": status, "tail": tail, "passed": passed}
+def tests(name, selection):
+    """The part that runs tests/gpu with `selection`, arguments of pytest."""
+    def part(out, limit):
+        file = name.replace(":", "_")
+        junit = out / f"{file}.xml"
+        junit.unlink(missing_ok=True)
+        status, tail = run([sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", *selection,
+                            f"--junitxml={junit}"], limit, out / f"{file}.log")
+        passed = passed_backends(junit, OPS[name]) if junit.exists() else {}
+        return {"ok": status == 0, "status": status, "tail": tail, "passed": passed}
+    return part
 
 
-def bench_lls(out, limit):
-    environment = timing.environment(torch.device("cuda"))
-    results = out / f"{report.slug(environment['device'])}.json"
-    status, tail = run([sys.executable, "-m", "pytest", "bench/bench_lls.py", "-q", "--preset", "gpu", "--seconds", "2",
-                        "-p", "no:cacheprovider", "--save", str(results)], limit, out / "bench_lls.log")
-    return {"ok": status == 0, "status": status, "tail": tail, "results": results.name}
+def bench(family):
+    """The part that times bench/bench_<family>.py."""
+    def part(out, limit):
+        environment = timing.environment(torch.device("cuda"))
+        results = out / f"{report.slug(environment['device'])}.json"
+        status, tail = run([sys.executable, "-m", "pytest", f"bench/bench_{family}.py", "-q", "--preset", "gpu",
+                            "--seconds", "2", "-p", "no:cacheprovider", "--save", str(results)], limit,
+                           out / f"bench_{family}.log")
+        return {"ok": status == 0, "status": status, "tail": tail, "results": results.name}
+    return part
 
 
-PARTS = {"build": build, "test": test, "bench:lls": bench_lls}
+PARTS = {"build": build, "test": tests("test", ["-k", "not feedback"]),
+         "test:feedback": tests("test:feedback", ["-k", "feedback"]), "bench:lls": bench("lls"),
+         "bench:feedback": bench("feedback")}
 
 
 def chosen(text):
@@ -98,6 +110,10 @@ def chosen(text):
     return parts
 
 
+def _results(out, state):
+    return out / next((part["results"] for part in state.values() if "results" in part), "none")
+
+
 def table(out, state):
     lines = [f"{state['environment']['device']}, " + ", ".join(
         f"{k} {v}" for k, v in state["environment"].items() if k != "device")]
@@ -105,8 +121,8 @@ def table(out, state):
         part = state.get(name)
         if part:
             how = "ok" if part["ok"] else "ran out of time" if part["status"] is None else f"FAILED ({part['status']})"
-            lines.append(f"{name:10} {how:16} {part['seconds']:6.0f} s  {part['tail'][-1] if part['tail'] else ''}")
-    results = out / state.get("bench:lls", {}).get("results", "none")
+            lines.append(f"{name:14} {how:16} {part['seconds']:6.0f} s  {part['tail'][-1] if part['tail'] else ''}")
+    results = _results(out, state)
     if results.exists():
         data = json.loads(results.read_text())
         lines.append("copy {copy_gb_s:.0f} GB/s, matmul {matmul_tflop_s:.0f} TFLOP/s".format(**data["ceilings"]))
@@ -141,8 +157,8 @@ def main(arguments=None):
         state[name] = PARTS[name](out, min(LIMITS[name], left))
         state[name]["seconds"] = time.monotonic() - began
         report.write_json(path, state)
-    results = out / state.get("bench:lls", {}).get("results", "none")
-    if results.exists() and "test" in state:
+    results = _results(out, state)
+    if results.exists() and any(part in state for part in OPS):
         report.main([str(results), "--no-plots", "--quiet", "--verified", str(path)])
     print(table(out, state))
     return 0 if all(state.get(name, {"ok": False})["ok"] for name in PARTS) else 1

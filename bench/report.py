@@ -173,7 +173,8 @@ def plot(data, path):
 
 def write_verified(check, results):
     """Merge a GPU's outcome of tests/gpu into verified.json; on each architecture the faster backend comes first."""
-    architecture, passed = check["environment"]["capability"], check["test"]["passed"]
+    architecture = check["environment"]["capability"]
+    passed = {op: backends for part in check.values() for op, backends in part.get("passed", {}).items()}
     table = json.loads(VERIFIED.read_text()) if VERIFIED.exists() else {}
     for op, backends in passed.items():
         def milliseconds(backend, op=op):

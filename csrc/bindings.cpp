@@ -194,6 +194,22 @@ void bind_feedback(py::module_& m) {
                              dtype, grad, x, rate, momentum, dampening, decay, grad_scale, nesterov, manhattan};
     raise_for(feedback_kernels().sgd_update(update, threads));
   }, Release());
+  py::class_<lgk::DirectBlock>(m, "DirectBlock")
+      .def(py::init([](int64_t batch, int64_t channels, int64_t height, int64_t width, Address z, Address gamma,
+                       Address beta, Address mean, Address rstd, float slope, bool max_pool) {
+        return lgk::DirectBlock{batch, channels, height, width, at<float>(z), at<float>(gamma), at<float>(beta),
+                                at<float>(mean), at<float>(rstd), slope, max_pool};
+      }));
+  m.def("direct_forward", [](const lgk::DirectBlock& block, Address running_mean, Address running_var, float momentum,
+                             float eps, Address out, int threads) {
+    raise_for(feedback_kernels().direct_forward(block, at<float>(running_mean), at<float>(running_var), momentum, eps,
+                                                at<float>(out), threads));
+  }, Release());
+  m.def("direct_backward", [](const lgk::DirectBlock& block, Address delta, const Feedback& f, const Matrix& error,
+                              Address grad_gamma, Address grad_beta, int threads) {
+    raise_for(feedback_kernels().direct_backward(block, at<float>(delta), f, error, at<float>(grad_gamma),
+                                                 at<float>(grad_beta), threads));
+  }, Release());
 }
 
 }  // namespace

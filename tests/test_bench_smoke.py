@@ -76,7 +76,7 @@ def test_gpu_check_without_a_gpu(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--out", "x", "--only", "build,nonsense"], "unknown part 'nonsense'; expected some of build,test,bench:lls"),
+    (["--out", "x", "--only", "build,nonsense"], "unknown part 'nonsense'; expected some of build,test,"),
     ([], "the following arguments are required: --out"),
 ])
 def test_gpu_check_arguments(arguments, message, capsys):
@@ -86,8 +86,9 @@ def test_gpu_check_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_gpu_check_reads_test_outcomes(tmp_path):
-    from bench.gpu_check import passed_backends
+def test_gpu_check_reads_test_outcomes(tmp_path, monkeypatch):
+    from bench import report
+    from bench.gpu_check import OPS, passed_backends
     path = tmp_path / "tests.xml"
     path.write_text("""<testsuites><testsuite>
         <testcase classname="gpu.test_lls" name="test_lls_loss[triton-a]"/>
@@ -97,4 +98,30 @@ def test_gpu_check_reads_test_outcomes(tmp_path):
         <testcase classname="gpu.test_lls" name="test_lls_block[cuda-a]"><skipped/></testcase>
         <testcase classname="gpu.test_cuda_graph" name="test_lls_block"/>
         </testsuite></testsuites>""")
-    assert passed_backends(path) == {"lls_loss": ["triton", "cuda"], "lls_block": []}
+    passed = passed_backends(path, OPS["test"])
+    assert passed == {"lls_loss": ["triton", "cuda"], "lls_block": []}
+    path.write_text("""<testsuites><testsuite>
+        <testcase classname="gpu.test_feedback_kernels_gpu" name="test_product[cuda-a]"/>
+        <testcase classname="gpu.test_feedback_kernels_gpu" name="test_product[triton-a]"><error/></testcase>
+        </testsuite></testsuites>""")
+    feedback = passed_backends(path, OPS["test:feedback"])
+    assert feedback == {op: ["cuda"] for op in OPS["test:feedback"]}
+
+    monkeypatch.setattr(report, "VERIFIED", tmp_path / "verified.json")
+    check = {"environment": {"capability": "sm_90"}, "build": {}, "test": {"passed": passed},
+             "test:feedback": {"passed": feedback}}
+    row = {"case": "a", "op": "lls_loss", "huge_pages": False}
+    times = {"lgkernels triton": 3.0, "lgkernels cuda": 2.0, "floor": 1.0}
+    report.write_verified(check, {"rows": [{**row, "provider": name, "median_ms": t} for name, t in times.items()]})
+    assert json.loads(report.VERIFIED.read_text()) == {
+        "lls_loss": {"sm_90": ["cuda", "triton"]}, "lls_block": {"sm_90": []},
+        **{op: {"sm_90": ["cuda"]} for op in OPS["test:feedback"]}}
+
+
+def test_gpu_check_knows_every_op_of_its_families_that_has_a_gpu_kernel():
+    import lgkernels.functional  # noqa: F401  registers the ops
+    from bench.gpu_check import OPS
+    from lgkernels.core import dispatch
+    checked = [op for ops in OPS.values() for op in ops]
+    assert sorted(checked) == [op for op in dispatch.registered_ops()
+                               if op.startswith(("lls", "feedback")) and "cuda" in dispatch._ops[op]]

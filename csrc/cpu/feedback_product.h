@@ -10,7 +10,8 @@
 
 namespace lgk::LGK_ISA {
 
-constexpr int64_t kBatch = 128;              // rows of grad for which F is made once
+constexpr int64_t kBatch = 512;              // rows of grad for which F is made once
+constexpr int64_t kSums = 192 * 1024;        // floats of the output that stay in the second-level cache meanwhile
 constexpr int64_t kPacked = 1 << 22;         // floats of grad packed at a time
 constexpr int kBlock = V == 16 ? 8 : 4;      // rows of grad in a register tile
 constexpr int kTile = 2;                     // vectors of columns in it
@@ -19,10 +20,12 @@ static_assert(kGroup % (kTile * V) == 0 && kSegment / kGroup <= 32, "groups are 
 
 inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Panels of columns: whole groups, about as many for every thread, and wide rather than narrow.
-inline int64_t panel_width(int64_t columns, int threads) {
+// Panels of columns: whole groups, about as many for every thread, and wide rather than narrow, as far as the sums of
+// `batch` rows allow.
+inline int64_t panel_width(int64_t columns, int64_t batch, int threads) {
+  const int64_t widest = kSums / smaller(batch < 1 ? 1 : batch, kBatch) / kGroup * kGroup;
   int64_t best = kGroup, cost = INT64_MAX;
-  for (int64_t width = kSegment; width >= kGroup; width -= kGroup) {
+  for (int64_t width = smaller(kSegment, widest); width >= kGroup; width -= kGroup) {
     const int64_t panels = (columns + width - 1) / width, mine = (panels + threads - 1) / threads * width;
     if (mine < cost) best = width, cost = mine;
   }
@@ -178,7 +181,7 @@ inline void multiply_signs(const float* a, const uint32_t* words, int64_t width,
 #endif
 
 inline int product(const Feedback& f, const Matrix& grad, int64_t batch, void* out, int dtype, int threads) {
-  const int64_t width = panel_width(f.columns, threads), panels = (f.columns + width - 1) / width;
+  const int64_t width = panel_width(f.columns, batch, threads), panels = (f.columns + width - 1) / width;
   const int64_t depth = rounded(f.rows, kDepth), work = f.rows * f.columns;
   const int64_t fitting = kPacked / (depth > 0 ? depth : 1) / kBatch * kBatch, round = fitting > 0 ? fitting : kBatch;
   const int64_t rows_held = rounded(smaller(batch, round), kBlock);

@@ -70,6 +70,30 @@ inline void channels_last_stats(const T* z, int64_t count, int64_t channels, int
              mean, rstd);
 }
 
+// Of channel c in planes.
+template <class T>
+inline void channel_stats(const T* z, int64_t batch, int64_t channels, int64_t area, int64_t c, float eps,
+                          const Running& running, float* mean, float* rstd) {
+  const int64_t probe = smaller(32, batch);
+  vf shift = {};
+  for (int64_t b = 0; b < probe; ++b)  // the start of each of the first samples' planes
+    shift += load(z + (b * channels + c) * area, smaller(V - 1, area));
+  Moments m;
+  m.start(splat(sum(shift) / static_cast<float>(probe * smaller(V - 1, area))));
+  for (int64_t b = 0; b < batch; ++b) {
+    const T* plane = z + (b * channels + c) * area;
+    for (int64_t i = 0; i < area; i += V) {
+      const int64_t n = smaller(V, area - i);
+      const vf d = load_some(plane + i, n) - m.shift;
+      m.add(n == V ? d : first(d, n));
+    }
+  }
+  m.flush();
+  double total = 0, square = 0;
+  for (int l = 0; l < V; ++l) total += m.total[l], square += m.total_square[l];
+  finish(total, square, m.shift[0], batch * area, eps, c, running, mean, rstd);
+}
+
 inline int batch_stats(const Activation& a, const float* bias, float* running_mean, float* running_var, float momentum,
                        float eps, float* mean, float* rstd, int threads) {
   return for_dtype(a.dtype, [&](auto type) {
@@ -77,7 +101,7 @@ inline int batch_stats(const Activation& a, const float* bias, float* running_me
     const Running running{bias, running_mean, running_var, momentum};
     const T* z = static_cast<const T*>(a.data);
     const int64_t channels = a.channels, area = a.height * a.width, count = a.batch * area;
-    const int64_t probe = smaller(32, a.batch), share = ((channels + V - 1) / V + threads - 1) / threads;
+    const int64_t share = ((channels + V - 1) / V + threads - 1) / threads;
     const int64_t block = a.channels_last ? smaller(share, kGroups) * V : 1;
     parallel((channels + block - 1) / block, elements(a), threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t g = begin; g < end; ++g) {
@@ -85,23 +109,7 @@ inline int batch_stats(const Activation& a, const float* bias, float* running_me
           channels_last_stats(z, count, channels, g * block, smaller(block, channels - g * block), eps, running, mean,
                               rstd);
         } else {
-          vf shift = {};
-          for (int64_t b = 0; b < probe; ++b)  // the start of each of the first samples' planes
-            shift += load(z + (b * channels + g) * area, smaller(V - 1, area));
-          Moments m;
-          m.start(splat(sum(shift) / static_cast<float>(probe * smaller(V - 1, area))));
-          for (int64_t b = 0; b < a.batch; ++b) {
-            const T* plane = z + (b * channels + g) * area;
-            for (int64_t i = 0; i < area; i += V) {
-              const int64_t n = smaller(V, area - i);
-              const vf d = load_some(plane + i, n) - m.shift;
-              m.add(n == V ? d : first(d, n));
-            }
-          }
-          m.flush();
-          double total = 0, square = 0;
-          for (int l = 0; l < V; ++l) total += m.total[l], square += m.total_square[l];
-          finish(total, square, m.shift[0], count, eps, g, running, mean, rstd);
+          channel_stats(z, a.batch, channels, area, g, eps, running, mean, rstd);
         }
       }
     });

@@ -85,6 +85,13 @@ class DirectFeedback(nn.Module):
         scaled.scale = bound / math.sqrt(3) if self.law in ("normal", "sign") else bound
         return scaled
 
+    def formula(self, shape):
+        """`(state, law, scale, low)` of B for neurons of `shape`; None where B is a tensor or a backend was chosen."""
+        feedback = self._feedback(shape)
+        if isinstance(feedback, torch.Tensor) or self.impl != "auto":
+            return None
+        return feedback.state, feedback.law, feedback.scale, feedback.low
+
     def forward(self, x):
         return x
 

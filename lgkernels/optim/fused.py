@@ -1,9 +1,8 @@
-"""Weight gradient and optimizer step of a large linear layer in one pass over its weight: dW is never stored.
+"""Weight gradient and optimizer step of a large linear layer in one pass over its weight: dW is never formed.
 
-The layer's backward is its own (back-propagation, feedback alignment, sign-symmetry); two nodes stand around it:
-
-    x -> [before] -> layer, weight detached -> [after] -> y
-         backward: dX is there, so the weight may change: update      backward: takes dy
+The layer's backward is its own (back-propagation, feedback alignment, sign-symmetry), with its weight detached; a node
+behind it keeps the two factors of dW = dy^T x where `weight.grad` would lie. `optimizer.step()` finds them there. So
+nothing moves before it, and whoever wants the gradient in between is refused in time.
 """
 import torch
 from torch import nn
@@ -12,13 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ..ops.feedback import op as _op  # noqa: F401  (registers the operators)
 from .manhattan import BatchManhattan
 
-_HELP = ("fuse_update steps in the backward pass, so it needs one backward for each optimizer.step() and plain "
-         "gradients")
+_HELP = "fuse_update needs one backward for each optimizer.step() and plain gradients"
 
 
-class _InTheWeight(torch.Tensor):
-    """Stands in `weight.grad` for the gradient that went into the weight; whoever wants to compute with it learns why
-    not. One element of memory."""
+class _Factors(torch.Tensor):
+    """Lies in `weight.grad` for dy^T x, with the two in `factors`; whoever wants to compute with it learns why not.
+    One element of memory."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -27,61 +25,32 @@ class _InTheWeight(torch.Tensor):
                 return function(*args, **(kwargs or {}))
         raise RuntimeError(
             f"the gradient of a fused layer's weight was asked for ({getattr(function, '__name__', function)}), but "
-            f"it was never stored: {_HELP}. Gradient clipping by global norm, a GradScaler and zero_grad(set_to_none="
+            f"it is never formed: {_HELP}. Gradient clipping by global norm, a GradScaler and zero_grad(set_to_none="
             "False) do not go with it: leave them out, or undo it with .remove()")
 
     def __repr__(self):
-        return "gradient that went into the weight (fuse_update)"
-
-
-class _Before(torch.autograd.Function):
-    """Identity; its backward runs when dX is complete."""
-
-    @staticmethod
-    def forward(ctx, x, call):
-        ctx.call = call
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad_x):
-        ctx.call.update()
-        return grad_x, None
+        return "factors of a gradient (fuse_update)"
 
 
 class _After(torch.autograd.Function):
     """Identity; its backward takes the gradient. `weight` is an input so that there is a backward in any case."""
 
     @staticmethod
-    def forward(ctx, y, x, weight, call):
-        ctx.call = call
+    def forward(ctx, y, x, weight, layer):
+        ctx.layer = layer
         ctx.save_for_backward(x)
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad):
-        call = ctx.call
-        call.layer.refuse_second()
-        call.x, call.grad = *ctx.saved_tensors, grad
-        if not call.waits:
-            call.update()
+        ctx.layer.receive(grad, *ctx.saved_tensors)
         return grad, None, None, None
-
-
-class _Call:
-    """One forward of a fused layer: what its backward needs for the update."""
-
-    def __init__(self, layer, waits):
-        self.layer, self.waits, self.x, self.grad = layer, waits, None, None
-
-    def update(self):
-        x, grad, self.x, self.grad = self.x, self.grad, None, None
-        self.layer.update(x, grad)
 
 
 class _FusedLayer:
     def __init__(self, name, module, group, optimizer):
         self.name, self.module, self.group, self.optimizer = name, module, group, optimizer
-        self.weight, self.stepped = module.weight, False
+        self.weight = module.weight
         self.plain_forward = module.forward
         module.forward = self.forward
 
@@ -93,30 +62,37 @@ class _FusedLayer:
             raise RuntimeError(f"layer {self.name!r}: fuse_update is not for torch.compile; compile the other layers")
         if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
             raise RuntimeError(f"layer {self.name!r} runs inside DistributedDataParallel, which exchanges gradients "
-                               f"that fuse_update never stores: {_HELP}. Exclude it, or undo it with .remove()")
+                               f"that fuse_update never forms: {_HELP}. Exclude it, or undo it with .remove()")
         if module.weight is not self.weight:
             raise RuntimeError(f"layer {self.name!r}: its weight is not the parameter that fuse_update found (FSDP, or "
                                "a module moved after it): shard or move first, and leave FSDP's layers out")
-        call = _Call(self, waits=x.requires_grad)
-        inner = _Before.apply(x, call) if call.waits else x
         # The weight enters detached: the layer's backward then makes dX and db, and no dW.
         module._parameters["weight"] = self.weight.detach()
         try:
-            y = self.plain_forward(inner)
+            y = self.plain_forward(x)
         finally:
             module._parameters["weight"] = self.weight
         x = x.detach()
-        return _After.apply(y, x if x.dtype == y.dtype else x.to(y.dtype), self.weight, call)
+        return _After.apply(y, x if x.dtype == y.dtype else x.to(y.dtype), self.weight, self)
 
-    def refuse_second(self):
-        if self.stepped:
+    @torch.no_grad()
+    def receive(self, grad, x):
+        weight = self.weight
+        if weight.grad is not None:
             raise RuntimeError(
                 f"layer {self.name!r} got a second gradient before optimizer.step(), gradient accumulation or a layer "
                 f"used twice in one forward: {_HELP}. Exclude the layer, or undo it with .remove()")
+        factors = weight.new_zeros(()).expand_as(weight).as_subclass(_Factors)
+        factors.factors = [(t, t._version) for t in (grad, x)]
+        weight.grad = factors
 
     @torch.no_grad()
-    def update(self, x, grad):
+    def update(self):
+        """The step, where a backward has left its factors."""
         weight, group, state = self.weight, self.group, self.optimizer.state[self.weight]
+        if not isinstance(weight.grad, _Factors):
+            return  # none since zero_grad; or a gradient of the caller's own, for the optimizer to step
+        grad, x = (t.reshape(-1, t.shape[-1]) for t, _ in weight.grad.factors)
         momentum, dampening = group["momentum"], group.get("dampening", 0.0)
         buffer = None
         if momentum:
@@ -125,14 +101,18 @@ class _FusedLayer:
                 buffer = state["momentum_buffer"] = torch.zeros_like(weight)
                 dampening = 0.0
         torch.ops.lgkernels.feedback_update_(
-            weight, buffer, grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), float(group["lr"]), momentum,
-            dampening, group["weight_decay"], group.get("nesterov", False),
-            isinstance(self.optimizer, BatchManhattan), -1.0 if group.get("maximize") else 1.0, "auto")
-        self.stepped = True
-        weight.grad = weight.new_zeros(()).expand_as(weight).as_subclass(_InTheWeight)
+            weight, buffer, grad, x, float(group["lr"]), momentum, dampening, group["weight_decay"],
+            group.get("nesterov", False), isinstance(self.optimizer, BatchManhattan),
+            -1.0 if group.get("maximize") else 1.0, "auto")
+        weight.grad = None
 
-    def drop_stand_in(self):
-        if isinstance(self.weight.grad, _InTheWeight):
+    def refuse_overwritten(self):
+        if isinstance(self.weight.grad, _Factors) and any(t._version != was for t, was in self.weight.grad.factors):
+            raise RuntimeError(f"the input of layer {self.name!r}, or the gradient of its output, was written to "
+                               "between the backward and optimizer.step(), which reads them: step first")
+
+    def drop_factors(self):
+        if isinstance(self.weight.grad, _Factors):
             self.weight.grad = None
 
 
@@ -142,39 +122,38 @@ class FusedUpdate:
     def __init__(self, fused, optimizer):
         self._fused = fused
         self.layers = [layer.name for layer in fused]
-        self._hooks = [optimizer.register_step_pre_hook(self._before_step),
-                       optimizer.register_step_post_hook(self._after_step)]
+        self._hook = optimizer.register_step_pre_hook(self._step)
 
-    def _before_step(self, *_):
+    def _step(self, optimizer, arguments, keywords):
+        if any(argument is not None for argument in (*arguments[1:], *keywords.values())):
+            raise RuntimeError("optimizer.step() must have no closure with fuse_update, whose steps come before it: "
+                               "call it after the backward, or undo it with .remove()")
         for layer in self._fused:
-            layer.drop_stand_in()
-
-    def _after_step(self, *_):
+            layer.refuse_overwritten()
         for layer in self._fused:
-            layer.stepped = False
+            layer.update()
 
     def remove(self):
-        """Back to plain layers and a plain optimizer; momentum goes on."""
-        for hook in self._hooks:
-            hook.remove()
+        """Back to plain layers and a plain optimizer; momentum goes on, a gradient not yet stepped is dropped."""
+        self._hook.remove()
         for layer in self._fused:
-            layer.drop_stand_in()
+            layer.drop_factors()
             del layer.module.forward
-        self._fused, self._hooks, self.layers = [], [], []
+        self._fused, self.layers = [], []
 
     def __repr__(self):
         return f"FusedUpdate({', '.join(self.layers)})"
 
 
 def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()):
-    r"""Weight gradient and step of large linear layers in one pass, in the backward: dW is never stored.
+    r"""Weight gradient and step of large linear layers in one pass, in ``optimizer.step()``: dW is never formed.
 
     .. math:: v \leftarrow \mu v + (1 - d)\,(dy^T x + \lambda W), \qquad W \leftarrow W - \eta v
 
-    exactly as ``torch.optim.SGD`` (momentum, dampening, Nesterov, weight decay, maximize) or `BatchManhattan`, after
-    the layer's dX is computed. All other parameters, biases included, are stepped by ``optimizer.step()``, which must
-    follow every backward as ever. Momentum lies in the optimizer's state under its usual key: its ``state_dict`` is
-    that of the plain optimizer.
+    exactly as ``torch.optim.SGD`` (momentum, dampening, Nesterov, weight decay, maximize) or `BatchManhattan`. All
+    other parameters, biases included, are stepped by the optimizer as ever. Until the step the layer's input x and the
+    gradient dy of its output are kept in place of dW: M (N + K) elements for N K. Momentum lies in the optimizer's
+    state under its usual key: its ``state_dict`` is that of the plain optimizer.
 
     Args:
         model (nn.Module): holds the layers. nn.Linear and its subclasses of this package are fused.
@@ -186,9 +165,9 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
     Returns:
         FusedUpdate: with ``layers``, the fused names, and ``remove()``.
 
-    Raises: TypeError, ValueError naming the argument; RuntimeError, when it happens, for a second backward before
-    ``optimizer.step()`` (gradient accumulation), a layer used twice in one forward, clipping by global norm, a
-    GradScaler, DistributedDataParallel, FSDP, torch.compile.
+    Raises: TypeError, ValueError naming the argument; RuntimeError, before any weight has moved, for a second backward
+    before ``optimizer.step()`` (gradient accumulation), a layer used twice in one forward, clipping by global norm, a
+    GradScaler, DistributedDataParallel, FSDP, torch.compile, a closure.
 
     Example:
         >>> import torch

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..core import checks
 from ..nn.direct import DirectFeedback
+from . import fused
 from .trainer import Trainer, trainable
 
 RULES = ("dfa", "sdfa", "drtp", "shallow")
@@ -28,13 +29,16 @@ class _Segment:
 
     def __init__(self, modules, place):
         self.modules, self.place = modules, place
+        self.signal = None  # of the kernel that ran the end of the block in this forward
         self.parameters = [p for m in modules for p in trainable(m)]
 
     def __call__(self, x):
         x = x.detach()  # so a transform at the front (a pool) has no backward, and the first layer no dgrad
+        modules, end = fused.split(self.modules) if self.parameters and self.place is not None else (self.modules, None)
         with contextlib.nullcontext() if self.parameters else torch.no_grad():
-            for module in self.modules:
+            for module in modules:
                 x = module(x)
+            x, self.signal = fused.run(x, *end) if end else (x, None)
         return x
 
 
@@ -53,6 +57,8 @@ class DirectTrainer(Trainer):
     Inside a block all is ordinary back-propagation; the output block has the true gradient of the loss. Between
     blocks nothing flows: no gradient to a block's input is computed. No feedback matrix is stored. With DRTP one
     block's activations live at a time; with the others all do until the error is known, then one block's gradients.
+    On a CPU, in float32, a block's end of Conv2d, BatchNorm2d, ReLU or LeakyReLU, and MaxPool2d(2) or none runs in a
+    kernel that keeps the convolution's output alone and turns it into its gradient in place (no hooks on them).
 
     Args:
         blocks (iterable of nn.Module, or an nn.Sequential): plain modules, applied in order as ``module(x)``. A block
@@ -160,10 +166,24 @@ class DirectTrainer(Trainer):
         """Gradients of segment `i` from its output's stand-in gradient, and its update."""
         segment = self.segments[i]
         with torch.autocast(output.device.type, enabled=False):
-            output.backward(self._delta(segment.place, output, signal), inputs=segment.parameters)
+            gradient = self._announce(segment, output, signal)
+            if gradient is None:
+                gradient = self._delta(segment.place, output, signal)
+            output.backward(gradient, inputs=segment.parameters)
+        segment.signal = None
         del output
         if last:
             self._update(self.optimizers[i], segment.parameters)
+
+    def _announce(self, segment, output, signal):
+        """Where a kernel makes delta of the error itself: hands it that, and returns a gradient that nobody reads."""
+        if segment.signal is None or self.rule not in ("dfa", "sdfa") or signal.dim() != 2:
+            return None
+        formula = segment.place.formula(output.shape[1:])
+        if formula is None:
+            return None
+        segment.signal.error, segment.signal.random = signal.to(output.dtype), formula
+        return output.new_zeros(()).expand(output.shape)
 
     def _delta(self, place, output, signal):
         if self.rule == "shallow":

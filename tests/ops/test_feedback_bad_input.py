@@ -167,6 +167,6 @@ def test_modules_check_their_input():
 
 
 def test_kernels_refuse_float64():
-    with pytest.raises(ValueError, match="impl='triton' can't run feedback_product on cpu torch.float64: float64 is for "
-                                         "the reference only"):
+    with pytest.raises(ValueError, match="impl='triton' can't run feedback_product on cpu torch.float64: float64 is "
+                                         "for the reference only"):
         LF.feedback_linear(X.double(), W.double(), feedback=RANDOM, impl="triton")

@@ -63,9 +63,7 @@ def call(module, name, *arguments):
 
 def assert_same_matrix(module, name, got, expected, law):
     """Bit-equal; a normal law within 4 units in the last place, and one of the output's dtype beside."""
-    truncates = (module.__name__.endswith("triton_kernels") and lls_problems.DEVICE == "cpu"
-                 and got.dtype == torch.bfloat16)  # as Triton's interpreter does
-    if law != "normal" and not truncates:
+    if law != "normal":
         assert_bit_equal(name, got, expected)
         return
     assert got.shape == expected.shape and got.dtype == expected.dtype
@@ -157,7 +155,8 @@ def test_special_weights(module):
 
 BASE = dict(M=5, N=17, K=40)
 PRODUCTS = list(sweep(BASE, M=SIZES, N=SIZES, K=SIZES)) + [dict(M=8, N=64, K=128), dict(M=129, N=65, K=257),
-                                                         dict(M=8, N=70, K=1100), dict(M=130, N=7, K=3)]
+                                                         dict(M=8, N=70, K=1100), dict(M=130, N=7, K=3),
+                                                         dict(M=521, N=40, K=400)]
 
 
 @pytest.mark.parametrize("case", PRODUCTS, ids=label)
@@ -176,8 +175,8 @@ def test_product_of_every_rule(module, value, signs):
 def test_product_of_more_gradients_than_are_packed_at_a_time(module):
     if not module.__name__.endswith("cpu"):
         pytest.skip("the CPU kernel packs grad")
-    case = dict(M=130, N=40000, K=3)
-    check_product(module, case, randn(130, 40000, seed=1), formula(case, "one", "packed"))
+    case = dict(M=514, N=9000, K=3)
+    check_product(module, case, randn(514, 9000, seed=1), formula(case, "one", "packed"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -94,6 +94,8 @@ def test_input_gradient_uses_the_weight_before_the_update():
     gradient = torch.randn_like(y)
     y.backward(gradient)
     torch.testing.assert_close(x.grad, gradient @ old)
+    assert torch.equal(model.weight.detach(), old)
+    optimizer.step()
     torch.testing.assert_close(model.weight.detach(), old - 10 * gradient.t() @ x.detach())
 
 
@@ -156,9 +158,13 @@ def test_large_layers_are_found():
 
 @pytest.fixture
 def fused():
+    """(model, optimizer, handle); at the end no weight has moved."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return model, optimizer, fuse_update(model, optimizer, include=["2"])
+    before = copy.deepcopy(model.state_dict())
+    yield model, optimizer, fuse_update(model, optimizer, include=["2"])
+    now = {name: getattr(t, "full_tensor", lambda t=t: t)() for name, t in model.state_dict().items()}
+    assert_same_weights(_with(now), _with(before), rtol=0, atol=0)
 
 
 def loss_of(model, i=0):
@@ -172,20 +178,30 @@ def test_gradient_accumulation(fused):
         loss_of(model).backward()
 
 
-def test_gradient_accumulation_hidden_by_zero_grad(fused):
-    model, optimizer, _ = fused
-    loss_of(model).backward()
-    optimizer.zero_grad()
-    with pytest.raises(RuntimeError, match="second gradient"):
+def test_zero_grad_drops_the_gradient():
+    plain, mine = network(), network()
+    optimizers = [OPTIMIZERS["momentum"](m.parameters()) for m in (plain, mine)]
+    fuse_update(mine, optimizers[1], include=["0", "2"])
+    for model, optimizer in zip((plain, mine), optimizers):
         loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_of(model, 1).backward()  # say it was not finite
+        optimizer.zero_grad()
+        optimizer.step()
+        loss_of(model, 2).backward()
+        optimizer.step()
+    assert_same_weights(plain, mine, rtol=1e-5, atol=1e-6)
 
 
 def test_layer_used_twice():
     layer = nn.Linear(6, 6)
+    before = layer.weight.detach().clone()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     fuse_update(layer, optimizer, min_weights=1)
     with pytest.raises(RuntimeError, match="used twice in one forward"):
         layer(layer(batch(0))).sum().backward()
+    assert torch.equal(layer.weight.detach(), before)
 
 
 @pytest.mark.parametrize("clip", [lambda p: nn.utils.clip_grad_norm_(p, 1.0),
@@ -194,23 +210,52 @@ def test_layer_used_twice():
 def test_clipping(fused, clip):
     model, _, _ = fused
     loss_of(model).backward()
-    with pytest.raises(RuntimeError, match="never stored.*clipping by global norm"):
+    with pytest.raises(RuntimeError, match="never formed.*clipping by global norm"):
         clip(model.parameters())
 
 
-def test_grad_scaler(fused):
-    model, optimizer, _ = fused
+@pytest.mark.parametrize("options", [dict(), dict(foreach=False), dict(fused=True)])
+def test_grad_scaler(options):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **options)
+    fuse_update(model, optimizer, include=["2"])
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(loss_of(model)).backward()
-    with pytest.raises(RuntimeError, match="never stored.*GradScaler"):
+    with pytest.raises(RuntimeError, match="never formed.*GradScaler"):
         scaler.step(optimizer)
+    assert_same_weights(model, _with(before), rtol=0, atol=0)
 
 
 def test_zero_grad_not_to_none(fused):
     model, optimizer, _ = fused
     loss_of(model).backward()
-    with pytest.raises(RuntimeError, match="never stored"):
+    with pytest.raises(RuntimeError, match="never formed"):
         optimizer.zero_grad(set_to_none=False)
+
+
+def test_closure(fused):
+    model, optimizer, _ = fused
+
+    def closure():
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+    with pytest.raises(RuntimeError, match=r"optimizer.step\(\) must have no closure"):
+        optimizer.step(closure)
+
+
+def test_factors_that_were_written_to():
+    layer = nn.Linear(6, 4)
+    before = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    fuse_update(layer, optimizer, min_weights=1)
+    x = batch(0)
+    layer(x).sum().backward()
+    x.zero_()
+    with pytest.raises(RuntimeError, match="input of layer '', .* was written to"):
+        optimizer.step()
+    assert torch.equal(layer.weight.detach(), before)
 
 
 @pytest.fixture
@@ -287,4 +332,3 @@ def test_fused_twice(fused):
     handle.remove()
     fuse_update(model, optimizer, include=["2"])
     loss_of(model).backward()
-    optimizer.step()

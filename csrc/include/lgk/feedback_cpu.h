@@ -39,12 +39,28 @@ struct Update {
   bool nesterov, manhattan;
 };
 
+// Batch norm in training, leaky ReLU, and a 2x2 max-pool or none, of a convolution's output in planes, float32.
+struct DirectBlock {
+  int64_t batch, channels, height, width;
+  float* z;  // (batch, channels, height, width)
+  const float *gamma, *beta;
+  float *mean, *rstd;  // (channels) of the batch
+  float slope;
+  bool max_pool;
+};
+
 struct FeedbackKernels {
   int (*matrix)(const Feedback&, void* out, int dtype, int threads);
   int (*product)(const Feedback&, const Matrix& grad, int64_t batch, void* out, int dtype, int threads);
   int (*rows)(const Feedback&, const int64_t* index, int64_t count, void* out, int dtype, int threads);
   int (*pack_signs)(const Matrix& weight, int64_t rows, int64_t columns, uint32_t* out, int threads);
   int (*sgd_update)(const Update&, int threads);
+  int (*direct_forward)(const DirectBlock&, float* running_mean, float* running_var, float momentum, float eps,
+                        float* out, int threads);
+  // z becomes its gradient. The gradient of the block's output is `delta`, or where that is null error (batch, rows of
+  // the feedback) @ F, never stored as a whole.
+  int (*direct_backward)(const DirectBlock&, const float* delta, const Feedback&, const Matrix& error,
+                         float* grad_gamma, float* grad_beta, int threads);
 };
 
 namespace base { extern const FeedbackKernels feedback; }

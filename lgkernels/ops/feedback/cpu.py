@@ -97,3 +97,34 @@ def sgd_update_(weight, momentum_buffer, grad, x, lr, momentum, dampening, weigh
     for mine, used in zip(own, (w, v)):
         if used is not mine:
             mine.copy_(used)
+
+
+def _direct(z, gamma, beta, mean, rstd, slope, max_pool):
+    """`(z as contiguous float32 planes, the block)`."""
+    own, gamma, beta = (t.float().contiguous() for t in (z, gamma, beta))
+    addresses = (t.data_ptr() for t in (own, gamma, beta, mean, rstd))
+    return (own, gamma, beta), _C.DirectBlock(*z.shape, *addresses, slope, max_pool)
+
+
+def direct_forward(z, gamma, beta, running_mean, running_var, momentum, eps, slope, max_pool):
+    batch, channels, height, width = z.shape
+    size = (height // 2, width // 2) if max_pool else (height, width)
+    out = torch.empty(batch, channels, *size, dtype=torch.float32)
+    mean, rstd = (torch.empty(channels, dtype=torch.float32) for _ in range(2))
+    _held, block = _direct(z, gamma, beta, mean, rstd, slope, max_pool)
+    running = (0, 0) if running_mean is None else (running_mean.data_ptr(), running_var.data_ptr())
+    _C.direct_forward(block, *running, momentum, eps, out.data_ptr(), torch.get_num_threads())
+    return out.to(z.dtype), mean, rstd
+
+
+def direct_backward_(z, mean, rstd, gamma, beta, delta, error, random, slope, max_pool):
+    grad_gamma, grad_beta = torch.empty_like(mean), torch.empty_like(mean)
+    held, block = _direct(z, gamma, beta, mean, rstd, slope, max_pool)
+    error = None if error is None else _rows(error.float())
+    delta = None if delta is None else delta.float().contiguous()
+    f = _feedback((0 if error is None else error.shape[1], 0), None, None, random, 1.0, False)
+    _C.direct_backward(block, 0 if delta is None else delta.data_ptr(), f, _matrix(error), grad_gamma.data_ptr(),
+                       grad_beta.data_ptr(), torch.get_num_threads())
+    if held[0] is not z:
+        z.copy_(held[0])
+    return grad_gamma, grad_beta

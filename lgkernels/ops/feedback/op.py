@@ -15,6 +15,9 @@ for _name in ("feedback_product", "feedback_matrix", "feedback_rows", "feedback_
     dispatch.register(_name, **{name: f"lgkernels.ops.feedback.{module}" for name, module in (
         ("reference", "reference"), ("cpu", "cpu"), ("triton", "triton_kernels"), ("cuda", "cuda"))})
 
+for _name in ("direct_forward", "direct_backward_"):
+    dispatch.register(_name, **{name: f"lgkernels.ops.feedback.{name}" for name in ("reference", "cpu")})
+
 
 def without_autocast(device):
     """Inside an op the dtypes are settled: an ambient autocast must not touch them."""
@@ -40,6 +43,12 @@ LIBRARY.define("feedback_pack_signs(Tensor weight, str impl) -> Tensor")
 LIBRARY.define("feedback_update_(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor grad, Tensor x, float lr, "
                "float momentum, float dampening, float weight_decay, bool nesterov, bool manhattan, "
                "float grad_scale, str impl) -> ()")
+
+LIBRARY.define("direct_forward(Tensor z, Tensor gamma, Tensor beta, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+               "float momentum, float eps, float slope, bool max_pool, str impl) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define("direct_backward_(Tensor(a!) z, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, Tensor? delta, "
+               "Tensor? error, Tensor? state, str law, float law_scale, float? low, float slope, bool max_pool, "
+               "str impl) -> (Tensor, Tensor)")
 
 
 def _product(grad, columns, weight, magnitude, state, law, law_scale, low, scale, sign_plus, impl):
@@ -97,9 +106,31 @@ def _update_fake(weight, momentum_buffer, grad, x, lr, momentum, dampening, weig
     return None
 
 
+def _direct_forward(z, gamma, beta, running_mean, running_var, momentum, eps, slope, max_pool, impl):
+    kernels = dispatch.backend("direct_forward", impl, z.device, z.dtype)
+    return kernels.direct_forward(z, gamma, beta, running_mean, running_var, momentum, eps, slope, max_pool)
+
+
+def _direct_forward_fake(z, gamma, beta, running_mean, running_var, momentum, eps, slope, max_pool, impl):
+    height, width = (z.shape[2] // 2, z.shape[3] // 2) if max_pool else z.shape[2:]
+    return z.new_empty((*z.shape[:2], height, width)), torch.empty_like(gamma), torch.empty_like(gamma)
+
+
+def _direct_backward(z, mean, rstd, gamma, beta, delta, error, state, law, law_scale, low, slope, max_pool, impl):
+    kernels = dispatch.backend("direct_backward_", impl, z.device, z.dtype)
+    random = _random(state, law, law_scale, low)
+    return kernels.direct_backward_(z, mean, rstd, gamma, beta, delta, error, random, slope, max_pool)
+
+
+def _direct_backward_fake(z, mean, rstd, gamma, beta, delta, error, state, law, law_scale, low, slope, max_pool, impl):
+    return torch.empty_like(gamma), torch.empty_like(gamma)
+
+
 for _name, _implementation, _fake in (
         ("feedback_product", _product, _product_fake), ("feedback_matrix", _matrix, _matrix_fake),
         ("feedback_rows", _rows, _rows_fake), ("feedback_pack_signs", _pack_signs, _pack_signs_fake),
-        ("feedback_update_", _update, _update_fake)):
+        ("feedback_update_", _update, _update_fake),
+        ("direct_forward", _direct_forward, _direct_forward_fake),
+        ("direct_backward_", _direct_backward, _direct_backward_fake)):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lgkernels::{_name}", _fake, lib=LIBRARY)
