@@ -134,3 +134,10 @@ def lls_loss(activation, target, modulation=None, *, num_classes, pool_size, wav
     return _lls.lls_loss(activation, target, modulation, basis, waveform, num_classes, pool_size, float(temperature),
                          float(label_smoothing), normalize, float(eps), zero_gradient_below_eps, float(basis_scale),
                          loss, ignore_index, reduction, impl)
+
+
+# The other families, each in a module of its own.
+from . import _functional_local  # noqa: E402
+from ._functional_local import *  # noqa: E402,F403
+
+__all__ += _functional_local.__all__

@@ -70,14 +70,17 @@ def between(name, value, low, high):
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
 
 
-def class_indices(name, value, num_classes, ignore_index):
-    """Range check of class indices; reads the tensor, so callers run it on CPU tensors (or under LGKERNELS_CHECK=1)."""
+def class_indices(name, value, num_classes, ignore_index=None):
+    """Range check of class indices (`ignore_index` allowed, where there is one); reads the tensor, so callers run it on CPU tensors (or under LGKERNELS_CHECK=1)."""
     if value.numel() == 0:
         return
     if value.device.type == "cpu":
         value = value.detach().numpy()  # a few microseconds, where torch's reductions take tens
     if 0 <= int(value.min()) and int(value.max()) < num_classes:
         return
-    wrong = value[((value < 0) | (value >= num_classes)) & (value != ignore_index)]
+    wrong = value[(value < 0) | (value >= num_classes)]
+    if ignore_index is not None:
+        wrong = wrong[wrong != ignore_index]
     if len(wrong):
-        raise ValueError(f"{name} must hold class indices in [0, {num_classes - 1}] or ignore_index={ignore_index}, got {int(wrong[0])}")
+        ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+        raise ValueError(f"{name} must hold class indices in [0, {num_classes - 1}]{ignored}, got {int(wrong[0])}")
