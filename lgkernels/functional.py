@@ -137,7 +137,8 @@ def lls_loss(activation, target, modulation=None, *, num_classes, pool_size, wav
 
 
 # The other families, each in a module of its own.
-from . import _functional_local  # noqa: E402
+from . import _functional_adapter, _functional_local  # noqa: E402
+from ._functional_adapter import *  # noqa: E402,F403
 from ._functional_local import *  # noqa: E402,F403
 
-__all__ += _functional_local.__all__
+__all__ += _functional_adapter.__all__ + _functional_local.__all__
