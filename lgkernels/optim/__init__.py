@@ -1,0 +1,4 @@
+"""Optimizers."""
+from .offset import OffsetOptimizer, OffsetSGD, refresh_due
+
+__all__ = ["OffsetOptimizer", "OffsetSGD", "refresh_due"]

@@ -42,13 +42,13 @@ class Definition:
 
     @classmethod
     def lokr_linear(cls, x, weight, bias=None, *, w1, w2, scale):
-        return F.linear(x, weight + scale * torch.kron(cls.matrix(w1), cls.matrix(w2)), bias)
+        return F.linear(x, weight + scale * torch.kron(cls.matrix(w1).contiguous(), cls.matrix(w2).contiguous()), bias)
 
     @classmethod
     def lokr_conv2d(cls, x, weight, bias=None, *sizes, w1, w2, scale):
         w1 = cls.matrix(w1)
         w2 = cls.matrix(w2).reshape(weight.shape[0] // len(w1), -1, *weight.shape[2:])
-        return F.conv2d(x, weight + scale * torch.kron(w1[:, :, None, None], w2), bias, *sizes)
+        return F.conv2d(x, weight + scale * torch.kron(w1.contiguous()[:, :, None, None], w2.contiguous()), bias, *sizes)
 
 
 # id -> (f(module, *tensors), shapes)

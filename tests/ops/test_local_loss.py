@@ -175,15 +175,16 @@ def test_map_gradient_is_one_value_per_channel():
 
 
 class _Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
+    """Elements of the largest tensor that any operation returns, views left out."""
     def __init__(self):
         super().__init__()
         self.elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
         for t in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(t, torch.Tensor):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in inputs:
                 self.elements = max(self.elements, t.numel())
         return result
 
