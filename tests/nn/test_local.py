@@ -1,0 +1,106 @@
+"""Blocks with local losses: the protocol of the block-wise trainer, and the modules' own choices."""
+import pytest
+import torch
+from torch import nn
+
+import lgkernels.functional as LF
+import lgkernels.nn as lnn
+from lgkernels.training import BlockwiseTrainer
+from tests.ops.lls_problems import randn, targets
+
+
+def conv():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+
+
+BLOCKS = {
+    "classifier": lambda: lnn.LocalClassifier(conv(), 8, 5),
+    "predsim": lambda: lnn.PredSimHead(conv(), (8, 5, 5), 5),
+    "predsim-identity": lambda: lnn.PredSimHead(conv(), (8, 5, 5), 5, sim_head="identity", decoder_dim=40),
+    "nt_xent": lambda: lnn.ContrastiveHead(conv(), 8, hidden=6, dim=4),
+    "supcon": lambda: lnn.ContrastiveHead(conv(), 8, dim=4, loss="supcon"),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_protocol(name):
+    block, x, y = BLOCKS[name](), randn(6, 3, 7, 7), targets(6, 5)
+    leaf = x.clone().requires_grad_()
+    out, loss = block(leaf, y)
+    assert not out.requires_grad and out.shape == (6, 8, 5, 5) and loss.shape == ()
+    loss.backward()
+    assert leaf.grad is None and all(p.grad is not None for p in block.parameters())
+    plain = block(leaf)
+    assert plain.requires_grad and torch.equal(plain.detach(), out)
+    block.eval()
+    assert isinstance(block(x, y), torch.Tensor)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_trainer_takes_it(name):
+    torch.manual_seed(0)
+    blocks = [BLOCKS[name](), nn.Flatten(), lnn.ClassifierBlock(nn.Linear(200, 5))]
+    trainer = BlockwiseTrainer(blocks, lambda parameters: torch.optim.Adam(parameters, 0.01))
+    x, y = randn(10, 3, 7, 7), torch.arange(10) % 5
+    first = trainer.step(x, y)
+    for _ in range(20):
+        losses = trainer.step(x, y)
+    assert losses.shape == (2,) and (losses < first).all()
+
+
+def test_forward_forward_layers_learn_to_tell_apart():
+    torch.manual_seed(0)
+    x, y = randn(40, 20).sigmoid(), torch.arange(40) % 4
+    layers = [lnn.ForwardForwardLayer(nn.Sequential(nn.Linear(n, 32), nn.ReLU()), normalize=how)
+              for n, how in ((20, "l2"), (32, "rms"))]
+    optimizers = [torch.optim.Adam(layer.parameters(), 0.03) for layer in layers]
+    positive = torch.arange(80) < 40
+    for _ in range(60):
+        h = torch.cat([LF.overlay_label(x, y, num_classes=4), LF.overlay_label(x, (y + 1) % 4, num_classes=4)])
+        for layer, optimizer in zip(layers, optimizers):
+            optimizer.zero_grad()
+            h, loss = layer(h, positive)
+            assert not h.requires_grad
+            loss.backward()
+            optimizer.step()
+    for layer in layers:
+        layer.eval()
+    goodness = []
+    for label in range(4):
+        h, total = LF.overlay_label(x, torch.full((40,), label), num_classes=4), 0
+        for layer in layers:
+            total = total + layer.goodness_of(h)
+            h = layer(h)
+        goodness.append(total)
+    # wrong labels other than the next one were never shown
+    assert (torch.stack(goodness)[y, torch.arange(40)] > torch.stack(goodness)[(y + 1) % 4, torch.arange(40)]).all()
+
+
+def test_normalisations_of_forward_forward():
+    x = randn(3, 16)
+    l2, rms, none = (lnn.ForwardForwardLayer(nn.Identity(), normalize=n).normalized(x) for n in ("l2", "rms", "none"))
+    assert torch.allclose(l2, x / (x.norm(dim=1, keepdim=True) + 1e-4))
+    assert torch.allclose(rms, x / (x.square().mean(1, keepdim=True).sqrt() + 1e-8))
+    assert none is x
+
+
+@pytest.mark.parametrize("shape, dim, pool, padding", [
+    ((8, 32, 32), 4096, [2, 1], [0, 0]), ((128, 32, 32), 4096, [8, 4], [0, 0]), ((8, 7, 7), 150, [2, 2], [1, 1]),
+    ((8, 7, 7), 4096, [1, 1], [0, 0]), ((9000, 2, 2), 4096, [2, 2], [0, 0])])
+def test_decoder_pool_of_predsim(shape, dim, pool, padding):
+    block = lnn.PredSimHead(nn.Identity(), shape, 5, decoder_dim=dim, sim_head="identity")
+    assert block.pool == pool and list(block.padding) == padding
+    assert not block.decoder.weight.any()
+    out, loss = block(randn(2, *shape), targets(2, 5))
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("bad, message", [
+    (lambda: lnn.ForwardForwardLayer(nn.Identity(), normalize="max"), "normalize must be one of 'l2', 'rms', 'none', got 'max'"),
+    (lambda: lnn.PredSimHead(nn.Identity(), (8,), 5, sim_head="conv"), "sim_head must be one of 'layer', 'identity', got 'conv'"),
+    (lambda: lnn.ContrastiveHead(nn.Identity(), 8, loss="triplet"), "loss must be one of 'nt_xent', 'supcon', got 'triplet'"),
+])
+def test_bad_input(bad, message):
+    with pytest.raises(ValueError) as caught:
+        bad()
+    assert str(caught.value) == message
