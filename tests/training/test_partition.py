@@ -46,7 +46,7 @@ def close(got, expected):
 @pytest.mark.parametrize("cuts, expected", [
     ([4, 8, 14], [2659, 1696, 1156, 347]),                   # stages, the stem in the first
     ([1, 4, 8, 14], [552, 2107, 1696, 1156, 347]),           # the stem apart
-    ([2, 4, 9], [1426, 1439, 1696, 1452]),                   # before res2.1, res3.0, res4.1
+    ([2, 4, 8], [1426, 1439, 1696, 1452]),                   # before res2.1, res3.0, res4.0
 ])
 def test_resnet_stages(models, image, cuts, expected):
     model = resnet(models)
