@@ -1,4 +1,4 @@
 """Optimizers."""
-from .offset import OffsetOptimizer, OffsetSGD, refresh_due
+from .offset import OffsetOptimizer, OffsetSGD, refresh_due, refresh_offsets
 
-__all__ = ["OffsetOptimizer", "OffsetSGD", "refresh_due"]
+__all__ = ["OffsetOptimizer", "OffsetSGD", "refresh_due", "refresh_offsets"]

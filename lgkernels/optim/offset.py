@@ -202,6 +202,29 @@ class _Offsets:
                     self._set_offset(p, None)
 
 
+class _Joint(_Offsets):
+    """Several optimizers as one, for a refresh."""
+
+    def __init__(self, optimizers):
+        self.param_groups = [group for o in optimizers for group in o.param_groups]
+        self._owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+
+    def _offset(self, p):
+        return self._owners[p]._offset(p)
+
+    def _set_offset(self, p, offset):
+        self._owners[p]._set_offset(p, offset)
+
+
+def refresh_offsets(optimizers, bp_closure, local_closure, data, **options):
+    """One refresh for several optimizers, of a block each, say: the arguments of :meth:`OffsetSGD.refresh`."""
+    optimizers = list(optimizers)
+    for i, optimizer in enumerate(optimizers):
+        if not isinstance(optimizer, _Offsets):
+            raise TypeError(f"optimizers[{i}] must be an OffsetSGD or OffsetOptimizer, got {type(optimizer).__name__}")
+    _Joint(optimizers).refresh(bp_closure, local_closure, data, **options)
+
+
 def _check_coefficients(local_scale, offset_scale, bp_coef, local_coef):
     for name, value in (("local_scale", local_scale), ("offset_scale", offset_scale), ("bp_coef", bp_coef),
                         ("local_coef", local_coef)):

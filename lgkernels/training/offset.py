@@ -1,0 +1,50 @@
+"""BP-modified local losses in the block-wise trainer."""
+import torch
+import torch.nn.functional as F
+
+from ..optim import refresh_offsets
+
+
+def refresh_trainer(trainer, data, *, loss=F.cross_entropy, **options):
+    """Refresh the offsets of a :class:`BlockwiseTrainer` whose optimizers are `OffsetSGD` or `OffsetOptimizer`.
+
+    The global loss is `loss` of the last block's output, all blocks called without target; the local part goes block by
+    block, one block's graph at a time. Everything but the offsets stays bit-identical.
+
+    Args:
+        trainer (BlockwiseTrainer): in training mode.
+        data (tuple): (x, target), the offset batch.
+        loss (callable): (output, target) -> scalar, mean over the batch.
+        options: of :meth:`lgkernels.optim.OffsetSGD.refresh` but ``model``.
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> from lgkernels.optim import OffsetSGD
+        >>> from lgkernels.training import BlockwiseTrainer, refresh_trainer
+        >>> blocks = [lnn.LocalClassifier(torch.nn.Linear(4, 8), 8, 2), lnn.ClassifierBlock(torch.nn.Linear(8, 2))]
+        >>> trainer = BlockwiseTrainer(blocks, lambda parameters: OffsetSGD(parameters, 0.1, momentum=0.9))
+        >>> refresh_trainer(trainer, (torch.randn(32, 4), torch.arange(32) % 2))
+        >>> [len(optimizer.offsets()) for optimizer in trainer.optimizers]
+        [2, 2]
+    """
+    if not trainer.training:
+        raise RuntimeError("refresh_trainer needs training mode: call trainer.train() after an evaluation")
+
+    def bp(x, target):
+        for block in trainer.blocks:
+            x = block(x)
+        return loss(x, target)
+
+    def local(x, target):
+        for block, optimizer in zip(trainer.blocks, trainer.optimizers):
+            if optimizer is None:
+                with torch.no_grad():
+                    x = block(x)
+                continue
+            out, value = block(x, target)
+            x = out.detach()
+            del out
+            yield value
+            del value
+
+    refresh_offsets(filter(None, trainer.optimizers), bp, local, data, model=trainer.blocks, **options)
