@@ -49,31 +49,35 @@ def test_a_trainer_takes_it(name):
 
 
 def test_forward_forward_layers_learn_to_tell_apart():
+    """Samples of four clusters with the right and with a wrong label: every layer's loss falls, and a right label has
+    the larger goodness."""
     torch.manual_seed(0)
-    x, y = randn(40, 20).sigmoid(), torch.arange(40) % 4
-    layers = [lnn.ForwardForwardLayer(nn.Sequential(nn.Linear(n, 32), nn.ReLU()), normalize=how)
-              for n, how in ((20, "l2"), (32, "rms"))]
+    y = torch.arange(40) % 4
+    x = randn(4, 20, seed=1)[y] + 0.1 * randn(40, 20)
+    layers = [lnn.ForwardForwardLayer(nn.Sequential(nn.Linear(n, 64), nn.ReLU()), normalize=how)
+              for n, how in ((20, "l2"), (64, "rms"))]
     optimizers = [torch.optim.Adam(layer.parameters(), 0.03) for layer in layers]
-    positive = torch.arange(80) < 40
-    for _ in range(60):
+    positive, history = torch.arange(80) < 40, []
+    for _ in range(200):
         h = torch.cat([LF.overlay_label(x, y, num_classes=4), LF.overlay_label(x, (y + 1) % 4, num_classes=4)])
+        history.append([])
         for layer, optimizer in zip(layers, optimizers):
             optimizer.zero_grad()
             h, loss = layer(h, positive)
             assert not h.requires_grad
             loss.backward()
             optimizer.step()
-    for layer in layers:
-        layer.eval()
+            history[-1].append(loss.item())
+    assert all(last < 0.6 * first for first, last in zip(history[0], history[-1])), (history[0], history[-1])
     goodness = []
-    for label in range(4):
-        h, total = LF.overlay_label(x, torch.full((40,), label), num_classes=4), 0
+    for label in (y, (y + 1) % 4):
+        h, total = LF.overlay_label(x, label, num_classes=4), 0
         for layer in layers:
+            layer.eval()
             total = total + layer.goodness_of(h)
             h = layer(h)
         goodness.append(total)
-    # wrong labels other than the next one were never shown
-    assert (torch.stack(goodness)[y, torch.arange(40)] > torch.stack(goodness)[(y + 1) % 4, torch.arange(40)]).all()
+    assert (goodness[0] > goodness[1]).float().mean() > 0.9
 
 
 def test_normalisations_of_forward_forward():
