@@ -85,6 +85,29 @@ def test_the_plan_of_a_resnet(models, image):
     assert rows["BP-modified, 4 units"].compute == pytest.approx(1.013, abs=1e-3)
 
 
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_the_plan_is_what_a_step_takes(models, name):
+    """Within 5 % of the measured peak of a real step of back-propagation on a CPU."""
+    from lgkernels.recipes.measure import peak_memory
+    torch.manual_seed(0)
+    model, shape = ((models.resnet18(num_classes=10), (16, 3, 128, 128)) if name == "resnet" else
+                    (models.VisionTransformer(64, 8, 6, 4, 128, 512, num_classes=10), (64, 3, 64, 64)))
+    x, y = randn(*shape), torch.arange(shape[0]) % 10
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+
+    def step():
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    step()  # momentum
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    there = 2 * weights + sum(b.numel() * b.element_size() for b in model.buffers()) + x.numel() * x.element_size()
+    measured = there + peak_memory(step, torch.device("cpu"))
+    predicted = lgkernels.plan(model, x).rows[0].peak
+    assert abs(predicted - measured) <= 0.05 * measured, f"{predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f}"
+
+
 def test_the_plan_command(models, capsys, tmp_path):
     from lgkernels.__main__ import main
     pytest.importorskip("matplotlib")
