@@ -44,13 +44,14 @@ def test_refreshed_at_every_step_it_is_back_propagation():
 
 
 def test_a_stale_offset_stays_nearer_to_back_propagation():
-    """Refreshed every 5 steps only: the weights stay less than half as far from back-propagation's as local training's."""
+    """Refreshed every 5 steps only: the weights stay less than half as far from back-propagation's as local training's.
+    The rate is small: what is left is the drift within a period, which grows with its square (auxiliary heads included)."""
     data, distance = batch(0, 64), {}
-    rival = BackpropTrainer(blocks(), lambda p: torch.optim.SGD(p, 0.05))
+    rival = BackpropTrainer(blocks(), lambda p: torch.optim.SGD(p, 0.002))
     for _ in range(20):
         rival.step(*data)
     for scale in (0.0, 1.0):
-        trainer = BlockwiseTrainer(blocks(), lambda p, scale=scale: OffsetSGD(p, 0.05, offset_scale=scale))
+        trainer = BlockwiseTrainer(blocks(), lambda p, scale=scale: OffsetSGD(p, 0.002, offset_scale=scale))
         for i in range(20):
             if i % 5 == 0:
                 refresh_trainer(trainer, data)
