@@ -27,7 +27,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collect_file(parent, file_path):
-    if file_path.name.startswith("bench_") and file_path.suffix == ".py":
+    mine = file_path.name.startswith("bench_") and file_path.suffix == ".py"
+    if mine and not parent.session.isinitpath(file_path):  # pytest itself collects a file that it is given
         return pytest.Module.from_parent(parent, path=file_path)
 
 
@@ -58,18 +59,19 @@ def measure(case, config):
     """{provider: row or the exception that it raised} of a case; correctness comes before timing."""
     device, sizes = device_of(config), {}
     compiled = not config.getoption("--no-compile")
-    problem = getattr(providers, case.op)(case, device, compiled)
-    rows, functions = {}, {}
+    problem = providers.builder(case.op)(case, device, compiled)
+    rows, timers = {}, {}
     for name in providers.names(case, device, compiled):
         try:
             function = problem.providers[name]
             compare(function(0) or {}, problem)
             sizes[name] = timing.peak_memory(function, device)
-            functions[name] = function
+            timers[name] = timing.timer(function, device, problem.copies)
         except Exception as error:  # one broken provider must not hide the others
             rows[name] = error
-    samples = timing.interleaved(functions, device, config.getoption("--seconds"), problem.copies,
-                                 config.getoption("--min-rounds"))
+    samples = timing.interleaved(timers, config.getoption("--seconds"), config.getoption("--min-rounds"))
+    if problem.baseline not in samples:  # nothing to compare with: every provider reports why
+        return {name: rows.get(name, rows[problem.baseline]) for name in providers.names(case, device, compiled)}
     baseline = samples[problem.baseline]
     for name, times in samples.items():
         seconds = statistics.median(times)

@@ -1,12 +1,14 @@
 """`python -m bench.gpu_check --out DIR`: one command for a machine with a GPU, within nine minutes.
 
 Parts: build (the native module with CUDA kernels, in place), test (tests/gpu), bench:lls (ceilings, then every case
-by CUDA-graph replay). Each part saves its outcome to DIR/gpu_check.json as it ends; a second run does what is missing,
-`--only build,test,bench:lls` does those again. Benches go to DIR/<device>.json. A table comes last.
+by CUDA-graph replay). Each part saves its outcome to DIR/gpu_check.json as it ends; a second run does what is missing
+or has failed, `--only build,test,bench:lls` does those again. Benches go to DIR/<device>.json, what passed
+tests/gpu to lgkernels/core/verified.json. A table comes last.
 """
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,11 +30,14 @@ def run(command, limit, log, **environment):
     """(exit status, None if it ran out of time; last lines of its output), the whole output in `log`."""
     print("$", " ".join(command), flush=True)
     with open(log, "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                                   env={**os.environ, **environment})
         try:
-            status = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit,
-                                    env={**os.environ, **environment}).returncode
+            status = process.wait(limit)
         except subprocess.TimeoutExpired:
             status = None
+            os.killpg(process.pid, signal.SIGKILL)  # its compilers too: they would disturb what comes next
+            process.wait()
     tail = log.read_text(errors="replace").splitlines()[-15:]
     print("\n".join(tail), flush=True)
     return status, tail
@@ -126,7 +131,7 @@ def main(arguments=None):
     path, start = out / "gpu_check.json", time.monotonic()
     state = json.loads(path.read_text()) if path.exists() else {}
     state["environment"] = timing.environment(torch.device("cuda"))
-    parts = options.only or [name for name in PARTS if name not in state]
+    parts = options.only or [name for name in PARTS if not state.get(name, {"ok": False})["ok"]]
     for name in parts:
         left = BUDGET - (time.monotonic() - start)
         if left < 10:
@@ -136,8 +141,11 @@ def main(arguments=None):
         state[name] = PARTS[name](out, min(LIMITS[name], left))
         state[name]["seconds"] = time.monotonic() - began
         report.write_json(path, state)
+    results = out / state.get("bench:lls", {}).get("results", "none")
+    if results.exists() and "test" in state:
+        report.main([str(results), "--no-plots", "--quiet", "--verified", str(path)])
     print(table(out, state))
-    return 0 if all(state.get(name, {"ok": False})["ok"] for name in parts) else 1
+    return 0 if all(state.get(name, {"ok": False})["ok"] for name in PARTS) else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`python -m bench.report [RESULTS.json ...]`: results as markdown tables and SVG plots, beside the results.
 
-`--verified GPU_CHECK.json` also writes lgkernels/core/verified.json: which backends passed tests/gpu, and where.
+`--readme` also puts a short table into README.md, between its two bench marks. `--verified GPU_CHECK.json` also writes
+lgkernels/core/verified.json: which backends passed tests/gpu, and where.
 """
 import argparse
 import json
@@ -12,6 +13,8 @@ from .timing import slug
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
+REFERENCE = "lgkernels reference"
+MARKS = "<!-- bench: begin -->\n", "<!-- bench: end -->"
 VERIFIED = ROOT / "lgkernels" / "core" / "verified.json"
 TITLES = {
     "lls_loss": "`lls_loss`, forward and backward",
@@ -19,6 +22,11 @@ TITLES = {
     "norm_act_pool": "`norm_act_pool`: one pass over memory",
     "grad_preactivation_": "`grad_preactivation_`: one pass over memory, in place",
     "vgg8_step": "VGG8 training step",
+    "feedback_linear": "Feedback in a linear layer, forward and backward",
+    "feedback_conv2d": "Feedback in a 3x3 convolution, forward and backward",
+    "feedback_product": "The product with the feedback matrix alone",
+    "feedback_step": "Linear layer: forward, backward and SGD with momentum",
+    "dfa_step": "VGG8 training step with direct feedback",
 }
 
 
@@ -42,6 +50,7 @@ def merge(path, environment, ceilings, rows):
 def _shape(row):
     size = [row[k] for k in ("batch", "channels", "out_channels") if row[k]] + [row["size"]] * bool(row["size"])
     notes = [f"P={row['pool']}", f"{row['classes']} classes"] if row["op"] != "vgg8_step" else []
+    notes = [row["rule"]] if row.get("rule") else notes
     notes += [row["modulation"]] * bool(row["modulation"]) + ["max-pool"] * row["max_pool"]
     notes += [row["dtype"]] * (row["dtype"] != "float32") + ["channels_last"] * row["channels_last"]
     return ", ".join(["(" + ", ".join(map(str, size)) + ")", *notes])
@@ -63,7 +72,7 @@ def losses(rows):
     """Cases in which another provider is faster than our fastest, or needs less memory than our leanest."""
     found = []
     for providers in cases(rows).values():
-        ours = [r for name, r in providers.items() if name.startswith("lgkernels") and name != "lgkernels reference"]
+        ours = [r for name, r in providers.items() if name.startswith("lgkernels") and name != REFERENCE]
         others = [r for name, r in providers.items() if not name.startswith(("lgkernels", "floor"))]
         for field, unit, scale in (("median_ms", "ms", 1), ("peak_bytes", "MB", 1e-6)):
             if ours and others:
@@ -116,13 +125,33 @@ def markdown(data):
     return "\n".join(lines) + "\n"
 
 
+def summary(data):
+    """One row a case: our fastest provider, and the ratios to the baseline of its rivals."""
+    groups = {"lean torch": ("lean torch",), "torch.compile": ("lean torch.compile", "torch.compile"),
+              "eager": ("eager, basis cached", "eager LLS, basis cached"), "BP": ("bp layer", "bp")}
+    lines = [f"{data['environment']['device']}, torch {data['environment']['torch']}. Time / baseline:", "",
+             "| case | baseline | lgkernels | " + " | ".join(groups) + " | MB: lgkernels, eager, BP |",
+             "|---|---|---|" + "---|" * (len(groups) + 1)]
+    for providers in cases(row for row in data["rows"] if not row["huge_pages"]).values():
+        ours = [row for name, row in providers.items() if name.startswith("lgkernels") and name != REFERENCE]
+        if not ours:
+            continue
+        best = min(ours, key=lambda row: row["median_ms"])
+        rivals = [next((providers[name] for name in names if name in providers), None) for names in groups.values()]
+        memory = [_number(row["peak_bytes"] / 1e6) if row else "" for row in (best, *rivals[2:])]
+        lines.append(f"| {TITLES[best['op']].split(',')[0].split(':')[0]} {_shape(best)} | {best['baseline']} | "
+                     f"**{best['ratio']:.2f}** ({_number(best['median_ms'])} ms) | "
+                     + " | ".join(f"{row['ratio']:.2f}" if row else "" for row in rivals) + f" | {', '.join(filter(None, memory))} |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(data, path):
-    """Horizontal bars: time relative to the baseline, one panel a case."""
+    """Horizontal bars: time relative to the baseline, one panel a case; the reference, no rival, is left out."""
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     matplotlib.rcParams["svg.hashsalt"] = "bench"  # the same results give the same file
-    selected = cases(row for row in data["rows"] if not row["huge_pages"])
+    selected = cases(row for row in data["rows"] if not row["huge_pages"] and row["provider"] != REFERENCE)
     heights = [len(providers) + 1.5 for providers in selected.values()]
     figure, axes = plt.subplots(len(selected), 1, figsize=(8, 0.28 * sum(heights)), squeeze=False, layout="constrained",
                                 gridspec_kw={"height_ratios": heights})
@@ -160,12 +189,15 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="*", type=Path, help="default: all of bench/results")
     parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--quiet", action="store_true", help="write the files, print nothing")
     parser.add_argument("--verified", type=Path, metavar="GPU_CHECK.json")
     options = parser.parse_args(arguments)
     paths = options.results or sorted(RESULTS.glob("*.json"))
     if not paths:
         print(f"no results in {RESULTS}: run python -m pytest bench -q --save", file=sys.stderr)
         return 1
+    tables = []
     for path in paths:
         data = json.loads(path.read_text())
         text = markdown(data)
@@ -173,9 +205,15 @@ def main(arguments=None):
             plot(data, path.with_suffix(".svg"))
             text += f"\n![time relative to the baseline]({path.stem}.svg)\n"
         path.with_suffix(".md").write_text(text)
-        print(text)
+        if not options.quiet:
+            print(text)
+        tables.append(summary(data))
         if options.verified:
             write_verified(json.loads(options.verified.read_text()), data)
+    if options.readme:
+        readme = ROOT / "README.md"
+        before, rest = readme.read_text().split(MARKS[0])
+        readme.write_text(before + MARKS[0] + "\n".join(tables) + MARKS[1] + rest.split(MARKS[1], 1)[1])
     return 0
 
 

@@ -19,11 +19,13 @@ class Case:
     max_pool: bool = False
     dtype: str = "float32"
     channels_last: bool = False
+    rule: str = None  # of the feedback cases
 
     @property
     def name(self):
         shape = [self.batch, self.channels, self.out_channels, self.size]
-        parts = ["x".join(str(n) for n in shape if n), f"pool{self.pool}", f"{self.classes}classes"]
+        parts = ["x".join(str(n) for n in shape if n)]
+        parts += [self.rule] if self.rule else [f"pool{self.pool}", f"{self.classes}classes"]
         parts += [self.modulation] if self.modulation else []
         parts += ["maxpool"] if self.max_pool else []
         parts += [self.dtype] + (["channels_last"] if self.channels_last else [])
@@ -38,6 +40,10 @@ def block(batch, channels, out_channels, size, pool, classes, **more):
     return Case("lls_block", batch, channels, out_channels, size, pool, classes, **more)
 
 
+def feedback(op, rules, batch, channels, out_channels=0, size=0, **more):
+    return [Case(f"feedback_{op}", batch, channels, out_channels, size, rule=rule, **more) for rule in rules.split()]
+
+
 _HALF = dict(dtype="bfloat16", channels_last=True)
 
 PRESETS = {
@@ -48,6 +54,11 @@ PRESETS = {
         Case("norm_act_pool", 4, 8, size=8, pool=2, max_pool=True),
         Case("grad_preactivation_", 4, 8, size=8, pool=2),
         Case("vgg8_step", 4, 3, size=16),
+        *feedback("linear", "usf frsf brsf fa", 3, 40, 24),
+        *feedback("conv2d", "usf brsf", 2, 4, 6, 5),
+        *feedback("product", "usf brsf fa", 3, 40, 24),
+        *feedback("step", "usf", 3, 40, 24),
+        Case("dfa_step", 2, 3, size=16, rule="dfa"),
     ],
     "cpu": [
         Case("lls_loss", 128, 1024, pool=1024, classes=100),
@@ -61,6 +72,15 @@ PRESETS = {
         Case("grad_preactivation_", 64, 256, size=32, pool=2),
         Case("vgg8_step", 32, 3, size=32),
         Case("vgg8_step", 32, 3, size=32, channels_last=True),
+        *feedback("linear", "usf frsf brsf fa", 8, 9216, 4096),
+        *feedback("linear", "usf brsf", 128, 9216, 4096),
+        *feedback("linear", "usf brsf", 512, 768, 3072),
+        *feedback("conv2d", "usf brsf", 2, 512, 512, 7),
+        *feedback("product", "usf brsf fa", 8, 9216, 4096),
+        *feedback("product", "usf brsf", 128, 9216, 4096),
+        *feedback("product", "usf brsf", 512, 768, 3072),
+        *feedback("step", "usf", 8, 9216, 4096),
+        Case("dfa_step", 32, 3, size=32, rule="dfa"),
     ],
     "gpu": [
         Case("norm_act_pool", 128, 256, size=32, pool=2, **_HALF),
@@ -71,5 +91,10 @@ PRESETS = {
         block(128, 128, 256, 32, 2, 10, max_pool=True, **_HALF),
         block(128, 256, 512, 8, 2, 100, **_HALF),
         Case("vgg8_step", 128, 3, size=32, **_HALF),
+        *feedback("linear", "usf brsf fa", 8, 9216, 4096),
+        *feedback("linear", "usf brsf", 64, 9216, 4096, dtype="bfloat16"),
+        *feedback("linear", "usf brsf", 4096, 9216, 4096, dtype="bfloat16"),
+        *feedback("product", "usf brsf fa", 8, 9216, 4096, dtype="bfloat16"),
+        *feedback("step", "usf", 8, 9216, 4096),
     ],
 }

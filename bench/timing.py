@@ -90,10 +90,13 @@ class GraphTimer:
         return self.start.elapsed_time(self.end) / 1e3 / self.repeats / self.copies
 
 
-def interleaved(functions, device, seconds, copies=1, min_rounds=3, max_rounds=200):
+def timer(function, device, copies=1):
+    """What times one call of `function`; building it may raise (a CUDA graph that can't be captured)."""
+    return (GraphTimer if device.type == "cuda" else CpuTimer)(function, copies)
+
+
+def interleaved(timers, seconds, min_rounds=3, max_rounds=200):
     """{name: [seconds a call, one a round]}: rounds A B C, B C A, ..., so that drift meets all alike."""
-    timer = GraphTimer if device.type == "cuda" else CpuTimer
-    timers = {name: timer(function, copies) for name, function in functions.items()}
     start = time.perf_counter()
     for one in timers.values():
         one()
@@ -143,7 +146,7 @@ def peak_memory(function, device):
 def copy_bandwidth(device, megabytes):
     """Bytes a second, read plus written, of a large `copy_` into existing memory."""
     out, source = (torch.ones(megabytes * 2**18, device=device) for _ in range(2))
-    samples = interleaved({"copy": lambda i: out.copy_(source)}, device, 0.5, 1, 5, 20)["copy"]
+    samples = interleaved({"copy": timer(lambda i: out.copy_(source), device)}, 0.5, 5, 20)["copy"]
     return 2 * megabytes * 2**20 / statistics.median(samples)
 
 
@@ -151,7 +154,7 @@ def matmul_rate(device, dtype, size):
     """FLOP/s of a square library matmul."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
-    samples = interleaved({"mm": lambda i: torch.mm(a, b, out=out)}, device, 0.5, 1, 5, 20)["mm"]
+    samples = interleaved({"mm": timer(lambda i: torch.mm(a, b, out=out), device)}, 0.5, 5, 20)["mm"]
     return 2 * size**3 / statistics.median(samples)
 
 

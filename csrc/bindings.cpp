@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "lgk/dtypes.h"
+#include "lgk/feedback_cpu.h"
 #include "lgk/lls_cpu.h"
 
 namespace py = pybind11;
@@ -158,6 +159,43 @@ void bind_lls(py::module_& m) {
   }, Release());
 }
 
+// A matrix is (address, row stride in elements, dtype code), address 0 for none; a law has state address 0 for none.
+void bind_feedback(py::module_& m) {
+  using lgk::Feedback;
+  using lgk::feedback_kernels;
+  using lgk::Matrix;
+  py::class_<Matrix>(m, "Matrix").def(py::init([](Address data, int64_t stride, int dtype) {
+    return Matrix{at<void>(data), stride, dtype};
+  }));
+  py::class_<Feedback>(m, "Feedback")
+      .def(py::init([](int64_t rows, int64_t columns, const Matrix& weight, const Matrix& magnitude, Address state,
+                       int law, double law_scale, double low, bool has_low, float scale, bool sign_plus) {
+        return Feedback{rows, columns, weight, magnitude, at<int64_t>(state), static_cast<lgk::Law>(law),
+                        has_low ? lgk::range_from(low, law_scale) : lgk::signed_range(law_scale), scale, sign_plus};
+      }));
+  m.def("feedback_matrix", [](const Feedback& f, Address out, int dtype, int threads) {
+    raise_for(feedback_kernels().matrix(f, at<void>(out), dtype, threads));
+  }, Release());
+  m.def("feedback_product", [](const Feedback& f, const Matrix& grad, int64_t batch, Address out, int dtype,
+                               int threads) {
+    raise_for(feedback_kernels().product(f, grad, batch, at<void>(out), dtype, threads));
+  }, Release());
+  m.def("feedback_rows", [](const Feedback& f, Address index, int64_t count, Address out, int dtype, int threads) {
+    raise_for(feedback_kernels().rows(f, at<int64_t>(index), count, at<void>(out), dtype, threads));
+  }, Release());
+  m.def("feedback_pack_signs", [](const Matrix& weight, int64_t rows, int64_t columns, Address out, int threads) {
+    raise_for(feedback_kernels().pack_signs(weight, rows, columns, at<uint32_t>(out), threads));
+  }, Release());
+  m.def("feedback_sgd_update", [](int64_t rows, int64_t columns, int64_t batch, Address weight, int64_t weight_stride,
+                                  Address buffer, int64_t buffer_stride, int dtype, const Matrix& grad,
+                                  const Matrix& x, float rate, float momentum, float dampening, float decay,
+                                  bool nesterov, bool manhattan, float grad_scale, int threads) {
+    const lgk::Update update{rows, columns, batch, at<void>(weight), at<void>(buffer), weight_stride, buffer_stride,
+                             dtype, grad, x, rate, momentum, dampening, decay, grad_scale, nesterov, manhattan};
+    raise_for(feedback_kernels().sgd_update(update, threads));
+  }, Release());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -172,4 +210,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   bind_lls(m);
+  bind_feedback(m);
 }

@@ -5,8 +5,11 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <tuple>
 
+#include "lgk/feedback_cuda.h"
 #include "lgk/launch.h"
 #include "lgk/lls_cuda.h"
 
@@ -31,6 +34,48 @@ lgk::Image image(const Shape& v) {
 // Addresses of mean, rstd, gamma, beta
 lgk::Norm norm(const Addresses& v, float slope) {
   return {floats(v[0]), floats(v[1]), floats(v[2]), floats(v[3]), slope};
+}
+
+// Address, dtype code, row stride and column stride in elements
+using Strided = std::tuple<Address, int, int64_t, int64_t>;
+lgk::Operand operand(const Strided& v) {
+  return {pointer<void>(std::get<0>(v)), std::get<1>(v), std::get<2>(v), std::get<3>(v)};
+}
+
+void bind_feedback(py::module_& m) {
+  using lgk::FeedbackMatrix;
+  // weight (address, kind, row stride), magnitude (address, dtype code, row stride), state of the law, law, its scale
+  // and low
+  py::class_<FeedbackMatrix>(m, "FeedbackMatrix")
+      .def(py::init([](int64_t rows, int64_t columns, std::tuple<Address, int, int64_t> weight, int value,
+                       std::tuple<Address, int, int64_t> magnitude, Address state, int law, double law_scale,
+                       std::optional<double> low, float scale, bool sign_plus) {
+        const lgk::Range range = low ? lgk::range_from(*low, law_scale) : lgk::signed_range(law_scale);
+        return FeedbackMatrix{rows, columns, std::get<1>(weight), value, pointer<void>(std::get<0>(weight)),
+                              pointer<void>(std::get<0>(magnitude)), std::get<2>(weight), std::get<2>(magnitude),
+                              std::get<1>(magnitude), law, pointer<int64_t>(state), range, scale, sign_plus};
+      }));
+  m.def("feedback_matrix", [](const FeedbackMatrix& f, Address index, Address out, int dtype, Address stream) {
+    return lgk::feedback_matrix(f, pointer<int64_t>(index), pointer<void>(out), dtype, pointer<void>(stream));
+  });
+  m.def("feedback_product_splits", &lgk::feedback_product_splits);
+  m.def("feedback_product", [](const FeedbackMatrix& f, Strided grad, int64_t rows, Address out, int dtype,
+                               Address scratch, Address stream) {
+    return lgk::feedback_product(f, operand(grad), rows, pointer<void>(out), dtype, floats(scratch),
+                                 pointer<void>(stream));
+  });
+  m.def("feedback_pack_signs", [](const FeedbackMatrix& f, Address out, Address stream) {
+    return lgk::feedback_pack_signs(f, pointer<uint32_t>(out), pointer<void>(stream));
+  });
+  m.def("feedback_sgd_update", [](float lr, float momentum, float dampening, float weight_decay, float grad_scale,
+                                  bool nesterov, bool manhattan, std::array<int64_t, 3> shape, Strided grad, Strided x,
+                                  std::tuple<Address, int, int64_t> weight, std::tuple<Address, int, int64_t> velocity,
+                                  Address stream) {
+    return lgk::feedback_sgd_update({lr, momentum, dampening, weight_decay, grad_scale, nesterov, manhattan}, shape[0],
+                                    shape[1], shape[2], operand(grad), operand(x), pointer<void>(std::get<0>(weight)),
+                                    std::get<1>(weight), std::get<2>(weight), pointer<void>(std::get<0>(velocity)),
+                                    std::get<1>(velocity), std::get<2>(velocity), pointer<void>(stream));
+  });
 }
 
 }  // namespace
@@ -104,4 +149,6 @@ void bind_cuda(py::module_& m) {
     return lgk::lls_modulation_grad(batch, rows, classes, vector, floats(similarity), floats(grad_logits),
                                     floats(scale), scale_per_row, floats(grad), pointer<void>(stream));
   });
+
+  bind_feedback(m);
 }

@@ -4,16 +4,19 @@ import importlib
 __version__ = "0.1.0"
 
 _SUBMODULES = ("functional", "nn", "optim", "random", "training")
+_FROM_NN = ("alignment", "convert", "feedback_state", "load_feedback_state", "weight_ratio")
 
 
 def __getattr__(name):
     """Submodules load at first use: `import lgkernels` itself costs nothing, and torch's settings are still open."""
     if name in _SUBMODULES:
         return importlib.import_module(f"lgkernels.{name}")
+    if name in _FROM_NN:
+        return getattr(importlib.import_module("lgkernels.nn"), name)
     if name == "plan":
         return importlib.import_module("lgkernels.training.planner").plan
     raise AttributeError(f"module 'lgkernels' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted([*globals(), *_SUBMODULES, "plan"])
+    return sorted([*globals(), *_SUBMODULES, *_FROM_NN, "plan"])

@@ -73,22 +73,30 @@ def law_values(words, law, scale=1.0, low=None):
     return (1 - 2 * bits).float() * scale
 
 
-def random_matrix(state, rows, cols, law="uniform", scale=1.0, low=None, *, offset=(0, 0), dtype=torch.float32):
-    """(rows, cols) elements of the matrix of `state` (int64 tensor: seed, stream, step) from (row, col) `offset` on."""
+def random_rows(state, index, cols, law="uniform", scale=1.0, low=None, *, first=0, dtype=torch.float32):
+    """(len(index), cols) elements: rows `index` (int64 tensor), columns from `first` on, of the matrix of `state`
+    (int64 tensor: seed, stream, step)."""
     v = VALUES_PER_CALL[law]
-    first, skip = divmod(offset[1], v)
+    first, skip = divmod(first, v)
     blocks = (skip + cols + v - 1) // v
     seed, stream, step = state.unbind()
     key, stream, step = (seed & _MASK, (seed >> 32) & _MASK), stream & _MASK, step & _MASK
     block = torch.arange(first, first + blocks, device=state.device)
+    rows = index.shape[0]
     out = torch.empty(rows, cols, dtype=dtype, device=state.device)
     at_once = max(1, _BLOCKS_AT_ONCE // max(blocks, 1))
     for start in range(0, rows, at_once):
         stop = min(start + at_once, rows)
-        row = torch.arange(offset[0] + start, offset[0] + stop, device=state.device).unsqueeze(1)
-        words = torch.stack(torch.broadcast_tensors(*philox(block, row, step, stream, *key)), -1)
+        words = torch.stack(torch.broadcast_tensors(
+            *philox(block, index[start:stop].unsqueeze(1), step, stream, *key)), -1)
         out[start:stop] = law_values(words, law, scale, low).flatten(1)[:, skip:skip + cols]
     return out
+
+
+def random_matrix(state, rows, cols, law="uniform", scale=1.0, low=None, *, offset=(0, 0), dtype=torch.float32):
+    """(rows, cols) elements of the matrix of `state` (int64 tensor: seed, stream, step) from (row, col) `offset` on."""
+    index = torch.arange(offset[0], offset[0] + rows, device=state.device)
+    return random_rows(state, index, cols, law, scale, low, first=offset[1], dtype=dtype)
 
 
 class RandomFeedback(torch.nn.Module):
@@ -123,9 +131,9 @@ class RandomFeedback(torch.nn.Module):
             if low >= scale:
                 raise ValueError(f"low must be below scale={scale!r}, got {low!r}")
         self.law, self.scale, self.low = law, float(scale), None if low is None else float(low)
-        seed = int(seed) - 2**64 if seed >= 2**63 else int(seed)
+        self.seed, self.stream = int(seed) - 2**64 if seed >= 2**63 else int(seed), int(stream)
         with torch.inference_mode(False):  # a state made under inference mode could not advance outside of it
-            self.register_buffer("state", torch.tensor([seed, int(stream), 0], dtype=torch.int64), persistent=False)
+            self.register_buffer("state", torch.tensor([self.seed, self.stream, 0], dtype=torch.int64), persistent=False)
 
     def materialize(self, shape, device=None, dtype=None, *, offset=(0, 0)):
         """The tensor of `shape` on `device` (default: the state's) in `dtype` (default float32; rounded once).
@@ -144,6 +152,17 @@ class RandomFeedback(torch.nn.Module):
                              f"({rows}, {cols}) matrix")
         state = self.state if device is None else self.state.to(device)
         return random_matrix(state, rows, cols, self.law, self.scale, self.low, offset=offset, dtype=dtype).view(shape)
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """The state that the constructor sets: step 0. After `to_empty`, which leaves it undefined."""
+        self.set_state(self.seed, self.stream, 0)
+
+    @torch.no_grad()
+    def set_state(self, seed, stream, step):
+        """Another matrix: as three integers of `state.tolist()`."""
+        self.seed, self.stream = seed, stream
+        self.state.copy_(torch.tensor([seed, stream, step]))
 
     @torch.no_grad()
     def advance(self):

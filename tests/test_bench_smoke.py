@@ -32,7 +32,7 @@ def test_every_case_is_checked_and_timed(results):
     rows = json.loads(results.read_text())["rows"]
     cpu = torch.device("cpu")
     expected = {(case.name, name) for case in PRESETS["smoke"] for name in providers.names(case, cpu, False)
-                if name != "lgkernels triton"}  # this process may interpret Triton, the bench's does not
+                if not name.startswith("lgkernels triton")}  # this process may interpret Triton, the bench's does not
     assert {(row["case"], row["provider"]) for row in rows} == expected
     assert {case.op for preset in PRESETS.values() for case in preset} == {row["op"] for row in rows}
     for row in rows:

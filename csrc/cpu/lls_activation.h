@@ -8,18 +8,6 @@
 
 namespace lgk::LGK_ISA {
 
-LGK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <class F>
-inline int for_dtype(int dtype, const F& f) {
-  switch (dtype) {
-    case kFloat32: return f(float{});
-    case kBFloat16: return f(bf16{});
-    case kFloat16: return f(f16{});
-    default: return 2;
-  }
-}
-
 inline int64_t elements(const Activation& a) { return a.batch * a.channels * a.height * a.width; }
 
 // How the vectors of a plane meet its column segments. Rows narrower than a vector are folded into one, where no

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#ifdef __AVX2__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
@@ -26,6 +26,18 @@ typedef float vf __attribute__((vector_size(LGK_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(LGK_VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(LGK_VECTOR_BYTES)));
 typedef uint16_t vh __attribute__((vector_size(LGK_VECTOR_BYTES / 2)));
+
+LGK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class F>
+inline int for_dtype(int dtype, const F& f) {  // f of an element; status out
+  switch (dtype) {
+    case kFloat32: return f(float{});
+    case kBFloat16: return f(bf16{});
+    case kFloat16: return f(f16{});
+    default: return 2;
+  }
+}
 
 template <class To, class From>
 LGK_INLINE To bits(From from) {

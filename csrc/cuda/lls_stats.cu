@@ -1,7 +1,8 @@
 // Batch statistics of each channel in two passes: partial moments of each split of the batch, then their merge.
 //
 // Moments are (count, mean, sum of squared deviations), merged pairwise in a fixed order. Each thread sums deviations
-// from the first value that it sees, so that a mean far from zero cancels nothing.
+// from the first value that it sees, and means are counted from an origin near the channel's mean: a mean far from zero
+// cancels nothing.
 #include "lgk/lls_device.h"
 
 namespace lgk {
@@ -18,11 +19,11 @@ LGK_DEVICE Moments merge(const Moments& a, const Moments& b) {
   return Moments{count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
 }
 
-// Moments of `count` values with deviation sums `sum` and `square` from `pivot`.
-LGK_DEVICE Moments moments(float count, float pivot, float sum, float square) {
+// Moments, counted from `origin`, of `count` values with deviation sums `sum` and `square` from `pivot`.
+LGK_DEVICE Moments moments(float count, float origin, float pivot, float sum, float square) {
   if (count == 0.0f) return Moments{0.0f, 0.0f, 0.0f};
   const float shift = sum / count;
-  return Moments{count, pivot + shift, fmaxf(square - sum * shift, 0.0f)};
+  return Moments{count, (pivot - origin) + shift, fmaxf(square - sum * shift, 0.0f)};
 }
 
 LGK_DEVICE Moments warp_merge(Moments value) {
@@ -34,12 +35,28 @@ LGK_DEVICE Moments warp_merge(Moments value) {
   return value;  // in lane 0
 }
 
-// partial: (3, splits, channels)
-LGK_DEVICE void write_partial(float* partial, int splits, int channels, int split, int c, const Moments& value) {
+// Mean of the first four of a channel's `count` values, `stride` apart, cut to twelve bits: the difference of a half
+// value and it is exact. 0 where it is no larger than the spread: another origin would cost the mean digits.
+template <typename T>
+LGK_DEVICE float near_mean(const T* z, int64_t stride, int64_t count) {
+  const int probes = static_cast<int>(min(count, int64_t{4}));
+  if (probes == 0) return 0.0f;
+  float sum = 0.0f;
+  for (int k = 0; k < probes; ++k) sum += to_float(z[k * stride]);
+  const float mean = sum / static_cast<float>(probes);
+  float spread = 0.0f;
+  for (int k = 0; k < probes; ++k) spread = fmaxf(spread, fabsf(to_float(z[k * stride]) - mean));
+  return fabsf(mean) > 8.0f * spread ? __uint_as_float(__float_as_uint(mean) & 0xfffff000u) : 0.0f;
+}
+
+// partial: (4, splits, channels)
+LGK_DEVICE void write_partial(float* partial, int splits, int channels, int split, int c, float origin,
+                              const Moments& value) {
   const int64_t plane = int64_t{splits} * channels, index = int64_t{split} * channels + c;
   partial[index] = value.count;
   partial[plane + index] = value.mean;
   partial[2 * plane + index] = value.m2;
+  partial[3 * plane + index] = origin;
 }
 
 // Block (channel vectors, rows) on tile blockIdx.x of the channels and split blockIdx.y of the rows (b, h, w).
@@ -79,7 +96,8 @@ partial_moments_nhwc(int64_t rows, int64_t rows_per_split, int channels, bool al
   const int tile = blockDim.x * V, plane = blockDim.y * tile;
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    const Moments value = moments(count, pivot[v], sum[v], square[v]);
+    const float origin = count > 0.0f ? near_mean(z + min(c0 + v, channels - 1), channels, rows) : 0.0f;
+    const Moments value = moments(count, origin, pivot[v], sum[v], square[v]);
     const int slot = (threadIdx.y * V + v) * blockDim.x + threadIdx.x;
     shared[slot] = value.count;
     shared[plane + slot] = value.mean;
@@ -90,8 +108,9 @@ partial_moments_nhwc(int64_t rows, int64_t rows_per_split, int channels, bool al
     const int c = (blockIdx.x * blockDim.x + slot % blockDim.x) * V + slot / blockDim.x;
     if (c >= channels) continue;
     Moments total{0.0f, 0.0f, 0.0f};
-    for (int k = slot; k < plane; k += tile) total = merge(total, Moments{shared[k], shared[plane + k], shared[2 * plane + k]});
-    write_partial(partial, gridDim.y, channels, blockIdx.y, c, total);
+    for (int k = slot; k < plane; k += tile)
+      total = merge(total, Moments{shared[k], shared[plane + k], shared[2 * plane + k]});
+    write_partial(partial, gridDim.y, channels, blockIdx.y, c, near_mean(z + c, channels, rows), total);
   }
 }
 
@@ -129,7 +148,8 @@ partial_moments_nchw(int64_t batch, int64_t batch_per_split, int channels, int64
       }
     }
   }
-  const Moments own = warp_merge(moments(count, pivot, sum, square));
+  const float origin = batch == 0 ? 0.0f : near_mean(z + c * plane, 1, plane);
+  const Moments own = warp_merge(moments(count, origin, pivot, sum, square));
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, warps = blockDim.x * blockDim.y / 32;
   if (thread % 32 == 0) {
     shared[thread / 32] = own.count;
@@ -140,7 +160,7 @@ partial_moments_nchw(int64_t batch, int64_t batch_per_split, int channels, int64
   if (thread != 0) return;
   Moments total{0.0f, 0.0f, 0.0f};
   for (int k = 0; k < warps; ++k) total = merge(total, Moments{shared[k], shared[warps + k], shared[2 * warps + k]});
-  write_partial(partial, gridDim.y, channels, blockIdx.y, c, total);
+  write_partial(partial, gridDim.y, channels, blockIdx.y, c, origin, total);
 }
 
 // torch's lerp
@@ -162,7 +182,8 @@ finish_moments(int splits, int channels, const float* __restrict__ partial, cons
   }
   total = warp_merge(total);
   if (threadIdx.x != 0) return;
-  const float count = total.count, average = count == 0.0f ? NAN : total.mean, variance = total.m2 / count;
+  const float count = total.count, average = count == 0.0f ? NAN : partial[3 * plane + c] + total.mean;
+  const float variance = total.m2 / count;
   mean[c] = average;
   rstd[c] = 1.0f / sqrtf(variance + eps);
   if (running_mean == nullptr) return;

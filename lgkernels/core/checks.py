@@ -2,7 +2,7 @@
 import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def shape_of(tensor):
@@ -78,9 +78,8 @@ def class_indices(name, value, num_classes, ignore_index=None):
         value = value.detach().numpy()  # a few microseconds, where torch's reductions take tens
     if 0 <= int(value.min()) and int(value.max()) < num_classes:
         return
-    wrong = value[(value < 0) | (value >= num_classes)]
-    if ignore_index is not None:
-        wrong = wrong[wrong != ignore_index]
+    wrong = (value < 0) | (value >= num_classes)
+    wrong = value[wrong if ignore_index is None else wrong & (value != ignore_index)]
     if len(wrong):
         ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
         raise ValueError(f"{name} must hold class indices in [0, {num_classes - 1}]{ignored}, got {int(wrong[0])}")

@@ -24,6 +24,12 @@ _LATENT_GRAD = ((16, 32, 64, 4, 3), (16, 16, 64, 4, 3))
 _PRODUCT = ((16, 64, 32, 4, 3), (16, 16, 16, 4, 3))
 _MODULATION_GRAD = ((32, 64, 64, 4, 3), (32, 32, 32, 4, 3), (32, 16, 16, 4, 3))
 
+# Feedback: M rows of the gradient, N rows and K columns of F. One tile holds all M up to 128 (64 in float32, whose
+# three products take more registers), so each weight is read and made once. The tables were chosen by registers and
+# shared memory, and have not been timed on a GPU yet.
+_FEEDBACK_PRODUCT = ((128, 32, 128, 8, 3), (64, 32, 128, 8, 3), (32, 32, 128, 8, 4), (16, 32, 128, 4, 4))
+_FEEDBACK_UPDATE = ((32, 64, 128, 8, 3), (16, 32, 128, 4, 3))
+
 
 def power_of_two(n):
     """Smallest power of two >= n (1 for n = 0)."""
@@ -70,6 +76,14 @@ def _tile(sizes, dtype, arch):
     return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
 
 
+def _moments(sizes, dtype, arch):
+    """As `_tile`, with eight values a thread: each has a mean and a sum of squares of its own."""
+    config = _tile(sizes, dtype, arch)
+    if arch != "interpret":
+        config["num_warps"] = max(min(config["BLOCK_P"] * config["BLOCK_C"] // 256, 8), 1)
+    return config
+
+
 def _rows(sizes, dtype, arch):
     """Tile (batch rows, columns) of a two-dimensional pass, columns contiguous."""
     rows, columns = sizes
@@ -85,6 +99,17 @@ def _similarity(sizes, dtype, arch):
     else:
         m, k, d, warps, stages = _first(_SIMILARITY, arch, lambda m, k, d: k <= rows or k == 16)
     return {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
+
+
+def _head(sizes, dtype, arch):
+    """A sample a program, with a tile (basis rows, latents) of at most 4096 products in registers."""
+    batch, dim, rows, classes = sizes
+    if arch == "interpret":
+        batch = min(batch, 64)
+        return {"BLOCK_B": batch, "BLOCK_K": rows, "BLOCK_C": classes,
+                "BLOCK_D": max(min(dim, (1 << 18) // (batch * rows)), 32), "num_warps": 1}
+    block_d = max(min(dim, 4096 // rows, 256), 32)
+    return {"BLOCK_B": 1, "BLOCK_K": rows, "BLOCK_C": classes, "BLOCK_D": block_d, "num_warps": 4}
 
 
 def _loss_rows(sizes, dtype, arch):
@@ -123,6 +148,13 @@ def _modulation_grad(sizes, dtype, arch):
     return {"BLOCK_B": b, "BLOCK_K": k, "BLOCK_C": c, "num_warps": warps, "num_stages": stages}
 
 
+def _finish_head(sizes, dtype, arch):
+    """The modulation's gradient inside another kernel: small tiles, which leave that kernel its registers."""
+    smallest = _MODULATION_GRAD[-1][:3]
+    return _modulation_grad(sizes, dtype, arch) if arch == "interpret" else dict(
+        zip(("BLOCK_B", "BLOCK_K", "BLOCK_C"), smallest))
+
+
 def _norm_grads(sizes, dtype, arch):
     batch, channels, positions = sizes
     block_p = min(positions, 64)
@@ -130,11 +162,50 @@ def _norm_grads(sizes, dtype, arch):
     return {"BLOCK_B": block_b, "BLOCK_C": min(block_c, 16384 // block_p), "BLOCK_P": block_p, "num_warps": warps}
 
 
+def _feedback_matrix(sizes, dtype, arch):
+    """Tile (rows, columns) of a pass that writes F; a Philox call makes v columns of a row."""
+    rows, columns, v = sizes
+    if arch == "interpret":
+        return {"BLOCK_N": min(rows, 128), "BLOCK_K": max(min(columns, 1024), 32, v), "num_warps": 1}
+    block_k = max(min(columns, 256), 128)
+    return {"BLOCK_N": 2048 // block_k, "BLOCK_K": block_k, "num_warps": 4}
+
+
+def _feedback_product(sizes, dtype, arch):
+    """grad (M, N) times F (N, K), made v columns of a row at a time (at least a word of packed signs)."""
+    m, n, k, v = sizes
+    if arch == "interpret":
+        return {"BLOCK_M": min(m, 128), "BLOCK_N": min(n, 128), "BLOCK_K": max(min(k, 512), 32, v), "num_warps": 1}
+    wanted = min(max(m, 16), 64 if dtype == torch.float32 else 128)
+    block_m, block_n, block_k, warps, stages = next(row for row in _FEEDBACK_PRODUCT if row[0] <= wanted)
+    if v > 1 and block_m <= 32:
+        block_n = 16  # random values pass through shared memory: smaller tiles leave room for more programs
+    # Without a limit of its own the assembler aims at a round number of programs and spills eight bytes to meet it.
+    return {"BLOCK_M": block_m, "BLOCK_N": max(min(n, block_n), 16), "BLOCK_K": block_k, "num_warps": warps,
+            "num_stages": stages, "maxnreg": 168 if block_m <= 32 else 255}
+
+
+def _feedback_update(sizes, dtype, arch):
+    """The tile of W (N, K) that a program updates; its sum runs over M."""
+    m, n, k = sizes
+    if arch == "interpret":
+        return {"BLOCK_M": min(m, 128), "BLOCK_N": min(n, 128), "BLOCK_K": min(k, 512), "num_warps": 1}
+    m, n, k, warps, stages = next(row for row in _FEEDBACK_UPDATE if row[0] <= max(m, 16))
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+
+
+def _feedback_sum(sizes, dtype, arch):
+    return {"BLOCK": min(sizes[0], 1 << 16) if arch == "interpret" else 512, "num_warps": 4}
+
+
 _SELECT = {
-    "norm_act_pool": _tile, "grad_preactivation": _tile, "expand_grad": _tile, "batch_stats": _tile,
+    "norm_act_pool": _tile, "grad_preactivation": _tile, "expand_grad": _tile, "batch_stats": _moments,
     "linear_pool": _rows, "linear_expand": _rows, "linear_grad": _rows,
-    "similarity": _similarity, "logits": _product, "loss_rows": _loss_rows, "grad_similarity": _product,
+    "head": _head, "similarity": _similarity, "logits": _product, "loss_rows": _loss_rows, "grad_similarity": _product,
+    "feedback_matrix": _feedback_matrix, "feedback_product": _feedback_product, "feedback_sum": _feedback_sum,
+    "feedback_update": _feedback_update,
     "latent_grad": _latent_grad, "modulation_grad": _modulation_grad, "norm_grads": _norm_grads,
+    "finish_head": _finish_head,
 }
 
 

@@ -1,8 +1,11 @@
 """The optional native module `lgkernels._C`, loaded at first use."""
 import importlib.util
+import os
+import warnings
 from functools import lru_cache
+from pathlib import Path
 
-import torch  # noqa: F401  before _C, so that both share one OpenMP pool
+import torch  # before _C, so that both share one OpenMP pool
 
 _cuda_override = None  # tests put the executor build of the CUDA kernels here: it runs them on CPU tensors
 
@@ -15,7 +18,23 @@ def _load():
         if importlib.util.find_spec("lgkernels._C") is None:
             return None, "built without the native module: there was no compiler, or LGKERNELS_BUILD=none"
         return None, str(error)
+    _warn_if_outdated(_C.__file__)
+    # glibc returns free memory to the system above twice the largest block freed so far. A step's buffers (LLS's
+    # pre-activation and output, a convolution's feedback weight) reach that together, and every step then pays
+    # thousands of page faults (16 MB, 4 of 29 ms). Freeing once the largest block that glibc learns from, 32 MiB,
+    # never touched, lifts the mark to 64 MiB.
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
     return _C, None
+
+
+def _warn_if_outdated(module):
+    """An editable install goes on with the old module after an update of the tree; say so before calls fail."""
+    sources = Path(__file__).resolve().parents[2] / "csrc"
+    folders = (sources, sources / "cpu", sources / "include/lgk") if sources.is_dir() else ()
+    newest = max((entry.stat().st_mtime for folder in folders for entry in os.scandir(folder)), default=0.0)
+    if newest > os.stat(module).st_mtime:
+        warnings.warn("lgkernels._C is older than its sources in csrc/: build it again with "
+                      "`pip install -e .` (or `python setup.py build_ext --inplace`)", stacklevel=3)
 
 
 def native():

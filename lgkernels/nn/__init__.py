@@ -1,10 +1,14 @@
 """Drop-in modules."""
+from .adapter import LoKrConv2d, LoKrLinear, LoRALinear, adapt, merge, unmerge
+from .alignment import alignment, weight_ratio
 from .classifier import ClassifierBlock
+from .convert import convert, feedback_state, load_feedback_state, redraw_after
+from .direct import DirectFeedback
+from .feedback import FeedbackAlignmentConv2d, FeedbackAlignmentLinear, SignSymmetricConv2d, SignSymmetricLinear
 from .lls import LLSConvBlock, LLSHead, LLSLinearBlock
+from .local import ContrastiveHead, ForwardForwardLayer, LocalClassifier, PredSimHead
 
-from .adapter import LoKrConv2d, LoKrLinear, LoRALinear, adapt, merge, unmerge  # isort: skip
-from .local import ContrastiveHead, ForwardForwardLayer, LocalClassifier, PredSimHead  # isort: skip
-
-__all__ = ["ClassifierBlock", "LLSConvBlock", "LLSHead", "LLSLinearBlock"]
-__all__ += ["LoKrConv2d", "LoKrLinear", "LoRALinear", "adapt", "merge", "unmerge"]
-__all__ += ["ContrastiveHead", "ForwardForwardLayer", "LocalClassifier", "PredSimHead"]
+__all__ = ["ClassifierBlock", "ContrastiveHead", "DirectFeedback", "FeedbackAlignmentConv2d", "FeedbackAlignmentLinear",
+           "ForwardForwardLayer", "LLSConvBlock", "LLSHead", "LLSLinearBlock", "LoKrConv2d", "LoKrLinear", "LoRALinear",
+           "LocalClassifier", "PredSimHead", "SignSymmetricConv2d", "SignSymmetricLinear", "adapt", "alignment", "convert",
+           "feedback_state", "load_feedback_state", "merge", "redraw_after", "unmerge", "weight_ratio"]

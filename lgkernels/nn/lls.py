@@ -20,6 +20,11 @@ def _modulation_parameter(kind, num_classes, reduced_rows, factory):
     return nn.Parameter(0.01 * torch.randn(shape[kind], **factory))
 
 
+def _has_hooks(module):
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
+
+
 class _LLSBlock(nn.Module):
     """What the two fused blocks share: everything behind the layer."""
 
@@ -44,11 +49,19 @@ class _LLSBlock(nn.Module):
         """`(out.detach(), loss)` in training with a target; else `out` with its ordinary graph."""
         self._check_input(x)
         if target is None or not self.training:
-            out = F.leaky_relu(self.norm(self.layer(x)), self.negative_slope)
-            return F.max_pool2d(out, 2) if self.max_pool else out
+            return self._pooled(self._activation(x))
         checks.integer("target", target)
         checks.shape("target", target, x.shape[:1], "one class index per row of x")
         checks.same_device(x=x, target=target, weight=self.layer.weight)
+        if self.max_pool and min(self._output_size(x)) < 2:
+            raise ValueError(f"max_pool needs a feature map of at least 2 x 2, got one of {self._output_size(x)} from "
+                             f"x of shape {checks.shape_of(x)}")
+        if not self.norm.training or _has_hooks(self.layer) or _has_hooks(self.norm):
+            activation = self._activation(x.detach())
+            loss = LF.lls_loss(activation, target, self.modulation, num_classes=self.num_classes,
+                               pool_size=self.pool_size, waveform=self.waveform, temperature=self.temperature,
+                               label_smoothing=self.label_smoothing, impl=self.impl)
+            return self._pooled(activation).detach(), loss
         norm = self.norm
         momentum = 0.0 if norm.momentum is None else norm.momentum
         if norm.track_running_stats and norm.momentum is None:
@@ -61,6 +74,12 @@ class _LLSBlock(nn.Module):
         if norm.track_running_stats:
             norm.num_batches_tracked.add_(1)
         return result
+
+    def _activation(self, x):
+        return F.leaky_relu(self.norm(self.layer(x)), self.negative_slope)
+
+    def _pooled(self, activation):
+        return F.max_pool2d(activation, 2) if self.max_pool else activation
 
     def extra_repr(self):
         modulation = None if self.modulation is None else tuple(self.modulation.shape)
@@ -77,7 +96,8 @@ class LLSConvBlock(_LLSBlock):
     closed form (one pass over the pre-activation to normalise, activate, pool and gather what the gradients of the
     normalisation need; one in place for its gradient), so the graph holds no activation: ``loss.backward()`` only
     hands the gradients over, once. No gradient reaches ``x``. With ``target=None`` or in evaluation it returns
-    ``out`` as an ordinary block does. The head sees the activation before the max-pool.
+    ``out`` as an ordinary block does. The head sees the activation before the max-pool. Where ``norm`` is frozen
+    (``block.norm.eval()``), or ``layer`` or ``norm`` carry hooks, the block runs unfused, by autograd.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, bias: as ``nn.Conv2d``. The bias has a zero gradient
@@ -122,6 +142,11 @@ class LLSConvBlock(_LLSBlock):
                 raise ValueError(f"padding='same' needs an odd kernel_size, got {self.layer.kernel_size}")
             padding = [k // 2 if padding == "same" else 0 for k in self.layer.kernel_size]
         return list(self.layer.stride), list(padding)
+
+    def _output_size(self, x):
+        stride, padding = self._geometry()
+        return tuple((n + 2 * p - k) // s + 1
+                     for n, p, k, s in zip(x.shape[2:], padding, self.layer.kernel_size, stride))
 
     def _check_input(self, x):
         checks.floating("x", x)

@@ -61,13 +61,19 @@ class Dataset:
         return batch.float().div_(255).sub_(self.mean).div_(self.std)
 
     def truncated(self, count):
-        """The first `count` samples of each split (None: all)."""
+        """`count` samples of each split, drawn by a fixed seed: folders are sorted by class (None: all)."""
         clone = object.__new__(Dataset)
         clone.__dict__.update(self.__dict__)
         if count is not None:
             clone.train, clone.test = (
-                tuple(part[torch.arange(min(count, len(part)))] for part in split) for split in (self.train, self.test))
+                _some(split, count) for split in (self.train, self.test))
         return clone
+
+
+def _some(split, count):
+    images, labels = split
+    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count].sort().values
+    return images[chosen], labels[chosen]
 
 
 def load(name, folder=None, augmentation="basic"):
@@ -99,6 +105,12 @@ def load(name, folder=None, augmentation="basic"):
         splits = readers.cifar10_jpeg(folder)
     else:
         splits, classes = readers.image_folder(folder, recipe.resize)
+    for part, (images, labels) in zip(("training", "test"), splits):
+        if len(images) != len(labels) or not len(labels):
+            raise DataError(f"{name}: {len(images)} {part} images and {len(labels)} labels, expected as many, and some")
+        if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise DataError(f"{name}: {part} labels must lie in [0, {classes - 1}], got {int(labels.min())} to "
+                            f"{int(labels.max())}")
     return Dataset(title, *splits, classes, source.statistics, recipe)
 
 

@@ -7,8 +7,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from ..training import BackpropTrainer, BlockwiseTrainer
-from . import checkpoint, models
+from ..training import BackpropTrainer, BlockwiseTrainer, DirectTrainer
+from . import checkpoint, instruments, models
 
 RECALIBRATION_BATCHES = 50
 
@@ -45,12 +45,20 @@ def seeded(*key):
 def make_trainer(settings, rule, dataset):
     """The model of `settings` with freshly initialised weights, and its trainer."""
     torch.manual_seed(settings["seed"])
-    blocks = models.build(settings["model"], rule, in_channels=dataset.channels, num_classes=dataset.classes)
+    blocks = models.build(settings["model"], rule, in_channels=dataset.channels, num_classes=dataset.classes,
+                          seed=settings["seed"])
     blocks = [block.to(settings["device"]) for block in blocks]
-    kind = BackpropTrainer if rule == "bp" else BlockwiseTrainer
     device = torch.device(settings["device"])
     scaler = torch.amp.GradScaler(device.type) if settings["amp"] == "fp16" else None
-    return kind(blocks, optimizer_factory(settings["optimizer"], learning_rate(settings, rule)), grad_scaler=scaler)
+    factory = optimizer_factory(settings["optimizer"], learning_rate(settings, rule))
+    return trainer(rule, blocks, factory, seed=settings["seed"], grad_scaler=scaler)
+
+
+def trainer(rule, blocks, factory, *, seed=0, **options):
+    """The trainer of `rule` for the blocks of `models.build`."""
+    if rule in models.DIRECT_RULES:
+        return DirectTrainer(blocks, factory, rule=rule, seed=seed, **options)
+    return (BlockwiseTrainer if rule in models.LOCAL_RULES else BackpropTrainer)(blocks, factory, **options)
 
 
 def autocast(settings):
@@ -88,7 +96,10 @@ class Run:
     def load_state_dict(self, state):
         if state["rule"] != self.rule:
             raise checkpoint.CheckpointError(f"{self.path} belongs to rule {state['rule']!r}, not {self.rule!r}")
-        self.trainer.load_state_dict(state["trainer"])
+        try:
+            self.trainer.load_state_dict(state["trainer"])
+        except ValueError as error:
+            raise checkpoint.CheckpointError(f"checkpoint {self.path} does not fit this run: {error}") from None
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         self.losses, self.correct = (t if t is None else t.to(self.device) for t in (state["losses"], state["correct"]))
         self.seconds = state["seconds"]
@@ -162,6 +173,8 @@ class Run:
         self.weights = {f"{i}.{name}": tensor.detach().cpu().clone() for i, block in enumerate(self.trainer.blocks)
                         for name, tensor in block.state_dict().items()}
         self.trainer.train()
+        if self.rule in models.FEEDBACK_RULES:
+            record.update(instruments.of(self.trainer.blocks))
         return record
 
 

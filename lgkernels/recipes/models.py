@@ -1,11 +1,16 @@
-"""The networks of the LLS paper as tables, built as lists of blocks for any of the rules.
+"""Networks as lists of blocks, for any of the rules.
 
-Convolutions are 3x3 with padding 1; a block is convolution (or linear), batch normalisation, LeakyReLU(0.01).
-`pool` is P of the block's head, `hidden` the width of the control variants' heads before they are pooled to the size
-of the latents. Source: the authors' code (Apolinario, Roy, Roy, WACV 2025).
+`MODELS`, as tables: those of the LLS paper. Convolutions are 3x3 with padding 1; a block is convolution (or linear),
+batch normalisation, LeakyReLU(0.01). `pool` is P of the block's head, `hidden` the width of the control variants'
+heads before they are pooled to the size of the latents. Source: the authors' code (Apolinario, Roy, Roy, WACV 2025).
+
+`NETWORKS`, as functions, for the rules without local heads: those of the sign-symmetry paper (Xiao, Chen, Liao,
+Poggio, ICLR 2019).
 """
+import math
 from collections import namedtuple
 
+import torch
 from torch import nn
 
 from .. import nn as lnn
@@ -32,19 +37,30 @@ MODELS = {
                           *[Separable(512, 2)] * 5, Separable(1024, 1, stride=2), Separable(1024, 1), Pool(1)), 20),
 }
 
-RULES = ("lls", "lls-m", "lls-mxm", "lls-mxm-reduced", "lls-random", "local-classifier", "bp")
+LOCAL_RULES = ("lls", "lls-m", "lls-mxm", "lls-mxm-reduced", "lls-random", "local-classifier")
+FEEDBACK_RULES = ("fa", "usf", "frsf", "brsf", "signed-init")
+DIRECT_RULES = ("dfa", "sdfa", "drtp")
+RULES = (*LOCAL_RULES, *FEEDBACK_RULES, *DIRECT_RULES, "bp")
 _MODULATION = {"lls-m": "vector", "lls-mxm": "matrix", "lls-mxm-reduced": "reduced"}
 
 
-def build(model, rule, *, in_channels, num_classes, temperature=0.5, waveform="square", impl="auto"):
-    """List of blocks and transforms for `training.BlockwiseTrainer` (rule "bp": `training.BackpropTrainer`).
+def build(model, rule, *, in_channels, num_classes, temperature=0.5, waveform="square", impl="auto", seed=0):
+    """List of blocks and transforms for the rule's trainer, see `loop.trainer`.
 
     Args:
-        model (str): one of `MODELS`. rule (str): one of `RULES`.
-        in_channels, num_classes (int): of the data. temperature, waveform, impl: of the LLS heads.
+        model (str): one of `MODELS`, or of `NETWORKS` (not for `LOCAL_RULES`). rule (str): one of `RULES`.
+        in_channels, num_classes (int): of the data. temperature, waveform: of the LLS heads.
+        impl (str): of the rule's kernels. seed (int): of FA's and sign-symmetry's random feedback; the last layer
+            has the exact gradient.
     """
-    spec = _lookup("model", model, MODELS)
     _lookup("rule", rule, RULES)
+    if model in NETWORKS:
+        if rule in LOCAL_RULES:
+            raise ValueError(f"rule {rule!r} needs a model with local heads ({', '.join(MODELS)}), got {model!r}")
+        return _converted(NETWORKS[model](in_channels, num_classes), rule, seed, impl)
+    spec = _lookup("model", model, {**MODELS, **NETWORKS})
+    if rule in FEEDBACK_RULES or rule in DIRECT_RULES:
+        return _converted(_plain(spec, in_channels, num_classes), rule, seed, impl)
     options = {"num_classes": num_classes, "temperature": temperature}
     fused = {"waveform": waveform, "impl": impl, "modulation": _MODULATION.get(rule),
              "reduced_rows": reduced_rows(model, num_classes), **options}
@@ -57,15 +73,12 @@ def build(model, rule, *, in_channels, num_classes, temperature=0.5, waveform="s
             continue
         if isinstance(layer, Linear):
             inputs, width, positions = width * positions, layer.features, 1
-            plain = (nn.Linear(inputs, width), nn.BatchNorm1d(width))
             latents = layer.pool
         else:
             inputs, width = width, layer.channels
             latents = width * layer.pool**2
-            plain = (nn.Conv2d(inputs, width, 3, layer.stride, 1), nn.BatchNorm2d(width))
         if control is not None or isinstance(layer, Separable):
-            block = separable(inputs, width, layer.stride) if isinstance(layer, Separable) else nn.Sequential(
-                *plain, nn.LeakyReLU())
+            block = _unit(layer, inputs)
             blocks.append(lnn.LLSHead(block, pool_size=layer.pool, **fused) if control is None else
                           control(block, pool_size=layer.pool, latents=latents, hidden=layer.hidden, **options))
             blocks += [nn.MaxPool2d(2)] if getattr(layer, "max_pool", False) else []
@@ -77,11 +90,96 @@ def build(model, rule, *, in_channels, num_classes, temperature=0.5, waveform="s
     return blocks + [lnn.ClassifierBlock(nn.Linear(width * positions, num_classes))]
 
 
+def _unit(layer, inputs):
+    """Layer, batch normalisation, LeakyReLU."""
+    if isinstance(layer, Separable):
+        return separable(inputs, layer.channels, layer.stride)
+    if isinstance(layer, Linear):
+        return nn.Sequential(nn.Linear(inputs, layer.features), nn.BatchNorm1d(layer.features), nn.LeakyReLU())
+    return nn.Sequential(nn.Conv2d(inputs, layer.channels, 3, layer.stride, 1), nn.BatchNorm2d(layer.channels),
+                         nn.LeakyReLU())
+
+
+def _plain(spec, in_channels, num_classes):
+    """The network of a table without heads. A max-pool belongs to its block, so direct signals enter after it."""
+    blocks, width, positions = [], in_channels, 1
+    for layer in spec.layers:
+        if isinstance(layer, Pool):
+            blocks += [nn.AdaptiveAvgPool2d(layer.size), nn.Flatten()]
+            positions = layer.size**2
+            continue
+        blocks.append(_unit(layer, width * positions))
+        if getattr(layer, "max_pool", False):
+            blocks[-1].append(nn.MaxPool2d(2))
+        width, positions = layer[0], 1
+    return [*blocks, nn.Linear(width * positions, num_classes)]
+
+
+def _converted(blocks, rule, seed, impl):
+    if rule in FEEDBACK_RULES:
+        lnn.convert(nn.Sequential(*blocks), rule.replace("-", "_"), seed=seed, impl=impl, verbose=False)
+    return blocks
+
+
 def separable(inputs, outputs, stride):
     """MobileNet's block, trained as one. The depthwise padding is the stride, as in the authors' code."""
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, 3, stride, padding=stride, groups=inputs, bias=False), nn.BatchNorm2d(inputs),
         nn.LeakyReLU(), nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.LeakyReLU())
+
+
+def alexnet(in_channels, num_classes):
+    """AlexNet of the sign-symmetry paper: batch normalisation before every ReLU, no bias before it, no dropout.
+
+    Images of 63 x 63 or more (the paper's: 224).
+    """
+    def layers(layer, pool=False):
+        width = layer.weight.shape[0]
+        norm = nn.BatchNorm2d(width) if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d(width)
+        return nn.Sequential(layer, norm, nn.ReLU(), *([nn.MaxPool2d(3, 2)] if pool else []))
+
+    return [layers(nn.Conv2d(in_channels, 64, 11, 4, 2, bias=False), pool=True),
+            layers(nn.Conv2d(64, 192, 5, padding=2, bias=False), pool=True),
+            layers(nn.Conv2d(192, 384, 3, padding=1, bias=False)),
+            layers(nn.Conv2d(384, 256, 3, padding=1, bias=False)),
+            layers(nn.Conv2d(256, 256, 3, padding=1, bias=False), pool=True), nn.AdaptiveAvgPool2d(6), nn.Flatten(),
+            layers(nn.Linear(256 * 36, 4096, bias=False)), layers(nn.Linear(4096, 4096, bias=False)),
+            nn.Linear(4096, num_classes)]
+
+
+class BasicBlock(nn.Module):
+    """ResNet's block of two 3x3 convolutions; one block too for the direct rules, skip included."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU()
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+def resnet18(in_channels, num_classes):
+    """ResNet-18 of the sign-symmetry paper: torchvision's first version, convolutions drawn from N(0, 2 / (k^2 O))."""
+    widths = (64, 64, 128, 128, 256, 256, 512, 512)
+    blocks = [nn.Sequential(nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+                            nn.MaxPool2d(3, 2, 1))]
+    for i, (inputs, outputs) in enumerate(zip((64, *widths), widths)):
+        blocks.append(BasicBlock(inputs, outputs, 2 if i in (2, 4, 6) else 1))
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return [*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes)]
+
+
+NETWORKS = {"alexnet": alexnet, "resnet18": resnet18}
+SMALLEST_IMAGE = {"alexnet": 63}
 
 
 def reduced_rows(model, num_classes):
@@ -92,12 +190,15 @@ def reduced_rows(model, num_classes):
 def signal_macs(model, rule, *, in_channels, num_classes, image_size):
     """Multiply-accumulates for each sample that carry the learning signal to the layers.
 
-    BP: the gradients to the inputs of all layers but the first. Local rules: the two products of each head with its
-    basis (similarity and its adjoint), with the modulation, and gradients within a block of two convolutions.
-    Weight gradients, which every rule needs, and pooling are not counted.
+    BP, FA and sign-symmetry: the gradients to the inputs of all layers but the first. DFA: the projections of the
+    error to each block (DRTP: none, it gathers), and gradients within a block of two convolutions. Local rules: the
+    two products of each head with its basis (similarity and its adjoint), with the modulation, and gradients within a
+    block. Weight gradients, which every rule needs, and pooling are not counted.
     """
-    spec = _lookup("model", model, MODELS)
     _lookup("rule", rule, RULES)
+    if model in NETWORKS or rule in FEEDBACK_RULES or rule in DIRECT_RULES:
+        return _macs_of_gradients(model, rule, in_channels, num_classes, image_size)
+    spec = _lookup("model", model, {**MODELS, **NETWORKS})
     rows = reduced_rows(model, num_classes) if rule == "lls-mxm-reduced" else num_classes
     modulation = {"lls-m": num_classes, "lls-mxm": num_classes**2, "lls-mxm-reduced": rows * num_classes}.get(rule, 0)
     through, heads, within = [], 0, 0
@@ -123,6 +224,25 @@ def signal_macs(model, rule, *, in_channels, num_classes, image_size):
         heads += 2 * (rows * latents + modulation)
     through.append(width * positions * num_classes)
     return sum(through[1:]) if rule == "bp" else heads + within
+
+
+def _macs_of_gradients(model, rule, in_channels, num_classes, image_size):
+    """Counted on the network itself, on the device without data."""
+    direct, total, layers = rule in DIRECT_RULES, 0, []
+    with torch.device("meta"), torch.enable_grad():
+        blocks = build(model, "dfa" if direct else "bp", in_channels=in_channels, num_classes=num_classes)
+        for module in (m for block in blocks for m in block.modules() if isinstance(m, (nn.Conv2d, nn.Linear))):
+            module.register_forward_hook(lambda layer, inputs, output: layers.append((layer, inputs[0], output)))
+        x = torch.zeros(2, in_channels, image_size, image_size)
+        hidden = [block for block in blocks if list(block.parameters())][:-1]
+        for block in blocks:
+            x = block(x.detach() if direct else x)
+            if block in hidden and direct and rule != "drtp":
+                total += num_classes * math.prod(x.shape[1:])
+    for layer, x, output in layers:
+        if x.requires_grad:
+            total += layer.weight.numel() * (output[0, 0].numel() if output.dim() == 4 else 1)
+    return total
 
 
 def _lookup(name, value, known):

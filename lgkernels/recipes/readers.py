@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,10 @@ def pillow():
 
 
 def find(folder, *names):
-    """The first of `names` that exists in `folder` or in a folder directly inside it."""
+    """The first of `names` that exists in `folder` or up to two folders inside it (torchvision's MNIST/raw)."""
     folder = Path(folder)
     for name in names:
-        for path in (folder / name, *sorted(folder.glob(f"*/{name}"))):
+        for path in (folder / name, *sorted(folder.glob(f"*/{name}")), *sorted(folder.glob(f"*/*/{name}"))):
             if path.exists():
                 return path
     raise DataError(f"no {' or '.join(names)} in {folder}")
@@ -46,7 +47,7 @@ def read_idx(path):
         if zero or kind != 8:
             raise DataError(f"{path} is not an IDX file of bytes (it starts with {raw[:4].hex()})")
         shape = struct.unpack(f">{rank}I", raw[4:4 + 4 * rank])
-    except (OSError, EOFError, struct.error) as error:
+    except (OSError, EOFError, struct.error, zlib.error) as error:
         raise DataError(f"{path} is not a complete IDX file ({error})") from None
     body = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
     if body.size != np.prod(shape):
@@ -61,6 +62,9 @@ def mnist(folder):
         arrays = [read_idx(find(folder, *(f"{prefix}-{part}{dot}{rank}-ubyte{suffix}" for dot in "-."
                                           for suffix in ("", ".gz"))))
                   for part, rank in (("images", "idx3"), ("labels", "idx1"))]
+        if [a.ndim for a in arrays] != [3, 1] or arrays[0].shape[1:] != (28, 28):
+            raise DataError(f"{prefix} in {folder} must hold images (N, 28, 28) and labels (N,), got shapes "
+                            f"{arrays[0].shape} and {arrays[1].shape}")
         splits.append((torch.from_numpy(arrays[0].copy()).unsqueeze(1), torch.from_numpy(arrays[1].astype(np.int64))))
     return splits
 

@@ -1,4 +1,4 @@
-"""`python -m lgkernels train`: a network trained with a local rule, beside back-propagation."""
+"""`python -m lgkernels train`: a network trained by one of the rules, beside back-propagation."""
 import argparse
 import importlib.util
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, data, loop, measure, models, report
+from . import checkpoint, data, instruments, loop, measure, models, report
 
 DEFAULTS = {
     "rule": "lls", "compare": [], "model": "smallconv", "data": "fashion-mnist", "data_dir": None,
@@ -35,14 +35,15 @@ def add_arguments(parser):
     option("--rule", f"rule to train with: {', '.join(models.RULES)}")
     option("--compare", "rules to train beside it on the same data, the same order of batches and epochs", nargs="*",
            metavar="RULE")
-    option("--model", f"network: {', '.join(models.MODELS)}")
+    option("--model", f"network: {', '.join(models.MODELS)}; for rules without local heads also "
+           f"{', '.join(models.NETWORKS)}")
     option("--data", f"data set: {', '.join(data.SOURCES)}; fashion-mnist without --data-dir is an embedded subset")
     option("--data-dir", "folder that holds the data set's files")
     option("--augment", "basic (as the paper's plain runs), full (its ...AUG runs), none; default: none for the "
            "embedded subset, whose few epochs are too short for local rules to gain by it, else basic")
     option("--epochs", "passes over the training data", type=int)
     option("--batch-size", "samples in a step", type=int)
-    option("--lr", "learning rate of the local rules; default: 5e-3 with adamw-schedule-free (the paper's), else "
+    option("--lr", "learning rate of all rules but bp; default: 5e-3 with adamw-schedule-free (the LLS paper's), else "
                    "the optimizer's usual one", type=float)
     option("--bp-lr", "learning rate of back-propagation; default as --lr: 5e-3 was the best of 1e-3, 2e-3, 5e-3 for it too", type=float)
     option("--optimizer", f"{', '.join(loop.LEARNING_RATES)}")
@@ -69,7 +70,7 @@ def _main(given):
     out, name, resume = Path(given.pop("out")), given.pop("name", None), given.pop("resume")
     missing = [m for m in NEEDED if importlib.util.find_spec(m) is None]
     if missing:
-        raise UsageError(f'{", ".join(missing)} not installed; run: pip install "lgkernels[demo]"')
+        raise UsageError(f'{", ".join(missing)} not installed; run: pip install "lgkernels[demo]", in a clone: pip install -e ".[demo]"')
     folder, settings = _settings(given, out, name, resume)
     _validate(settings)
     if settings["threads"]:
@@ -78,7 +79,14 @@ def _main(given):
     dataset = dataset.truncated(settings["limit"])
     if len(dataset.train[1]) < settings["batch_size"]:
         raise UsageError(f"--batch-size {settings['batch_size']} exceeds the {len(dataset.train[1])} training samples")
-    folder.mkdir(parents=True, exist_ok=True)
+    smallest = models.SMALLEST_IMAGE.get(settings["model"], 1)
+    if dataset.image_size < smallest:
+        raise UsageError(f"--model {settings['model']} needs images of {smallest} x {smallest} or more, those of "
+                         f"{settings['data']} are {dataset.image_size} x {dataset.image_size}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the run's folder {folder} cannot be made ({error.strerror})") from None
     report.write_json(folder / "config.json", settings)
     return Session(settings, dataset, folder, resume).run()
 
@@ -91,6 +99,8 @@ def _settings(given, out, name, resume):
         folder = out / name
         try:
             stored = json.loads((folder / "config.json").read_text())
+            if not isinstance(stored, dict):
+                raise ValueError("config.json holds no settings")
         except (OSError, ValueError) as error:
             raise UsageError(f"no run to resume in {folder} ({error})") from None
         for key, value in given.items():
@@ -118,13 +128,19 @@ def _settings(given, out, name, resume):
 def _validate(settings):
     for rule in (settings["rule"], *settings["compare"]):
         _one_of("rule", rule, models.RULES)
-    _one_of("model", settings["model"], models.MODELS)
+    _one_of("model", settings["model"], (*models.MODELS, *models.NETWORKS))
+    for rule in (settings["rule"], *settings["compare"]):
+        if settings["model"] in models.NETWORKS and rule in models.LOCAL_RULES:
+            raise UsageError(f"--rule {rule} needs a model with local heads ({', '.join(models.MODELS)}), got "
+                             f"{settings['model']}")
     _one_of("data set", settings["data"], data.SOURCES)
     _one_of("optimizer", settings["optimizer"], loop.LEARNING_RATES)
     _one_of("amp", settings["amp"], ("none", "bf16", "fp16"))
     for key in ("epochs", "batch_size", "threads", "limit", "lr", "bp_lr"):
         if settings[key] is not None and not settings[key] > 0:
             raise UsageError(f"--{key.replace('_', '-')} must be positive, got {settings[key]}")
+    if not 0 <= settings["seed"] < 2**63:
+        raise UsageError(f"--seed must lie in [0, 2**63), got {settings['seed']}")
     if settings["batch_size"] < 2:
         raise UsageError("--batch-size must be at least 2: batch normalisation needs two samples")
     try:
@@ -204,7 +220,13 @@ class Session:
         for rule in self.rules:
             run = loop.Run(s, rule, self.dataset, self._path("checkpoint", rule, ".safetensors"))
             if self.resume and run.path.exists():
-                run.load_state_dict(checkpoint.load(run.path))
+                state = checkpoint.load(run.path)
+                try:
+                    run.load_state_dict(state)
+                except checkpoint.CheckpointError:
+                    raise
+                except (KeyError, RuntimeError, ValueError) as error:
+                    raise UsageError(f"{run.path} does not fit the run's settings ({error})") from None
             runs.append(run)
         report.rewrite_metrics(self.folder, [run.history for run in runs])
         with _Stop() as stop:
@@ -235,6 +257,7 @@ class Session:
         for record in run.train(_Progress, stop):
             report.append_metrics(self.folder, record)
             report.draw_curves(self.folder / "curves.png", self.title, self.histories)
+            instruments.draw(self.folder / "alignment.png", self.title, self.histories)
             print(f"{run.rule} epoch {record['epoch']}/{self.settings['epochs']}: training accuracy "
                   f"{100 * record['train_accuracy']:.2f} %, test accuracy {100 * record['test_accuracy']:.2f} %, "
                   f"{record['train_seconds']:.1f} s", flush=True)

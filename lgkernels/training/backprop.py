@@ -2,7 +2,9 @@
 import contextlib
 
 import torch.nn.functional as F
+from torch import nn
 
+from ..nn.convert import redraw_after
 from .trainer import Trainer, trainable
 
 
@@ -10,7 +12,8 @@ class BackpropTrainer(Trainer):
     """Trains the blocks as one network, by back-propagation of one loss, with one optimizer.
 
     Every block is called without target, so its local loss plays no part. All else, ``step`` included (it returns
-    one loss, as a vector of length 1), is as :class:`BlockwiseTrainer`.
+    one loss, as a vector of length 1), is as :class:`BlockwiseTrainer`. So it trains by FA and sign-symmetry too, when
+    the blocks are converted (:func:`lgkernels.nn.convert`); brSF's magnitudes are redrawn after each update.
 
     Args:
         blocks (iterable of nn.Module): applied in order as ``module(x)``.
@@ -26,6 +29,9 @@ class BackpropTrainer(Trainer):
         super().__init__(blocks, optimizer_factory, [[p for block in blocks for p in trainable(block)]],
                          scheduler_factory=scheduler_factory, accumulation_steps=accumulation_steps,
                          clip_grad_norm=clip_grad_norm, grad_scaler=grad_scaler)
+        model = nn.ModuleList(blocks)
+        if any(getattr(module, "rule", None) == "brsf" for module in model.modules()):
+            redraw_after(self.optimizers[0], model)
 
     def _step(self, x, target, last):
         with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""What the two trainers share: optimizers, schedules, accumulation, modes, recalibration, state."""
+"""What the trainers share: optimizers, schedules, accumulation, modes, recalibration, state."""
 import contextlib
 
 import torch
@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core import checks
+from ..nn.convert import feedback_state, load_feedback_state
 
 STATE_VERSION = 1
 
@@ -20,7 +21,7 @@ def _bare(module):
 
 
 class Trainer:
-    """Base of `BlockwiseTrainer` and `BackpropTrainer`; one entry of `optimizers` for each of `parameter_groups`."""
+    """Base of the trainers; one entry of `optimizers` for each of `parameter_groups`."""
 
     def __init__(self, blocks, optimizer_factory, parameter_groups, *, scheduler_factory, accumulation_steps,
                  clip_grad_norm, grad_scaler):
@@ -71,11 +72,13 @@ class Trainer:
         skip = not last and isinstance(module, DistributedDataParallel)
         return module.no_sync() if skip else contextlib.nullcontext()
 
-    def _backward(self, loss, parameters):
+    def _scaled(self, loss):
         if self.accumulation_steps > 1:
             loss = loss / self.accumulation_steps
-        if self.grad_scaler is not None:
-            loss = self.grad_scaler.scale(loss)
+        return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+
+    def _backward(self, loss, parameters):
+        loss = self._scaled(loss)
         # Not autograd.grad: DDP's hooks run where gradients reach the parameters. A backward runs in the dtypes that
         # its forward chose, so the caller's autocast is off here.
         with torch.autocast(loss.device.type, enabled=False):
@@ -148,7 +151,7 @@ class Trainer:
     # -- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self):
-        """Blocks, optimizers, schedules, gradient scaler and step count, DDP wrappers taken off.
+        """Blocks, optimizers, schedules, gradient scaler, random feedback and step count, DDP wrappers taken off.
 
         Taken in training mode a schedule-free run goes on bit for bit (its evaluation mode rounds on the way back).
         """
@@ -162,12 +165,18 @@ class Trainer:
             "optimizers": [o and o.state_dict() for o in self.optimizers],
             "schedulers": [s and s.state_dict() for s in self.schedulers],
             "grad_scaler": self.grad_scaler and self.grad_scaler.state_dict(),
+            "feedback": feedback_state(self._model()),
         }
+
+    def _model(self):
+        return nn.ModuleList(_bare(module) for module in self.blocks)
 
     def load_state_dict(self, state):
         """Take over what `state_dict` gave, for the same blocks and factories."""
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"state must have version {STATE_VERSION}, got {state.get('version')!r}")
+        if feedback_state(self._model())["feedback"] or (state.get("feedback") or {}).get("feedback"):
+            load_feedback_state(self._model(), state.get("feedback"))  # in no state_dict; raises without it
         parts = {"blocks": self.blocks, "optimizers": self.optimizers, "schedulers": self.schedulers,
                  "grad_scaler": [self.grad_scaler]}
         for name, mine in parts.items():

@@ -274,3 +274,52 @@ def test_classifier_block():
     assert x.grad is None and not logits.requires_grad
     assert torch.equal(block.module.weight.grad, twin.weight.grad)
     assert torch.equal(block.eval()(x, target), block.module(x))
+
+
+@pytest.mark.parametrize("case", [CONV, LINEAR], ids=["conv", "linear"])
+def test_frozen_norm(impl, case):
+    """`block.norm.eval()`, as in fine-tuning: the running statistics normalise, and stay."""
+    block, x, target = make(case, impl)
+    block.norm.eval()
+    running = block.norm.running_mean.clone()
+    activation = F.leaky_relu(block.norm(block.layer(x)), block.negative_slope)
+    expected = definition(activation, target, None, num_classes=block.num_classes, pool_size=block.pool_size)
+    expected_grad, = torch.autograd.grad(expected, block.layer.weight)
+    out, loss = block(x.requires_grad_(), target)
+    loss.backward()
+    assert torch.equal(out, activation) and not out.requires_grad and x.grad is None
+    assert torch.equal(block.norm.running_mean, running)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(block.layer.weight.grad, expected_grad)
+
+
+def test_hooks_of_the_layer_run():
+    block, x, target = make(CONV)
+    fused = block(x, target)
+    seen = []
+    block.layer.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    out, loss = block(x, target)
+    assert len(seen) == 1
+    torch.testing.assert_close((out, loss.detach()), (fused[0], fused[1].detach()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_max_pool_needs_a_map(training):
+    block, _, target = make(dict(CONV, max_pool=True))
+    with pytest.raises((ValueError, RuntimeError), match="max_pool needs a feature map|too small"):
+        block.train(training)(torch.zeros(4, 3, 1, 1), target)
+
+
+def test_an_empty_batch_leaves_the_running_statistics(impl):
+    block, x, target = make(CONV, impl)
+    before = copy.deepcopy(block.norm.state_dict())
+    block(x[:0], target[:0])
+    assert torch.equal(block.norm.running_mean, before["running_mean"])
+    assert torch.equal(block.norm.running_var, before["running_var"])
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        block = lnn.LLSConvBlock(3, 8, 3, num_classes=10, pool_size=2)
+        out, loss = block(torch.empty(2, 3, 8, 8), torch.empty(2, dtype=torch.int64))
+    assert out.shape == (2, 8, 6, 6) and out.is_meta and loss.shape == ()

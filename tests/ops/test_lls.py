@@ -1,4 +1,5 @@
 """`lls_loss` as a user calls it: every backend against autograd of the written-out definition."""
+import contextlib
 import warnings
 
 import pytest
@@ -371,3 +372,13 @@ def test_fuzz(name):
                         reduction=draw("mean", "sum", "none"),
                         label_smoothing=draw(0.0, 0.1) if loss == "cross_entropy" else 0.0)
         check()
+
+
+def test_the_cached_basis_does_not_depend_on_the_callers_modes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with torch.device("meta"):
+        basis = LF.lls_basis(6, 123, waveform="cosine")
+    assert basis.device.type == "cpu" and torch.equal(basis, LF.lls_basis(6, 123, waveform="cosine"))
+    with FakeTensorMode(), contextlib.suppress(AssertionError):  # a fake mode refuses real tensors
+        LF.lls_basis(6, 124)
+    assert type(LF.lls_basis(6, 124)) is torch.Tensor

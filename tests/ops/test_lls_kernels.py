@@ -230,7 +230,7 @@ def test_batch_stats_options(module):
 def test_batch_stats_far_from_zero(module, layout):
     """A variance from sum(z^2) - n*mean^2 in float32 loses every digit here."""
     z = preactivation((4, 6, 9, 9), layout=layout)
-    z += 100 * (1 + torch.arange(6.).reshape(1, -1, 1, 1))
+    z += 1000 * (1 + torch.arange(6.).reshape(1, -1, 1, 1))
     check(module, "batch_stats", (z, None, None, None, 0.1, 1e-5), length=324)
 
 
@@ -240,6 +240,36 @@ def test_norm_grads(module, case):
     g, s1, s2 = (randn(case["B"], dim, seed=i) for i in range(3))
     check(module, "norm_grads", (g, s1, s2, case["C"], areas(case["H"], case["W"], case["P"])),
           length=case["B"] * case["P"] ** 2)
+
+
+@pytest.mark.parametrize("kind", ["none", "vector", "matrix"])
+@pytest.mark.parametrize("batch, dim, rows, classes", [(7, 33, 10, 10), (3, 40, 40, 40), (5, 20, 20, 7)])
+def test_head_finished_by_the_norm_gradients(module, batch, dim, rows, classes, kind):
+    """A backend may leave the mean of the losses and the modulation's gradient to the launch of the norm's gradients."""
+    if not hasattr(module, "FINISHES_HEAD"):
+        pytest.skip("this backend's head is complete")
+    rows = rows if kind == "matrix" else classes
+    target, m = targets(batch, classes), modulation(kind, rows, classes)
+    target[1] = -100
+    head = [place(t) for t in (randn(batch, dim), target, m, table(module, "square", rows, dim))]
+    whole = module.head(*head, **HEAD, num_classes=classes)
+    losses, *parts = module.head(*head, **HEAD, num_classes=classes, reduce=False)
+    for i, (a, b) in enumerate(zip(parts, whole[1:])):
+        assert_bit_equal(f"head[{i + 1}]", a, b)
+    latents, z = place(randn(batch, 12)), place(randn(batch, 17))
+    norms = (latents, latents, latents, 3, place(areas(4, 4, 2)))
+    linear = (*map(place, norm_arguments(17)), 0.01, place(randn(batch, 17)), 17, 1.0)
+    finish = losses, head[1], *parts[1:], head[2], -100
+    expected = [] if m is None else [module.modulation_grad(*parts[1:], kind == "vector", place(torch.tensor(1.0)))]
+    for plain, result in ((module.norm_grads(*norms), module.norm_grads(*norms, finish)),
+                          (module.linear_grad_preactivation_(z.clone(), *linear),
+                           module.linear_grad_preactivation_(z.clone(), *linear, finish))):
+        *grads, loss, grad_m = result
+        for i, (a, b) in enumerate(zip(grads, plain)):
+            assert_bit_equal(f"norm gradient {i}", a, b)
+        assert torch.allclose(loss, whole[0], rtol=1e-6) and grad_m.numel() == (0 if m is None else m.numel())
+        for want in expected:
+            assert torch.allclose(grad_m, want, rtol=1e-5, atol=1e-7)
 
 
 def grad_preactivation(module, case, dtype, layout, slope=0.01, scale=1.0):

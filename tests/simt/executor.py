@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = pathlib.Path(__file__).resolve().parent
@@ -58,11 +59,12 @@ def build(sanitizers=""):
     include = [f"-I{path}" for path in (ROOT / "csrc/include", HERE, pybind11.get_include(),
                                         sysconfig.get_paths()["include"])]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        objects = []
-        for source in sources:
-            objects.append(f"{scratch}/{source.name}.o")
+        objects, commands = [f"{scratch}/{source.name}.o" for source in sources], []
+        for source, out in zip(sources, objects):
             own = checks if source.name != "cuda_bindings.cpp" else []  # no kernel there, and half of the build's time
-            _run([compiler(), *flags, *own, *include, "-x", "c++", "-c", str(source), "-o", objects[-1]])
+            commands.append([compiler(), *flags, *own, *include, "-x", "c++", "-c", str(source), "-o", out])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
         _run([compiler(), *flags, *checks, "-shared", *objects, "-o", f"{scratch}/module.so"])
         os.replace(f"{scratch}/module.so", module)  # another process may be building the same
     return module

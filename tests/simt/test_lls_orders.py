@@ -2,6 +2,7 @@
 
 That the bits are right (all modes, dtypes, layouts, sizes) is tested in tests/ops, where "cuda-simt" is a backend.
 """
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -11,27 +12,12 @@ import torch
 from lgkernels.ops.lls import basis
 from tests.ops.lls_problems import HEAD, areas, modulation, norm_arguments, preactivation, randn, table, targets
 from tests.simt import executor
-from tests.tolerances import GOLDEN, assert_bit_equal, assert_relative
+from tests.simt.orders import in_every_order as in_every_order_of
+from tests.tolerances import GOLDEN, assert_relative
 
 pytestmark = pytest.mark.skipif(executor.unavailable() is not None, reason=str(executor.unavailable()))
 FOLDER = Path(__file__).parents[1] / "golden" / "lls"
-
-
-def in_every_order(run):
-    """`run(backend)` returns tensors; their bits must not depend on the order."""
-    simt, kernels = executor.module(), executor.backend("lls")
-    first = None
-    try:
-        for order in executor.ORDERS:
-            simt.set_order(order)
-            result = run(kernels)
-            result = result if isinstance(result, tuple) else (result,)
-            first = first or result
-            for index, (got, expected) in enumerate(zip(result, first)):
-                assert_bit_equal(f"output {index} in {order} order", got.reshape(-1), expected.reshape(-1))
-    finally:
-        simt.set_order("ascending")
-    return first
+in_every_order = functools.partial(in_every_order_of, "lls")
 
 
 # one case a code path: 16-byte vectors or not, bins that tile, overlap or repeat, several tiles and splits

@@ -1,10 +1,18 @@
 """Ahead-of-time compilation of the Triton kernels, with no GPU: `python -m tests.static.aot ARCH [ARCH ...]`.
 
-The backend's own functions run over cases that reach every row of the configuration tables; instead of a launch, the
+The backends' own functions run over cases that reach every row of the configuration tables; instead of a launch, the
 kernel, its arguments and its blocks are recorded, and each distinct specialisation is compiled as Triton would at that
 launch. Prints one JSON object a line. Must run without TRITON_INTERPRET: kernels are decorated differently under it.
+
+A family is a module `aot_<family>.py` beside this one, named in FAMILIES:
+    LAUNCHER        the backend's module, whose `launch` and `architecture` are replaced
+    cases()         calls of its functions, one for each specialisation that matters
+    MATRIX_KERNELS  names of the kernels that multiply matrices
+    TABLES          {kernel: (rows of its table, names of their first entries)}
 """
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -17,61 +25,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lgkernels.core import config
-from lgkernels.ops.lls import basis
-from lgkernels.ops.lls import triton_kernels as lls
+
+FAMILIES = ("lls", "feedback")
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
             torch.int64: "*i64"}
 MATRIX_INSTRUCTION = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
 
-def _convolution_block(shape, pool, dtype, channels_last, windows=(False, True)):
-    z, channel = torch.empty(shape, dtype=dtype), torch.empty(shape[1])
-    z = z.contiguous(memory_format=torch.channels_last) if channels_last else z
-    lls.batch_stats(z, None, channel, channel, 0.1, 1e-5)
-    for max_pool in windows:
-        lls.norm_act_pool(z, channel, channel, channel, channel, 0.01, pool, max_pool, True)
-    latents = lls.latents(z, pool)
-    lls.norm_grads(latents, latents, latents, shape[1], torch.empty(pool**2))
-    lls.grad_preactivation_(z, channel, channel, channel, channel, 0.01, latents, channel, channel, pool, 1.0)
-    lls.expand_grad(latents, torch.empty(()), z, pool)
-
-
-def block_cases():
-    """Both layouts, the dtypes, both windows, exact and overlapping bins, large and small maps; linear blocks."""
-    for channels_last in (True, False):
-        for dtype in (torch.bfloat16, torch.float32):
-            _convolution_block((8, 256, 32, 32), 2, dtype, channels_last)
-        _convolution_block((5, 9, 7, 7), 2, torch.bfloat16, channels_last)
-        _convolution_block((8, 512, 4, 4), 2, torch.bfloat16, channels_last, windows=(False,))
-    _convolution_block((4, 128, 32, 32), 4, torch.float16, True, windows=(False,))
-    for shape, pool, dtype in (((128, 1024), 1024, torch.bfloat16), ((7, 40), 16, torch.float32)):
-        z, column = torch.empty(shape, dtype=dtype), torch.empty(shape[1])
-        lls.batch_stats(z, column, column, column, 0.1, 1e-5)
-        lls.norm_act_pool(z, column, column, column, column, 0.01, pool, False, True)
-        latents = lls.latents(z, pool)
-        lls.linear_grad_preactivation_(z, column, column, column, column, 0.01, latents, pool, 1.0)
-        lls.expand_grad(latents, torch.empty(shape[0]), z, pool)
-
-
-def head_cases():
-    """Every mode of the head, and batch and class counts on both sides of each threshold of the tables."""
-    options = dict(temperature=0.5, label_smoothing=0.1, normalize=True, eps=1e-12, zero_gradient_below_eps=False,
-                   basis_scale=1.0, loss="cross_entropy", ignore_index=-100, reduction="mean", compute_grad=True)
-    for batch, dim, classes, modes in ((128, 2048, 10, (0, 1, 2)), (128, 1024, 20, (0, 2)), (128, 2048, 100, (0, 1, 2)),
-                                       (128, 8192, 1000, (0, 2))):
-        x, target = torch.empty(batch, dim), torch.zeros(batch, dtype=torch.int64)
-        for mode in modes:
-            modulation = torch.empty((classes,) * mode) if mode else None
-            similarity, grad_logits = lls.head(x, target, modulation, basis.signs(classes, dim), num_classes=classes,
-                                               **options)[2:]
-            if mode:
-                lls.modulation_grad(similarity, grad_logits, mode == 1, torch.empty(()))
-        lls.head(x, target, None, torch.empty(classes, dim), num_classes=classes, **options)
-    tess = options | dict(normalize=False, loss="hard_sigmoid_mse", reduction="none", zero_gradient_below_eps=True)
-    x, target, phi = torch.empty(5, 33), torch.zeros(5, dtype=torch.int64), torch.empty(7, 33)
-    lls.head(x, target, None, phi, num_classes=7, **tess)
-    lls.head(x, target, None, phi, num_classes=7, **options | dict(compute_grad=False))
+def families():
+    return [importlib.import_module(f"tests.static.aot_{name}") for name in FAMILIES]
 
 
 def record(arch):
@@ -94,13 +57,13 @@ def record(arch):
                 signature[parameter.name] = "i32"
                 if specialise and value % 16 == 0:
                     attributes[(i,)] = [["tt.divisibility", 16]]
-        options = {name: values[name] for name in ("num_warps", "num_stages") if name in values}
+        options = {name: values[name] for name in ("num_warps", "num_stages", "maxnreg") if name in values}
         key = repr((kernel.fn.__name__, signature, constants, attributes, options))
         launches[key] = kernel, signature, constants, attributes, options
 
-    lls.launch, lls.architecture = launch, lambda device: arch
-    block_cases()
-    head_cases()
+    for family in families():
+        family.LAUNCHER.launch, family.LAUNCHER.architecture = launch, lambda device: arch
+        family.cases()
     return launches
 
 
@@ -131,11 +94,21 @@ def compile_one(arch, launch, directory):
                      "dot": "tt.dot" in compiled.asm["ttir"], "matrix_instruction": found[1] if found else None}
 
 
+_recorded = []  # of the current architecture; kernels cannot be pickled, so forked workers inherit them
+
+
+def _compile(job):
+    arch, i, directory = job
+    return compile_one(arch, _recorded[i], directory)
+
+
 def main(archs):
-    with tempfile.TemporaryDirectory() as directory:
-        for arch in archs:
-            for launch in record(arch).values():
-                print(json.dumps(compile_one(arch, launch, directory)), flush=True)
+    context = multiprocessing.get_context("fork")
+    for arch in archs:
+        _recorded[:] = record(arch).values()
+        with tempfile.TemporaryDirectory() as directory, context.Pool(len(os.sched_getaffinity(0))) as pool:
+            for result in pool.imap(_compile, [(arch, i, directory) for i in range(len(_recorded))]):
+                print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

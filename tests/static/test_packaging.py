@@ -174,6 +174,19 @@ assert x.grad.abs().sum() > 0
 
 # -- python -m lgkernels --------------------------------------------------------------------------------------------
 
+def test_an_outdated_native_module_is_reported(tmp_path, recwarn):
+    """After an update of an editable install, calls into the old module would fail with an obscure message."""
+    native = pytest.importorskip("lgkernels.core.native")
+    module, newest = tmp_path / "_C.so", max(f.stat().st_mtime for f in (ROOT / "csrc").rglob("*"))
+    module.touch()
+    os.utime(module, (newest + 10, newest + 10))
+    native._warn_if_outdated(module)
+    assert not recwarn
+    os.utime(module, (0, 0))
+    with pytest.warns(UserWarning, match="older than its sources"):
+        native._warn_if_outdated(module)
+
+
 def test_no_command_prints_help():
     printed = output("-m", "lgkernels")
     assert "info" in printed and "train" in printed

@@ -181,6 +181,27 @@ def test_embedded_subset():
     assert len(loaded.truncated(7).train[1]) == len(loaded.truncated(7).test[0]) == 7
 
 
+@pytest.mark.parametrize("images, labels, message", [
+    ((5, 28, 28), np.arange(4, dtype=np.uint8), "5 training images and 4 labels"),
+    ((5, 28, 28), np.full(5, 11, np.uint8), "labels must lie in .0, 9., got 11"),
+    ((5, 20, 28), np.arange(5, dtype=np.uint8), "must hold images"), ((0, 28, 28), np.empty(0, np.uint8), "0 training")])
+def test_what_does_not_fit_together_is_refused(tmp_path, images, labels, message):
+    (tmp_path / "MNIST/raw").mkdir(parents=True)  # torchvision's layout
+    for prefix in ("train", "t10k"):
+        (tmp_path / f"MNIST/raw/{prefix}-images-idx3-ubyte").write_bytes(idx(pixels(*images)))
+        (tmp_path / f"MNIST/raw/{prefix}-labels-idx1-ubyte").write_bytes(idx(labels))
+    with pytest.raises(DataError, match=message):
+        data.load("mnist", tmp_path)
+
+
+def test_truncation_draws_from_all_classes():
+    loaded = data.load("fashion-mnist")
+    ordered = loaded.train[1].argsort()
+    loaded.train = tuple(part[ordered] for part in loaded.train)
+    assert torch.equal(loaded.truncated(40).train[1], loaded.truncated(40).train[1])
+    assert len(loaded.truncated(40).train[1].unique()) > 5
+
+
 @pytest.mark.parametrize("arguments, message", [
     (("imagenet",), "unknown data set 'imagenet'; expected one of: fashion-mnist"), (("cifar10",), "needs --data-dir"),
     (("mnist", "/no/such/folder"), "/no/such/folder does not exist"),

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lgkernels.recipes import models
-from lgkernels.training import BackpropTrainer, BlockwiseTrainer
+import lgkernels.nn as lnn
+from lgkernels.recipes import loop, models
 
 
 def count(model, rule, classes=10, channels=3):
@@ -15,7 +15,7 @@ def count(model, rule, classes=10, channels=3):
 
 
 @pytest.mark.parametrize("model, expected", [("smallconv", 362506), ("smallconvl", 3166090), ("vgg8", 7133194)])
-@pytest.mark.parametrize("rule", ["lls", "bp", "lls-random"])
+@pytest.mark.parametrize("rule", ["lls", "bp", "lls-random", "usf", "dfa"])
 def test_published_parameter_counts(model, expected, rule):
     assert count(model, rule) == expected
 
@@ -33,12 +33,11 @@ def test_modulation_adds_to_each_of_the_seven_layers_of_vgg8(classes):
     ("smallconvl", "lls"), ("vgg8", "lls"), ("vgg8", "lls-mxm-reduced")])
 def test_one_step(model, rule):
     blocks = models.build(model, rule, in_channels=3, num_classes=10)
-    kind = BackpropTrainer if rule == "bp" else BlockwiseTrainer
-    trainer = kind(blocks, lambda p: torch.optim.SGD(p, lr=0.1))
+    trainer = loop.trainer(rule, blocks, lambda p: torch.optim.SGD(p, lr=0.1))
     before = [p.detach().clone() for block in blocks for p in block.parameters() if p.dim() > 1]
     losses = trainer.step(torch.randn(4, 3, 32, 32), torch.arange(4))
     learning = [block for block in blocks if list(block.parameters())]
-    assert losses.shape == (1 if rule == "bp" else len(learning),)
+    assert losses.shape == (len(learning) if rule in models.LOCAL_RULES else 1,)
     assert torch.isfinite(losses).all()
     assert trainer.eval().predict(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     after = [p for block in blocks for p in block.parameters() if p.dim() > 1]
@@ -116,7 +115,81 @@ def test_signal_macs_are_those_of_the_input_gradients():
 
 @pytest.mark.parametrize("arguments, message", [
     (("resnet", "lls"), "unknown model 'resnet'; expected one of: smallconv"),
-    (("vgg8", "dfa"), "unknown rule 'dfa'; expected one of: lls")])
+    (("vgg8", "ff"), "unknown rule 'ff'; expected one of: lls"),
+    (("alexnet", "lls"), "rule 'lls' needs a model with local heads .smallconv"),
+    (("resnet18", "local-classifier"), "needs a model with local heads")])
 def test_unknown_names(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.build(*arguments, in_channels=3, num_classes=10)
+
+
+# -- the sign-symmetry paper's networks, and the rules without heads ---------------------------------------------------
+
+@pytest.mark.parametrize("rule", ["bp", "usf", "dfa"])
+def test_parameter_counts_of_the_networks(rule):
+    """torchvision's, but for AlexNet's: 5 convolutions and 2 linear layers with batch normalisation for their bias."""
+    assert count("resnet18", rule, 1000) == 11_689_512
+    assert count("alexnet", rule, 1000) == 61_100_840 + 64 + 192 + 384 + 256 + 256 + 2 * 4096
+
+
+def test_residual_network_starts_as_published():
+    torch.manual_seed(0)
+    blocks = models.build("resnet18", "bp", in_channels=3, num_classes=10)
+    convolutions = [m for block in blocks for m in block.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) == 20 and all(c.bias is None for c in convolutions)
+    for conv in convolutions:
+        fan_out = conv.weight[0, 0].numel() * conv.weight.shape[0]
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out)**0.5, rel=0.05)
+    assert sum(isinstance(block, models.BasicBlock) for block in blocks) == 8
+
+
+@pytest.mark.parametrize("rule", models.FEEDBACK_RULES)
+@pytest.mark.parametrize("model, layers", [("smallconv", 5), ("mobilenetv1", 28), ("resnet18", 21), ("alexnet", 8)])
+def test_all_layers_but_the_last_are_converted(model, layers, rule):
+    with torch.device("meta") if rule != "signed-init" else torch.device("cpu"):
+        if rule == "signed-init" and model == "alexnet":
+            pytest.skip("packs the signs of 61 M weights")
+        blocks = models.build(model, rule, in_channels=3, num_classes=10)
+    found = [m for block in blocks for m in block.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    kind = (lnn.FeedbackAlignmentConv2d, lnn.FeedbackAlignmentLinear) if rule == "fa" else (
+        lnn.SignSymmetricConv2d, lnn.SignSymmetricLinear)
+    assert len(found) == layers and type(found[-1]) is nn.Linear
+    assert all(isinstance(m, kind) for m in found[:-1])
+
+
+@pytest.mark.parametrize("rule", ["usf", "dfa", "drtp"])
+def test_residual_network_takes_a_step(rule):
+    blocks = models.build("resnet18", rule, in_channels=3, num_classes=10)
+    trainer = loop.trainer(rule, blocks, lambda p: torch.optim.SGD(p, lr=0.01))
+    before = [p.detach().clone() for block in blocks for p in block.parameters() if p.dim() > 1]
+    assert torch.isfinite(trainer.step(torch.randn(4, 3, 32, 32), torch.arange(4))).all()
+    assert all(not torch.equal(a, b) for a, b in
+               zip(before, (p for block in blocks for p in block.parameters() if p.dim() > 1)))
+    if rule != "usf":
+        assert len(trainer.segments) == 10
+
+
+def test_same_start_for_every_rule():
+    starts = []
+    for rule in ("bp", "lls", "usf", "fa", "dfa"):
+        torch.manual_seed(4)
+        blocks = models.build("smallconv", rule, in_channels=1, num_classes=10)
+        starts.append([p for block in blocks for p in block.parameters()])
+    assert all(torch.equal(p, q) for start in starts[1:] for p, q in zip(starts[0], start))
+
+
+def test_seeds_draw_other_feedback():
+    def first(seed):
+        return models.build("smallconv", "fa", in_channels=1, num_classes=10, seed=seed)[1][0].feedback_weight()
+
+    assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))
+
+
+def test_signal_macs_of_feedback():
+    assert macs("vgg8", "usf", 10) == macs("vgg8", "fa", 10) == macs("vgg8", "bp", 10)
+    neurons = 128 * 1024 + 256 * 256 + 256 * 256 + 256 * 64 + 512 * 16 + 512 * 16 + 1024
+    assert macs("vgg8", "dfa", 10) == macs("vgg8", "sdfa", 10) == 10 * neurons and macs("vgg8", "drtp", 10) == 0
+    assert macs("resnet18", "bp", 10, 224) == pytest.approx(1.814e9 - 118e6, rel=0.01)
+    within = macs("resnet18", "drtp", 10, 64)  # the second convolution of each residual block
+    assert within == sum(9 * w * w * (size * size) for w, size in ((64, 16), (128, 8), (256, 4), (512, 2))
+                         for _ in range(2))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lgkernels.__main__ as command
-from lgkernels.recipes import checkpoint, data, loop, measure, report, train
+from lgkernels.recipes import checkpoint, data, loop, measure, models, report, train
 
 for needed in train.NEEDED:
     pytest.importorskip(needed)
@@ -82,10 +82,38 @@ def test_other_rules(tmp_path, rule):
     assert None not in record["losses"] and 0 <= record["test_accuracy"] <= 1
 
 
+@pytest.mark.parametrize("rule", [*models.FEEDBACK_RULES, *models.DIRECT_RULES])
+def test_rules_without_heads(tmp_path, rule, capsys):
+    assert run(tmp_path, "--rule", rule, *SMALL, "--name", "r") == 0
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert all(None not in record["losses"] and 0 <= record["test_accuracy"] <= 1 for record in rows)
+    converted = rule in models.FEEDBACK_RULES
+    assert (tmp_path / "r" / "alignment.png").exists() == converted
+    for record in rows:
+        assert ("alignment" in record) == ("weight_ratio" in record) == converted
+        if converted:
+            assert list(record["alignment"]) == ["0.0", "1.0", "2.0", "5.0"]
+            assert all(0 < angle < 180 for angle in record["alignment"].values())
+    if rule == "usf":  # |W| of a uniform law against its root mean square: acos(sqrt(3) / 2) = 30 degrees
+        assert all(abs(angle - 30) < 8 for angle in rows[0]["alignment"].values())
+    if rule == "fa":
+        assert all(abs(angle - 90) < 12 for angle in rows[0]["alignment"].values())
+
+
+def test_resume_without_feedback_is_refused(tmp_path, capsys):
+    assert run(tmp_path, "--rule", "fa", *SMALL, "--name", "a") == 0
+    path = tmp_path / "a" / "checkpoint.safetensors"
+    state = checkpoint.load(path)
+    del state["trainer"]["feedback"]
+    checkpoint.save(path, state)
+    assert run(tmp_path, "--resume", "--name", "a", "--epochs", "3") == 2
+    assert "random feedbacks of this model would be others" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("optimizer, amp", [("sgd", "bf16"), ("adam", "fp16"), ("adamw", "none")])
 def test_optimizers_and_precisions(tmp_path, optimizer, amp):
     s = settings(optimizer=optimizer, amp=amp, limit=32, batch_size=16, epochs=1)
-    for rule in ("lls-m", "bp"):
+    for rule in ("lls-m", "bp", "brsf", "dfa", "drtp"):
         record, = loop.Run(s, rule, dataset(s), tmp_path / "c").train(Silent, lambda: False)
         assert None not in record["losses"] and record["test_loss"] is not None
 
@@ -97,7 +125,7 @@ def test_it_learns(tmp_path):
         assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("rule", ["lls-mxm", "bp"])
+@pytest.mark.parametrize("rule", ["lls-mxm", "bp", "brsf", "sdfa", "drtp"])
 @pytest.mark.parametrize("steps", [1, 4, 6])
 def test_resume_is_bit_exact(tmp_path, rule, steps):
     s = settings()
@@ -153,6 +181,14 @@ def test_resume_refuses_a_corrupt_checkpoint_and_other_settings(tmp_path, capsys
     assert "add --resume to go on with it" in capsys.readouterr().err
     assert run(tmp_path, "--resume", "--name", "a", "--lr", "0.1") == 2
     assert "--lr 0.1 differs from the run's None" in capsys.readouterr().err
+    config, settings = tmp_path / "a" / "config.json", (tmp_path / "a" / "config.json").read_text()
+    config.write_text(settings.replace("smallconv", "vgg8"))
+    assert run(tmp_path, "--resume", "--name", "a", "--epochs", "3") == 2
+    assert "does not fit the run's settings" in capsys.readouterr().err
+    config.write_text("[1]")
+    assert run(tmp_path, "--resume", "--name", "a") == 2
+    assert "config.json holds no settings" in capsys.readouterr().err
+    config.write_text(settings)
     path = tmp_path / "a" / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     assert run(tmp_path, "--resume", "--name", "a", "--epochs", "3") == 2
@@ -161,9 +197,11 @@ def test_resume_refuses_a_corrupt_checkpoint_and_other_settings(tmp_path, capsys
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--rule", "dfa"], "unknown rule 'dfa'; expected one of: lls, "),
+    (["--rule", "xx"], "unknown rule 'xx'; expected one of: lls, "),
     (["--compare", "bp", "xx"], "unknown rule 'xx'"),
     (["--model", "resnet"], "unknown model 'resnet'; expected one of: smallconv, "),
+    (["--model", "resnet18"], "--rule lls needs a model with local heads (smallconv, "),
+    (["--model", "alexnet", "--rule", "usf"], "--model alexnet needs images of 63 x 63 or more, those of "),
     (["--data", "imagenet"], "unknown data set 'imagenet'"),
     (["--data", "cifar10"], "data set cifar10 needs --data-dir"),
     (["--data", "mnist", "--data-dir", "/no/such/place"], "data folder /no/such/place does not exist"),
@@ -171,6 +209,7 @@ def test_resume_refuses_a_corrupt_checkpoint_and_other_settings(tmp_path, capsys
     (["--amp", "int8"], "unknown amp 'int8'"),
     (["--epochs", "0"], "--epochs must be positive, got 0"),
     (["--lr", "-1"], "--lr must be positive, got -1.0"),
+    (["--seed", "-1"], "--seed must lie in [0, 2**63), got -1"),
     (["--batch-size", "1"], "--batch-size must be at least 2"),
     (["--limit", "32"], "--batch-size 128 exceeds the 32 training samples"),
     (["--device", "toaster"], "--device toaster cannot be used"),
@@ -182,6 +221,13 @@ def test_bad_arguments(tmp_path, capsys, arguments, message):
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run(tmp_path / "file", *SMALL) == 2
+    err = capsys.readouterr().err
+    assert "cannot be made" in err and err.count("\n") == 1
 
 
 def test_missing_extras(tmp_path, capsys, monkeypatch):

@@ -19,7 +19,7 @@ struct Norm {
   float slope;
 };
 
-// Partial sums of each channel that batch_stats needs room for: 3 * splits * channels floats of scratch.
+// Partial sums of each channel that batch_stats needs room for: 4 * splits * channels floats of scratch.
 int lls_batch_stats_splits(const Image& image);
 int lls_batch_stats(const Image& image, const void* z, const float* bias, float* running_mean, float* running_var,
                     float momentum, float eps, float* mean, float* rstd, float* scratch, void* stream);

@@ -1,7 +1,7 @@
 """Triton pieces for random matrices: the words and laws of `lgkernels.random`, for use inside kernels.
 
-State is the device tensor (seed, stream, step); scalars are loaded by `load_state`. `tile` makes v values per
-Philox call for tiles that start at a multiple of v; `element` takes any (row, col) at one call per element.
+State is the device tensor (seed, stream, step); scalars are loaded by `load_state`. `tile` and `panel` make v values
+per Philox call for tiles that start at a multiple of v; `element` takes any (row, col) at one call per element.
 Rows, columns and blocks may be int32 or int64 and broadcast against each other.
 """
 import numpy as np
@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from lgkernels.random import VALUES_PER_CALL
+
+from .addressing import indices
 
 LAWS = {"uniform": 0, "normal": 1, "uniform8": 2, "sign": 3}
 _UNIFORM, _NORMAL, _UNIFORM8, _SIGN = (tl.constexpr(LAWS[law]) for law in ("uniform", "normal", "uniform8", "sign"))
@@ -65,11 +67,32 @@ def sign(bit, scale):
 
 
 @triton.jit
+def _cosine_sine(angle):
+    """(cos, sin) of angles in [0, 2 pi), within one ulp: both from one reduction to [-pi/4, pi/4], with its rounding
+    error carried along. The built-in functions reduce any angle, in a buffer on the stack."""
+    quadrant = (angle * 0.6366197466850281 + 0.5).to(tl.int32)
+    q = quadrant.to(tl.float32)
+    above = angle - q * 1.5703125 - q * 0.0004837512969970703  # exact: pi/2 in three parts, the first two short
+    r = above - q * 7.54978995489188e-08
+    error = (above - r) - q * 7.54978995489188e-08
+    s = r * r
+    odd = ((-1.9515295891e-4 * s + 8.3321608736e-3) * s - 1.6666654611e-1) * s * r
+    even = ((2.443315711809948e-5 * s - 1.388731625493765e-3) * s + 4.166664568298827e-2) * s * s
+    half = 0.5 * s
+    most = 1.0 - half
+    sine = r + (odd + error)
+    cosine = most + (((1.0 - most) - half) + even - r * error)
+    swap = (quadrant & 1) != 0
+    x, y = tl.where(swap, sine, cosine), tl.where(swap, cosine, sine)
+    return tl.where(((quadrant + 1) & 2) != 0, -x, x), tl.where((quadrant & 2) != 0, -y, y)
+
+
+@triton.jit
 def normal(word0, word1, scale):
     """Box-Muller: the pair of values of two words."""
     radius = tl.sqrt_rn(-2.0 * tl.log(unit(word0)))
-    angle = unit(word1) * 6.283185307179586
-    return (radius * tl.cos(angle)) * scale, (radius * tl.sin(angle)) * scale
+    cosine, sine = _cosine_sine(unit(word1) * 6.283185307179586)
+    return (radius * cosine) * scale, (radius * sine) * scale
 
 
 @triton.jit
@@ -111,3 +134,11 @@ def tile(seed, stream, step, row, block, scale, span, low, LAW: tl.constexpr, HA
         else:
             shift = tl.arange(0, 32).to(tl.uint32)
             return tl.reshape(sign(word[:, :, None] >> shift[None, None, :], scale), (ROWS, BLOCKS * 128))
+
+
+@triton.jit
+def panel(seed, stream, step, row, block, scale, span, low, LAW: tl.constexpr, HAS_LOW: tl.constexpr,
+          ROWS: tl.constexpr, COLS: tl.constexpr):
+    """(ROWS, COLS) float32 values for `row` (ROWS, 1) and columns [block * COLS, (block + 1) * COLS), v | COLS."""
+    CALLS: tl.constexpr = COLS // (16 if LAW == _UNIFORM8 else 128 if LAW == _SIGN else 4)
+    return tile(seed, stream, step, row, indices(block, CALLS)[None, :], scale, span, low, LAW, HAS_LOW, ROWS, CALLS)

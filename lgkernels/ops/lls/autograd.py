@@ -103,12 +103,16 @@ _warned_checkpoint = False
 
 
 def _warn_under_checkpoint():
-    """A non-reentrant activation checkpoint would keep, and may run twice, what the block has already finished."""
+    """An activation checkpoint would keep, or run twice, what the block has already finished.
+
+    A reentrant one shows when it runs the block again, inside a backward pass.
+    """
     global _warned_checkpoint
     if _warned_checkpoint or torch.compiler.is_compiling():
         return
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", ""):
+    again = torch._C._current_graph_task_id() != -1
+    if again or hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", ""):
         _warned_checkpoint = True
         warnings.warn("activation checkpointing around a fused LLS block saves nothing and may run it twice: the block "
                       "keeps no activation. Checkpoint only what lies around it", stacklevel=4)
@@ -118,8 +122,9 @@ def lls_block(x, weight, bias, norm_weight, norm_bias, modulation, running_mean,
     grad_enabled = torch.is_grad_enabled()
     if grad_enabled:
         _warn_under_checkpoint()
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype)
     return _LLSBlock.apply(x.detach(), weight, bias, norm_weight, norm_bias, modulation, running_mean, running_var,
                            target, grad_enabled, arguments, impl)

@@ -1,26 +1,36 @@
 """The periodic basis: frequencies, table, and the bit-packed signs of the square waveform."""
+import contextlib
 from functools import lru_cache
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-_WAVEFORMS = ("square", "cosine")
+
+
+@contextlib.contextmanager
+def _plain():
+    """What is cached for the whole process must not depend on the caller's modes (inference, fake tensors, ...)."""
+    with torch.inference_mode(False), _disable_current_modes():
+        yield
 
 
 @lru_cache(maxsize=64)
 def _table(rows, dim, waveform, min_freq, max_freq, device):
     if device != "cpu":
-        return _table(rows, dim, waveform, min_freq, max_freq, "cpu").to(device)
+        with _plain():
+            return _table(rows, dim, waveform, min_freq, max_freq, "cpu").to(device)
     # The canonical Phi is torch.linspace and an accurate float32 sine on the CPU: other linspaces differ by one ulp,
     # up to 0.06 rad at column 2047, and the product must be rounded to float32 before the sine.
-    with torch.inference_mode(False):
-        frequency = torch.linspace(min_freq, max_freq, rows, dtype=torch.float32)
-        phi = torch.sin(frequency.unsqueeze(1) * torch.arange(dim, dtype=torch.float32))
+    with _plain():
+        frequency = torch.linspace(min_freq, max_freq, rows, dtype=torch.float32, device="cpu")
+        phi = torch.sin(frequency.unsqueeze(1) * torch.arange(dim, dtype=torch.float32, device="cpu"))
         return torch.sign(phi) if waveform == "square" else phi
 
 
 @lru_cache(maxsize=64)
 def _signs(rows, dim, min_freq, max_freq, device):
-    return pack_signs(_table(rows, dim, "square", min_freq, max_freq, "cpu")).to(device)
+    with _plain():
+        return pack_signs(_table(rows, dim, "square", min_freq, max_freq, "cpu")).to(device)
 
 
 def table(rows, dim, waveform="square", min_freq=50.0, max_freq=512.0, device=None):
@@ -39,9 +49,9 @@ def pack_signs(phi):
     Column 0, sin(0) = 0, is the only zero: readers of the packed table treat it as zero themselves.
     """
     rows, dim = phi.shape
-    negative = torch.zeros(rows, (dim + 31) // 32 * 32, dtype=torch.int64)
+    negative = torch.zeros(rows, (dim + 31) // 32 * 32, dtype=torch.int64, device=phi.device)
     negative[:, :dim] = phi < 0
-    words = (negative.view(rows, -1, 32) << torch.arange(32)).sum(-1)
+    words = (negative.view(rows, -1, 32) << torch.arange(32, device=phi.device)).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 

@@ -49,6 +49,8 @@ def _one(device):
 
 
 def _batch_stats(kernels, z, bias, running_mean, running_var, momentum, eps, wide):
+    if z.shape[0] == 0:  # nothing to learn from: torch's batch norm leaves the running statistics alone, too
+        running_mean = running_var = None
     if running_mean is None or running_mean.dtype == wide:
         return kernels.batch_stats(z, bias, running_mean, running_var, momentum, eps)
     running = running_mean.to(wide), running_var.to(wide)  # a half model's
@@ -91,23 +93,28 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
     out, latents, s1, s2 = kernels.norm_act_pool(
         z, mean, rstd, norm_weight, norm_bias, negative_slope, pool_size, max_pool, compute_grad,
         **({"out_channels_last": last} if formats else {}))
+    finishes = compute_grad and hasattr(kernels, "FINISHES_HEAD")  # with the norm's gradients: two launches less
     loss, grad_latents, similarity, grad_logits = kernels.head(
         latents, target, modulation, basis, num_classes=num_classes, temperature=temperature,
         label_smoothing=label_smoothing, normalize=True, eps=1e-12, zero_gradient_below_eps=False, basis_scale=1.0,
-        loss="cross_entropy", ignore_index=-100, reduction="mean", compute_grad=compute_grad)
+        loss="cross_entropy", ignore_index=-100, reduction="mean", compute_grad=compute_grad,
+        **({"reduce": False} if finishes else {}))
     none = loss.new_empty(0)
     if not compute_grad:
         return out, loss, none, *(loss.new_empty(0) for _ in range(4))
     scale = _gradient_scale(z, pool_size, temperature)
+    finish = (loss, target, similarity, grad_logits, modulation if needs_modulation else None, -100)
+    finish = {"finish": finish} if finishes else {}
     if is_conv:
         areas = _bin_areas(tuple(z.shape[2:]), pool_size, z.device)
-        grad_gamma, grad_beta, grad_bias = kernels.norm_grads(grad_latents, s1, s2, z.shape[1], areas)
+        grad_gamma, grad_beta, grad_bias, *sums = kernels.norm_grads(grad_latents, s1, s2, z.shape[1], areas, **finish)
         if needs_weight:
             kernels.grad_preactivation_(z, mean, rstd, norm_weight, norm_bias, negative_slope, grad_latents,
                                         grad_gamma, grad_beta, pool_size, scale)
     else:
-        grad_gamma, grad_beta, grad_bias = kernels.linear_grad_preactivation_(
-            z, mean, rstd, norm_weight, norm_bias, negative_slope, grad_latents, pool_size, scale)
+        grad_gamma, grad_beta, grad_bias, *sums = kernels.linear_grad_preactivation_(
+            z, mean, rstd, norm_weight, norm_bias, negative_slope, grad_latents, pool_size, scale, **finish)
+    loss, grad_modulation = sums if finishes else (loss, none)
     grad_weight = none
     if needs_weight:
         if is_conv:
@@ -120,8 +127,7 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
         grad_weight = grad_weight.to(loss.dtype, memory_format=memory_format)
         if scale != 1.0:
             grad_weight = grad_weight.div_(scale)
-    grad_modulation = loss.new_empty(0)
-    if needs_modulation:
+    if needs_modulation and not finishes:
         grad_modulation = kernels.modulation_grad(similarity, grad_logits, modulation.dim() == 1, _one(loss.device))
     grad_bias = loss.new_empty(0) if bias is None else grad_bias
     return out, loss, grad_weight, grad_bias, grad_gamma, grad_beta, grad_modulation

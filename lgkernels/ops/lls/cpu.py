@@ -11,11 +11,6 @@ from . import basis as tables
 _C = native()
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# glibc returns free memory to the system above twice the largest block freed so far. A step's pre-activation and
-# output reach that together, and every step then pays thousands of page faults (16 MB, 4 of 29 ms). Freeing once the
-# largest block that glibc learns from, 32 MiB, never touched, lifts the mark to 64 MiB.
-torch.empty(2**25 - 2**16, dtype=torch.uint8)
-
 PACKED_BASIS = _C is not None and _C.lls_packed_signs()
 
 

@@ -126,7 +126,7 @@ def batch_stats(z, bias, running_mean, running_var, momentum, eps):
     image = _image(dense, channels_last, 1)
     channels, bias = z.shape[1], _float(bias)
     mean, rstd = _new(z, channels), _new(z, channels)
-    scratch = _new(z, 3, native.cuda_entries().lls_batch_stats_splits(image), channels)
+    scratch = _new(z, 4, native.cuda_entries().lls_batch_stats_splits(image), channels)
     running = [_float(t) for t in (running_mean, running_var)]
     _call("batch_stats", z.device, image, _address(dense), _address(bias), *map(_address, running), momentum, eps,
           _address(mean), _address(rstd), _address(scratch))

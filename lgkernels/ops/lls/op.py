@@ -21,7 +21,7 @@ for _name in ("lls_loss", "lls_block"):
 
 def without_autocast(device):
     """Inside an op the dtypes are settled: an ambient autocast must not touch the float32 arithmetic."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -1,5 +1,7 @@
 """Triton kernels of the head: latents x (B, d) and basis Phi (K, d) to loss and gradients.
 
+Few rows and classes (K, C up to 32, d up to 4096): one launch, `head`, a sample a program. Else three:
+
     similarity        partial x Phi^T and |x|^2 of each slice of d     programs: samples, rows, slices
     loss_rows         s, logits, loss, dL/dlogits, dL/ds, rho          programs: samples
     latent_grad       dL/dx = (dL/ds Phi - xhat * rho) / |x|           programs: samples, latents; sums the loss
@@ -30,6 +32,38 @@ def _basis(basis, k, block, K, d, PACKED: tl.constexpr, BLOCK_D: tl.constexpr):
         return tl.load(basis + offset(k, d)[:, None] + j[None, :], mask=(k < K)[:, None] & (j < d)[None, :], other=0.0)
 
 
+@triton.jit
+def _loss(z, label, c, C, count, temperature, smoothing, ignore_index, CROSS_ENTROPY: tl.constexpr):
+    """Losses (rows,) and dL/dlogits (rows, classes) of logits z; the gradient is divided by `count`."""
+    v = z / tl.cast(temperature, tl.float32)
+    valid = label != ignore_index
+    one_hot = tl.where(label[:, None] == c[None, :], 1.0, 0.0)
+    if CROSS_ENTROPY:
+        v = tl.where((c < C)[None, :], v, float("-inf"))
+        v = v - tl.max(v, 1)[:, None]
+        e = tl.exp(v)
+        total = tl.sum(e, 1)
+        q = one_hot * (1.0 - tl.cast(smoothing, tl.float32)) + tl.cast(smoothing, tl.float32) / C
+        loss = tl.sum(tl.where((c < C)[None, :], q * (tl.log(total)[:, None] - v), 0.0), 1)
+        grad_v = e / total[:, None] - q
+    else:
+        difference = tl.minimum(tl.maximum(v / 4 + 0.5, 0.0), 1.0) - one_hot
+        loss = tl.sum(tl.where((c < C)[None, :], difference * difference, 0.0), 1) / C
+        grad_v = difference * (2.0 / C)
+    grad_z = tl.where(valid[:, None] & (c < C)[None, :], grad_v / (tl.cast(temperature, tl.float32) * count), 0.0)
+    return tl.where(valid, loss, 0.0), grad_z
+
+
+@triton.jit
+def _valid_rows(target, B, ignore_index):
+    """Number of targets that are not ignored, float32."""
+    valid = tl.zeros((1024,), tl.int32)
+    for first in range(0, B, 1024):
+        b = first + tl.arange(0, 1024)
+        valid += (tl.load(target + b, mask=b < B, other=ignore_index) != ignore_index).to(tl.int32)
+    return tl.sum(valid, 0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["B", "ignore_index", "slices"])
 def similarity_kernel(x, basis, target, partial, count, B, d, K, slices, ignore_index, PACKED: tl.constexpr,
                       PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -52,11 +86,7 @@ def similarity_kernel(x, basis, target, partial, count, B, d, K, slices, ignore_
     if pid % k_blocks == 0:
         tl.store(row + K, squares, mask=m < B)
     if pid == 0:
-        valid = tl.zeros((1024,), tl.int32)
-        for first in range(0, B, 1024):
-            b = first + tl.arange(0, 1024)
-            valid += (tl.load(target + b, mask=b < B, other=ignore_index) != ignore_index).to(tl.int32)
-        tl.store(count, tl.sum(valid, 0).to(tl.float32))
+        tl.store(count, _valid_rows(target, B, ignore_index))
 
 
 @triton.jit
@@ -146,28 +176,13 @@ def loss_rows_kernel(partial, target, vector, logits, count, similarity, grad_lo
         if GRAD:
             tl.store(rows + b, norm, mask=b < B)
 
-    v = z / tl.cast(temperature, tl.float32)
+    n = 1.0
+    if MEAN:
+        n = tl.load(count)
     label = tl.load(target + b, mask=b < B, other=ignore_index)
-    valid = label != ignore_index
-    one_hot = tl.where(label[:, None] == c[None, :], 1.0, 0.0)
-    if CROSS_ENTROPY:
-        v = tl.where((c < C)[None, :], v, float("-inf"))
-        v = v - tl.max(v, 1)[:, None]
-        e = tl.exp(v)
-        total = tl.sum(e, 1)
-        q = one_hot * (1.0 - tl.cast(smoothing, tl.float32)) + tl.cast(smoothing, tl.float32) / C
-        loss = tl.sum(tl.where((c < C)[None, :], q * (tl.log(total)[:, None] - v), 0.0), 1)
-        grad_v = e / total[:, None] - q
-    else:
-        difference = tl.minimum(tl.maximum(v / 4 + 0.5, 0.0), 1.0) - one_hot
-        loss = tl.sum(tl.where((c < C)[None, :], difference * difference, 0.0), 1) / C
-        grad_v = difference * (2.0 / C)
-    tl.store(losses + b, tl.where(valid, loss, 0.0), mask=b < B)
+    loss, grad_z = _loss(z, label, c, C, n, temperature, smoothing, ignore_index, CROSS_ENTROPY)
+    tl.store(losses + b, loss, mask=b < B)
     if GRAD:
-        divisor = tl.cast(temperature, tl.float32)
-        if MEAN:
-            divisor = divisor * tl.load(count)
-        grad_z = tl.where(valid[:, None] & inside, grad_v / divisor, 0.0)
         tl.store(grad_logits + at, grad_z, mask=inside)
         if vector is not None:
             tl.store(grad_similarity + at, grad_z * m, mask=inside)
@@ -175,21 +190,30 @@ def loss_rows_kernel(partial, target, vector, logits, count, similarity, grad_lo
 
 
 @triton.jit
-def _reduce_loss(losses, count, loss, B, MEAN: tl.constexpr):
+def _reduce_loss(losses, count, loss, B):
     total = tl.zeros((1024,), tl.float32)
     for start in range(0, B, 1024):
         b = start + tl.arange(0, 1024)
         total += tl.load(losses + b, mask=b < B, other=0.0)
-    value = tl.sum(total, 0)
+    tl.store(loss, tl.sum(total, 0) / count)
+
+
+@triton.jit(do_not_specialize=["B", "ignore_index"])
+def reduce_loss_kernel(losses, target, loss, B, ignore_index, MEAN: tl.constexpr):
+    """loss = sum of losses, divided by the number of rows that count with MEAN. One program."""
+    count = 1.0
     if MEAN:
-        value = value / tl.load(count)
-    tl.store(loss, value)
+        count = _valid_rows(target, B, ignore_index)
+    _reduce_loss(losses, count, loss, B)
 
 
-@triton.jit(do_not_specialize=["B"])
-def reduce_loss_kernel(losses, count, loss, B, MEAN: tl.constexpr):
-    """loss = sum of losses, divided by count with MEAN. One program; only where no gradient is wanted."""
-    _reduce_loss(losses, count, loss, B, MEAN)
+@triton.jit
+def _through_norm(g, x, norm, rho, eps, ZERO_BELOW: tl.constexpr):
+    """dL/dx = (g - xhat * rho) / |x| of rows of x; below eps g / eps, or 0."""
+    smallest = tl.cast(eps, tl.float32)
+    inverse = (1.0 / tl.maximum(norm, smallest))[:, None]
+    below = g * 0.0 if ZERO_BELOW else g / smallest
+    return tl.where((norm >= smallest)[:, None], (g - x * inverse * rho[:, None]) * inverse, below)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -214,35 +238,35 @@ def latent_grad_kernel(x, basis, grad_similarity, rows, losses, count, loss, gra
     mask = (m < B)[:, None] & (j < d)[None, :]
     if NORMALIZE:
         norm, rho = tl.load(rows + m, mask=m < B, other=1.0), tl.load(rows + B + m, mask=m < B, other=0.0)
-        smallest = tl.cast(eps, tl.float32)
-        inverse = (1.0 / tl.maximum(norm, smallest))[:, None]
-        below = g * 0.0 if ZERO_BELOW else g / smallest
-        projected = (g - tl.load(x + at, mask=mask, other=0.0) * inverse * rho[:, None]) * inverse
-        g = tl.where((norm >= smallest)[:, None], projected, below)
+        g = _through_norm(g, tl.load(x + at, mask=mask, other=0.0), norm, rho, eps, ZERO_BELOW)
     tl.store(grad_latents + at, g, mask=mask)
     if REDUCE:
         if pid == 0:
-            _reduce_loss(losses, count, loss, B, MEAN)
+            n = 1.0
+            if MEAN:
+                n = tl.load(count)
+            _reduce_loss(losses, n, loss, B)
 
 
-@triton.jit(do_not_specialize=["B"])
-def modulation_grad_kernel(similarity, grad_logits, scale, grad, B, K, C, PER_ROW: tl.constexpr, VECTOR: tl.constexpr,
-                           PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-                           BLOCK_C: tl.constexpr):
-    """dL/dm = sum over the batch of scale * g_z * s, or dL/dM = s^T (scale * g_z), one tile of it."""
-    pid = program_id(0)
+@triton.jit
+def _modulation_tile(tile, similarity, grad_logits, scale, grad, B, K, C, PER_ROW: tl.constexpr,
+                     VECTOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+                     BLOCK_C: tl.constexpr):
+    """dL/dm = sum over the batch of scale * g_z * s, or dL/dM = s^T (scale * g_z), tile number `tile` of it; without
+    `scale` it is 1."""
     c_blocks = tl.cdiv(C, BLOCK_C)
-    k, c = indices(pid // c_blocks, BLOCK_K), indices(pid % c_blocks, BLOCK_C)
+    k, c = indices(tile // c_blocks, BLOCK_K), indices(tile % c_blocks, BLOCK_C)
     by_vector = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     by_matrix = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for start in range(0, B, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         g = tl.load(grad_logits + offset(b, C)[:, None] + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :],
                     other=0.0)
-        if PER_ROW:
-            g = g * tl.load(scale + b, mask=b < B, other=0.0).to(tl.float32)[:, None]
-        else:
-            g = g * tl.load(scale).to(tl.float32)
+        if scale is not None:
+            if PER_ROW:
+                g = g * tl.load(scale + b, mask=b < B, other=0.0).to(tl.float32)[:, None]
+            else:
+                g = g * tl.load(scale).to(tl.float32)
         if VECTOR:
             by_vector += g * tl.load(similarity + offset(b, C)[:, None] + c[None, :],
                                      mask=(b < B)[:, None] & (c < C)[None, :], other=0.0)
@@ -254,3 +278,81 @@ def modulation_grad_kernel(similarity, grad_logits, scale, grad, B, K, C, PER_RO
         tl.store(grad + c, tl.sum(by_vector, 0), mask=c < C)
     else:
         tl.store(grad + offset(k, C)[:, None] + c[None, :], by_matrix, mask=(k < K)[:, None] & (c < C)[None, :])
+
+
+@triton.jit(do_not_specialize=["B"])
+def modulation_grad_kernel(similarity, grad_logits, scale, grad, B, K, C, PER_ROW: tl.constexpr, VECTOR: tl.constexpr,
+                           PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+                           BLOCK_C: tl.constexpr):
+    """The modulation's gradient, a tile a program."""
+    _modulation_tile(program_id(0), similarity, grad_logits, scale, grad, B, K, C, PER_ROW, VECTOR, PRECISION, BLOCK_B,
+                     BLOCK_K, BLOCK_C)
+
+
+@triton.jit
+def finish_head(program, losses, target, loss, similarity, grad_logits, grad, B, K, C, ignore_index,
+                VECTOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+                BLOCK_C: tl.constexpr):
+    """What a head that was told not to reduce leaves to a later launch: program 0 takes the mean of the losses, the
+    others a tile of the modulation's gradient each."""
+    if program == 0:
+        _reduce_loss(losses, _valid_rows(target, B, ignore_index), loss, B)
+    else:
+        if grad is not None:
+            _modulation_tile(program - 1, similarity, grad_logits, None, grad, B, K, C, False, VECTOR, PRECISION,
+                             BLOCK_B, BLOCK_K, BLOCK_C)
+
+
+@triton.jit(do_not_specialize=["B", "ignore_index"])
+def head_kernel(x, basis, target, modulation, losses, similarity, grad_logits, grad_latents, B, d, K, C, temperature,
+                smoothing, eps, basis_scale, ignore_index, PACKED: tl.constexpr, NORMALIZE: tl.constexpr,
+                ZERO_BELOW: tl.constexpr, CROSS_ENTROPY: tl.constexpr, MEAN: tl.constexpr, MATRIX: tl.constexpr,
+                GRAD: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+                BLOCK_D: tl.constexpr):
+    """The whole head of a few samples, for few rows and classes; all but the sum of the losses."""
+    b, k, c = indices(program_id(0), BLOCK_B), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_C)
+    count = 1.0
+    if MEAN:
+        count = _valid_rows(target, B, ignore_index)
+    products = tl.zeros((BLOCK_B, BLOCK_K, BLOCK_D), tl.float32)
+    squares = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    for block in range(0, tl.cdiv(d, BLOCK_D)):
+        j = indices(block, BLOCK_D)
+        row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=(b < B)[:, None] & (j < d)[None, :], other=0.0)
+        products += row[:, None, :] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :]
+        squares += row * row
+    norm = tl.sqrt(tl.sum(squares, 1))
+    factor = tl.zeros_like(norm) + tl.cast(basis_scale, tl.float32)
+    if NORMALIZE:
+        factor = factor / tl.maximum(norm, tl.cast(eps, tl.float32))
+    s = tl.where((k < K)[None, :], tl.sum(products, 2) * factor[:, None], 0.0)
+    tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=(b < B)[:, None] & (k < K)[None, :])
+
+    z = s
+    if MATRIX:
+        m = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :],
+                    other=0.0)
+        z = tl.sum(s[:, :, None] * m[None, :, :], 1)
+    elif modulation is not None:
+        v = tl.load(modulation + c, mask=c < C, other=0.0)[None, :]
+        z = s * v
+    label = tl.load(target + b, mask=b < B, other=ignore_index)
+    loss, grad_z = _loss(z, label, c, C, count, temperature, smoothing, ignore_index, CROSS_ENTROPY)
+    tl.store(losses + b, loss, mask=b < B)
+    if GRAD:
+        tl.store(grad_logits + offset(b, C)[:, None] + c[None, :], grad_z, mask=(b < B)[:, None] & (c < C)[None, :])
+        grad_s = grad_z
+        if MATRIX:
+            grad_s = tl.sum(grad_z[:, None, :] * m[None, :, :], 2)
+        elif modulation is not None:
+            grad_s = grad_z * v
+        rho = tl.sum(grad_s * s, 1)
+        grad_s = grad_s * tl.cast(basis_scale, tl.float32)
+        for block in range(0, tl.cdiv(d, BLOCK_D)):
+            j = indices(block, BLOCK_D)
+            at = offset(b, d)[:, None] + j[None, :]
+            mask = (b < B)[:, None] & (j < d)[None, :]
+            g = tl.sum(grad_s[:, :, None] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :], 1)
+            if NORMALIZE:
+                g = _through_norm(g, tl.load(x + at, mask=mask, other=0.0), norm, rho, eps, ZERO_BELOW)
+            tl.store(grad_latents + at, g, mask=mask)

@@ -15,6 +15,8 @@ from . import triton_head, triton_linear, triton_norm
 
 PACKED_BASIS = True
 
+FINISHES_HEAD = True  # the launch of the norm's gradients also takes the head's last sums, where asked to
+
 _LONGEST_RUN = 8  # elements of the widest load, 16 bytes in half precision
 
 
@@ -130,7 +132,7 @@ def batch_stats(z, bias, running_mean, running_var, momentum, eps):
     config = _config("batch_stats", (inner, C, channels_last, False), z)
     channel_blocks = _blocks(C, config["BLOCK_C"])
     splits = min(outer * _blocks(inner, config["BLOCK_P"]), 128, _blocks(1024, channel_blocks))
-    partial = torch.empty((splits, 3, C), dtype=torch.float32, device=z.device)
+    partial = torch.empty((splits, 4, C), dtype=torch.float32, device=z.device)
     launch(triton_norm.batch_moments_kernel, channel_blocks * splits, z.device, z, partial, outer, inner, C, splits,
            CHANNELS_LAST=channels_last, **config)
     block = min(power_of_two(C), 16)
@@ -140,13 +142,15 @@ def batch_stats(z, bias, running_mean, running_var, momentum, eps):
 
 
 def head(x, target, modulation, basis, *, num_classes, temperature, label_smoothing, normalize, eps,
-         zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad):
+         zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad, reduce=True):
+    """Without `reduce` the first result are the losses of the rows, for `finish` of a later call."""
     (B, d), K, C = x.shape, basis.shape[0], num_classes
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
-    value, similarity = new(*(B,) if reduction == "none" else ()), new(B, K)
+    losses, similarity = new(B), new(B, K)
+    value = losses if reduction == "none" or not reduce else new()
     grad_latents, grad_logits = (new(B, d), new(B, C)) if compute_grad else (new(0), new(0))
     if B == 0:
-        if reduction != "none":
+        if value is not losses:
             value.fill_(float("nan") if reduction == "mean" else 0.0)
         return value, grad_latents, similarity, grad_logits
     x, basis = x.contiguous(), basis.contiguous()
@@ -154,11 +158,21 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
     vector, matrix = (modulation is not None and modulation.dim() == n for n in (1, 2))
     modulation = None if modulation is None else modulation.contiguous()
 
+    if _one_launch(B, d, K, C):
+        config = _config("head", (B, d, K, C), x)
+        launch(triton_head.head_kernel, _blocks(B, config["BLOCK_B"]), x.device, x, basis, target, modulation, losses,
+               similarity, grad_logits, grad_latents, B, d, K, C, float(temperature), float(label_smoothing),
+               float(eps), float(basis_scale), ignore_index, PACKED=packed, NORMALIZE=normalize,
+               ZERO_BELOW=zero_gradient_below_eps, CROSS_ENTROPY=loss == "cross_entropy", MEAN=mean, MATRIX=matrix,
+               GRAD=compute_grad, **config)
+        if value is not losses:
+            _reduce_loss(losses, target, value, ignore_index, mean)
+        return value, grad_latents, similarity, grad_logits
+
     config = _config("similarity", (B, d, K), x)
     programs = _blocks(B, config["BLOCK_M"]) * _blocks(K, config["BLOCK_K"])
     slices = min(_blocks(d, config["BLOCK_D"]), _blocks(256, programs), 16)
     partial, rows, count = new(slices, B, K + 1), new(2, B), new(1)
-    losses = value if reduction == "none" else new(B)
     launch(triton_head.similarity_kernel, programs * slices, x.device, x, basis, target, partial, count, B, d, K,
            slices, ignore_index, PACKED=packed, PRECISION=precision, **config)
 
@@ -185,10 +199,40 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
         launch(triton_head.latent_grad_kernel, _blocks(B, config["BLOCK_M"]) * _blocks(d, config["BLOCK_D"]), x.device,
                x, basis, grad_similarity, rows, losses, count, value, grad_latents, B, d, K, float(eps),
                float(basis_scale), PACKED=packed, NORMALIZE=normalize, ZERO_BELOW=zero_gradient_below_eps,
-               REDUCE=reduction != "none", MEAN=mean, PRECISION=precision, **config)
-    elif reduction != "none":
-        launch(triton_head.reduce_loss_kernel, 1, x.device, losses, count, value, B, MEAN=mean)
+               REDUCE=value is not losses, MEAN=mean, PRECISION=precision, **config)
+    elif value is not losses:
+        _reduce_loss(losses, target, value, ignore_index, mean)
     return value, grad_latents, similarity, grad_logits
+
+
+def _one_launch(batch, dim, rows, classes):
+    """Few rows and classes fit one program a sample."""
+    return max(rows, classes) <= 32 and dim <= 4096
+
+
+def _reduce_loss(losses, target, value, ignore_index, mean):
+    launch(triton_head.reduce_loss_kernel, 1, losses.device, losses, target, value, losses.numel(), ignore_index,
+           MEAN=mean)
+
+
+def _finishing(finish, device):
+    """`(programs, arguments, blocks)` of the kernels that finish a head, and what they return, for
+    `finish` = (losses, target, similarity, dL/dlogits, modulation or None, ignore_index)."""
+    blocks = dict(VECTOR=False, PRECISION="tf32x3", HEAD_B=1, HEAD_K=1, HEAD_C=1)
+    if finish is None:
+        return 0, (None,) * 6 + (0, 0, 0), blocks, ()
+    losses, target, similarity, grad_logits, modulation, ignore_index = finish
+    (B, K), C = similarity.shape, grad_logits.shape[1]
+    loss, grad, programs = torch.empty((), dtype=torch.float32, device=device), None, 1
+    if modulation is not None:
+        vector = modulation.dim() == 1
+        grad = torch.empty(modulation.shape, dtype=torch.float32, device=device)
+        config = _config("finish_head", (max(B, 1), K, C), similarity)
+        blocks = dict(VECTOR=vector, PRECISION=float32_precision(), HEAD_B=config["BLOCK_B"],
+                      HEAD_K=config["BLOCK_K"], HEAD_C=config["BLOCK_C"])
+        programs += _blocks(C, config["BLOCK_C"]) * (1 if vector else _blocks(K, config["BLOCK_K"]))
+    results = loss, loss.new_empty(0) if grad is None else grad
+    return programs, (losses, target, loss, similarity, grad_logits, grad, K, C, ignore_index), blocks, results
 
 
 def modulation_grad(similarity, grad_logits, vector, scale):
@@ -222,13 +266,16 @@ def expand_grad(grad_latents, scale, out, pool_size):
     return out if dense is out else out.copy_(dense)
 
 
-def norm_grads(grad_latents, s1, s2, channels, area):
+def norm_grads(grad_latents, s1, s2, channels, area, finish=None):
+    """With `finish` (see `_finishing`) also the loss and the gradient of the modulation, after the other three."""
     B, positions = grad_latents.shape[0], area.numel()
     grads = tuple(torch.empty(channels, dtype=torch.float32, device=s1.device) for _ in range(3))
     config = _config("norm_grads", (max(B, 1), channels, positions), s1)
-    launch(triton_norm.norm_grads_kernel, _blocks(channels, config["BLOCK_C"]), s1.device, grad_latents.contiguous(),
-           s1.contiguous(), s2.contiguous(), area.contiguous(), *grads, B, channels, positions, **config)
-    return grads
+    programs, arguments, blocks, results = _finishing(finish, s1.device)
+    launch(triton_norm.norm_grads_kernel, _blocks(channels, config["BLOCK_C"]) + programs, s1.device,
+           grad_latents.contiguous(), s1.contiguous(), s2.contiguous(), area.contiguous(), *grads, B, channels,
+           positions, *arguments, **blocks, **config)
+    return grads + results
 
 
 def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta,
@@ -246,14 +293,15 @@ def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents
     return z if dense is z else z.copy_(dense)
 
 
-def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, pool_size, scale):
+def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, pool_size, scale, finish=None):
     dense = z.contiguous()
     B, N = z.shape
     grads = tuple(torch.empty(N, dtype=torch.float32, device=z.device) for _ in range(3))
     config = _config("linear_grad", (max(B, 1), N), z)
-    launch(triton_linear.linear_grad_kernel, _blocks(N, config["BLOCK_N"]), z.device, dense, mean, rstd, gamma, beta,
-           grad_latents.contiguous(), *grads, float(negative_slope), float(scale), B, N, pool_size,
-           _cover(N, pool_size), **config)
+    programs, arguments, blocks, results = _finishing(finish, z.device)
+    launch(triton_linear.linear_grad_kernel, _blocks(N, config["BLOCK_N"]) + programs, z.device, dense, mean, rstd,
+           gamma, beta, grad_latents.contiguous(), *grads, float(negative_slope), float(scale), B, N, pool_size,
+           _cover(N, pool_size), *arguments, **blocks, **config)
     if dense is not z:
         z.copy_(dense)
-    return grads
+    return grads + results

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..common.addressing import indices, offset, program_id
+from .triton_head import finish_head
 from .triton_norm import bin_range
 
 
@@ -67,11 +68,11 @@ def linear_expand_kernel(grad_latents, scale, out, B, N, P, cover, PER_ROW: tl.c
              mask=(b < B)[:, None] & (n < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "P", "cover"])
-def linear_grad_kernel(z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, grad_bias, slope, scale, B, N,
-                       P, cover, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+@triton.jit
+def _linear_grad(block, z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, grad_bias, slope, scale, B, N,
+                 P, cover, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
     """For a block of columns: dgamma, dbeta over the whole batch, then z <- scale * dL/dz; grad_bias = 0."""
-    n = indices(program_id(0), BLOCK_N)
+    n = indices(block, BLOCK_N)
     mu, r, g, shift = _columns(mean, n, N), _columns(rstd, n, N), _columns(gamma, n, N), _columns(beta, n, N)
     negative = tl.cast(slope, tl.float32)
     by_one = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
@@ -99,3 +100,23 @@ def linear_grad_kernel(z, mean, rstd, gamma, beta, grad_latents, grad_gamma, gra
         grad = _unpooled(grad_latents, b, n, B, N, P, cover)
         grad_u = tl.where(xhat * g + shift > 0, grad, grad * negative)
         tl.store(at, (factor * (grad_u - (mean_grad + xhat * mean_grad_xhat))).to(z.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["B", "P", "cover", "ignore_index"])
+def linear_grad_kernel(z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, grad_bias, slope, scale, B, N,
+                       P, cover, losses, target, loss, similarity, grad_logits, grad_modulation, K, classes,
+                       ignore_index, VECTOR: tl.constexpr, PRECISION: tl.constexpr, HEAD_B: tl.constexpr,
+                       HEAD_K: tl.constexpr, HEAD_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A block of columns a program; further programs finish the head where `losses` are given."""
+    pid = program_id(0)
+    blocks = tl.cdiv(N, BLOCK_N)
+    if losses is None:
+        _linear_grad(pid, z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, grad_bias, slope, scale, B,
+                     N, P, cover, BLOCK_B, BLOCK_N)
+    else:
+        if pid < blocks:
+            _linear_grad(pid, z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, grad_bias, slope, scale,
+                         B, N, P, cover, BLOCK_B, BLOCK_N)
+        else:
+            finish_head(pid - blocks, losses, target, loss, similarity, grad_logits, grad_modulation, B, K, classes,
+                        ignore_index, VECTOR, PRECISION, HEAD_B, HEAD_K, HEAD_C)

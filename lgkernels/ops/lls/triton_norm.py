@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common.addressing import indices, offset, program_id
+from .triton_head import finish_head
 
 
 @triton.jit
@@ -199,11 +200,15 @@ def expand_grad_kernel(grad_latents, scale, out, B, C, H, W, P, PER_ROW: tl.cons
 def batch_moments_kernel(z, partial, outer, inner, C, splits, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr,
                          BLOCK_C: tl.constexpr):
     """Pass 1: count, mean and sum of squared deviations of every `splits`-th tile, by Welford's update in each tile
-    slot. z is (outer, inner, C) with channels last, (outer, C, inner) else; partial is (splits, 3, C)."""
+    slot. z is (outer, inner, C) with channels last, (outer, C, inner) else; partial is (splits, 4, C).
+
+    All of z is counted from a value near the channel's mean, the fourth row: a mean far from zero then costs no digit
+    of the variance."""
     pid = program_id(0)
     channel_blocks = tl.cdiv(C, BLOCK_C)
     c, split = indices(pid % channel_blocks, BLOCK_C), pid // channel_blocks
     blocks = tl.cdiv(inner, BLOCK_P)
+    shift = _near_mean(z, c, inner, C, CHANNELS_LAST)
     count = tl.zeros((BLOCK_P,), tl.float32)
     mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -214,12 +219,28 @@ def batch_moments_kernel(z, partial, outer, inner, C, splits, CHANNELS_LAST: tl.
             at = offset(p + offset(o, inner), C)[:, None] + c[None, :]
         else:
             at = offset(c + offset(o, C), inner)[None, :] + p[:, None]
-        value = tl.load(z + at, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        value = tl.load(z + at, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32) - shift[None, :]
         count += tl.where(inside, 1.0, 0.0)
         delta = tl.where(inside[:, None], value - mean, 0.0)
         mean += delta / tl.maximum(count, 1.0)[:, None]
         squares += delta * (value - mean)
-    _store_moments(partial + offset(split, 3 * C), count[:, None], mean, squares, c, C)
+    _store_moments(partial + offset(split, 4 * C), count[:, None], mean, squares, c, C)
+    tl.store(partial + offset(split, 4 * C) + 3 * C + c, shift, mask=c < C)
+
+
+@triton.jit
+def _near_mean(z, c, inner, C, CHANNELS_LAST: tl.constexpr):
+    """Mean of the first sixteen elements of channels c, or of as many as there are in one piece, cut to twelve bits:
+    then half precision less it is exact, and not all values of one exponent are rounded the same way. 0 where the mean
+    is no larger than the spread: counting from elsewhere would cost the mean digits."""
+    p = tl.arange(0, 16)
+    at = offset(p, C)[:, None] + c[None, :] if CHANNELS_LAST else offset(c, inner)[None, :] + p[:, None]
+    inside = (p < inner)[:, None]
+    value = tl.load(z + at, mask=inside & (c < C)[None, :], other=0.0).to(tl.float32)
+    mean = tl.sum(value, 0) / tl.minimum(inner, 16)
+    spread = tl.max(tl.where(inside, tl.abs(value - mean[None, :]), 0.0), 0)
+    short = (mean.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(mean) > 8 * spread, short, 0.0)
 
 
 @triton.jit
@@ -245,10 +266,11 @@ def batch_stats_kernel(partial, bias, mean, rstd, running_mean, running_var, mom
     """Pass 2: combine the partial moments; write mean and 1/sqrt(var + eps), move the running statistics."""
     c = indices(program_id(0), BLOCK_C)
     s = tl.arange(0, SPLITS)
-    at = partial + offset(s, 3 * C)[:, None] + c[None, :]
+    at = partial + offset(s, 4 * C)[:, None] + c[None, :]
     mask = (s < splits)[:, None] & (c < C)[None, :]
     total, mu, squares = _combine(tl.load(at, mask=mask, other=0.0), tl.load(at + C, mask=mask, other=0.0),
                                   tl.load(at + 2 * C, mask=mask, other=0.0))
+    mu += tl.load(partial + 3 * C + c, mask=c < C, other=0.0)
     var = squares / total
     tl.store(mean + c, mu, mask=c < C)
     tl.store(rstd + c, 1.0 / tl.sqrt(var + tl.cast(eps, tl.float32)), mask=c < C)
@@ -264,11 +286,11 @@ def batch_stats_kernel(partial, bias, mean, rstd, running_mean, running_var, mom
         tl.store(running_var + c, old_var + weight * (unbiased - old_var), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["B", "C", "positions"])
-def norm_grads_kernel(grad_latents, s1, s2, area, grad_gamma, grad_beta, grad_bias, B, C, positions,
-                      BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+@triton.jit
+def _norm_grads(block, grad_latents, s1, s2, area, grad_gamma, grad_beta, grad_bias, B, C, positions,
+                BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
     """dgamma, dbeta = sums over batch and bins of grad/area * s2, * s1, for a block of channels; grad_bias = 0."""
-    c = indices(program_id(0), BLOCK_C)
+    c = indices(block, BLOCK_C)
     by_s1 = tl.zeros((BLOCK_B, BLOCK_C, BLOCK_P), tl.float32)
     by_s2 = tl.zeros((BLOCK_B, BLOCK_C, BLOCK_P), tl.float32)
     for start in range(0, positions, BLOCK_P):
@@ -284,3 +306,23 @@ def norm_grads_kernel(grad_latents, s1, s2, area, grad_gamma, grad_beta, grad_bi
     tl.store(grad_beta + c, tl.sum(tl.sum(by_s1, 2), 0), mask=c < C)
     tl.store(grad_gamma + c, tl.sum(tl.sum(by_s2, 2), 0), mask=c < C)
     tl.store(grad_bias + c, tl.zeros((BLOCK_C,), tl.float32), mask=c < C)
+
+
+@triton.jit(do_not_specialize=["B", "C", "positions", "ignore_index"])
+def norm_grads_kernel(grad_latents, s1, s2, area, grad_gamma, grad_beta, grad_bias, B, C, positions, losses, target,
+                      loss, similarity, grad_logits, grad_modulation, K, classes, ignore_index, VECTOR: tl.constexpr,
+                      PRECISION: tl.constexpr, HEAD_B: tl.constexpr, HEAD_K: tl.constexpr, HEAD_C: tl.constexpr,
+                      BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """A block of channels a program; further programs finish the head where `losses` are given."""
+    pid = program_id(0)
+    blocks = tl.cdiv(C, BLOCK_C)
+    if losses is None:
+        _norm_grads(pid, grad_latents, s1, s2, area, grad_gamma, grad_beta, grad_bias, B, C, positions, BLOCK_B,
+                    BLOCK_C, BLOCK_P)
+    else:
+        if pid < blocks:
+            _norm_grads(pid, grad_latents, s1, s2, area, grad_gamma, grad_beta, grad_bias, B, C, positions, BLOCK_B,
+                        BLOCK_C, BLOCK_P)
+        else:
+            finish_head(pid - blocks, losses, target, loss, similarity, grad_logits, grad_modulation, B, K, classes,
+                        ignore_index, VECTOR, PRECISION, HEAD_B, HEAD_K, HEAD_C)

@@ -1,9 +1,7 @@
-"""The public functions: check the arguments, then call the family's autograd entry."""
-import torch
-
-from .core import checks
-from .ops.lls import autograd as _lls
-from .ops.lls import basis as _basis
+"""Local Learning Signals: check the arguments, then call the family's autograd entry."""
+from ..core import checks
+from ..ops.lls import autograd as _lls
+from ..ops.lls import basis as _basis
 
 __all__ = ["lls_basis", "lls_loss"]
 
@@ -134,11 +132,3 @@ def lls_loss(activation, target, modulation=None, *, num_classes, pool_size, wav
     return _lls.lls_loss(activation, target, modulation, basis, waveform, num_classes, pool_size, float(temperature),
                          float(label_smoothing), normalize, float(eps), zero_gradient_below_eps, float(basis_scale),
                          loss, ignore_index, reduction, impl)
-
-
-# The other families, each in a module of its own.
-from . import _functional_adapter, _functional_local  # noqa: E402
-from ._functional_adapter import *  # noqa: E402,F403
-from ._functional_local import *  # noqa: E402,F403
-
-__all__ += _functional_adapter.__all__ + _functional_local.__all__

@@ -1,9 +1,9 @@
-"""Local losses, as :mod:`lgkernels.functional` exports them: check the arguments, then call the family's autograd entry."""
+"""Local losses: check the arguments, then call the family's autograd entry."""
 import torch
 import torch.nn.functional as F
 
-from .core import checks
-from .ops.local_loss import autograd as _local
+from ..core import checks
+from ..ops.local_loss import autograd as _local
 
 __all__ = ["goodness_loss", "info_nce_loss", "local_cross_entropy", "nt_xent_loss", "overlay_label",
            "peer_normalization_loss", "prediction_similarity_loss", "similarity_matching_loss", "supcon_loss"]

@@ -1,7 +1,6 @@
-"""Adapters, as :mod:`lgkernels.functional` exports them: check the arguments, then call the family's autograd entry."""
-
-from .core import checks
-from .ops.adapter import autograd as _adapter
+"""Adapters: check the arguments, then call the family's autograd entry."""
+from ..core import checks
+from ..ops.adapter import autograd as _adapter
 
 __all__ = ["lokr_conv2d", "lokr_linear", "lora_linear"]
 

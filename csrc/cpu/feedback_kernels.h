@@ -1,0 +1,10 @@
+// The table of one instruction-set level: include with LGK_ISA defined.
+#include "feedback_matrix.h"
+#include "feedback_product.h"
+#include "feedback_update.h"
+
+namespace lgk::LGK_ISA {
+
+extern const FeedbackKernels feedback = {matrix, product, rows, pack_signs, sgd_update};
+
+}  // namespace lgk::LGK_ISA

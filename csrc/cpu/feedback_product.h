@@ -1,0 +1,268 @@
+// grad (M, N) @ F (N, K) with F made where it is used: for 32 rows and a panel of columns at a time, in the cache.
+//
+// Two inner products. Of any F: the 32 rows are written out as floats, and a register tile of the output takes one
+// multiply-add an element. Of signs alone (AVX-512): 32 rows become one word a column, and four rows at once are one
+// look-up in a register of the 16 sums +-g0 +-g1 +-g2 +-g3 and one addition; no bit holds the sign of a zero, so 128
+// columns that have one among the 32 rows take the first way.
+#pragma once
+#include "feedback_laws.h"
+#include "parallel.h"
+
+namespace lgk::LGK_ISA {
+
+constexpr int64_t kBatch = 128;              // rows of grad for which F is made once
+constexpr int64_t kPacked = 1 << 22;         // floats of grad packed at a time
+constexpr int kBlock = V == 16 ? 8 : 4;      // rows of grad in a register tile
+constexpr int kTile = 2;                     // vectors of columns in it
+constexpr int64_t kGroup = 128;              // columns that go one way together; panels are whole groups
+static_assert(kGroup % (kTile * V) == 0 && kSegment / kGroup <= 32, "groups are whole tiles and bits of a word");
+
+inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Panels of columns: whole groups, about as many for every thread, and wide rather than narrow.
+inline int64_t panel_width(int64_t columns, int threads) {
+  int64_t best = kGroup, cost = INT64_MAX;
+  for (int64_t width = kSegment; width >= kGroup; width -= kGroup) {
+    const int64_t panels = (columns + width - 1) / width, mine = (panels + threads - 1) / threads * width;
+    if (mine < cost) best = width, cost = mine;
+  }
+  return best;
+}
+
+// Rows of a block: kBlock, or for the last the power of two that holds what is left.
+inline int64_t block_rows(int64_t left) {
+  int64_t rows = kBlock;
+  while (rows > 1 && rows / 2 >= left) rows /= 2;
+  return rows;
+}
+
+template <class F>
+LGK_INLINE void for_block(int64_t rows, const F& f) {
+  switch (rows) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 4: return f(std::integral_constant<int, 4>());
+    default: return f(std::integral_constant<int, kBlock>());
+  }
+}
+
+// Where the weight's next kDepth rows of this panel lie (or the first of the next panel).
+struct Next {
+  const char* data = nullptr;
+  int64_t stride = 0, element = 0;
+  LGK_INLINE void prefetch(int64_t row, int64_t col) const {  // kTile vectors of columns
+    const char* p = data + row * stride + col * element;
+    for (int64_t byte = 0; byte < kTile * V * element; byte += 64) __builtin_prefetch(p + byte, 0, 2);
+  }
+};
+
+// grad's rows [m, m + count) as blocks of (depth, rows) floats, padded with zeros to whole blocks and `depth`.
+template <class T>
+inline void pack_grad(const Matrix& grad, int64_t m, int64_t count, int64_t begin, int64_t end, int64_t columns,
+                      int64_t depth, float* out) {
+  for (int64_t b = 0; b < count; b += kBlock) {
+    const int64_t rows = block_rows(count - b), real = smaller(count - b, rows);
+    float* block = out + b * depth;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t n = begin; n < end; n += V) {
+        const int64_t left = i < real && n < columns ? smaller(columns - n, V) : 0;
+        const vf v = left ? load_some(at<T>(grad, m + b + i, n), left) : vf{};
+        const int64_t stop = smaller(end - n, V);
+        for (int64_t l = 0; l < stop; ++l) block[(n + l) * rows + i] = v[l];
+      }
+  }
+}
+
+// c (ROWS, width) += a (depth, ROWS)^T @ f (depth, width), rows of c and f `stride` apart
+template <int ROWS>
+inline void multiply_values(const float* a, const float* f, int64_t depth, int64_t width, int64_t stride,
+                            const Next& next, float* c) {
+  for (int64_t j = 0; j < width; j += kTile * V) {
+    vf acc[ROWS][kTile];
+    for (int i = 0; i < ROWS; ++i)
+      for (int t = 0; t < kTile; ++t) acc[i][t] = load(c + i * stride + j + t * V);
+    for (int64_t n = 0; n < depth; ++n) {
+      if (n % 2 == 0 && next.data) next.prefetch(n, j);
+      vf right[kTile];
+      for (int t = 0; t < kTile; ++t) right[t] = load(f + n * stride + j + t * V);
+      for (int i = 0; i < ROWS; ++i) {
+        const vf left = splat(a[n * ROWS + i]);
+        for (int t = 0; t < kTile; ++t) acc[i][t] += left * right[t];
+      }
+    }
+    for (int i = 0; i < ROWS; ++i)
+      for (int t = 0; t < kTile; ++t) store(c + i * stride + j + t * V, acc[i][t]);
+  }
+}
+
+#ifdef __AVX512F__
+// Bit i of words[j] is the sign of row i, column j. Returns the groups that hold a zero or nan, which have no such bit.
+template <class T>
+inline uint32_t pack_columns(const Matrix& weight, int64_t row, int64_t col, int64_t rows, int64_t n, int64_t width,
+                             uint32_t* words) {
+  std::memset(words, 0, width * sizeof *words);
+  uint32_t groups = 0;
+  for (int64_t r = 0; r < rows; r += 4) {
+    const T* source[4];
+    for (int i = 0; i < 4; ++i) source[i] = at<T>(weight, row + smaller(r + i, rows - 1), col);
+    for (int64_t start = 0; start < n; start += kGroup) {
+      __mmask16 special = 0;
+      for (int64_t j = start; j < smaller(n, start + kGroup); j += V) {
+        const int64_t m = smaller(n - j, V);
+        vu word = load(words + j) >> 4;
+        for (int i = 0; i < 4; ++i) {
+          if (i % 2) prefetch_below(source[i] + j, weight.stride);
+          const vf w = load_some(source[i] + j, m);
+          special |= _mm512_mask_fpclass_ps_mask((1u << m) - 1, w, 0x87);  // quiet nan, +0, -0, signalling nan
+          word = bits<vu>(_mm512_ternarylogic_epi32(bits<__m512i>(word), bits<__m512i>(bits<vu>(w) >> (3 - i)),
+                                                    _mm512_set1_epi32(1 << (28 + i)), 0xf8));  // word | (w & bit)
+        }
+        std::memcpy(words + j, &word, sizeof word);
+      }
+      if (special) groups |= 1u << start / kGroup;
+    }
+  }
+  const int64_t missing = kDepth - (rows + 3) / 4 * 4;
+  if (missing)
+    for (int64_t j = 0; j < width; ++j) words[j] >>= missing;
+  return groups;
+}
+
+inline uint32_t pack_columns_of_bits(const Matrix& weight, int64_t row, int64_t col, int64_t rows, int64_t n,
+                                 int64_t width, uint32_t* words) {
+  for (int64_t j = 0; j < width; j += V) {
+    __m512i word = {};
+    if (j < n)
+      for (int64_t r = 0; r < rows; ++r) {
+        const uint32_t bits = *at<uint32_t>(weight, row + r, (col + j) / 32) >> j % 32;
+        word = _mm512_mask_or_epi32(word, static_cast<__mmask16>(bits), word, _mm512_set1_epi32(1u << r));
+      }
+    std::memcpy(words + j, &word, sizeof word);
+  }
+  return 0;
+}
+
+// c (ROWS, width) += a (32, ROWS)^T @ signs, rows of c `stride` apart
+template <int ROWS>
+inline void multiply_signs(const float* a, const uint32_t* words, int64_t width, int64_t stride, const Next& next,
+                           float* c) {
+  alignas(64) float tables[8][ROWS][V];
+  const vi lane = bits<vi>(lanes());
+  for (int g = 0; g < 8; ++g)
+    for (int i = 0; i < ROWS; ++i) {
+      vf sums = {};
+      for (int r = 0; r < 4; ++r) {
+        const vf x = splat(a[(4 * g + r) * ROWS + i]);
+        sums += bits<vf>(bits<vu>(x) ^ (bits<vu>(lane) >> r << 31));
+      }
+      store(tables[g][i], sums);
+    }
+  for (int64_t j = 0; j < width; j += kTile * V) {
+    vf acc[ROWS][kTile];
+    vu index[kTile];
+    for (int t = 0; t < kTile; ++t) index[t] = load(words + j + t * V);
+    for (int i = 0; i < ROWS; ++i)
+      for (int t = 0; t < kTile; ++t) acc[i][t] = load(c + i * stride + j + t * V);
+    for (int g = 0; g < 8; ++g) {
+      if (next.data) next.prefetch(4 * g, j), next.prefetch(4 * g + 2, j);
+      for (int i = 0; i < ROWS; ++i) {
+        const vf table = load(tables[g][i]);
+        for (int t = 0; t < kTile; ++t) acc[i][t] += look_up(table, bits<vi>(index[t]));  // by the low four bits
+      }
+      for (int t = 0; t < kTile; ++t) index[t] >>= 4;
+    }
+    for (int i = 0; i < ROWS; ++i)
+      for (int t = 0; t < kTile; ++t) store(c + i * stride + j + t * V, acc[i][t]);
+  }
+}
+#endif
+
+inline int product(const Feedback& f, const Matrix& grad, int64_t batch, void* out, int dtype, int threads) {
+  const int64_t width = panel_width(f.columns, threads), panels = (f.columns + width - 1) / width;
+  const int64_t depth = rounded(f.rows, kDepth), work = f.rows * f.columns;
+  const int64_t fitting = kPacked / (depth > 0 ? depth : 1) / kBatch * kBatch, round = fitting > 0 ? fitting : kBatch;
+  const int64_t rows_held = rounded(smaller(batch, round), kBlock);
+  Scratch packed(rows_held * depth, 1), sums(smaller(rows_held, kBatch) * width, threads);
+  Scratch values(kDepth * width, threads), columns(width, threads);
+  if (!packed || !sums || !values || !columns) return 1;
+  const int status = for_dtype(grad.dtype, [](auto) { return 0; }) | for_dtype(dtype, [](auto) { return 0; });
+  if (status) return status;
+
+  for (int64_t start = 0; start < batch; start += round) {
+    const int64_t together = smaller(batch - start, round), chunks = (together + kBatch - 1) / kBatch;
+    parallel((depth + V - 1) / V, together * depth, threads, [&](int64_t begin, int64_t end, int) {
+      for_dtype(grad.dtype, [&](auto type) {
+        pack_grad<decltype(type)>(grad, start, together, begin * V, smaller(end * V, depth), f.rows, depth,
+                                  packed.of(0));
+        return 0;
+      });
+    });
+    parallel(panels * chunks, work * chunks, threads, [&](int64_t begin, int64_t end, int thread) {
+      float *c = sums.of(thread), *rows = values.of(thread);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t col = i / chunks * width, n = smaller(f.columns - col, width);
+        const int64_t m = start + i % chunks * kBatch, count = smaller(start + together - m, kBatch);
+        const float* a = packed.of(0) + (m - start) * depth;
+        std::memset(c, 0, rounded(count, kBlock) * width * sizeof(float));
+        for (int64_t row = 0; row < f.rows; row += kDepth) {
+          const int64_t mine = smaller(f.rows - row, kDepth);
+          Next next;
+          if (f.weight.data && f.weight.dtype != kPackedSigns) {
+            next.element = f.weight.dtype == kFloat32 ? 4 : 2;
+            next.stride = f.weight.stride * next.element;
+            next.data = static_cast<const char*>(f.weight.data) + col * next.element;
+            next.data += row + kDepth < f.rows ? (row + kDepth) * next.stride : width * next.element;
+          }
+          uint32_t by_values = ~0u;  // the groups that go by the first way
+#ifdef __AVX512F__
+          uint32_t* words = reinterpret_cast<uint32_t*>(columns.of(thread));
+          if (f.weight.data && !f.magnitude.data && !f.state) {
+            if (f.weight.dtype == kPackedSigns)
+              by_values = pack_columns_of_bits(f.weight, row, col, mine, n, width, words);
+            else
+              for_dtype(f.weight.dtype, [&](auto type) {
+                by_values = pack_columns<decltype(type)>(f.weight, row, col, mine, n, width, words);
+                return 0;
+              });
+          }
+#endif
+          const bool one_way = by_values == 0 || by_values == ~0u;
+          for (int64_t j = 0; j < n; j += one_way ? width : kGroup) {
+            const int64_t wide = one_way ? width : kGroup;
+            const bool values_needed = by_values >> j / kGroup & 1;
+            if (values_needed)
+              for (int64_t r = 0; r < mine; ++r)
+                feedback_row(f, row + r, col + j, smaller(n - j, wide), rows + r * width + j);
+            for (int64_t b = 0; b < count; b += kBlock) {
+              const int64_t block = block_rows(count - b);
+              const float* left = a + b * depth + row * block;
+              const Next ahead = b || j ? Next() : next;
+              for_block(block, [&](auto size) {
+                constexpr int kRows = decltype(size)::value;
+#ifdef __AVX512F__
+                if (!values_needed) {
+                  multiply_signs<kRows>(left, words + j, wide, width, ahead, c + b * width + j);
+                  return;
+                }
+#endif
+                multiply_values<kRows>(left, rows + j, mine, wide, width, ahead, c + b * width + j);
+              });
+            }
+          }
+        }
+        for_dtype(dtype, [&](auto type) {
+          using T = decltype(type);
+          for (int64_t b = 0; b < count; ++b) {
+            T* target = static_cast<T*>(out) + (m + b) * f.columns + col;
+            for (int64_t j = 0; j < n; j += V)
+              store_some(target + j, load(c + b * width + j) * f.scale, smaller(n - j, V));
+          }
+          return 0;
+        });
+      }
+    });
+  }
+  return 0;
+}
+
+}  // namespace lgk::LGK_ISA

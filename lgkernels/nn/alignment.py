@@ -1,0 +1,73 @@
+"""Instruments: how far a layer's feedback is from its weight."""
+import math
+
+import torch
+
+from ..ops.feedback import autograd as _feedback
+from .feedback import _FeedbackLayer
+
+_ELEMENTS_AT_ONCE = 1 << 20
+
+
+@torch.no_grad()
+def _products(layer):
+    """<W, F>, |W|^2, |F|^2 in float64, over blocks of rows: F exists a block at a time."""
+    weight = layer.weight.detach().flatten(1)
+    at_once = max(1, _ELEMENTS_AT_ONCE // max(weight.shape[1], 1))
+    total = torch.zeros(3, dtype=torch.float64, device=weight.device)
+    for start in range(0, weight.shape[0], at_once):
+        feedback = layer.feedback_rows(start, min(start + at_once, weight.shape[0])).double()
+        w = weight[start:start + at_once].double()
+        total += torch.stack(((w * feedback).sum(), w.square().sum(), feedback.square().sum()))
+    return total.tolist()
+
+
+def _layers(model):
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, _FeedbackLayer)]
+
+
+def alignment(model):
+    """Angle between the weight W and the feedback F of each converted layer, in degrees.
+
+    0 is back-propagation, 90 unrelated feedback; cos = <W, F> / (|W| |F|). F is made a block of rows at a time.
+
+    Args:
+        model (nn.Module): a model with layers of :func:`lgkernels.nn.convert`, or such a layer.
+
+    Returns:
+        dict: qualified name -> float; nan where W or F is zero.
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> layer = lnn.SignSymmetricLinear(2, 1, bias=False)
+        >>> layer.weight.data.copy_(torch.tensor([[3.0, -4.0]])) is None
+        False
+        >>> round(lnn.alignment(layer)[""], 2)
+        8.13
+    """
+    angles = {}
+    for name, layer in _layers(model):
+        dot, weight, feedback = _products(layer)
+        cosine = dot / math.sqrt(weight * feedback) if weight and feedback else math.nan
+        angles[name] = math.degrees(math.acos(max(-1.0, min(1.0, cosine)))) if cosine == cosine else math.nan
+    return angles
+
+
+def weight_ratio(model):
+    """|F| / |W| (Frobenius norms) of each converted layer, F made a block of rows at a time.
+
+    Args:
+        model (nn.Module): as :func:`alignment`.
+
+    Returns:
+        dict: qualified name -> float; nan where W is zero.
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> layer = lnn.SignSymmetricLinear(2, 1, bias=False, scale=2.5)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, -4.0]]))
+        >>> round(lnn.weight_ratio(layer)[""], 4)
+        0.7071
+    """
+    return {name: math.sqrt(feedback / weight) if weight else math.nan
+            for name, layer in _layers(model) for _, weight, feedback in [_products(layer)]}

@@ -1,0 +1,1 @@
+"""Feedback without weight transport: FA, DFA, DRTP and sign-symmetry."""

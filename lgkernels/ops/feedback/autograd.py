@@ -1,0 +1,202 @@
+"""autograd entries of the family feedback: the library's forward, and a backward that reads F where W would stand.
+
+    dX = grad @ F,   dW = grad^T x,   db = sum grad          (a convolution's alike)
+
+F is made in the backward and only where a dX is asked for: never for the first layer, in evaluation or under
+no_grad. Saved are x, the weight (signs) or its packed signs, and the 24-byte random state. That state is checked by
+autograd as every saved tensor is: advancing it between a forward and its backward raises.
+"""
+import math
+import os
+from typing import NamedTuple, Optional, Union
+
+import torch
+import torch.nn.functional as F
+
+from ...core import checks, dispatch
+from ...core.guard import first_order_only
+from .op import without_autocast
+
+_ops = torch.ops.lgkernels
+
+
+class Formula(NamedTuple):
+    """F without its tensors: scale * value, or scale * |value| * sign(weight). `scale` may be "mean_abs" (of W)."""
+    signs: str = "none"  # "none", "weight", or "packed": +-1 from packed bits
+    law: str = "uniform"
+    law_scale: float = 1.0
+    low: Optional[float] = None
+    scale: Union[float, str] = 1.0
+    sign_plus: bool = False
+
+
+def _mean_abs(weight):
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, 1, dtype=dtype) / max(weight.numel(), 1)
+
+
+def _save(ctx, x, packed, magnitude, state, factor, formula, weight):
+    """What the backward reads."""
+    signs = weight if formula.signs == "weight" else packed
+    down = (signs, magnitude, state, factor) if ctx.needs_input_grad[0] else (None,) * 4
+    ctx.save_for_backward(x, *down)
+    ctx.formula, ctx.weight_dtype = formula, weight.dtype
+
+
+def _formula_arguments(formula, signs, magnitude, state):
+    scale = 1.0 if formula.scale == "mean_abs" else formula.scale
+    return (signs, magnitude, state, formula.law, formula.law_scale, formula.low, scale, formula.sign_plus)
+
+
+def _rows(tensor):
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])  # -1 is ambiguous where a size is 0
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, packed, magnitude, state, factor, formula, dtype, impl):
+        _save(ctx, x if ctx.needs_input_grad[1] else None, packed, magnitude, state, factor, formula, weight)
+        ctx.shape, ctx.impl = x.shape, impl
+        return F.linear(x, weight if dtype is None else weight.to(dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, signs, magnitude, state, factor = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        with without_autocast(grad.device):
+            rows = _rows(grad)
+            if needs[0]:
+                scaled = rows if factor is None else rows * factor
+                grad_x = _ops.feedback_product(
+                    scaled, ctx.shape[-1], *_formula_arguments(ctx.formula, signs, magnitude, state), ctx.impl)
+                grad_x = grad_x.view(ctx.shape)
+            if needs[2]:
+                grad_bias = rows.sum(0)
+            if needs[1]:
+                grad_weight = (rows.t() @ _rows(x)).to(ctx.weight_dtype)
+        inputs = (x, grad, signs)
+        return (first_order_only("feedback_linear", grad_x, *inputs),
+                first_order_only("feedback_linear", grad_weight, *inputs),
+                first_order_only("feedback_linear", grad_bias, grad), *(None,) * 7)
+
+
+def _channels_last(weight):
+    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _conv_feedback(shape, signs, magnitude, state, factor, formula, dtype, device, impl):
+    """F (O, C / groups, kh, kw) in `dtype`, in the memory format of the weight that it stands for."""
+    arguments = _formula_arguments(formula, signs, magnitude, state)[1:]
+    columns = shape[1] * shape[2] * shape[3]
+    if signs is None and magnitude is not None:  # FA with a given tensor: nothing to make
+        return magnitude.to(dtype)
+    by_memory = signs is not None and signs.dim() == 4 and _channels_last(signs)
+    if by_memory and magnitude is None and state is None:  # no value depends on its place: take W as it lies
+        lying = signs.permute(0, 2, 3, 1)
+        feedback = _ops.feedback_matrix(shape[0], columns, lying.flatten(1), *arguments, dtype, device, impl)
+        feedback = feedback.view(lying.shape).permute(0, 3, 1, 2)
+    else:
+        signs = signs.flatten(1) if signs is not None and signs.dim() == 4 else signs
+        arguments = (None if magnitude is None else magnitude.flatten(1), *arguments[1:])
+        feedback = _ops.feedback_matrix(shape[0], columns, signs, *arguments, dtype, device, impl).view(shape)
+        if by_memory:
+            feedback = feedback.contiguous(memory_format=torch.channels_last)
+    return feedback if factor is None else feedback.mul_(factor)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, packed, magnitude, state, factor, formula, dtype, geometry, impl):
+        _save(ctx, x, packed, magnitude, state, factor, formula, weight)
+        ctx.shape, ctx.strides, ctx.geometry, ctx.impl = weight.shape, weight.stride(), geometry, impl
+        return torch.conv2d(x, weight if dtype is None else weight.to(dtype), bias, *geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, signs, magnitude, state, factor = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        stride, padding, dilation, groups = ctx.geometry
+        with without_autocast(grad.device):
+            if needs[0]:
+                feedback = _conv_feedback(ctx.shape, signs, magnitude, state, factor, ctx.formula, grad.dtype,
+                                          grad.device, ctx.impl)
+            else:  # shape and strides are read, no value
+                feedback = grad.new_empty_strided(ctx.shape, ctx.strides)
+            grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                grad, x, feedback, [ctx.shape[0]] if needs[2] else None, stride, padding, dilation, False, (0, 0),
+                groups, needs[:3])
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight_dtype)
+        inputs = (x, grad, signs)
+        return (first_order_only("feedback_conv2d", grad_x, *inputs),
+                first_order_only("feedback_conv2d", grad_weight, *inputs),
+                first_order_only("feedback_conv2d", grad_bias, grad), *(None,) * 8)
+
+
+def _cast(tensor, dtype):
+    return tensor if dtype is None or tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _prepare(x, weight, bias, packed, formula, impl):
+    """`(x, bias, packed, factor, dtype)`: autocast as torch's own layer does; and, where x asks for a gradient, the
+    weight's packed signs and the factor that scale="mean_abs" stands for."""
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    x, bias = _cast(x, dtype), _cast(bias, dtype)
+    factor = None
+    if impl != "auto" and not torch.compiler.is_compiling():  # an error now, not in the backward
+        dispatch.choose("feedback_product", impl, x.device, x.dtype)
+    if torch.is_grad_enabled() and x.requires_grad:
+        if formula.signs == "packed" and packed is None:
+            packed = _ops.feedback_pack_signs(weight.detach().flatten(1), impl)
+        if formula.scale == "mean_abs":
+            factor = _mean_abs(weight.detach())
+    return x, bias, packed, factor, None if weight.dtype == torch.float64 else dtype
+
+
+def linear(x, weight, bias, formula, *, packed=None, magnitude=None, state=None, impl="auto"):
+    """x (..., K), weight (N, K); `packed` int32 (N, ceil(K / 32)) or None, to be made of the weight;
+    `magnitude` (N, K) and `state` are the tensors of F's value, None both where it is 1."""
+    x, bias, packed, factor, dtype = _prepare(x, weight, bias, packed, formula, impl)
+    return _Linear.apply(x, weight, bias, packed, magnitude, state, factor, formula, dtype, impl)
+
+
+def conv2d(x, weight, bias, stride, padding, dilation, groups, formula, *, packed=None, magnitude=None, state=None,
+           impl="auto"):
+    """x (B, C, H, W), weight (O, C / groups, kh, kw); `magnitude` like the weight; pairs of integers."""
+    x, bias, packed, factor, dtype = _prepare(x, weight, bias, packed, formula, impl)
+    return _Conv2d.apply(x, weight, bias, packed, magnitude, state, factor, formula, dtype,
+                         (stride, padding, dilation, groups), impl)
+
+
+@torch.no_grad()
+def weight_rows(weight, formula, start, stop, *, packed=None, state=None, impl="auto"):
+    """Rows [start, stop) of F as a matrix (out, rest), float32 or float64 as the weight: no more of F is made."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    columns = math.prod(weight.shape[1:])
+    value = None
+    if state is not None:
+        index = torch.arange(start, stop, device=weight.device)
+        value = _ops.feedback_rows(index, columns, state, formula.law, formula.law_scale, formula.low, 1.0, dtype, impl)
+    signs = packed if packed is not None else None if formula.signs == "none" else weight
+    signs = None if signs is None else signs[start:stop].flatten(1)
+    feedback = _ops.feedback_matrix(stop - start, columns, *_formula_arguments(formula, signs, value, None), dtype,
+                                    weight.device, impl)
+    return feedback.mul_(_mean_abs(weight)) if formula.scale == "mean_abs" else feedback
+
+
+@torch.no_grad()
+def project(error, columns, matrix, law, state, impl):
+    """error (B, C) @ (C, columns): DFA's signal."""
+    return _ops.feedback_product(error, columns, None, matrix, state, *law, 1.0, False, impl)
+
+
+@torch.no_grad()
+def rows(index, columns, matrix, law, state, impl):
+    """(B, columns): the rows `index` (B,) of the feedback, DRTP's signal."""
+    index = index.long()
+    if index.device.type == "cpu" or os.environ.get("LGKERNELS_CHECK") == "1":
+        checks.class_indices("target", index, 2**32 if matrix is None else matrix.shape[0], None)
+    if matrix is not None:
+        return matrix[index]
+    return _ops.feedback_rows(index, columns, state, *law, 1.0, torch.float32, impl)

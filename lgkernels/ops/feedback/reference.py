@@ -1,0 +1,95 @@
+"""Feedback without weight transport in plain torch: the definition that every other backend is tested against.
+
+Every rule sends the error down by a matrix F (N, K) that is a formula, never a parameter:
+
+    value(i, j) = 1 | magnitude[i, j] | law(seed, stream, step; row i, column j)
+    F = scale * value                       without weight     FA, DFA (signed)
+    F = scale * |value| * sign(weight)      with weight        uSF (value 1), frSF and brSF
+
+N are a weight's outputs, K its inputs: (O, C / groups * kh * kw) of a convolution, (classes, neurons) of DFA.
+sign(0) = 0, or with `sign_plus` +1 (also of -0.0); sign(nan) follows: 0 | +1. `random` is None or the tuple
+(state, law, law_scale, low) of `lgkernels.random`: its int64 state tensor and the law's arguments.
+
+Any device; float32 arithmetic, float64 where `dtype` or `grad` is float64.
+"""
+import torch
+
+from ...random import random_matrix, random_rows
+
+
+def wide(dtype):
+    """float64 stays, everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pack_signs(weight):
+    """(N, K) -> int32 (N, ceil(K / 32)): bit j % 32 of word j // 32 is set where weight[i, j] < 0 (so not for -0.0)."""
+    rows, cols = weight.shape
+    words = (cols + 31) // 32
+    bits = torch.zeros(rows, words * 32, dtype=torch.int64, device=weight.device)
+    bits[:, :cols] = weight < 0
+    packed = (bits.view(rows, words, 32) << torch.arange(32, device=weight.device)).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def unpack_signs(packed, cols):
+    """The +-1 (float32) matrix of `pack_signs`' words."""
+    bits = (packed.unsqueeze(-1) >> torch.arange(32, device=packed.device)) & 1
+    return 1.0 - 2.0 * bits.flatten(1)[:, :cols].float()
+
+
+def sign(weight, sign_plus, cols):
+    """sign(weight) in float32; int32 `weight` holds packed signs of a matrix with `cols` columns."""
+    if weight.dtype == torch.int32:
+        return unpack_signs(weight, cols)
+    if sign_plus:
+        return torch.where(weight < 0, -1.0, 1.0)
+    return (weight > 0).float() - (weight < 0).float()
+
+
+def matrix(shape, weight, magnitude, random, scale, sign_plus, dtype, device):
+    """F (N, K) in `dtype`, rounded once. `weight` and `magnitude` are (N, K), or `weight` int32 packed signs."""
+    value = torch.ones(shape, dtype=wide(dtype), device=device)
+    if magnitude is not None:
+        value = magnitude.to(value.dtype)
+    elif random is not None:
+        state, law, law_scale, low = random
+        value = random_matrix(state, *shape, law, law_scale, low).to(value.dtype)
+    if weight is not None:
+        value = value.abs() * sign(weight, sign_plus, shape[1])
+    return (value * scale).to(dtype)
+
+
+def product(grad, columns, weight, magnitude, random, scale, sign_plus):
+    """grad (M, N) @ F -> (M, K = columns) in grad's dtype."""
+    shape = (grad.shape[1], columns)
+    return grad @ matrix(shape, weight, magnitude, random, scale, sign_plus, grad.dtype, grad.device)
+
+
+def rows(index, columns, random, scale, dtype):
+    """(B, K) of row index[b] (int64) of scale * law: DRTP's projection of class indices."""
+    state, law, law_scale, low = random
+    value = random_rows(state, index, columns, law, law_scale, low)
+    return (value.to(wide(dtype)) * scale).to(dtype)
+
+
+def sgd_update_(weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan,
+                grad_scale=1.0):
+    """torch.optim.SGD's step, or Batch Manhattan's (`manhattan`), with the gradient grad_scale * grad^T x, in place.
+
+        g = grad_scale * grad^T x;  manhattan: g = sign(g);  g += weight_decay * W
+        v = momentum * v + (1 - dampening) * g;  W -= lr * (nesterov: g + momentum * v | v)
+
+    weight (N, K), momentum_buffer (N, K) or None (then no v: W -= lr * g), grad (M, N), x (M, K). torch's first step
+    with momentum sets v = g: pass a zero buffer and dampening 0.
+    """
+    dtype = wide(weight.dtype)
+    g = (grad.to(dtype).t() @ x.to(dtype)) * grad_scale
+    if manhattan:
+        g = g.sign()
+    g = g + weight_decay * weight.to(dtype)
+    if momentum_buffer is not None:
+        v = momentum * momentum_buffer.to(dtype) + (1 - dampening) * g
+        momentum_buffer.copy_(v)
+        g = g + momentum * v if nesterov else v
+    weight.copy_(weight.to(dtype) - lr * g)

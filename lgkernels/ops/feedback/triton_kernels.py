@@ -1,0 +1,119 @@
+"""Feedback in Triton: the functions of reference.py, same arguments, shapes and dtypes (no float64).
+
+Kernels in triton_matrix.py and triton_product.py; block sizes in core/config.py. Everything is computed in float32 and
+rounded once on store, half operands of a product excepted: they are multiplied as they are, so F is rounded to `grad`'s
+dtype (but for `scale`, a factor of the sum). Sums have a fixed order. CPU tensors work under TRITON_INTERPRET=1.
+"""
+import torch
+
+from ...core.config import architecture, select_config
+from ..common.dot import precision
+from ..common.launch import launch
+from ..common.philox import law_arguments, values_per_call
+from . import triton_matrix, triton_product
+
+# `product` makes F in registers up to this many rows of grad, which one tile holds (two in float32), so each weight is
+# made once. Above it every further tile would make it again: there F is written once and the library multiplies. With
+# few rows of F (DFA) the output is the larger by far, and F is never written. Neither has been measured on a GPU yet.
+ROWS_IN_REGISTERS = 128
+SMALL_ROWS_OF_F = 128
+
+
+def _config(op, sizes, dtype, device):
+    return select_config(op, sizes, dtype, architecture(device))
+
+
+def _blocks(n, block):
+    return -(-n // block)
+
+
+def _strides(matrix):
+    return (0, 0) if matrix is None else matrix.stride()
+
+
+def _random(random):
+    """`(arguments, LAW and HAS_LOW, columns of one Philox call)` of the kernels."""
+    if random is None:
+        return (None,), (0.0, 0.0, 0.0), dict(LAW=None, HAS_LOW=False), 1
+    state, law, law_scale, low = random
+    LAW, HAS_LOW, *numbers = law_arguments(law, law_scale, low)
+    return (state,), tuple(numbers), dict(LAW=LAW, HAS_LOW=HAS_LOW), values_per_call(law)
+
+
+def _signs(weight, sign_plus):
+    if weight is None:
+        return "none"
+    if weight.dtype == torch.int32:
+        return "packed"
+    return "plus" if sign_plus else "zero"
+
+
+def matrix(shape, weight, magnitude, random, scale, sign_plus, dtype, device):
+    N, K = shape
+    out = torch.empty((N, K), dtype=dtype, device=device)
+    state, law, meta, v = _random(random)
+    config = _config("feedback_matrix", (N, K, v), dtype, out.device)
+    programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
+    if programs:
+        launch(triton_matrix.matrix_kernel, programs, out.device, out, weight, magnitude, *state, float(scale), *law,
+               N, K, *_strides(weight), *_strides(magnitude), SIGNS=_signs(weight, sign_plus), **meta, **config)
+    return out
+
+
+def product(grad, columns, weight, magnitude, random, scale, sign_plus):
+    (M, N), K = grad.shape, columns
+    if M > ROWS_IN_REGISTERS and N > SMALL_ROWS_OF_F:
+        return grad @ matrix((N, K), weight, magnitude, random, scale, sign_plus, grad.dtype, grad.device)
+    out = torch.empty((M, K), dtype=grad.dtype, device=grad.device)
+    if out.numel() == 0:
+        return out
+    state, law, meta, v = _random(random)
+    config = _config("feedback_product", (M, N, K, v), grad.dtype, grad.device)
+    programs = _blocks(M, config["BLOCK_M"]) * _blocks(K, config["BLOCK_K"])
+    # too few programs for the card: share N, at least four tiles each
+    slices = max(1, min(_blocks(512, programs), N // (4 * config["BLOCK_N"]), 16))
+    partial = out if slices == 1 else torch.empty((slices, M, K), dtype=torch.float32, device=out.device)
+    launch(triton_product.product_kernel, programs * slices, out.device, grad.contiguous(), partial, weight, magnitude,
+           *state, float(scale), *law, M, N, K, slices, *_strides(weight), *_strides(magnitude),
+           SIGNS=_signs(weight, sign_plus), PRECISION=precision(grad.dtype), **meta, **config)
+    if slices > 1:
+        config = _config("feedback_sum", (M * K,), grad.dtype, grad.device)
+        launch(triton_product.sum_slices_kernel, _blocks(M * K, config["BLOCK"]), out.device, partial, out, M * K,
+               slices, **config)
+    return out
+
+
+def rows(index, columns, random, scale, dtype):
+    B, K = index.shape[0], columns
+    out = torch.empty((B, K), dtype=dtype, device=index.device)
+    (state,), law, meta, v = _random(random)
+    config = _config("feedback_matrix", (B, K, v), dtype, out.device)
+    programs = _blocks(B, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
+    if programs:
+        launch(triton_matrix.rows_kernel, programs, out.device, index.contiguous(), out, state, float(scale), *law, B,
+               K, **meta, **config)
+    return out
+
+
+def pack_signs(weight):
+    N, K = weight.shape
+    packed = torch.empty((N, _blocks(K, 32)), dtype=torch.int32, device=weight.device)
+    config = _config("feedback_matrix", (N, K, 32), weight.dtype, weight.device)
+    programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
+    if programs:
+        launch(triton_matrix.pack_signs_kernel, programs, weight.device, weight, packed, N, K, *weight.stride(),
+               **config)
+    return packed
+
+
+def sgd_update_(weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan,
+                grad_scale=1.0):
+    (N, K), M = weight.shape, grad.shape[0]
+    dtype = torch.promote_types(grad.dtype, x.dtype)
+    config = _config("feedback_update", (M, N, K), dtype, weight.device)
+    programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
+    if programs:
+        numbers = map(float, (lr, momentum, dampening, weight_decay, grad_scale))
+        launch(triton_product.sgd_update_kernel, programs, weight.device, weight, momentum_buffer, grad.contiguous(),
+               x.contiguous(), *numbers, M, N, K, *weight.stride(), *_strides(momentum_buffer), NESTEROV=bool(nesterov),
+               MANHATTAN=bool(manhattan), PRECISION=precision(dtype), **config)

@@ -1,0 +1,246 @@
+"""Weight gradient and optimizer step of a large linear layer in one pass over its weight: dW is never stored.
+
+The layer's backward is its own (back-propagation, feedback alignment, sign-symmetry); two nodes stand around it:
+
+    x -> [before] -> layer, weight detached -> [after] -> y
+         backward: dX is there, so the weight may change: update      backward: takes dy
+"""
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..ops.feedback import op as _op  # noqa: F401  (registers the operators)
+from .manhattan import BatchManhattan
+
+_HELP = ("fuse_update steps in the backward pass, so it needs one backward for each optimizer.step() and plain "
+         "gradients")
+
+
+class _InTheWeight(torch.Tensor):
+    """Stands in `weight.grad` for the gradient that went into the weight; whoever wants to compute with it learns why
+    not. One element of memory."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in ("__get__", "__set__"):  # dtype, shape, is_sparse, ...
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        raise RuntimeError(
+            f"the gradient of a fused layer's weight was asked for ({getattr(function, '__name__', function)}), but "
+            f"it was never stored: {_HELP}. Gradient clipping by global norm, a GradScaler and zero_grad(set_to_none="
+            "False) do not go with it: leave them out, or undo it with .remove()")
+
+    def __repr__(self):
+        return "gradient that went into the weight (fuse_update)"
+
+
+class _Before(torch.autograd.Function):
+    """Identity; its backward runs when dX is complete."""
+
+    @staticmethod
+    def forward(ctx, x, call):
+        ctx.call = call
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad_x):
+        ctx.call.update()
+        return grad_x, None
+
+
+class _After(torch.autograd.Function):
+    """Identity; its backward takes the gradient. `weight` is an input so that there is a backward in any case."""
+
+    @staticmethod
+    def forward(ctx, y, x, weight, call):
+        ctx.call = call
+        ctx.save_for_backward(x)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        call = ctx.call
+        call.layer.refuse_second()
+        call.x, call.grad = *ctx.saved_tensors, grad
+        if not call.waits:
+            call.update()
+        return grad, None, None, None
+
+
+class _Call:
+    """One forward of a fused layer: what its backward needs for the update."""
+
+    def __init__(self, layer, waits):
+        self.layer, self.waits, self.x, self.grad = layer, waits, None, None
+
+    def update(self):
+        x, grad, self.x, self.grad = self.x, self.grad, None, None
+        self.layer.update(x, grad)
+
+
+class _FusedLayer:
+    def __init__(self, name, module, group, optimizer):
+        self.name, self.module, self.group, self.optimizer = name, module, group, optimizer
+        self.weight, self.stepped = module.weight, False
+        self.plain_forward = module.forward
+        module.forward = self.forward
+
+    def forward(self, x):
+        module = self.module
+        if not torch.is_grad_enabled() or not self.weight.requires_grad:
+            return self.plain_forward(x)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"layer {self.name!r}: fuse_update is not for torch.compile; compile the other layers")
+        if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
+            raise RuntimeError(f"layer {self.name!r} runs inside DistributedDataParallel, which exchanges gradients "
+                               f"that fuse_update never stores: {_HELP}. Exclude it, or undo it with .remove()")
+        if module.weight is not self.weight:
+            raise RuntimeError(f"layer {self.name!r}: its weight is not the parameter that fuse_update found (FSDP, or "
+                               "a module moved after it): shard or move first, and leave FSDP's layers out")
+        call = _Call(self, waits=x.requires_grad)
+        inner = _Before.apply(x, call) if call.waits else x
+        # The weight enters detached: the layer's backward then makes dX and db, and no dW.
+        module._parameters["weight"] = self.weight.detach()
+        try:
+            y = self.plain_forward(inner)
+        finally:
+            module._parameters["weight"] = self.weight
+        x = x.detach()
+        return _After.apply(y, x if x.dtype == y.dtype else x.to(y.dtype), self.weight, call)
+
+    def refuse_second(self):
+        if self.stepped:
+            raise RuntimeError(
+                f"layer {self.name!r} got a second gradient before optimizer.step(), gradient accumulation or a layer "
+                f"used twice in one forward: {_HELP}. Exclude the layer, or undo it with .remove()")
+
+    @torch.no_grad()
+    def update(self, x, grad):
+        weight, group, state = self.weight, self.group, self.optimizer.state[self.weight]
+        momentum, dampening = group["momentum"], group.get("dampening", 0.0)
+        buffer = None
+        if momentum:
+            buffer = state.get("momentum_buffer")
+            if buffer is None:  # the first step: v = g
+                buffer = state["momentum_buffer"] = torch.zeros_like(weight)
+                dampening = 0.0
+        torch.ops.lgkernels.feedback_update_(
+            weight, buffer, grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), float(group["lr"]), momentum,
+            dampening, group["weight_decay"], group.get("nesterov", False),
+            isinstance(self.optimizer, BatchManhattan), -1.0 if group.get("maximize") else 1.0, "auto")
+        self.stepped = True
+        weight.grad = weight.new_zeros(()).expand_as(weight).as_subclass(_InTheWeight)
+
+    def drop_stand_in(self):
+        if isinstance(self.weight.grad, _InTheWeight):
+            self.weight.grad = None
+
+
+class FusedUpdate:
+    """What :func:`fuse_update` did: `layers` (names), and `remove()` to undo it."""
+
+    def __init__(self, fused, optimizer):
+        self._fused = fused
+        self.layers = [layer.name for layer in fused]
+        self._hooks = [optimizer.register_step_pre_hook(self._before_step),
+                       optimizer.register_step_post_hook(self._after_step)]
+
+    def _before_step(self, *_):
+        for layer in self._fused:
+            layer.drop_stand_in()
+
+    def _after_step(self, *_):
+        for layer in self._fused:
+            layer.stepped = False
+
+    def remove(self):
+        """Back to plain layers and a plain optimizer; momentum goes on."""
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self._fused:
+            layer.drop_stand_in()
+            del layer.module.forward
+        self._fused, self._hooks, self.layers = [], [], []
+
+    def __repr__(self):
+        return f"FusedUpdate({', '.join(self.layers)})"
+
+
+def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()):
+    r"""Weight gradient and step of large linear layers in one pass, in the backward: dW is never stored.
+
+    .. math:: v \leftarrow \mu v + (1 - d)\,(dy^T x + \lambda W), \qquad W \leftarrow W - \eta v
+
+    exactly as ``torch.optim.SGD`` (momentum, dampening, Nesterov, weight decay, maximize) or `BatchManhattan`, after
+    the layer's dX is computed. All other parameters, biases included, are stepped by ``optimizer.step()``, which must
+    follow every backward as ever. Momentum lies in the optimizer's state under its usual key: its ``state_dict`` is
+    that of the plain optimizer.
+
+    Args:
+        model (nn.Module): holds the layers. nn.Linear and its subclasses of this package are fused.
+        optimizer: ``torch.optim.SGD`` or `BatchManhattan` (without ``no_sign_change``), made with their weights.
+        min_weights (int): smaller layers stay as they are. Default: 2^20.
+        include (sequence of str, optional): names of the layers to fuse, of any size.
+        exclude (sequence of str): names of layers to leave out.
+
+    Returns:
+        FusedUpdate: with ``layers``, the fused names, and ``remove()``.
+
+    Raises: TypeError, ValueError naming the argument; RuntimeError, when it happens, for a second backward before
+    ``optimizer.step()`` (gradient accumulation), a layer used twice in one forward, clipping by global norm, a
+    GradScaler, DistributedDataParallel, FSDP, torch.compile.
+
+    Example:
+        >>> import torch
+        >>> from lgkernels.optim import fuse_update
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> fused = fuse_update(model, optimizer, include=["0"])
+        >>> loss = model(torch.randn(2, 8)).square().mean()
+        >>> loss.backward(); optimizer.step(); optimizer.zero_grad()
+        >>> fused
+        FusedUpdate(0)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if type(optimizer) is not torch.optim.SGD and not isinstance(optimizer, BatchManhattan):
+        raise TypeError("optimizer must be torch.optim.SGD or lgkernels.optim.BatchManhattan, got "
+                        f"{type(optimizer).__name__}")
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel) or "FSDP" in type(module).__name__ or any(
+                "FSDP" in base.__name__ for base in type(module).__mro__):
+            raise ValueError(f"model must not be wrapped in {type(module).__name__}: ranks exchange gradients that "
+                             "fuse_update never stores")
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    if any(group.get("no_sign_change") for group in optimizer.param_groups):
+        raise ValueError("optimizer must not have no_sign_change=True: the fused pass does not hold signs")
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError("optimizer must not have differentiable=True: the fused pass has no graph")
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name in (*(include or ()), *exclude):
+        if name not in linear:
+            raise ValueError(f"include and exclude take names of linear layers ({', '.join(linear) or 'none here'}), "
+                             f"got {name!r}")
+    users = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for p in module.parameters(recurse=False):
+            users.setdefault(p, set()).add(module)
+    fused = []
+    for name, module in linear.items():
+        weight = module.weight
+        chosen = name in include if include is not None else weight.numel() >= min_weights
+        if not chosen or name in exclude or not weight.requires_grad:
+            continue
+        if weight not in groups or len(users.get(weight, ())) > 1 or not weight.is_contiguous():
+            if include is None:
+                continue
+            reason = ("is not among the optimizer's parameters" if weight not in groups else
+                      "is shared with another module" if weight.is_contiguous() else "is not contiguous")
+            raise ValueError(f"include: the weight of layer {name!r} {reason}")
+        if "forward" in vars(module):
+            raise ValueError(f"layer {name!r} has a forward of its own (an earlier fuse_update?): remove it first")
+        fused.append((name, module, groups[weight]))
+    if not fused:
+        raise ValueError("model has no linear layer to fuse: none of at least "
+                         f"min_weights={min_weights} weights that the optimizer steps")
+    return FusedUpdate([_FusedLayer(*entry, optimizer) for entry in fused], optimizer)

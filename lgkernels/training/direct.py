@@ -1,0 +1,236 @@
+"""Training by signals that go directly from the output (DFA, sDFA) or the target (DRTP) to every block."""
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..core import checks
+from ..nn.direct import DirectFeedback
+from .trainer import Trainer, trainable
+
+RULES = ("dfa", "sdfa", "drtp", "shallow")
+ERRORS = ("probs_minus_onehot", "output_minus_target", "loss_grad")
+
+# Keyword arguments that make the trainer follow a published code. Where the signal enters, before or after a pooling,
+# is a matter of where the blocks end: Nokland's pools belong to the blocks, ChFrenkel's and LLS's stand between them.
+CONVENTIONS = {
+    "nokland": dict(error="output_minus_target", reduce="none", init="nokland"),
+    "chfrenkel": dict(error="output_minus_target", reduce="none", init="kaiming"),  # CE: probs_minus_onehot
+    "lls": dict(error="probs_minus_onehot", reduce="none", init="lls"),
+    "lighton": dict(error="loss_grad", reduce="none", init="lighton", shared_slice=True),
+}
+
+
+class _Segment:
+    """Consecutive modules up to the place where a signal enters (the last one: up to the output)."""
+
+    def __init__(self, modules, place):
+        self.modules, self.place = modules, place
+        self.parameters = [p for m in modules for p in trainable(m)]
+
+    def __call__(self, x):
+        x = x.detach()  # so a transform at the front (a pool) has no backward, and the first layer no dgrad
+        with contextlib.nullcontext() if self.parameters else torch.no_grad():
+            for module in self.modules:
+                x = module(x)
+        return x
+
+
+class DirectTrainer(Trainer):
+    r"""Direct feedback alignment and its relatives: each block gets its own random projection of one error.
+
+    ================  ==========================================  ==============================
+    rule              stands for the gradient of a block's output  update
+    ================  ==========================================  ==============================
+    ``"dfa"``         :math:`e B_l`                                after the forward pass
+    ``"sdfa"``        :math:`\mathrm{sign}(e) B_l`                 after the forward pass
+    ``"drtp"``        :math:`t B_l`, t one-hot                     during it, one block at a time
+    ``"shallow"``     0                                            (the control)
+    ================  ==========================================  ==============================
+
+    Inside a block all is ordinary back-propagation; the output block has the true gradient of the loss. Between
+    blocks nothing flows: no gradient to a block's input is computed. No feedback matrix is stored. With DRTP one
+    block's activations live at a time; with the others all do until the error is known, then one block's gradients.
+
+    Args:
+        blocks (iterable of nn.Module, or an nn.Sequential): plain modules, applied in order as ``module(x)``. A block
+            ends where the signal enters: put :class:`lgkernels.nn.DirectFeedback` there, or none at all, and
+            every module with parameters to train but the last is a block. So a pool inside such a module lies before
+            the signal, one that stands on its own after it. A residual block is one block: the signal replaces the
+            gradient of its output, skip included. Blocks may be wrapped in DistributedDataParallel, one by one.
+        optimizer_factory (callable): a block's list of parameters -> its optimizer.
+        rule (str): as above.
+        loss (callable): (output, target) -> scalar, for the output block. Default: cross entropy.
+        error (str): e. ``"probs_minus_onehot"``: softmax(output) - t; ``"output_minus_target"``: output - t, for an
+            output block that ends in its activation (sigmoid); ``"loss_grad"``: the gradient of `loss` at the output.
+        reduce (str): ``"mean"`` divides the signal by the number of error rows, as the mean loss does its gradient;
+            ``"none"`` does not (Nokland, ChFrenkel, LLS). Default: ``"none"`` for ``"loss_grad"``, else ``"mean"``.
+        init, law, seed: of the places that are made here, see :class:`lgkernels.nn.DirectFeedback`.
+        shared_slice (bool): every B is a slice of one matrix, scaled by the widest block (LightOn), not for ``"drtp"``.
+        scheduler_factory, accumulation_steps, clip_grad_norm, grad_scaler: as :class:`BlockwiseTrainer`.
+            `CONVENTIONS` has the settings of the published codes.
+
+    ``step(x, target)`` takes class indices (B,), or targets (B, C); it returns the output block's loss, as a vector of
+    length 1.
+
+    Raises: ValueError, TypeError naming the argument.
+
+    Source: Nokland 2016; Frenkel, Lefebvre, Bol 2021; Launay, Poli, Boniface, Krzakala 2020.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lgkernels.training import DirectTrainer
+        >>> _ = torch.manual_seed(0)
+        >>> blocks = [nn.Sequential(nn.Linear(8, 32), nn.Tanh()), nn.Sequential(nn.Linear(32, 32), nn.Tanh()),
+        ...           nn.Linear(32, 2)]
+        >>> trainer = DirectTrainer(blocks, lambda parameters: torch.optim.Adam(parameters, 0.01), rule="drtp")
+        >>> x = torch.randn(64, 8)
+        >>> target = (x[:, 0] * x[:, 1] > 0).long()
+        >>> first = trainer.step(x, target)
+        >>> for _ in range(40):
+        ...     losses = trainer.step(x, target)
+        >>> losses.shape, bool(losses < first)
+        (torch.Size([1]), True)
+    """
+
+    def __init__(self, blocks, optimizer_factory, *, rule="dfa", loss=F.cross_entropy, error="probs_minus_onehot",
+                 reduce=None, init="nokland", law="uniform", seed=0, shared_slice=False, scheduler_factory=None,
+                 accumulation_steps=1, clip_grad_norm=None, grad_scaler=None):
+        checks.choice("rule", rule, RULES)
+        checks.choice("error", error, ERRORS)
+        reduce = reduce or ("none" if error == "loss_grad" else "mean")
+        checks.choice("reduce", reduce, ("mean", "none"))
+        if shared_slice and rule == "drtp":
+            raise ValueError("shared_slice must be False with rule='drtp': it updates before later blocks' widths are "
+                             "known; give each DirectFeedback its max_features and one stream instead")
+        self.rule, self.loss, self.error, self.reduce = rule, loss, error, reduce
+        self.shared_slice = shared_slice
+        blocks = list(blocks)
+        for block in blocks:
+            if not isinstance(block, nn.Module):
+                raise TypeError(f"blocks must be nn.Modules, got {type(block).__name__}")
+        if not any(isinstance(block, DirectFeedback) for block in blocks):
+            blocks = _with_places(blocks, init=init, law=law, seed=seed, shared_slice=shared_slice)
+        self.segments = _segments(blocks)
+        super().__init__(blocks, optimizer_factory, [s.parameters for s in self.segments],
+                         scheduler_factory=scheduler_factory, accumulation_steps=accumulation_steps,
+                         clip_grad_norm=clip_grad_norm, grad_scaler=grad_scaler)
+
+    def _step(self, x, target, last):
+        with contextlib.ExitStack() as stack:
+            for module in self.blocks:
+                stack.enter_context(self._synchronised(module, last))
+            waiting, error = [], None
+            for i, segment in enumerate(self.segments[:-1]):
+                x = segment(x)
+                if not segment.parameters:
+                    continue
+                if self.rule == "drtp":
+                    self._send(i, x, target, last)
+                    x = x.detach()  # nothing of the block outlives its update
+                else:
+                    waiting.append((i, x))
+            output = self.segments[-1](x)
+            leaf = output.detach().requires_grad_()
+            loss = self.loss(leaf, target)
+            if waiting and self.rule != "shallow":  # before any update: the error is that of this forward
+                error = self._error(leaf, loss, target)
+                self._share([x.shape[error.dim() - 1:] for _, x in waiting] if self.shared_slice else ())
+            self._output_step(output, leaf, loss, last)
+            self.output = leaf.detach()
+            del x, output
+            while waiting:  # each block's activations go as its gradients come
+                self._send(*waiting.pop(), error, last)
+        return loss.detach().reshape(1)
+
+    def _output_step(self, output, leaf, loss, last):
+        parameters = self.segments[-1].parameters
+        if not parameters:
+            return
+        with torch.autocast(loss.device.type, enabled=False):
+            gradient, = torch.autograd.grad(self._scaled(loss), leaf)
+            output.backward(gradient, inputs=parameters)
+        if last:
+            self._update(self.optimizers[-1], parameters)
+
+    def _send(self, i, output, signal, last):
+        """Gradients of segment `i` from its output's stand-in gradient, and its update."""
+        segment = self.segments[i]
+        with torch.autocast(output.device.type, enabled=False):
+            output.backward(self._delta(segment.place, output, signal), inputs=segment.parameters)
+        del output
+        if last:
+            self._update(self.optimizers[i], segment.parameters)
+
+    def _delta(self, place, output, signal):
+        if self.rule == "shallow":
+            return torch.zeros_like(output)
+        if self.rule != "drtp":
+            return place.signal(signal, output)
+        rows = signal.numel() if not signal.is_floating_point() else signal.numel() // signal.shape[-1]
+        if signal.is_floating_point():
+            return place.signal(self._weighted(signal, rows), output)
+        delta = place.target_signal(signal, output)
+        return delta if self.reduce == "none" and self.grad_scaler is None else self._weighted(delta, rows)
+
+    @torch.no_grad()
+    def _error(self, output, loss, target):
+        """e, or its sign, as it is to be projected: (B, C) float32, scaled like the loss."""
+        if self.error == "loss_grad":
+            with torch.enable_grad(), torch.autocast(loss.device.type, enabled=False):
+                error, = torch.autograd.grad(loss, output, retain_graph=True)
+        else:
+            wide = output if output.dtype == torch.float64 else output.float()
+            error = wide.softmax(-1) if self.error == "probs_minus_onehot" else wide.clone()
+            if target.is_floating_point():
+                error -= target
+            else:
+                index = target.long().unsqueeze(-1)
+                error.scatter_add_(-1, index, error.new_full((), -1.0).expand(index.shape))
+        if self.rule == "sdfa":
+            error = error.sign()
+        return self._weighted(error, error.numel() // max(error.shape[-1], 1))
+
+    def _weighted(self, signal, rows):
+        """Division by the rows and by the accumulated batches, where the loss is divided too; a GradScaler's factor."""
+        if self.reduce == "mean" and rows:
+            signal = signal / (rows * self.accumulation_steps)
+        elif self.error == "loss_grad" and self.accumulation_steps > 1 and self.rule == "dfa":
+            signal = signal / self.accumulation_steps
+        return signal if self.grad_scaler is None else self.grad_scaler.scale(signal)
+
+    def _share(self, shapes):
+        """The widest block's features, once they are known, scale every block's slice."""
+        for segment in self.segments[:-1] if shapes else ():
+            segment.place.max_features = segment.place.max_features or max(map(math.prod, shapes))
+
+
+def _with_places(blocks, *, init, law, seed, shared_slice):
+    """A DirectFeedback after every block that has parameters to train, but the last."""
+    training = [i for i, block in enumerate(blocks) if trainable(block)]
+    result = []
+    for i, block in enumerate(blocks):
+        result.append(block)
+        if i in training[:-1]:
+            device = trainable(block)[0].device
+            stream = 0 if shared_slice else training.index(i)
+            result.append(DirectFeedback(init, law=law, seed=seed, stream=stream).to(device))
+    return result
+
+
+def _segments(blocks):
+    segments, modules = [], []
+    for block in blocks:
+        if isinstance(block, DirectFeedback):
+            segments.append(_Segment(modules, block))
+            modules = []
+        else:
+            inner = next((m for m in block.modules() if isinstance(m, DirectFeedback)), None)
+            if inner is not None:
+                raise ValueError("blocks must hold their DirectFeedback side by side with the modules, got one inside "
+                                 f"a {type(block).__name__}: take that one apart")
+            modules.append(block)
+    return [*segments, _Segment(modules, None)]

@@ -1,0 +1,422 @@
+"""`convert`, `feedback_state`, `load_feedback_state`: whole models under a rule and back."""
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lgkernels.nn as lnn
+from tests.ops.feedback_common import randn
+from tests.tolerances import assert_relative
+
+RULES = ("fa", "usf", "frsf", "brsf", "signed_init")
+CLASSES = (lnn.SignSymmetricLinear, lnn.SignSymmetricConv2d, lnn.FeedbackAlignmentLinear, lnn.FeedbackAlignmentConv2d)
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),
+                         nn.Flatten(), nn.Linear(8 * 36, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def x(batch=2):
+    return randn(batch, 3, 8, 8)
+
+
+def quiet(model, rule, **options):
+    return lnn.convert(model, rule, verbose=False, **options)
+
+
+def converted(model):
+    return [name for name, m in model.named_modules() if isinstance(m, CLASSES)]
+
+
+def gradients(model, data):
+    model.zero_grad()
+    F.cross_entropy(model(data), torch.arange(len(data)) % 4).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+# -- what it does ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rule", RULES)
+def test_weights_are_the_same_objects_and_bits(rule):
+    model = network()
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    state = copy.deepcopy(model.state_dict())
+    output = model.eval()(x())
+    assert quiet(model, rule) is model and converted(model) == ["0", "3", "5"]
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values()))
+    for name, p in model.named_parameters():
+        assert p is before[name][0] and torch.equal(p, before[name][1])
+    assert torch.equal(model(x()), output)
+    network().load_state_dict(model.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_only_what_lies_below_a_converted_layer_learns_otherwise(rule):
+    """The last converted layer's own gradients, and all above, are those of back-propagation."""
+    exact, got = gradients(network(), x()), gradients(quiet(network(), rule), x())
+    for name in exact:
+        above = int(name.split(".")[0]) >= 5
+        assert torch.equal(got[name], exact[name]) == above, name
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("again", RULES)
+def test_there_and_back(rule, again):
+    """From any rule to any other, and to torch's own classes without a trace."""
+    plain, model = network(), network()
+    quiet(quiet(model, rule, last_layer="convert"), again, last_layer="convert")
+    once = quiet(network(), again, last_layer="convert")
+    for a, b in zip(gradients(model, x()).values(), gradients(once, x()).values()):
+        assert torch.equal(a, b)
+    assert quiet(model, "bp") is model and not converted(model)
+    for ours, theirs in zip(model.modules(), plain.modules(), strict=True):
+        assert type(ours) is type(theirs) and set(vars(ours)) == set(vars(theirs)) and repr(ours) == repr(theirs)
+        assert list(ours._buffers) == list(theirs._buffers) and list(ours._modules) == list(theirs._modules)
+    for a, b in zip(gradients(model, x()).values(), gradients(plain, x()).values()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("layer", [nn.Linear(6, 4), nn.Conv2d(3, 4, 3)], ids=["linear", "conv"])
+def test_a_bare_layer(rule, layer):
+    layer = copy.deepcopy(layer)
+    assert quiet(layer, rule) is layer and isinstance(layer, CLASSES)
+    assert type(quiet(layer, "bp")) in (nn.Linear, nn.Conv2d)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_shared_modules_stay_shared(rule):
+    shared = nn.Linear(6, 6)
+    model = quiet(nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.ReLU()), "last": nn.Linear(6, 2)}), rule)
+    assert model["a"] is model["b"][0] is shared and isinstance(shared, CLASSES)
+    assert len(lnn.feedback_state(model)["feedback"]) == (0 if rule == "usf" else 1)
+
+
+def test_tied_weights_stay_tied():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    model[1].weight = model[0].weight
+    quiet(model, "frsf")
+    assert model[1].weight is model[0].weight
+    model(randn(3, 6)).sum().backward()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_any_dtype(rule, dtype):
+    model = quiet(network().to(dtype), rule)
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert all(m.state.dtype == torch.int64 for m in model.modules() if hasattr(m, "state"))
+    if dtype != torch.float16:
+        assert all(g.dtype == dtype and g.isfinite().all() for g in gradients(model, x().to(dtype)).values())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_random_state_is_made_on_the_layers_device(rule):
+    if rule == "signed_init":
+        pytest.skip("its signs are those of the weight, which meta tensors do not have")
+    model = quiet(network().to("meta"), rule)
+    assert {b.device.type for b in model.buffers()} == {"meta"}
+
+
+def test_hooks_requires_grad_and_mode_stay():
+    model, calls = network(), []
+    model[5].register_forward_hook(lambda *_: calls.append(1))
+    model[3].weight.requires_grad_(False)
+    model.eval()
+    quiet(model, "frsf")
+    model(x())
+    assert calls == [1] and not model[3].weight.requires_grad and not model[5].training
+
+
+def test_an_optimizer_goes_on():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for rule in ("usf", "bp", "fa"):
+        quiet(model, rule)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.zero_grad()
+        F.cross_entropy(model(x()), torch.tensor([0, 1])).backward()
+        optimizer.step()
+        assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
+# -- which layers ---------------------------------------------------------------------------------------------------
+
+def test_last_layer():
+    assert converted(quiet(network(), "usf")) == ["0", "3", "5"]
+    assert converted(quiet(network(), "usf", last_layer="convert")) == ["0", "3", "5", "7"]
+    assert converted(quiet(network(), "usf", include="[0-5]")) == ["0", "3", "5"]  # the last of the model, not of those
+
+
+@pytest.mark.parametrize("options, expected", [
+    (dict(include="5"), ["5"]), (dict(include=["0", "5"]), ["0", "5"]), (dict(exclude="3"), ["0", "5"]),
+    (dict(include=nn.Conv2d), ["0", "3"]), (dict(exclude=[nn.Linear, "3"]), ["0"]), (dict(include=[]), []),
+    (dict(include=lambda name, m: getattr(m, "bias", None) is None), ["0"]),
+    (dict(include="[03]", exclude="0"), ["3"])],
+    ids=str)
+def test_include_and_exclude(options, expected):
+    assert converted(quiet(network(), "usf", **options)) == expected
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_summary_says_what_and_why(capsys):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(7, 8)
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.scaled, self.conv1d, self.lazy = Scaled(8, 8), nn.Conv1d(3, 3, 1), nn.LazyLinear(3)
+            self.norm, self.skip, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 2)
+    model = lnn.convert(Model(), "usf", exclude="skip")
+    text = capsys.readouterr().out.splitlines()
+    rule = "bias=True, rule='usf', scale='kaiming'"
+    assert text[:4] == [
+        "usf: 2 layers converted", f"  encoder.linear1  SignSymmetricLinear(in_features=8, out_features=16, {rule})",
+        f"  encoder.linear2  SignSymmetricLinear(in_features=16, out_features=8, {rule})", "left alone"]
+    reasons = {line.split()[0]: line.split(": ", 1)[1] for line in text[4:]}
+    assert reasons == {
+        "embed": "no feedback rule for this kind of layer",
+        "encoder.self_attn": "attention's in_proj is a bare parameter, read inside torch's fused function",
+        "encoder.self_attn.out_proj":
+            "attention's out_proj: its forward is never called, torch's fused function reads its weight",
+        "scaled": "a subclass of nn.Linear with its own behaviour", "conv1d": "no feedback rule for this kind of layer",
+        "lazy": "not yet initialised: run a batch through the model first", "skip": "in exclude",
+        "head": "the last layer (last_layer='bp')"}
+    assert type(model.scaled) is Scaled and type(model.encoder.self_attn.out_proj) is not nn.Linear
+    lnn.convert(network(), "brsf")
+    assert "redraw_after(optimizer, model)" in capsys.readouterr().out
+    quiet(network(), "usf")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_transformer_layer(rule):
+    """Defect 3's case: 3-D inputs; in evaluation torch's fast path goes on reading the same weights."""
+    torch.manual_seed(0)
+    plain = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = quiet(copy.deepcopy(plain), rule)
+    assert converted(model) == ["linear1"]  # linear2 is the last
+    data = randn(2, 5, 8)
+    assert_relative("train", model(data), plain(data), 1e-6)
+    model(data).sum().backward()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_relative("eval", model.eval()(data), plain.eval()(data), 1e-6)
+
+
+# -- seeds, streams, state ------------------------------------------------------------------------------------------
+
+def feedbacks(model):
+    return {name: m.feedback_weight().abs() for name, m in model.named_modules() if isinstance(m, CLASSES)}
+
+
+def test_streams_depend_on_the_name_alone():
+    """Not on the order, nor on what else is converted, nor on the wrappers around the model."""
+    whole, part = feedbacks(quiet(network(), "frsf")), feedbacks(quiet(network(), "frsf", include="5"))
+    assert torch.equal(whole["5"], part["5"])
+    model = nn.DataParallel(network())
+    assert torch.equal(feedbacks(quiet(model, "frsf"))["module.5"], whole["5"])
+    assert not torch.equal(feedbacks(quiet(network(), "frsf", seed=1))["5"], whole["5"])
+    same_shape = quiet(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), "fa")
+    assert not torch.equal(same_shape[0].feedback_weight(), same_shape[1].feedback_weight())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_state_round_trip(rule, tmp_path):
+    """A resumed model has the feedback of the saved one, also after brSF's steps; without the state it has not."""
+    model = quiet(network(), rule, seed=9)
+    for m in model.modules():
+        if hasattr(m, "advance"):
+            m.advance()
+    torch.save({"model": model.state_dict(), "feedback": lnn.feedback_state(model)}, tmp_path / "c.pt")
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    resumed = network()
+    with torch.no_grad():
+        for p in resumed.parameters():
+            p.neg_()
+    quiet(resumed, rule)
+    resumed.load_state_dict(saved["model"])
+    if rule != "usf":
+        assert not all(torch.equal(a, b) for a, b in zip(gradients(resumed, x()).values(),
+                                                         gradients(model, x()).values()))
+    lnn.load_feedback_state(resumed, saved["feedback"])
+    for a, b in zip(gradients(resumed, x()).values(), gradients(model, x()).values()):
+        assert torch.equal(a, b)
+
+
+def test_state_is_24_bytes_or_one_bit_a_weight():
+    """The stream, CRC-32 of the layer's name, is frozen: an old checkpoint must mean the same."""
+    state = lnn.feedback_state(quiet(network(), "frsf", seed=2))
+    assert state["law_version"] == 1 and set(state["feedback"]) == {"0.feedback", "3.feedback", "5.feedback"}
+    assert state["feedback"]["5.feedback"] == dict(seed=2, stream=2226203566, step=0, law="uniform8",
+                                                   scale=pytest.approx(1 / 288**0.5), low=0.0)
+    packed = lnn.feedback_state(quiet(network(), "signed_init"))["feedback"]["5"]["frozen_signs"]
+    assert packed.shape == (16, 9) and packed.dtype == torch.int32
+
+
+def test_state_of_another_model_is_refused():
+    model = quiet(network(), "frsf")
+    good = lnn.feedback_state(model)
+    before = lnn.feedback_state(model)
+
+    def change(**changes):
+        state = copy.deepcopy(good)
+        state["feedback"]["5.feedback"].update(changes)
+        return state
+    missing = copy.deepcopy(good)
+    del missing["feedback"]["5.feedback"]
+    for state, message in (
+            (None, "state must be a dict from feedback_state, got None: resumed without it, the 3 random feedbacks"),
+            ([], "state must be a dict from feedback_state, got list"),
+            ({**good, "law_version": 0}, "state must have law version 1, got 0"),
+            (missing, r"only in the model: \['5.feedback'\]"),
+            (change(law="normal"), "state must have the model's feedback at '5.feedback', got law=normal"),
+            (change(scale=0.5), "got scale=0.5, the model has ")):
+        with pytest.raises(ValueError, match=message):
+            lnn.load_feedback_state(model, state)
+    assert lnn.feedback_state(model) == before
+    lnn.load_feedback_state(model, change(seed=7, step=4))
+    assert model[5].feedback.state.tolist()[0::2] == [7, 4]
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, options, error, message", [
+    (("sf",), {}, ValueError, "rule must be one of 'bp', 'fa', 'usf', 'frsf', 'brsf', 'signed_init', got 'sf'"),
+    (("usf",), dict(last_layer="plain"), ValueError, "last_layer must be one of 'bp', 'convert', got 'plain'"),
+    (("usf",), dict(include=3), TypeError,
+     "include must hold name patterns, module classes or functions (name, module) -> bool, got int"),
+    (("usf",), dict(include=[3]), TypeError,
+     "include must hold name patterns, module classes or functions (name, module) -> bool, got int"),
+    (("bp",), dict(scale=1.0), TypeError, "options must be empty with rule='bp', got ['scale']"),
+    (("usf",), dict(scale="big"), ValueError,
+     "scale must be one of 'kaiming', 'xavier', 'inv_sqrt_fan_in', 'he_fan_out', 'he_fan_in', got 'big'"),
+    (("usf",), dict(law="uniform"), ValueError, "law must be None with rule='usf' (it has no random magnitudes), got "
+                                                "'uniform'"),
+    (("frsf",), dict(law="cauchy"), ValueError,
+     "law must be one of 'uniform', 'normal', 'uniform8', 'sign', got 'cauchy'"),
+    (("usf",), dict(packed_signs=True), ValueError,
+     "sign_zero must be 'plus' with packed_signs=True (one bit cannot hold sign(0) = 0), got 'zero'"),
+    (("fa",), dict(feedback_init=-1.0), ValueError, "scale must be greater than 0, got -1.0"),
+    (("frsf",), dict(seed=1.5), TypeError, "seed must be an int, got float")], ids=str)
+def test_bad_options_leave_the_model_alone(arguments, options, error, message):
+    model = network()
+    with pytest.raises(error) as caught:
+        quiet(model, *arguments, **options)
+    assert str(caught.value) == message and not converted(model)
+    assert all(set(vars(a)) == set(vars(b)) for a, b in zip(model.modules(), network().modules()))
+
+
+def test_model_must_be_a_module():
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
+        lnn.convert({}, "usf")
+
+
+# -- fine-tuning, and other people's models -------------------------------------------------------------------------
+
+def test_fine_tuning_a_trained_network_keeps_its_accuracy():
+    torch.manual_seed(0)
+    centres = torch.randn(4, 3, 8, 8)
+    labels = torch.randint(0, 4, (256,))
+    data = centres[labels] + 2.0 * torch.randn(256, 3, 8, 8)
+    model = network()
+
+    def train(steps, lr):
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        for step in range(steps):
+            batch = slice(64 * (step % 4), 64 * (step % 4) + 64)
+            optimizer.zero_grad()
+            F.cross_entropy(model(data[batch]), labels[batch]).backward()
+            optimizer.step()
+        return (model(data).argmax(1) == labels).float().mean().item()
+    before = train(12, 0.02)
+    assert 0.5 < before
+    quiet(model, "usf")
+    assert train(12, 0.005) >= before
+
+
+@pytest.fixture(scope="module")
+def torchvision():
+    """torchvision beside a CPU torch: its wheel wants two operators defined (design 9)."""
+    import importlib.util
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed")
+    if torch.version.cuda is None:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+                       "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
+            try:
+                library.define(schema)
+            except RuntimeError:
+                pass  # a torchvision with its own operators
+        globals()["_kept"] = library
+    return pytest.importorskip("torchvision")
+
+
+MODELS = {"resnet18": (20, 1), "alexnet": (7, 1), "vit_b_16": (25, 25)}  # layers converted, layers left alone
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("name", MODELS)
+def test_torchvision_classifiers(torchvision, name, capsys):
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(num_classes=4)
+    model.train()
+    exact = copy.deepcopy(model).eval()
+    lnn.convert(model, "usf")
+    text = capsys.readouterr().out
+    assert (len(converted(model)), text.split("left alone\n")[1].count("\n")) == MODELS[name]
+    size = 224 if name == "vit_b_16" else 64
+    data = randn(2, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(data), exact(data))
+    model.train()
+    F.cross_entropy(model(data), torch.tensor([0, 1])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    quiet(model, "bp")
+    assert repr(model) == repr(exact.train())
+
+
+@pytest.mark.unpoisoned
+def test_torchvision_retinanet(torchvision):
+    torch.manual_seed(0)
+    model = torchvision.models.detection.retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64)
+    quiet(model, "usf")
+    assert len(converted(model)) == 70  # of 71: the last is the box regression's
+    boxes = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 50.0]]), "labels": torch.tensor([1])}]
+    losses = model([torch.rand(3, 64, 64)], boxes)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.unpoisoned
+def test_timm(torchvision):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    for name, size in (("vit_tiny_patch16_224", 224), ("convnext_atto", 64)):
+        torch.manual_seed(0)
+        model = timm.create_model(name, pretrained=False, num_classes=4)
+        quiet(model, "frsf")
+        assert len(converted(model)) > 20  # timm's attention calls its qkv and proj layers: they are converted
+        F.cross_entropy(model(randn(2, 3, size, size)), torch.tensor([0, 1])).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_convert_and_its_instruments_are_at_the_top():
+    import lgkernels
+    assert lgkernels.convert is lnn.convert and lgkernels.alignment is lnn.alignment
+    assert {"convert", "feedback_state", "load_feedback_state", "weight_ratio"} <= set(dir(lgkernels))
+
+
+def test_repr_shows_no_empty_entry():
+    assert "None" not in repr(nn.Sequential(lnn.SignSymmetricLinear(3, 2), lnn.SignSymmetricConv2d(3, 2, 1)))

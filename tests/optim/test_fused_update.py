@@ -1,0 +1,290 @@
+"""The fused step is the plain one; what cannot go with it says so."""
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from lgkernels.optim import BatchManhattan, fuse_update
+
+
+def network(bias=True, dtype=torch.float32):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 10, bias=bias), nn.Tanh(), nn.Linear(10, 8, bias=bias), nn.Tanh(),
+                         nn.Linear(8, 3)).to(dtype)
+
+
+def batch(i, *shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(i)
+    return torch.randn(*(shape or (5,)), 6, generator=generator, dtype=dtype)
+
+
+def train(model, optimizer, steps, *shape, start=0, dtype=torch.float32):
+    for i in range(start, start + steps):
+        optimizer.zero_grad()
+        model(batch(i, *shape, dtype=dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] *= 0.9
+
+
+def assert_same_weights(one, two, **tolerance):
+    for (name, p), q in zip(one.state_dict().items(), two.state_dict().values()):
+        torch.testing.assert_close(p, q, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+
+
+OPTIMIZERS = {
+    "plain": lambda p: torch.optim.SGD(p, lr=0.1),
+    "decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.05),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.05),
+    "dampening": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.3),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.05),
+    "maximize": lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9, maximize=True, weight_decay=0.05),
+    "manhattan": lambda p: BatchManhattan(p, lr=0.01, weight_decay=0.05),
+    "manhattan, momentum": lambda p: BatchManhattan(p, lr=0.01, momentum=0.9, weight_decay=0.05),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_it_is_the_plain_step(kind, bias):
+    plain, fused = network(bias), network(bias)
+    optimizers = [OPTIMIZERS[kind](m.parameters()) for m in (plain, fused)]
+    handle = fuse_update(fused, optimizers[1], include=["0", "2"])
+    for shape in ((5,), (2, 3), (1,)):
+        train(plain, optimizers[0], 2, *shape)
+        train(fused, optimizers[1], 2, *shape)
+        assert_same_weights(plain, fused, rtol=1e-5, atol=1e-6)
+    assert handle.layers == ["0", "2"] and repr(handle) == "FusedUpdate(0, 2)"
+    if optimizers[0].param_groups[0]["momentum"]:
+        states = [{key: set(entry) for key, entry in o.state_dict()["state"].items()} for o in optimizers]
+        assert states[0] == states[1]
+
+
+def test_float64_in_the_reference(monkeypatch):
+    monkeypatch.setenv("LGKERNELS_IMPL", "reference")
+    plain, fused = network(dtype=torch.float64), network(dtype=torch.float64)
+    optimizers = [OPTIMIZERS["nesterov"](m.parameters()) for m in (plain, fused)]
+    fuse_update(fused, optimizers[1], min_weights=1)
+    train(plain, optimizers[0], 4, dtype=torch.float64)
+    train(fused, optimizers[1], 4, dtype=torch.float64)
+    assert_same_weights(plain, fused, rtol=1e-12, atol=1e-12)
+
+
+def test_no_weight_gradient_is_made():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fuse_update(model, optimizer, include=["0", "2"])
+    seen = []
+    for name in ("0", "2", "4"):
+        model.get_submodule(name).weight.register_hook(lambda g, n=name: seen.append((n, g)))
+    model(batch(0)).square().mean().backward()
+    assert [name for name, gradient in seen if gradient is not None] == ["4"]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_input_gradient_uses_the_weight_before_the_update():
+    model = nn.Linear(6, 4)
+    old = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    fuse_update(model, optimizer, min_weights=1)
+    x = batch(0).requires_grad_()
+    y = model(x)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    torch.testing.assert_close(x.grad, gradient @ old)
+    torch.testing.assert_close(model.weight.detach(), old - 10 * gradient.t() @ x.detach())
+
+
+def test_momentum_goes_on_between_plain_and_fused():
+    whole, switching = network(), network()
+    optimizers = [OPTIMIZERS["nesterov"](m.parameters()) for m in (whole, switching)]
+    train(whole, optimizers[0], 9)
+    train(switching, optimizers[1], 3)
+    handle = fuse_update(switching, optimizers[1], include=["0", "2"])
+    train(switching, optimizers[1], 3, start=3)
+    handle.remove()
+    assert "forward" not in vars(switching[0]) and handle.layers == []
+    state = copy.deepcopy(optimizers[1].state_dict())
+    resumed = OPTIMIZERS["nesterov"](switching.parameters())
+    resumed.load_state_dict(state)
+    train(switching, resumed, 3, start=6)
+    assert_same_weights(whole, switching, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_and_no_grad_are_plain():
+    model = network()
+    expected = model(batch(0)).detach()
+    before = copy.deepcopy(model.state_dict())
+    fuse_update(model, torch.optim.SGD(model.parameters(), lr=0.1), include=["0"])
+    with torch.no_grad():
+        assert torch.equal(model(batch(0)), expected)
+    assert torch.equal(model.eval()(batch(0)).detach(), expected)
+    assert_same_weights(model, _with(before), rtol=0, atol=0)
+
+
+def _with(state):
+    model = network()
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    plain, fused = network(), network()
+    optimizers = [OPTIMIZERS["momentum"](m.parameters()) for m in (plain, fused)]
+    fuse_update(fused, optimizers[1], include=["0", "2"])
+    for model, optimizer in zip((plain, fused), optimizers):
+        for i in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype):
+                loss = model(batch(i)).float().square().mean()
+            loss.backward()
+            optimizer.step()
+    assert_same_weights(plain, fused, rtol=0, atol=4e-3)
+
+
+def test_large_layers_are_found():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 128), nn.Linear(128, 4), nn.Conv2d(64, 128, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert fuse_update(model, optimizer, min_weights=64 * 128).layers == ["1"]
+    assert inspect.signature(fuse_update).parameters["min_weights"].default == 2**20
+
+
+# -- what it refuses ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def fused():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return model, optimizer, fuse_update(model, optimizer, include=["2"])
+
+
+def loss_of(model, i=0):
+    return model(batch(i)).square().mean()
+
+
+def test_gradient_accumulation(fused):
+    model, optimizer, _ = fused
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match=r"layer '2' got a second gradient before optimizer.step\(\)"):
+        loss_of(model).backward()
+
+
+def test_gradient_accumulation_hidden_by_zero_grad(fused):
+    model, optimizer, _ = fused
+    loss_of(model).backward()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="second gradient"):
+        loss_of(model).backward()
+
+
+def test_layer_used_twice():
+    layer = nn.Linear(6, 6)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    fuse_update(layer, optimizer, min_weights=1)
+    with pytest.raises(RuntimeError, match="used twice in one forward"):
+        layer(layer(batch(0))).sum().backward()
+
+
+@pytest.mark.parametrize("clip", [lambda p: nn.utils.clip_grad_norm_(p, 1.0),
+                                  lambda p: nn.utils.clip_grad_norm_(p, 1.0, foreach=False),
+                                  lambda p: nn.utils.clip_grad_value_(p, 1.0)])
+def test_clipping(fused, clip):
+    model, _, _ = fused
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="never stored.*clipping by global norm"):
+        clip(model.parameters())
+
+
+def test_grad_scaler(fused):
+    model, optimizer, _ = fused
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(loss_of(model)).backward()
+    with pytest.raises(RuntimeError, match="never stored.*GradScaler"):
+        scaler.step(optimizer)
+
+
+def test_zero_grad_not_to_none(fused):
+    model, optimizer, _ = fused
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="never stored"):
+        optimizer.zero_grad(set_to_none=False)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(process_group, fused):
+    model, optimizer, _ = fused
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(RuntimeError, match="layer '2' runs inside DistributedDataParallel"):
+        loss_of(wrapped)
+    other = nn.parallel.DistributedDataParallel(network())
+    with pytest.raises(ValueError, match="must not be wrapped in DistributedDataParallel"):
+        fuse_update(other, torch.optim.SGD(other.parameters(), lr=0.1), min_weights=1)
+
+
+def test_fully_sharded(process_group, fused):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("this torch has no fully_shard")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    model, optimizer, _ = fused
+    fsdp.fully_shard(model, mesh=mesh)
+    with pytest.raises(RuntimeError, match="not the parameter that fuse_update found"):
+        loss_of(model)
+    other = network()
+    fsdp.fully_shard(other, mesh=mesh)
+    with pytest.raises(ValueError, match="must not be wrapped in FSDP"):
+        fuse_update(other, torch.optim.SGD(other.parameters(), lr=0.1), min_weights=1)
+
+
+def test_compile(fused):
+    model, _, _ = fused
+    with pytest.raises(Exception, match="not for torch.compile"):
+        torch.compile(model, backend="eager", fullgraph=True)(batch(0))
+
+
+def shared():
+    model = network()
+    model.add_module("5", nn.Linear(3, 3))
+    model[4] = nn.Linear(8, 3)
+    twin = nn.Linear(8, 3)
+    twin.weight = model[4].weight
+    model.add_module("6", twin)
+    return model
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (dict(model=3), TypeError, "model must be an nn.Module, got int"),
+    (dict(optimizer=torch.optim.Adam), TypeError, "optimizer must be torch.optim.SGD or .*, got Adam"),
+    (dict(optimizer=lambda p: BatchManhattan(p, 0.1, no_sign_change=True)), ValueError, "no_sign_change"),
+    (dict(include=["1"]), ValueError, r"names of linear layers \(0, 2, 4\), got '1'"),
+    (dict(exclude=["x"]), ValueError, "got 'x'"),
+    (dict(), ValueError, "no linear layer to fuse: none of at least min_weights=1048576"),
+    (dict(model=shared(), include=["4"]), ValueError, "layer '4' is shared with another module"),
+    (dict(optimizer=lambda p: torch.optim.SGD(list(p)[:1], 0.1), include=["4"]), ValueError,
+     "layer '4' is not among the optimizer's parameters"),
+])
+def test_bad_arguments(arguments, error, message):
+    model = arguments.pop("model", None) or network()
+    make = arguments.pop("optimizer", lambda p: torch.optim.SGD(p, 0.1))
+    optimizer = make(model.parameters() if isinstance(model, nn.Module) else network().parameters())
+    with pytest.raises(error, match=message):
+        fuse_update(model, optimizer, **arguments)
+
+
+def test_fused_twice(fused):
+    model, optimizer, handle = fused
+    with pytest.raises(ValueError, match="layer '2' has a forward of its own"):
+        fuse_update(model, optimizer, include=["2"])
+    handle.remove()
+    fuse_update(model, optimizer, include=["2"])
+    loss_of(model).backward()
+    optimizer.step()
