@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import checks
+from ..ops.offset import op as _op  # noqa: F401  registers the op
 
 COEFFICIENTS = ("local_scale", "offset_scale", "bp_coef", "local_coef")
 
@@ -244,7 +245,8 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
         bp_coef, local_coef (float): of the two gradients in the offset; ``local_coef`` None: ``local_scale``.
 
     The offset enters before momentum: it is the gradient of the linear tilt <offset, w>. Before the first
-    ``refresh`` there is none. Offsets are in ``state_dict``.
+    ``refresh`` there is none. Offsets are in ``state_dict``. A step is one pass over all tensors of a group, and checks
+    every group before it changes any.
 
     Raises: ValueError, TypeError naming the argument.
 
@@ -284,30 +286,51 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._step_group(group, params)
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        for i, (_, params) in enumerate(groups):  # all of them, before any of them changes
+            self._check(i, params)
+        for group, params in groups:
+            for members in self._alike(params):
+                self._step(group, members)
         return loss
 
-    def _step_group(self, group, params):
-        grads = [p.grad for p in params]
+    def _check(self, index, params):
+        for p in params:
+            grad, offset = p.grad, self._offset(p)
+            if grad.layout != torch.strided:
+                raise TypeError(f"param_groups[{index}]: a gradient is sparse ({grad.layout}); OffsetSGD takes dense "
+                                "gradients: make the layer's gradient dense (sparse=False)")
+            if offset is None:
+                continue
+            if offset.shape != p.shape or offset.device != p.device:
+                raise ValueError(f"param_groups[{index}]: an offset must have its parameter's shape {tuple(p.shape)} and "
+                                 f"device {p.device}, got {tuple(offset.shape)} on {offset.device}; refresh makes it")
+            if offset.dtype not in (p.dtype, torch.bfloat16):
+                raise TypeError(f"param_groups[{index}]: an offset must be {p.dtype} like its parameter, or bfloat16, "
+                                f"got {offset.dtype}")
+
+    @staticmethod
+    def _alike(params):
+        """The parameters by device, and by whether the kernels take them."""
+        kinds = {}
+        for p in params:
+            kinds.setdefault((p.device, p.dtype == torch.float32), []).append(p)
+        return kinds.values()
+
+    def _step(self, group, params):
+        buffers = []
         if group["momentum"]:
-            velocity = []
             for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                velocity.append(self.state[p]["momentum_buffer"])
-            torch._foreach_mul_(velocity, group["momentum"])
-            torch._foreach_add_(velocity, grads, alpha=group["local_scale"])
-        else:
-            velocity = torch._foreach_mul(grads, group["local_scale"])
-        tilted = [(v, self._offset(p)) for v, p in zip(velocity, params) if self._offset(p) is not None]
-        if tilted and group["offset_scale"]:
-            torch._foreach_add_(*map(list, zip(*tilted)), alpha=group["offset_scale"])
-        if group["weight_decay"]:
-            torch._foreach_add_(velocity, params, alpha=group["weight_decay"])
-        torch._foreach_add_(params, velocity, alpha=-group["lr"])
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffers.append(state["momentum_buffer"])
+        offsets = [self._offset(p) for p in params]
+        none = params[0].new_empty(0)
+        torch.ops.lgkernels.offset_sgd_(
+            params, [p.grad for p in params], buffers, [none if o is None else o for o in offsets], float(group["lr"]),
+            float(group["momentum"]), float(group["weight_decay"]), float(group["local_scale"]),
+            float(group["offset_scale"]), 1.0, "auto")
 
 
 class OffsetOptimizer(_Offsets):
