@@ -1,8 +1,11 @@
 """BP-modified local losses in the block-wise trainer."""
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from ..optim import refresh_offsets
+from .trainer import bare
 
 
 def refresh_trainer(trainer, data, *, loss=F.cross_entropy, **options):
@@ -13,7 +16,7 @@ def refresh_trainer(trainer, data, *, loss=F.cross_entropy, **options):
 
     Args:
         trainer (BlockwiseTrainer): in training mode.
-        data (tuple): (x, target), the offset batch.
+        data (tuple): (x, target), the offset batch; under DistributedDataParallel each rank's own: offsets are averaged.
         loss (callable): (output, target) -> scalar, mean over the batch.
         options: of :meth:`lgkernels.optim.OffsetSGD.refresh` but ``model``.
 
@@ -29,15 +32,16 @@ def refresh_trainer(trainer, data, *, loss=F.cross_entropy, **options):
     """
     if not trainer.training:
         raise RuntimeError("refresh_trainer needs training mode: call trainer.train() after an evaluation")
+    blocks = [bare(block) for block in trainer.blocks]  # ranks exchange the offsets once, not every chunk's gradients
 
     def bp(x, target):
-        for block in trainer.blocks:
+        for block in blocks:
             x = block(x)
         return loss(x, target)
 
     def local(x, target):
-        for block, optimizer in zip(trainer.blocks, trainer.optimizers):
-            if optimizer is None:
+        for block, reached in zip(blocks, trainer.reached):
+            if not reached:
                 with torch.no_grad():
                     x = block(x)
                 continue
@@ -47,4 +51,10 @@ def refresh_trainer(trainer, data, *, loss=F.cross_entropy, **options):
             yield value
             del value
 
-    refresh_offsets(filter(None, trainer.optimizers), bp, local, data, model=trainer.blocks, **options)
+    optimizers = [optimizer for optimizer in trainer.optimizers if optimizer is not None]
+    refresh_offsets(optimizers, bp, local, data, model=blocks, **options)
+    if any(isinstance(block, DistributedDataParallel) for block in trainer.blocks):
+        for optimizer in optimizers:
+            for _, offset in optimizer.offsets():
+                dist.all_reduce(offset)
+                offset /= dist.get_world_size()
