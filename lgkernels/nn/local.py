@@ -1,5 +1,6 @@
 """Blocks with a local loss: `forward(x, target)` -> `(out.detach(), loss)`, as `training.BlockwiseTrainer` takes them."""
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .. import functional as LF
@@ -63,7 +64,7 @@ class ForwardForwardLayer(nn.Module):
         layer (nn.Module): activation included, e.g. ``nn.Sequential(nn.Linear(784, 500), nn.ReLU())``.
         threshold (float), goodness (str): of :func:`lgkernels.functional.goodness_loss`.
         normalize (str): of the input: ``"l2"``: by its norm + eps (mpezeshki, eps 1e-4); ``"rms"``: by its root mean
-            square + eps (loweX, eps 1e-8); ``"none"``.
+            square + eps (loeweX, eps 1e-8); ``"none"``.
 
     Example:
         >>> import torch, lgkernels.nn as lnn
@@ -105,8 +106,8 @@ class PredSimHead(_LocalHead):
     """Nokland and Eidnes' predsim: :func:`lgkernels.functional.prediction_similarity_loss`.
 
     Args:
-        block (nn.Module): gives (B, C, H, W) or (B, N).
-        shape (tuple): of the block's output for one sample: (C, H, W) or (N,).
+        block (nn.Module): gives (B, C, H, W), (B, N), or (B, T, C), averaged over T.
+        shape (tuple): of the block's output for one sample: (C, H, W), (N,) or (C,).
         num_classes (int), beta (float), use_std (bool): of the loss.
         sim_head (str): ``"layer"``: the authors' 3x3 convolution C -> C (or linear N -> N), which can cost more than the
             block; ``"identity"``.
@@ -146,6 +147,7 @@ class PredSimHead(_LocalHead):
         nn.init.zeros_(self.decoder.weight)
 
     def loss(self, out, target):
+        out = out.mean(1) if out.dim() == 3 else out
         pool = dict(pool_kernel=tuple(self.pool), pool_padding=tuple(self.padding)) if out.dim() == 4 else {}
         return LF.prediction_similarity_loss(
             out, target, None if self.sim is None else self.sim.weight, self.decoder.weight, self.decoder.bias,
@@ -183,3 +185,91 @@ class ContrastiveHead(_LocalHead):
         if self.kind == "nt_xent":
             return LF.nt_xent_loss(z, temperature=self.temperature)
         return LF.supcon_loss(z, target, temperature=self.temperature)
+
+
+def infopro_weights(units, first, last):
+    """[(lambda_1, lambda_2)] of all units but the last: from `first` to `last` in equal steps.
+
+    Example:
+        >>> import lgkernels.nn as lnn
+        >>> lnn.infopro_weights(4, (1.0, 0.0), (0.0, 1.0))
+        [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
+    """
+    checks.positive_integer("units", units)
+    steps = [h / (units - 2) if units > 2 else 0.0 for h in range(units - 1)]
+    return [tuple(a * (1 - r) + b * r for a, b in zip(first, last)) for r in steps]
+
+
+class InfoProUnit(_LocalHead):
+    r"""A unit of InfoPro: keep what reconstructs the image, and what tells the class.
+
+    .. math:: L = \lambda_1\, \mathrm{BCE}(\mathrm{decoder}(h),\; \mathrm{image}) + \lambda_2\, L_y(\mathrm{aux}(h),\; y)
+
+    Decoder: bilinear to the image's size, 3x3 convolution to 12 channels, normalised, ReLU, 3x3 convolution, sigmoid.
+    aux ("1c2f"): 3x3 convolution of stride 2, normalised, ReLU, average pool, linear, ReLU, linear; L_y: the supervised
+    contrastive loss, or cross entropy. Both heads are trained with the unit.
+
+    Args:
+        block (nn.Module): gives (B, C, H, W).
+        channels (int): C. num_classes (int): for cross entropy. image_channels (int).
+        weights (pair of float): lambda_1, lambda_2; see :func:`infopro_weights`. A head of weight 0 is left out.
+        loss (str): ``"supcon"`` or ``"cross_entropy"``.
+        temperature (float): of the contrastive loss. width (int): of the linear layers.
+        first (InfoProUnit, optional): the network's first unit, whose input is the image; None: this is it.
+        mean, std (float or sequence): of the image's normalisation: its pixels are ``image * std + mean``, in [0, 1].
+
+    Source: Wang et al., "Revisiting Locally Supervised Learning" (ICLR 2021), and its code (CIFAR).
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> first = lnn.InfoProUnit(torch.nn.Conv2d(3, 8, 3), 8, 5, 3)
+        >>> second = lnn.InfoProUnit(torch.nn.Conv2d(8, 8, 3, 2), 8, 5, 3, first=first)
+        >>> out, loss = first(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0]))
+        >>> second(out, torch.tensor([0, 1, 1, 0]))[0].shape
+        torch.Size([4, 8, 2, 2])
+    """
+
+    def __init__(self, block, channels, num_classes, image_channels, *, weights=(1.0, 1.0), loss="supcon",
+                 temperature=0.07, width=128, first=None, mean=0.0, std=1.0):
+        super().__init__(block)
+        checks.choice("loss", loss, ("supcon", "cross_entropy"))
+        checks.positive("temperature", temperature)
+        if first is not None and not isinstance(first, InfoProUnit):
+            raise TypeError(f"first must be an InfoProUnit, got {type(first).__name__}")
+        self.weights, self.kind, self.temperature = tuple(weights), loss, temperature
+        self._first = (first,)  # a tuple: not a submodule
+        self._image = None
+        pixels = lambda value: torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)  # noqa: E731
+        self.register_buffer("mean", pixels(mean), persistent=False)
+        self.register_buffer("std", pixels(std), persistent=False)
+        self.decoder = self.aux = None
+        if weights[0]:
+            self.decoder = nn.Sequential(nn.Conv2d(channels, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
+                                         nn.Conv2d(12, image_channels, 3, padding=1))
+        if weights[1]:
+            self.aux = nn.Sequential(
+                nn.Conv2d(channels, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, width), nn.ReLU(),
+                nn.Linear(width, width if loss == "supcon" else num_classes))
+
+    def forward(self, x, target=None):
+        if self.training and target is not None and self._first[0] is None:
+            self._image = x.detach()
+        return super().forward(x, target)
+
+    def loss(self, out, target):
+        total = out.new_zeros((), dtype=torch.float32)
+        if self.decoder is not None:
+            image = (self if self._first[0] is None else self._first[0])._image
+            if image is None:
+                raise RuntimeError("the first InfoProUnit has not seen an image yet: call it before this one")
+            logits = self.decoder(F.interpolate(out, image.shape[-2:], mode="bilinear", align_corners=True))
+            # with logits: the sigmoid is in it, and it stays finite; pixels may leave [0, 1] by rounding
+            pixels = (image * self.std + self.mean).clamp(0, 1)
+            total = total + self.weights[0] * F.binary_cross_entropy_with_logits(logits.float(), pixels.float())
+        if self.aux is not None:
+            z = self.aux(out)
+            value = (LF.supcon_loss(z, target, temperature=self.temperature) if self.kind == "supcon" else
+                     F.cross_entropy(z.float(), target.long()))
+            total = total + self.weights[1] * value
+        return total

@@ -5,6 +5,8 @@ local loss of its own; the last one has the cross entropy of the classifier in i
 `OffsetSGD` and a refresh of the offsets every period. Source: Ren, Li (ICLR 2025); what its text leaves open is an
 option here, with the defaults of our reconstruction (see `optim.offset`).
 """
+import re
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -64,24 +66,48 @@ def read_weights(path):
         raise CheckpointError(f"--weights {path} cannot be read ({str(error).splitlines()[0]})") from None
 
 
-def load_weights(model, state):
-    """Copy `state` into `model`, all but the classifier: the n-th tensor of a shape from the n-th of that shape.
+_NAMES = (  # torchvision's and timm's -> ours
+    (r"conv1\.", "0.0."), (r"bn1\.", "0.1."), (r"fc\.", "HEAD."),
+    (r"(class_token|cls_token)$", "0.cls_token"), (r"(encoder\.pos_embedding|pos_embed)$", "0.pos_embed"),
+    (r"(conv_proj|patch_embed\.proj)\.", "0.proj."), (r"(encoder\.ln|norm)\.", "NORM."), (r"(heads\.head|head)\.", "HEAD."),
+    (r"(encoder\.layers\.encoder_layer_|blocks\.)(\d+)\.", lambda m: f"{int(m[2]) + 1}."))
+_INNER = (("ln_1.", "norm1."), ("ln_2.", "norm2."), ("self_attention.in_proj_", "qkv."), ("self_attention.out_proj.", "proj."),
+          ("attn.", ""), ("mlp.linear_1.", "fc1."), ("mlp.linear_2.", "fc2."), ("mlp.0.", "fc1."), ("mlp.3.", "fc2."),
+          ("mlp.", ""))
 
-    So files of torchvision's and timm's networks fit ours, whose tensors have other names but the same order.
-    """
+
+def _translated(state, head):
+    """A state dict under our names."""
+    stages = sorted({tuple(map(int, found.groups())) for name in state if (found := re.match(r"layer(\d+)\.(\d+)\.", name))})
+    last = int(head.split(".")[0])
+    result = {}
+    for name, tensor in state.items():
+        name = re.sub(r"layer(\d+)\.(\d+)\.", lambda m: f"{1 + stages.index((int(m[1]), int(m[2])))}.", name)
+        for pattern, ours in _NAMES:
+            if re.match(pattern, name):
+                name = re.sub("^" + pattern, ours, name)
+                break
+        for theirs, ours in _INNER:
+            name = name.replace("." + theirs, "." + ours)
+        result[name.replace("NORM", str(last - 1)).replace("HEAD", head)] = tensor
+    return result
+
+
+def load_weights(model, state):
+    """Copy `state` into `model`, all but the classifier: our own state dict, or torchvision's or timm's of the same ResNet
+    or vision transformer."""
     head = _head(model)
-    stored = {}
-    for tensor in state.values():
-        stored.setdefault(tuple(tensor.shape), []).append(tensor)
-    for name, mine in model.state_dict().items():
-        if name.startswith(head + ".") or name.endswith("num_batches_tracked"):
-            continue
-        found = stored.get(tuple(mine.shape))
-        if not found:
-            raise CheckpointError(f"--weights: no tensor of shape {tuple(mine.shape)} is left for {name}: the file is of "
-                                  "another network")
+    wanted = {name: t for name, t in model.state_dict().items()
+              if not name.startswith(head + ".") and not name.endswith("num_batches_tracked")}
+    if not wanted.keys() <= state.keys():
+        state = _translated(state, head)
+    for name, mine in wanted.items():
+        found = state.get(name)
+        if found is None or found.shape != mine.shape:
+            raise CheckpointError(f"--weights: expected a tensor {name} of shape {tuple(mine.shape)}, got "
+                                  f"{'none' if found is None else tuple(found.shape)}: the file is of another network")
         with torch.no_grad():
-            mine.copy_(found.pop(0))
+            mine.copy_(found)
 
 
 class _FrozenStatistics:

@@ -7,6 +7,7 @@ import lgkernels.functional as LF
 import lgkernels.nn as lnn
 from lgkernels.training import BlockwiseTrainer
 from tests.ops.lls_problems import randn, targets
+from tests.tolerances import assert_relative
 
 
 def conv():
@@ -108,3 +109,29 @@ def test_bad_input(bad, message):
     with pytest.raises(ValueError) as caught:
         bad()
     assert str(caught.value) == message
+
+
+def test_infopro():
+    """Two units in a trainer; the loss against the formula, written out; weights of 0 leave their head out."""
+    torch.manual_seed(0)
+    assert lnn.infopro_weights(2, (5.0, 0.5), (0.0, 1.0)) == [(5.0, 0.5)]
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    first = lnn.InfoProUnit(conv(), 8, 5, 3, weights=(5.0, 0.5), mean=mean, std=std)
+    second = lnn.InfoProUnit(nn.Conv2d(8, 6, 3), 6, 5, 3, weights=(0.25, 1.0), loss="cross_entropy", first=first,
+                             mean=mean, std=std)
+    image, y = torch.rand(6, 3, 9, 9), targets(6, 5)
+    x = (image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    out, _ = first(x, y)
+    h, loss = second(out, y)
+    decoded = second.decoder(nn.functional.interpolate(h, (9, 9), mode="bilinear", align_corners=True)).sigmoid()
+    expected = (0.25 * nn.functional.binary_cross_entropy(decoded, image)
+                + nn.functional.cross_entropy(second.aux(h), y))
+    assert_relative("loss", loss, expected, 1e-5)
+    assert not any(name.startswith("_first") for name, _ in second.named_parameters())
+    trainer = BlockwiseTrainer([first, second, nn.Flatten(), lnn.ClassifierBlock(nn.Linear(150, 5))],
+                               lambda p: torch.optim.Adam(p, 0.01))
+    losses = [trainer.step(x, y) for _ in range(15)]
+    assert bool((losses[-1] < losses[0]).all())
+    assert lnn.InfoProUnit(conv(), 8, 5, 3, weights=(0.0, 1.0)).decoder is None
+    with pytest.raises(RuntimeError, match="first InfoProUnit has not seen an image"):
+        lnn.InfoProUnit(conv(), 8, 5, 3, first=lnn.InfoProUnit(conv(), 8, 5, 3))(x, y)
