@@ -8,10 +8,9 @@
 
 namespace lgk::LGK_ISA {
 
-constexpr int64_t kPooled = 512;    // channels side by side where one pass is enough: long runs of memory
-constexpr int64_t kCentred = 4 * V; // where a second pass wants to find them in the cache
-constexpr int64_t kRun = 64;        // positions added up before they join the total: short sums lose less
-constexpr int64_t kPiece = 16384;   // elements of a piece of work
+constexpr int64_t kPooled = 512;   // channels of a channels-last map that are summed side by side
+constexpr int64_t kRun = 64;       // positions added up before they join the total: short sums lose less
+constexpr int64_t kPiece = 16384;  // elements of a piece of work
 
 inline int64_t elements(const FeatureMap& x) { return x.batch * x.channels * x.positions; }
 
@@ -53,38 +52,66 @@ inline void plane_sums(const T* x, int64_t positions, int64_t count, const float
   store_some(out, row[0] * factor, count);
 }
 
-// out[c] = factor * the sum over positions of x - mean, or of its square; `channels` <= kPooled
-template <bool SQUARE, class T>
-inline void column_sums(const T* x, int64_t positions, int64_t stride, int64_t channels, const float* mean,
-                        float factor, float* out) {
-  alignas(64) float total[kPooled] = {}, run[kPooled];
-  for (int64_t begin = 0; begin < positions; begin += kRun) {
-    const int64_t end = smaller(positions, begin + kRun);
-    for (int64_t c = 0; c < channels; c += V) store(run + c, vf{});
-    for (int64_t p = begin; p < end; p += 4) {
-      const T* row = x + p * stride;
-      const int64_t rows = smaller(4, end - p);
+// Sums over the positions, or with SQUARE of x - shift and of its square: one row of channels after the other, as
+// memory goes.
+struct Columns {
+  alignas(64) float shift[kPooled] = {}, sum[kPooled] = {}, square[kPooled] = {}, run[kPooled], square_run[kPooled];
+
+  template <int N, bool SQUARE, class T>
+  LGK_INLINE void add_row(const T* x, int64_t c, int64_t tail) {
+    for (int k = 0; k < N; ++k, c += V) {
+      vf v = tail == V ? load(x + c) : load(x + c, tail);
+      if (SQUARE) {
+        v -= load(shift + c);
+        store(square_run + c, load(square_run + c) + v * v);
+      }
+      store(run + c, load(run + c) + v);
+    }
+  }
+
+  template <bool SQUARE, class T>
+  void add(const T* x, int64_t positions, int64_t stride, int64_t channels) {
+    for (int64_t begin = 0; begin < positions; begin += kRun) {
+      for (int64_t c = 0; c < channels; c += V) store(run + c, vf{}), store(square_run + c, vf{});
+      for (int64_t p = begin; p < smaller(positions, begin + kRun); ++p) {
+        int64_t c = 0;
+        for (; c + 4 * V <= channels; c += 4 * V) add_row<4, SQUARE>(x + p * stride, c, V);
+        for (; c < channels; c += V) add_row<1, SQUARE>(x + p * stride, c, smaller(V, channels - c));
+      }
       for (int64_t c = 0; c < channels; c += V) {
-        const int64_t n = smaller(V, channels - c);
-        const vf shift = mean ? load_some(mean + c, n) : vf{};
-        vf sum = load(run + c);
-        for (int64_t r = 0; r < rows; ++r) {
-          const vf v = load_some(row + r * stride + c, n) - shift;
-          sum += SQUARE ? v * v : v;
-        }
-        store(run + c, sum);
+        store(sum + c, load(sum + c) + load(run + c));
+        if (SQUARE) store(square + c, load(square + c) + load(square_run + c));
       }
     }
-    for (int64_t c = 0; c < channels; c += V) store(total + c, load(total + c) + load(run + c));
   }
-  for (int64_t c = 0; c < channels; c += V) store_some(out + c, load(total + c) * factor, smaller(V, channels - c));
+};
+
+// As `plane_sums`, for up to kPooled channels. The squares are taken about the mean of the first positions.
+template <class T>
+inline void column_moments(const T* x, int64_t positions, int64_t stride, int64_t channels, float* mean, float* var) {
+  Columns columns;
+  const float share = 1 / static_cast<float>(positions), unbiased = 1 / static_cast<float>(positions - 1);
+  if (!var) {
+    columns.add<false>(x, positions, stride, channels);
+  } else {
+    const int64_t probe = smaller(kRun, positions);
+    columns.add<false>(x, probe, stride, channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      columns.shift[c] = columns.sum[c] / static_cast<float>(probe);
+      columns.sum[c] = 0;
+    }
+    columns.add<true>(x, positions, stride, channels);
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    const float offset = columns.sum[c] * share, spread = columns.square[c] - offset * columns.sum[c];
+    mean[c] = columns.shift[c] + offset;
+    if (var) var[c] = (spread < 0 ? 0 : spread) * unbiased;
+  }
 }
 
 inline int moments(const FeatureMap& x, float* mean, float* var, int threads) {
-  const double n = static_cast<double>(x.positions);
-  const float share = static_cast<float>(1 / n), unbiased = static_cast<float>(1 / (n - 1));
-  const int64_t block = !x.channels_last ? V : var ? kCentred : kPooled;
-  const int64_t blocks = (x.channels + block - 1) / block;
+  const float share = 1 / static_cast<float>(x.positions), unbiased = 1 / static_cast<float>(x.positions - 1);
+  const int64_t block = x.channels_last ? kPooled : V, blocks = (x.channels + block - 1) / block;
   return for_dtype(x.dtype, [&](auto type) {
     using T = decltype(type);
     parallel(x.batch * blocks, elements(x), threads, [&](int64_t begin, int64_t end, int) {
@@ -92,13 +119,11 @@ inline int moments(const FeatureMap& x, float* mean, float* var, int threads) {
         const int64_t b = i / blocks, c = i % blocks * block, count = smaller(block, x.channels - c);
         float *m = mean + b * x.channels + c, *v = var ? var + b * x.channels + c : nullptr;
         if (x.channels_last) {
-          const T* from = sample<T>(x, b) + c;
-          column_sums<false>(from, x.positions, x.channels, count, nullptr, share, m);
-          if (v) column_sums<true>(from, x.positions, x.channels, count, m, unbiased, v);
+          column_moments(sample<T>(x, b) + c, x.positions, x.channels, count, m, v);
         } else {
-          const T* from = sample<T>(x, b) + c * x.positions;
-          plane_sums<false>(from, x.positions, count, nullptr, share, m);
-          if (v) plane_sums<true>(from, x.positions, count, m, unbiased, v);
+          const T* plane = sample<T>(x, b) + c * x.positions;
+          plane_sums<false>(plane, x.positions, count, nullptr, share, m);
+          if (v) plane_sums<true>(plane, x.positions, count, m, unbiased, v);
         }
       }
     });

@@ -9,7 +9,10 @@ from . import reference
 
 LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
 
-for _name in ("local_cross_entropy", "goodness", "peer_normalization", "similarity", "contrastive", "info_nce"):
+_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_kernels", "cuda": "cuda"}
+for _name in ("local_cross_entropy", "goodness", "similarity"):
+    dispatch.register(_name, **{backend: f"lgkernels.ops.local_loss.{module}" for backend, module in _MODULES.items()})
+for _name in ("peer_normalization", "contrastive", "info_nce"):
     dispatch.register(_name, reference="lgkernels.ops.local_loss.reference")
 
 

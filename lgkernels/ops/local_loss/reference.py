@@ -138,26 +138,30 @@ def _match(rows, target, num_classes, compute_grad, gram):
     return loss, (rows @ product - (same - other) * sums[target] - other * total) * (4 / batch**2)
 
 
-def similarity(x, target, num_classes, use_std, compute_grad, gram=None):
+def spatial_moments(x):
+    """(unbiased variance, mean), (B, C), over the positions of (B, C, H, W)."""
+    return torch.var_mean(wide(x), (2, 3))
+
+
+def similarity(x, target, num_classes, use_std, compute_grad, gram=None, var_mean=spatial_moments):
     """`(loss, grad, mean)`: features -> centred, normalised rows -> R, against the labels' R.
 
     grad is the gradient of the features (B, F); with standard deviations as features, the factor (B, C) of
     (x - mean) in the gradient of x, and mean (B, C). A constant row (or one of standard deviation 0) counts as 0
     and has gradient 0, where the authors' code gives nan. `gram`: pairs of features instead of pairs of rows; None:
-    whichever is smaller.
+    whichever is smaller. `var_mean`: what computes :func:`spatial_moments`.
     """
-    x = wide(x)
     spatial = uses_std(x.shape, use_std)
-    eps = 8 * torch.finfo(x.dtype).eps  # what rounding leaves of a constant
-    none = x.new_empty(0)
+    none = wide(x.new_empty(0))
+    eps = 8 * torch.finfo(none.dtype).eps  # what rounding leaves of a constant
     if not len(x):  # the mean over nothing
-        mean = x.new_empty(x.shape[:2]) if spatial else none.clone()
-        return x.new_full((), float("nan")), x.new_empty(0, x.shape[1] if spatial else x.shape[1:].numel()), mean
+        mean = none.new_empty(x.shape[:2]) if spatial else none.clone()
+        return none.new_full((), float("nan")), none.new_empty(0, x.shape[1] if spatial else x.shape[1:].numel()), mean
     if spatial:
-        variance, mean = torch.var_mean(x, (2, 3))
+        variance, mean = var_mean(x)
         features = variance.sqrt()
     else:
-        mean, features = none, x.flatten(1)
+        mean, features = none, wide(x).flatten(1)
     centred = features - features.mean(1, keepdim=True)
     norm = centred.norm(dim=1, keepdim=True)
     varies = norm > eps * features.norm(dim=1, keepdim=True)
