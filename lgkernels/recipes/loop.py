@@ -15,7 +15,7 @@ RECALIBRATION_BATCHES = 50
 
 # The paper's for its optimizer. Of 1e-3, 2e-3 and 5e-3, 5e-3 also served BP best (SmallConv, embedded data set).
 LEARNING_RATES = {"adamw-schedule-free": 5e-3, "adamw": 1e-3, "adam": 1e-3, "sgd": 0.05}
-TUNING_RATE = 0.01  # sgd, from given weights
+TUNING_RATE = 3e-3  # sgd, from given weights
 
 
 class Interrupted(Exception):
@@ -35,8 +35,8 @@ def optimizer_factory(name, lr):
 def learning_rate(settings, rule):
     """The given learning rate of `rule`, or the default for it under this optimizer."""
     given = settings["bp_lr"] if tuning.is_bp(rule) else settings["lr"]
-    if given is None and settings["optimizer"] == "sgd" and tuning.applies(settings, rule):
-        return TUNING_RATE
+    if given is None and tuning.applies(settings, rule):
+        given = settings["lr"] or (TUNING_RATE if settings["optimizer"] == "sgd" else None)
     return LEARNING_RATES[settings["optimizer"]] if given is None else given
 
 

@@ -15,12 +15,20 @@ from . import checkpoint, data, instruments, loop, measure, models, networks, re
 
 DEFAULTS = {
     "rule": "lls", "compare": [], "model": "smallconv", "data": "fashion-mnist", "data_dir": None,
-    "augment": None, "image_size": None, "epochs": 10, "batch_size": 128, "lr": None, "bp_lr": None, "optimizer": None,
+    "augment": None, "image_size": None, "epochs": 10, "batch_size": 128, "lr": None, "bp_lr": None,
+    "optimizer": "adamw-schedule-free",
     "seed": 0, "threads": None, "device": None, "amp": "none", "limit": None,
     # of the rules that tune unit by unit
     "pretrain": 0, "weights": None, "adapter": None, "units": 4, "overlap": 1, "contrast": "nt-xent",
     "batch_norm": None, "offset_batch": 320, "offset_chunk": None, "period": None, "first_period": None,
     "local_scale": 1.0, "offset_scale": "1", "offset_growth": None,
+}
+_BPM = {"augment": "none", "image_size": 224, "epochs": 30, "batch_size": 64, "lr": 1e-3, "optimizer": "sgd",
+        "offset_batch": 320, "offset_chunk": 8}
+PRESETS = {  # the set-ups of "BP-modified local loss" (Ren, Li 2025); units and overlap are not in its text
+    "bpm-resnet50": {**_BPM, "model": "resnet50"},
+    "bpm-resnet50-lokr": {**_BPM, "model": "resnet50", "adapter": "lokr"},
+    "bpm-vit-b-16-lora": {**_BPM, "model": "vit-b-16", "adapter": "lora"},
 }
 CHANGEABLE = ("epochs", "threads")  # what a resumed run may set anew
 NEEDED = ("tqdm", "matplotlib", "safetensors", "schedulefree")
@@ -42,6 +50,7 @@ def add_arguments(parser):
            f"with -bpm after the name; their rivals: {', '.join(tuning.RIVALS)}")
     option("--compare", "rules to train beside it on the same data, the same order of batches and epochs", nargs="*",
            metavar="RULE")
+    option("--preset", f"settings of a publication, which other options override: {', '.join(PRESETS)}")
     option("--model", f"network: {', '.join(models.MODELS)}; for rules without local heads also "
            f"{', '.join(models.NETWORKS)}")
     option("--data", f"data set: {', '.join(data.SOURCES)}; fashion-mnist without --data-dir is an embedded subset")
@@ -51,11 +60,10 @@ def add_arguments(parser):
     option("--image-size", "resize images to this height and width, after augmentation", type=int)
     option("--epochs", "passes over the training data", type=int)
     option("--batch-size", "samples in a step", type=int)
-    option("--lr", "learning rate of all rules but bp; default: 5e-3 with adamw-schedule-free (the LLS paper's), else "
-                   "the optimizer's usual one", type=float)
+    option("--lr", "learning rate of all rules but bp; default: 5e-3 with adamw-schedule-free (the LLS paper's), "
+                   f"{loop.TUNING_RATE:g} for the rules that tune unit by unit with sgd, else the optimizer's usual one", type=float)
     option("--bp-lr", "learning rate of back-propagation; default as --lr: 5e-3 was the best of 1e-3, 2e-3, 5e-3 for it too", type=float)
-    option("--optimizer", f"{', '.join(loop.LEARNING_RATES)}; default: adamw-schedule-free, for the rules that tune unit by "
-           "unit sgd with momentum 0.9")
+    option("--optimizer", f"{', '.join(loop.LEARNING_RATES)}; sgd, with momentum 0.9, for the rules that tune unit by unit")
     option("--seed", "of weights, order of batches and augmentation", type=int)
     option("--threads", "CPU threads; default: torch's", type=int)
     option("--device", "cpu, cuda, ...; default: cuda where there is one")
@@ -141,15 +149,18 @@ def _settings(given, out, name, resume):
                 raise UsageError(f"--{key.replace('_', '-')} {value} differs from the run's {stored.get(key)}: start a "
                                  "new run for it")
         return folder, {**DEFAULTS, **stored, **given}
+    preset = given.pop("preset", None)
+    if preset is not None:
+        _one_of("preset", preset, PRESETS)
+        given = {**PRESETS[preset], **given}
     settings = {**DEFAULTS, **given}
     if settings["device"] is None:
         settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if settings["augment"] is None:
         embedded = settings["data"] == "fashion-mnist" and settings["data_dir"] is None
         settings["augment"] = "none" if embedded else "basic"
-    if settings["optimizer"] is None:
-        tunes = any(tuning.applies(settings, rule) for rule in (settings["rule"], *settings["compare"]))
-        settings["optimizer"] = "sgd" if tunes else "adamw-schedule-free"
+    if "optimizer" not in given and any(tuning.applies(settings, r) for r in (settings["rule"], *settings["compare"])):
+        settings["optimizer"] = "sgd"
     settings["compare"] = [rule for rule in dict.fromkeys(settings["compare"]) if rule != settings["rule"]]
     if name is not None:
         if (out / name / "config.json").exists():

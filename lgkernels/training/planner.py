@@ -8,6 +8,9 @@ from . import partition
 from .attention import KINDS, counted_attention
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "B": 1}
+# rows a unit trains on for each sample, and work: local classifiers and predsim; LoCo and GIM on two views;
+# Forward-Forward on a right and a wrong label, and a forward pass without
+RULES = {"local": (1, 1.0), "two views": (2, 2.0), "forward-forward": (2, 7 / 3)}
 
 
 def parse_memory(text):
@@ -60,7 +63,7 @@ def _bytes(tensors):
 def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, None), offset_batch=320,
          period_samples=50_000, attention="flash"):
     """Peak memory of the ways to train `model` on `input`: back-propagation, with accumulation, with checkpointing, and
-    local units, plain and BP-modified.
+    local units by the rules of `RULES`, plain and BP-modified.
 
     Counts saved bytes (distinct storages that autograd keeps, without weights), weights, gradients, optimizer state and
     offsets. Not counted: workspaces of libraries, the allocator's slack, short-lived temporaries, and the local losses'
@@ -81,7 +84,7 @@ def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, N
     Example:
         >>> import torch, lgkernels
         >>> model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(8)))
-        >>> table = lgkernels.plan(model, (32, 64), "300kB")
+        >>> table = lgkernels.plan(model, (32, 64), "295kB")
         >>> [row.name for row in table.rows if row.fits]
         ['local, 8 units']
     """
@@ -116,15 +119,18 @@ def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, N
         add("BP, checkpointed", sum(outputs) + max(a - b for a, b in zip(each, outputs)), fixed + gradient, 4 / 3, "exact")
         for count in dict.fromkeys(min(u or len(parts), len(parts)) for u in units):
             blocks = partition.split_blocks(model, count, input=x)
-            largest = max(partition.unit_bytes(blocks, x))
+            unit = max(partition.unit_bytes(blocks, x))
             own = max(_bytes(p for p in block.parameters() if p.requires_grad) for block in blocks)
-            add(f"local, {count} units", largest, fixed + own, 1.0, "local losses")
-            chunk = min(bp_chunk(batch, total, largest), batch)
-            refresh = partition.saved_bytes(parts, torch.empty_like(x[:chunk]))[0]
-            # while it refreshes, the offset is the only gradient
-            peak = max(largest + own, refresh)
-            add(f"BP-modified, {count} units", peak - own, fixed + gradient + own, 1 + 2 * offset_batch / period_samples,
-                f"local losses, offset by BP ({chunk} at a time)")
+            for rule, (rows, work) in RULES.items():
+                largest = rows * unit
+                add(f"{rule}, {count} units", largest, fixed + own, work, "local losses")
+                chunk = min(bp_chunk(batch, total, largest), batch)
+                refresh = partition.saved_bytes(parts, torch.empty_like(x[:chunk]))[0]
+                # while it refreshes, the offset is the only gradient
+                peak = max(largest + own, refresh)
+                add("BP-modified" + ("" if rule == "local" else f" {rule}") + f", {count} units", peak - own,
+                    fixed + gradient + own, work + offset_batch / period_samples * (1 + work),
+                    f"local losses, offset by BP ({chunk} at a time)")
     return result
 
 

@@ -4,7 +4,10 @@ import torch
 from torch import nn
 
 import lgkernels
+from lgkernels.__main__ import main
 from lgkernels.core import optional
+from lgkernels.recipes import networks, tuning
+from lgkernels.recipes.measure import peak_memory
 from lgkernels.training import partition, planner, split_blocks
 from lgkernels.training.attention import counted_attention
 from tests.ops.lls_problems import randn
@@ -83,16 +86,18 @@ def test_the_plan_of_a_resnet(models, image):
     close(rows["BP-modified, 18 units"].peak / 1e6, 1182)
     assert not rows["BP"].fits and rows["BP-modified, 4 units"].fits
     assert rows["BP-modified, 4 units"].compute == pytest.approx(1.013, abs=1e-3)
+    close(rows["two views, 18 units"].activations / 1e6, 2 * 873)
+    assert rows["BP-modified forward-forward, 4 units"].compute == pytest.approx(7 / 3 + 320 / 50_000 * 10 / 3, abs=1e-3)
 
 
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("name", ["resnet", "vit"])
-def test_the_plan_is_what_a_step_takes(models, name):
+def test_the_plan_is_what_a_step_takes(name):
     """Within 5 % of the measured peak of a real step of back-propagation on a CPU."""
-    from lgkernels.recipes.measure import peak_memory
     torch.manual_seed(0)
-    model, shape = ((models.resnet18(num_classes=10), (16, 3, 128, 128)) if name == "resnet" else
-                    (models.VisionTransformer(64, 8, 6, 4, 128, 512, num_classes=10), (64, 3, 64, 64)))
+    parts, shape = ((networks.resnet18(3, 10), (16, 3, 96, 96)) if name == "resnet" else
+                    (networks.vit(3, 10, image=64, patch=8, dim=128, depth=4, heads=4), (64, 3, 64, 64)))
+    model = nn.Sequential(*parts)
     x, y = randn(*shape), torch.arange(shape[0]) % 10
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
 
@@ -108,8 +113,26 @@ def test_the_plan_is_what_a_step_takes(models, name):
     assert abs(predicted - measured) <= 0.05 * measured, f"{predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f}"
 
 
+def test_our_resnet50_is_the_tables(image):
+    """The recipe's network keeps what torchvision's does; needs no torchvision."""
+    with torch.device("meta"):
+        model = tuning.network("resnet50", 3, 100)
+    total, units = megabytes(model, split_blocks(model, list(range(2, 17))), image)
+    close(total, 5498)
+    assert len(units) == 16
+    close(max(megabytes(model, split_blocks(model, 17, input=image), image)[1]), 873)
+    close(max(megabytes(model, split_blocks(model, 4, input=image), image)[1]), 1696)
+
+
+def test_without_torchvision(monkeypatch, capsys):
+    def missing():
+        raise ImportError("No module named 'torchvision'")
+    monkeypatch.setattr(optional, "torchvision", missing)
+    assert main(["plan", "--model", "resnet50"]) == 1
+    assert "plan --model needs torchvision, which is not here (No module named 'torchvision')" in capsys.readouterr().out
+
+
 def test_the_plan_command(models, capsys, tmp_path):
-    from lgkernels.__main__ import main
     pytest.importorskip("matplotlib")
     chart = tmp_path / "plan.svg"
     assert main(["plan", "--model", "resnet18", "--batch", "8", "--image", "64", "--memory", "100MB", "--plot",
