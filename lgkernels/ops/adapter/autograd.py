@@ -1,4 +1,6 @@
 """autograd entries of the family adapter: factorised forward and backward; nothing the size of the weight is built."""
+import contextlib
+
 import torch
 
 from ...core.guard import first_order_only
@@ -7,11 +9,19 @@ from . import op  # noqa: F401  registers the ops
 _ops = torch.ops.lgkernels
 
 
+_has_autocast = torch.amp.is_autocast_available  # the meta device, where memory is planned, has none
+
+
+def _without_autocast(x):
+    return torch.autocast(x.device.type, enabled=False) if _has_autocast(x.device.type) else contextlib.nullcontext()
+
+
 def _uniform(x, *tensors):
     """All in x's dtype, or in autocast's: what a matrix product wants."""
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if _has_autocast(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     return [t if t is None else t.to(dtype) for t in (x, *tensors)]
 
 
@@ -39,7 +49,7 @@ class _Adapter(torch.autograd.Function):
 
 def _linear(name, x, weight, bias, factors, scale, impl):
     x, weight, bias, *factors = _uniform(x, weight, bias, *factors)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         y = _Adapter.apply(name, (), scale, impl, x.reshape(-1, x.shape[-1]), weight, bias, *factors)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -54,5 +64,5 @@ def lokr_linear(x, weight, bias, w1, a, b, scale, impl):
 
 def lokr_conv2d(x, weight, bias, stride, padding, dilation, groups, w1, a, b, scale, impl):
     x, weight, bias, *factors = _uniform(x, weight, bias, w1, a, b)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         return _Adapter.apply("lokr_conv2d", (stride, padding, dilation, groups), scale, impl, x, weight, bias, *factors)
