@@ -243,6 +243,7 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
         local_scale (float): lambda, factor of the local gradient.
         offset_scale (float): alpha, factor of the offset.
         bp_coef, local_coef (float): of the two gradients in the offset; ``local_coef`` None: ``local_scale``.
+        offset_dtype (torch.dtype, optional): ``torch.bfloat16`` halves the offsets' memory; default: the parameter's.
 
     The offset enters before momentum: it is the gradient of the linear tilt <offset, w>. Before the first
     ``refresh`` there is none. Offsets are in ``state_dict``. A step is one pass over all tensors of a group, and checks
@@ -263,7 +264,10 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, momentum=0, weight_decay=0, *, local_scale=1.0, offset_scale=1.0, bp_coef=1.0,
-                 local_coef=None):
+                 local_coef=None, offset_dtype=None):
+        if offset_dtype not in (None, torch.bfloat16):
+            raise TypeError(f"offset_dtype must be torch.bfloat16 or None, got {offset_dtype}")
+        self.offset_dtype = offset_dtype
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
@@ -277,7 +281,13 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
         if offset is None:
             self.state[p].pop("offset", None)
         else:
-            self.state[p]["offset"] = offset
+            self.state[p]["offset"] = offset if self.offset_dtype is None else offset.to(self.offset_dtype)
+
+    def load_state_dict(self, state_dict):
+        """As torch's. Offsets become ``offset_dtype``, if there is one."""
+        super().load_state_dict(state_dict)
+        for p in self.state:  # torch has cast them to the parameter's dtype
+            self._set_offset(p, self._offset(p))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -286,49 +296,48 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        for i, (_, params) in enumerate(groups):  # all of them, before any of them changes
-            self._check(i, params)
-        for group, params in groups:
-            for members in self._alike(params):
-                self._step(group, members)
+        work = []
+        for i, group in enumerate(self.param_groups):
+            kinds = {}  # by device, and by whether the kernels take them
+            for p in group["params"]:
+                grad = p.grad
+                if grad is not None:
+                    state = self.state[p]
+                    self._check(i, p, grad, state)
+                    kinds.setdefault((p.device, p.dtype == torch.float32), []).append((p, grad, state))
+            work += [(group, members) for members in kinds.values()]
+        for group, members in work:  # all were checked before any of them changes
+            self._step(group, members)
         return loss
 
-    def _check(self, index, params):
-        for p in params:
-            grad, offset = p.grad, self._offset(p)
-            if grad.layout != torch.strided:
-                raise TypeError(f"param_groups[{index}]: a gradient is sparse ({grad.layout}); OffsetSGD takes dense "
-                                "gradients: make the layer's gradient dense (sparse=False)")
-            if offset is None:
+    @staticmethod
+    def _check(index, p, grad, state):
+        if grad.layout != torch.strided:
+            raise TypeError(f"param_groups[{index}]: a gradient is sparse ({grad.layout}); OffsetSGD takes dense "
+                            "gradients: make the layer's gradient dense (sparse=False)")
+        for name in ("offset", "momentum_buffer"):
+            value = state.get(name)
+            if value is None:
                 continue
-            if offset.shape != p.shape or offset.device != p.device:
-                raise ValueError(f"param_groups[{index}]: an offset must have its parameter's shape {tuple(p.shape)} and "
-                                 f"device {p.device}, got {tuple(offset.shape)} on {offset.device}; refresh makes it")
-            if offset.dtype not in (p.dtype, torch.bfloat16):
-                raise TypeError(f"param_groups[{index}]: an offset must be {p.dtype} like its parameter, or bfloat16, "
-                                f"got {offset.dtype}")
+            if value.shape != p.shape or value.device != p.device:
+                raise ValueError(f"param_groups[{index}]: a state's {name} must have its parameter's shape "
+                                 f"{tuple(p.shape)} and device {p.device}, got {tuple(value.shape)} on {value.device}: "
+                                 "load a state_dict of this model")
+            if value.dtype != p.dtype and (name == "momentum_buffer" or value.dtype != torch.bfloat16):
+                raise TypeError(f"param_groups[{index}]: a state's {name} must be {p.dtype} like its parameter, got "
+                                f"{value.dtype} (an offset may be bfloat16)")
 
     @staticmethod
-    def _alike(params):
-        """The parameters by device, and by whether the kernels take them."""
-        kinds = {}
-        for p in params:
-            kinds.setdefault((p.device, p.dtype == torch.float32), []).append(p)
-        return kinds.values()
-
-    def _step(self, group, params):
-        buffers = []
+    def _step(group, members):
+        params, grads, states = map(list, zip(*members))
+        buffers, none = [], params[0].new_empty(0)
         if group["momentum"]:
-            for p in params:
-                state = self.state[p]
+            for p, state in zip(params, states):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffers.append(state["momentum_buffer"])
-        offsets = [self._offset(p) for p in params]
-        none = params[0].new_empty(0)
         torch.ops.lgkernels.offset_sgd_(
-            params, [p.grad for p in params], buffers, [none if o is None else o for o in offsets], float(group["lr"]),
+            params, grads, buffers, [state.get("offset", none) for state in states], float(group["lr"]),
             float(group["momentum"]), float(group["weight_decay"]), float(group["local_scale"]),
             float(group["offset_scale"]), 1.0, "auto")
 

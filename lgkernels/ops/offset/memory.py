@@ -6,6 +6,8 @@ import torch
 
 def _dense(tensor):
     """Whether the elements fill their memory, in whichever order."""
+    if tensor.is_contiguous():
+        return True
     size = 1
     for stride, count in sorted(zip(tensor.stride(), tensor.shape)):
         if count != 1 and stride != size:
@@ -16,7 +18,7 @@ def _dense(tensor):
 
 def _like(param, value):
     """`value` with the parameter's strides: itself, or a copy."""
-    if value is None or value.stride() == param.stride() or param.is_contiguous() and value.is_contiguous():
+    if value is None or param.is_contiguous() and value.is_contiguous() or value.stride() == param.stride():
         return value
     return torch.empty_strided(param.shape, param.stride(), dtype=value.dtype, device=value.device).copy_(value)
 
