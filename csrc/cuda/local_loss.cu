@@ -239,7 +239,8 @@ struct Layout {
 };
 
 constexpr int64_t kBlocks = 2048;                             // fill a large GPU a few times
-constexpr int64_t kSplit = int64_t{kThreads} * kLoads * 8;   // smallest part, in elements: whole vectors of each dtype
+constexpr int64_t kTiles = 256;
+constexpr int64_t kSplit = int64_t{kThreads} * kLoads * 8;    // smallest part, in elements: whole vectors of each dtype
 
 Layout layout(const Planes& s, int vector, bool may_split) {
   const int64_t vectors = ceil_div<int64_t>(s.positions, vector);
@@ -269,8 +270,12 @@ struct Tiles {
 };
 
 Tiles tiles(const Planes& s, int vector) {
-  const int lanes = power_of_two_from(ceil_div(s.channels, vector), kTileLanes);
-  return Tiles{lanes, ceil_div(s.channels, lanes * vector)};
+  const int64_t samples = s.planes / s.channels;
+  Tiles t{power_of_two_from(ceil_div(s.channels, vector), kTileLanes), 0};
+  // Narrower tiles, down to a sector of memory, where there are too few for a large GPU.
+  while (t.lanes > 2 && samples * ceil_div(s.channels, t.lanes * vector) < kTiles) t.lanes /= 2;
+  t.count = ceil_div(s.channels, t.lanes * vector);
+  return t;
 }
 
 template <typename T, typename Statistic>

@@ -231,7 +231,7 @@ def _local_rows(sizes, dtype, arch):
 def _offset_sgd(sizes, dtype, arch):
     """PARTS blocks of BLOCK elements a program: five streams of 16-byte loads."""
     if arch == "interpret":
-        return {"BLOCK": min(max(sizes[0], 4), 1 << 16), "PARTS": 1, "num_warps": 1}
+        return {"BLOCK": min(sizes[0], 1 << 13), "PARTS": 1, "num_warps": 1}
     return {"BLOCK": 2048, "PARTS": 4, "num_warps": 8}
 
 

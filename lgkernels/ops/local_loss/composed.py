@@ -55,7 +55,7 @@ def similarity(deviation, normalize, match, rows_grad, x, target, num_classes, u
     rows, norms = normalize(std if spatial else x.flatten(1).contiguous())
     if len(rows) > rows.shape[1]:  # pairs of features
         factor = 1.0
-        loss, grad = reference._match(rows, target, num_classes, compute_grad, True)
+        loss, grad = reference.match(rows, target, num_classes, compute_grad, True)
     else:
         factor = 4 / len(rows)**2
         products = rows @ rows.t()

@@ -116,7 +116,7 @@ def _class_sums(rows, target, num_classes):
     return sums.index_put_((target,), rows, accumulate=True)  # sorted on a GPU: the same sum every time
 
 
-def _match(rows, target, num_classes, compute_grad, gram):
+def match(rows, target, num_classes, compute_grad, gram):
     """mean_ij (<x_i, x_j> - Ry_ij)^2 and its gradient to the rows; pairs of rows, or pairs of features (`gram`)."""
     batch, (same, other) = len(rows), label_similarity(num_classes)
     if not gram:
@@ -128,7 +128,7 @@ def _match(rows, target, num_classes, compute_grad, gram):
     product = rows.t() @ rows
     sums = _class_sums(rows, target, num_classes)
     total = rows.sum(0)
-    counts = torch.bincount(target, minlength=num_classes).to(rows.dtype)
+    counts = _class_sums(rows.new_ones(batch, 1), target, num_classes)  # bincount would wait for the device
     equal = counts.square().sum()
     # sum_ij Ry_ij <x_i, x_j> = (same - other) sum_k |m_k|^2 + other |m|^2, m_k the sum over class k
     cross = (same - other) * sums.square().sum() + other * total.square().sum()
@@ -168,7 +168,7 @@ def similarity(x, target, num_classes, use_std, compute_grad, gram=None, var_mea
     inverse = torch.where(varies, 1 / (EPS_NORM + norm), 0)
     rows = centred * inverse
     gram = len(rows) > rows.shape[1] if gram is None else gram
-    loss, grad = _match(rows, target, num_classes, compute_grad, gram)
+    loss, grad = match(rows, target, num_classes, compute_grad, gram)
     if not compute_grad:
         return loss, none, none.clone()
     along = (grad * rows).sum(1, keepdim=True)
