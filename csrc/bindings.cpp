@@ -8,6 +8,7 @@
 #include "lgk/dtypes.h"
 #include "lgk/feedback_cpu.h"
 #include "lgk/lls_cpu.h"
+#include "lgk/local_loss_cpu.h"
 
 namespace py = pybind11;
 
@@ -212,6 +213,51 @@ void bind_feedback(py::module_& m) {
   }, Release());
 }
 
+void bind_local_loss(py::module_& m) {
+  using lgk::FeatureMap;
+  using lgk::local_loss_kernels;
+  py::class_<FeatureMap>(m, "FeatureMap")
+      .def(py::init([](Address data, int64_t batch, int64_t channels, int64_t positions, int64_t batch_stride,
+                       bool channels_last, int dtype) {
+        return FeatureMap{at<void>(data), batch, channels, positions, batch_stride, channels_last, dtype};
+      }));
+  m.def("local_moments", [](const FeatureMap& x, Address mean, Address var, int threads) {
+    raise_for(local_loss_kernels().moments(x, at<float>(mean), at<float>(var), threads));
+  }, Release());
+  m.def("local_scale_shifted", [](const FeatureMap& x, Address shift, Address scale, Address out, int threads) {
+    raise_for(local_loss_kernels().scale_shifted(x, at<float>(shift), at<float>(scale), at<void>(out), threads));
+  }, Release());
+  m.def("local_logit_loss", [](int64_t batch, int64_t classes, Address logits, Address target, float smoothing,
+                               double divisor, bool none, Address loss, Address grad, int threads) {
+    raise_for(local_loss_kernels().logit_loss(batch, classes, at<float>(logits), at<int64_t>(target), smoothing,
+                                              divisor, none, at<float>(loss), at<float>(grad), threads));
+  }, Release());
+  m.def("local_goodness", [](Address data, int64_t batch, int64_t size, int dtype, Address is_positive,
+                             double threshold, double factor, Address loss, Address kappa, Address squares,
+                             int threads) {
+    const lgk::Goodness goodness{at<void>(data), batch, size, dtype, at<bool>(is_positive), threshold, factor,
+                                 at<float>(loss), at<float>(kappa), at<float>(squares)};
+    raise_for(local_loss_kernels().goodness(goodness, threads));
+  }, Release());
+  m.def("adapter_rank_one_sums", [](int64_t rows, int64_t size, Address x, Address vector, Address coefficient,
+                                    Address along, Address across, int threads) {
+    raise_for(local_loss_kernels().rank_one_sums(rows, size, at<float>(x), at<float>(vector), at<float>(coefficient),
+                                                 at<float>(along), at<float>(across), threads));
+  }, Release());
+  m.def("adapter_add_outer", [](int64_t rows, int64_t size, Address coefficient, Address vector, float scale,
+                                Address y, int threads) {
+    raise_for(local_loss_kernels().add_outer(rows, size, at<float>(coefficient), at<float>(vector), scale,
+                                             at<float>(y), threads));
+  }, Release());
+  // `table`: (count, 6) int64, the fields of lgk::OffsetTensor
+  m.def("offset_sgd", [](Address table, int64_t count, float rate, float momentum, float decay, float scale,
+                         float tilt, int threads) {
+    static_assert(sizeof(lgk::OffsetTensor) == 6 * sizeof(int64_t), "the table's rows");
+    const lgk::OffsetStep step{rate, momentum, decay, scale, tilt};
+    raise_for(local_loss_kernels().offset_sgd(at<lgk::OffsetTensor>(table), count, step, threads));
+  }, Release());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -227,4 +273,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
   bind_lls(m);
   bind_feedback(m);
+  bind_local_loss(m);
 }

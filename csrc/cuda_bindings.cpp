@@ -8,10 +8,13 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "lgk/feedback_cuda.h"
 #include "lgk/launch.h"
 #include "lgk/lls_cuda.h"
+#include "lgk/local_loss_cuda.h"
+#include "lgk/offset_cuda.h"
 
 namespace py = pybind11;
 
@@ -75,6 +78,66 @@ void bind_feedback(py::module_& m) {
                                     shape[1], shape[2], operand(grad), operand(x), pointer<void>(std::get<0>(weight)),
                                     std::get<1>(weight), std::get<2>(weight), pointer<void>(std::get<0>(velocity)),
                                     std::get<1>(velocity), std::get<2>(velocity), pointer<void>(stream));
+  });
+}
+
+// (planes, positions, channels, dtype code)
+lgk::Planes planes(const std::array<int64_t, 4>& v) {
+  return {v[0], v[1], static_cast<int>(v[2]), static_cast<int>(v[3])};
+}
+
+void bind_local_loss(py::module_& m) {
+  using Shape4 = std::array<int64_t, 4>;
+  m.def("local_loss_moments", [](Shape4 shape, Address x, Address mean, Address deviation, Address stream) {
+    return lgk::local_loss_moments(planes(shape), pointer<void>(x), floats(mean), floats(deviation),
+                                   pointer<void>(stream));
+  });
+  m.def("local_loss_goodness_splits", [](Shape4 shape) { return lgk::local_loss_goodness_splits(planes(shape)); });
+  m.def("local_loss_goodness", [](Shape4 shape, Address x, Address is_positive, float threshold, float factor,
+                                  Address partial, Address squares, Address kappa, Address loss, Address stream) {
+    return lgk::local_loss_goodness(planes(shape), pointer<void>(x), pointer<uint8_t>(is_positive), threshold, factor,
+                                    floats(partial), floats(squares), floats(kappa), floats(loss),
+                                    pointer<void>(stream));
+  });
+  m.def("local_loss_scale", [](Shape4 shape, Address x, Address mean, Address factor, Address scale, Address out,
+                               Address stream) {
+    return lgk::local_loss_scale(planes(shape), pointer<void>(x), floats(mean), floats(factor), floats(scale),
+                                 pointer<void>(out), pointer<void>(stream));
+  });
+  m.def("local_loss_cross_entropy", [](int64_t batch, int64_t classes, float label_smoothing, float grad_scale,
+                                       bool compute_grad, Address target, Address logits, Address losses,
+                                       Address stream) {
+    return lgk::local_loss_cross_entropy(batch, classes, label_smoothing, grad_scale, compute_grad,
+                                         pointer<int64_t>(target), floats(logits), floats(losses),
+                                         pointer<void>(stream));
+  });
+  m.def("local_loss_normalize_rows", [](int64_t batch, int64_t features, int dtype, Address x, Address rows,
+                                        Address norms, Address stream) {
+    return lgk::local_loss_normalize_rows(batch, features, dtype, pointer<void>(x), floats(rows), floats(norms),
+                                          pointer<void>(stream));
+  });
+  m.def("local_loss_match_rows", [](int64_t batch, float same, float other, Address target, Address products,
+                                    Address losses, Address stream) {
+    return lgk::local_loss_match_rows(batch, same, other, pointer<int64_t>(target), floats(products), floats(losses),
+                                      pointer<void>(stream));
+  });
+  m.def("local_loss_rows_grad", [](std::array<int64_t, 3> shape, float factor, Address grad, Address rows,
+                                   Address norms, Address deviation, Address mean, Address out, Address stream) {
+    return lgk::local_loss_rows_grad(shape[0], shape[1], shape[2], factor, floats(grad), floats(rows), floats(norms),
+                                     floats(deviation), floats(mean), floats(out), pointer<void>(stream));
+  });
+}
+
+void bind_offset(py::module_& m) {
+  // tensors: (weight, grad, velocity, offset, size, dtype code of the offset) each
+  m.def("offset_sgd", [](std::array<float, 5> step, const std::vector<std::array<int64_t, 6>>& tensors,
+                         Address stream) {
+    std::vector<lgk::OffsetEntry> table;
+    table.reserve(tensors.size());
+    for (const auto& t : tensors)
+      table.push_back({floats(t[0]), floats(t[1]), floats(t[2]), pointer<void>(t[3]), t[4], static_cast<int>(t[5])});
+    return lgk::offset_sgd({step[0], step[1], step[2], step[3], step[4]}, table.data(),
+                           static_cast<int64_t>(table.size()), pointer<void>(stream));
   });
 }
 
@@ -151,4 +214,6 @@ void bind_cuda(py::module_& m) {
   });
 
   bind_feedback(m);
+  bind_local_loss(m);
+  bind_offset(m);
 }

@@ -13,8 +13,10 @@ def __getattr__(name):
         return importlib.import_module(f"lgkernels.{name}")
     if name in _FROM_NN:
         return getattr(importlib.import_module("lgkernels.nn"), name)
+    if name == "plan":
+        return importlib.import_module("lgkernels.training.planner").plan
     raise AttributeError(f"module 'lgkernels' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted([*globals(), *_SUBMODULES, *_FROM_NN])
+    return sorted([*globals(), *_SUBMODULES, *_FROM_NN, "plan"])

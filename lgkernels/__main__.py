@@ -9,6 +9,7 @@ import lgkernels
 # name -> (module with add_arguments(parser) and main(arguments) -> exit code, one line of help)
 COMMANDS = {
     "info": ("lgkernels.core.diagnostics", "versions, devices, and what each op would use here and why"),
+    "plan": ("lgkernels.training.planner", "which ways of training a model fit into a given memory"),
     "train": ("lgkernels.recipes.train", "train a network with a local rule, beside back-propagation"),
 }
 

@@ -70,8 +70,8 @@ def between(name, value, low, high):
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
 
 
-def class_indices(name, value, num_classes, ignore_index):
-    """Range check of class indices; reads the tensor, so callers run it on CPU tensors (or under LGKERNELS_CHECK=1)."""
+def class_indices(name, value, num_classes, ignore_index=None):
+    """Range check of class indices (`ignore_index` allowed, where there is one); reads the tensor, so callers run it on CPU tensors (or under LGKERNELS_CHECK=1)."""
     if value.numel() == 0:
         return
     if value.device.type == "cpu":

@@ -198,6 +198,43 @@ def _feedback_sum(sizes, dtype, arch):
     return {"BLOCK": min(sizes[0], 1 << 16) if arch == "interpret" else 512, "num_warps": 4}
 
 
+def _local_map(sizes, dtype, arch, per_thread=16):
+    """Tile (positions, planes) of a pass over a feature map; with the channels last 128 bytes of them a position, which
+    leaves programs enough for a sample's channels."""
+    positions, planes, channels_last = sizes
+    if arch == "interpret":
+        block_p = min(positions, 1 << 12)
+        return {"BLOCK_P": block_p, "BLOCK_C": min(planes, (1 << 14) // block_p), "num_warps": 1}
+    if channels_last:
+        block_c = min(planes, 128 // dtype.itemsize)
+        block_p = min(positions, _TILES[arch] // block_c)
+    else:
+        block_p = min(positions, 512)
+        block_c = min(planes, _TILES[arch] // block_p)
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": max(block_p * block_c // (32 * per_thread), 1)}
+
+
+def _local_deviation(sizes, dtype, arch):
+    """Each value of a thread has a mean and a sum of squares of its own."""
+    return _local_map(sizes, dtype, arch, per_thread=8)
+
+
+def _local_rows(sizes, dtype, arch):
+    """Whole rows a program, a tile of columns at a time."""
+    rows, columns = sizes
+    if arch == "interpret":
+        return {"BLOCK_B": min(rows, 128), "BLOCK_F": min(columns, 4096), "num_warps": 1}
+    block_f = min(columns, 1024)
+    return {"BLOCK_B": 1, "BLOCK_F": block_f, "num_warps": max(block_f // 256, 1)}
+
+
+def _offset_sgd(sizes, dtype, arch):
+    """PARTS blocks of BLOCK elements a program: five streams of 16-byte loads."""
+    if arch == "interpret":
+        return {"BLOCK": min(sizes[0], 1 << 13), "PARTS": 1, "num_warps": 1}
+    return {"BLOCK": 2048, "PARTS": 4, "num_warps": 8}
+
+
 _SELECT = {
     "norm_act_pool": _tile, "grad_preactivation": _tile, "expand_grad": _tile, "batch_stats": _moments,
     "linear_pool": _rows, "linear_expand": _rows, "linear_grad": _rows,
@@ -206,6 +243,8 @@ _SELECT = {
     "feedback_update": _feedback_update,
     "latent_grad": _latent_grad, "modulation_grad": _modulation_grad, "norm_grads": _norm_grads,
     "finish_head": _finish_head,
+    "local_sums": _local_map, "local_scale": _local_map, "local_deviation": _local_deviation,
+    "local_rows": _local_rows, "offset_sgd": _offset_sgd,
 }
 
 

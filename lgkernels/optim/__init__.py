@@ -1,5 +1,7 @@
-"""Optimizers for rules that carry signs, and a linear layer's step fused into its weight gradient."""
+"""Optimizers for rules that carry signs or offsets, and a linear layer's step fused into its weight gradient."""
 from .fused import FusedUpdate, fuse_update
 from .manhattan import BatchManhattan
+from .offset import OffsetOptimizer, OffsetSGD, refresh_due, refresh_offsets
 
-__all__ = ["BatchManhattan", "FusedUpdate", "fuse_update"]
+__all__ = ["BatchManhattan", "FusedUpdate", "OffsetOptimizer", "OffsetSGD", "fuse_update", "refresh_due",
+           "refresh_offsets"]

@@ -25,7 +25,7 @@ def center_crop(images, size):
 
 def random_flip(images, generator):
     """Mirrors each image left to right with probability 1/2."""
-    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    mirrored = (torch.rand(len(images), generator=generator) < 0.5).to(images.device)
     return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from . import augment, readers
 from .readers import DataError
@@ -49,13 +50,19 @@ class Dataset:
             batch = augment.random_crop(batch, recipe.size, recipe.crop, generator)
         if recipe.flip:
             batch = augment.random_flip(batch, generator)
-        batch = self._normalize(batch)
+        batch = self._resized(self._normalize(batch))
         return augment.random_erase(batch, recipe.erase, generator) if recipe.erase else batch, labels[indices]
 
     def test_batches(self, batch_size):
         images, labels = self.test
         for indices in torch.arange(len(labels)).split(batch_size):
-            yield self._normalize(augment.center_crop(images[indices], self.recipe.size)), labels[indices]
+            yield (self._resized(self._normalize(augment.center_crop(images[indices], self.recipe.size))),
+                   labels[indices])
+
+    def _resized(self, batch):
+        if batch.shape[-1] == self.image_size:
+            return batch
+        return F.interpolate(batch, size=(self.image_size,) * 2, mode="bilinear", antialias=True)
 
     def _normalize(self, batch):
         return batch.float().div_(255).sub_(self.mean).div_(self.std)

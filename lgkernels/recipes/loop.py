@@ -7,13 +7,15 @@ import time
 import torch
 import torch.nn.functional as F
 
-from ..training import BackpropTrainer, BlockwiseTrainer, DirectTrainer
-from . import checkpoint, instruments, models
+from ..optim import refresh_due
+from ..training import BackpropTrainer, BlockwiseTrainer, DirectTrainer, refresh_trainer
+from . import checkpoint, instruments, models, tuning
 
 RECALIBRATION_BATCHES = 50
 
 # The paper's for its optimizer. Of 1e-3, 2e-3 and 5e-3, 5e-3 also served BP best (SmallConv, embedded data set).
 LEARNING_RATES = {"adamw-schedule-free": 5e-3, "adamw": 1e-3, "adam": 1e-3, "sgd": 0.05}
+TUNING_RATE = 3e-3  # sgd, from given weights
 
 
 class Interrupted(Exception):
@@ -32,7 +34,9 @@ def optimizer_factory(name, lr):
 
 def learning_rate(settings, rule):
     """The given learning rate of `rule`, or the default for it under this optimizer."""
-    given = settings["bp_lr"] if rule == "bp" else settings["lr"]
+    given = settings["bp_lr"] if tuning.is_bp(rule) else settings["lr"]
+    if given is None and tuning.applies(settings, rule):
+        given = settings["lr"] or (TUNING_RATE if settings["optimizer"] == "sgd" else None)
     return LEARNING_RATES[settings["optimizer"]] if given is None else given
 
 
@@ -42,9 +46,13 @@ def seeded(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def make_trainer(settings, rule, dataset):
-    """The model of `settings` with freshly initialised weights, and its trainer."""
+def make_trainer(settings, rule, dataset, weights=None):
+    """The model of `settings` with freshly initialised weights (or `weights`, a state dict), and its trainer."""
     torch.manual_seed(settings["seed"])
+    if tuning.applies(settings, rule):
+        factory = optimizer_factory(settings["optimizer"], learning_rate(settings, rule))
+        scaler = torch.amp.GradScaler(settings["device"]) if settings["amp"] == "fp16" else None
+        return tuning.make_trainer(settings, rule, dataset, weights, factory, grad_scaler=scaler)
     blocks = models.build(settings["model"], rule, in_channels=dataset.channels, num_classes=dataset.classes,
                           seed=settings["seed"])
     blocks = [block.to(settings["device"]) for block in blocks]
@@ -71,10 +79,10 @@ def autocast(settings):
 class Run:
     """Trains `rule`; `state_dict` at any batch and `load_state_dict` later give the same run as without a break."""
 
-    def __init__(self, settings, rule, dataset, path):
+    def __init__(self, settings, rule, dataset, path, weights=None):
         self.settings, self.rule, self.dataset, self.path = settings, rule, dataset, path
         self.device = torch.device(settings["device"])
-        self.trainer = make_trainer(settings, rule, dataset)
+        self.trainer = make_trainer(settings, rule, dataset, weights)
         self.batches = len(dataset.train[1]) // settings["batch_size"]
         self.epoch = self.batch = 0
         self.history = []
@@ -82,7 +90,7 @@ class Run:
 
     def _reset(self):
         self.losses = self.correct = None
-        self.seconds = 0.0
+        self.seconds = self.refresh_seconds = 0.0
 
     @property
     def finished(self):
@@ -91,7 +99,7 @@ class Run:
     def state_dict(self):
         return {"rule": self.rule, "trainer": self.trainer.state_dict(), "epoch": self.epoch, "batch": self.batch,
                 "history": self.history, "losses": self.losses, "correct": self.correct, "seconds": self.seconds,
-                "rng": torch.get_rng_state()}
+                "refresh_seconds": self.refresh_seconds, "rng": torch.get_rng_state()}
 
     def load_state_dict(self, state):
         if state["rule"] != self.rule:
@@ -99,7 +107,7 @@ class Run:
         self.trainer.load_state_dict(state["trainer"])
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         self.losses, self.correct = (t if t is None else t.to(self.device) for t in (state["losses"], state["correct"]))
-        self.seconds = state["seconds"]
+        self.seconds, self.refresh_seconds = state["seconds"], state.get("refresh_seconds", 0.0)
         torch.set_rng_state(state["rng"])
 
     def save(self):
@@ -133,6 +141,9 @@ class Run:
         with progress(self) as bar:
             while self.batch < self.batches:
                 start = time.perf_counter()
+                if self.rule in tuning.MODIFIED and self._refresh_due():
+                    self.refresh(order, self.batch)
+                    self.refresh_seconds += time.perf_counter() - start
                 x, target = self.batch_at(order, self.batch)
                 with autocast(self.settings):
                     losses = self.trainer.step(x, target)
@@ -146,6 +157,24 @@ class Run:
                     self.save()
                     raise Interrupted
 
+    def _refresh_due(self):
+        first = self.settings["first_period"]
+        if first is None and self.settings["adapter"]:
+            first = min(50, self.batches)  # factors of 0 hide the others from the first refresh
+        return refresh_due(self.trainer.steps, self.settings["period"] or self.batches, first)
+
+    def refresh(self, order, start):
+        """Refresh the offsets on the epoch's batches from `start` on."""
+        count = -(-self.settings["offset_batch"] // self.settings["batch_size"])
+        batches = [self.batch_at(order, (start + i) % self.batches) for i in range(count)]
+        data = [torch.cat(tensors)[:self.settings["offset_batch"]] for tensors in zip(*batches)]
+        # float16 without its scaling would lose small gradients: rare enough a pass for float32
+        with contextlib.nullcontext() if self.settings["amp"] == "fp16" else autocast(self.settings):
+            refresh_trainer(self.trainer, data, bp_chunk=self.trainer.offset_chunk,
+                            local_chunk=self.settings["batch_size"],
+                            estimate_offset_scale=self.settings["offset_scale"] == "auto",
+                            max_growth=self.settings["offset_growth"])
+
     def live(self):
         """Training accuracy and loss of the classifier so far in this epoch (waits for the device)."""
         return self.correct.item() / (self.batch * self.settings["batch_size"]), self.losses[-1].item() / self.batch
@@ -155,10 +184,12 @@ class Run:
         accuracy, _ = self.live()
         record = {"rule": self.rule, "epoch": self.epoch + 1, "train_accuracy": accuracy,
                   "losses": [_finite(v) for v in (self.losses / self.batch).tolist()], "train_seconds": self.seconds}
+        if self.rule in tuning.MODIFIED:
+            record["refresh_seconds"] = self.refresh_seconds
         order = self._order("recalibrate")
         self.trainer.eval()
         with autocast(self.settings):
-            count = min(RECALIBRATION_BATCHES, self.batches)
+            count = 0 if tuning.frozen(self.settings) else min(RECALIBRATION_BATCHES, self.batches)
             self.trainer.bn_recalibrate(self.batch_at(order, i, "recalibrate") for i in range(count))
             correct, loss, seen = 0, 0.0, 0
             for x, target in self.dataset.test_batches(256):

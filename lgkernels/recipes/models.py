@@ -4,8 +4,7 @@
 batch normalisation, LeakyReLU(0.01). `pool` is P of the block's head, `hidden` the width of the control variants'
 heads before they are pooled to the size of the latents. Source: the authors' code (Apolinario, Roy, Roy, WACV 2025).
 
-`NETWORKS`, as functions, for the rules without local heads: those of the sign-symmetry paper (Xiao, Chen, Liao,
-Poggio, ICLR 2019).
+`NETWORKS`, as functions, for the rules without local heads: see `networks`.
 """
 import math
 from collections import namedtuple
@@ -15,6 +14,7 @@ from torch import nn
 
 from .. import nn as lnn
 from .heads import LocalClassifierHead, RandomBasisHead
+from .networks import NETWORKS
 
 Conv = namedtuple("Conv", "channels pool hidden stride max_pool", defaults=(2048, 1, False))
 Separable = namedtuple("Separable", "channels pool hidden stride", defaults=(2048, 1))
@@ -128,60 +128,6 @@ def separable(inputs, outputs, stride):
         nn.LeakyReLU(), nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.LeakyReLU())
 
 
-def alexnet(in_channels, num_classes):
-    """AlexNet of the sign-symmetry paper: batch normalisation before every ReLU, no bias before it, no dropout.
-
-    Images of 63 x 63 or more (the paper's: 224).
-    """
-    def layers(layer, pool=False):
-        width = layer.weight.shape[0]
-        norm = nn.BatchNorm2d(width) if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d(width)
-        return nn.Sequential(layer, norm, nn.ReLU(), *([nn.MaxPool2d(3, 2)] if pool else []))
-
-    return [layers(nn.Conv2d(in_channels, 64, 11, 4, 2, bias=False), pool=True),
-            layers(nn.Conv2d(64, 192, 5, padding=2, bias=False), pool=True),
-            layers(nn.Conv2d(192, 384, 3, padding=1, bias=False)),
-            layers(nn.Conv2d(384, 256, 3, padding=1, bias=False)),
-            layers(nn.Conv2d(256, 256, 3, padding=1, bias=False), pool=True), nn.AdaptiveAvgPool2d(6), nn.Flatten(),
-            layers(nn.Linear(256 * 36, 4096, bias=False)), layers(nn.Linear(4096, 4096, bias=False)),
-            nn.Linear(4096, num_classes)]
-
-
-class BasicBlock(nn.Module):
-    """ResNet's block of two 3x3 convolutions; one block too for the direct rules, skip included."""
-
-    def __init__(self, inputs, outputs, stride):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU()
-        self.downsample = None
-        if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
-
-
-def resnet18(in_channels, num_classes):
-    """ResNet-18 of the sign-symmetry paper: torchvision's first version, convolutions drawn from N(0, 2 / (k^2 O))."""
-    widths = (64, 64, 128, 128, 256, 256, 512, 512)
-    blocks = [nn.Sequential(nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-                            nn.MaxPool2d(3, 2, 1))]
-    for i, (inputs, outputs) in enumerate(zip((64, *widths), widths)):
-        blocks.append(BasicBlock(inputs, outputs, 2 if i in (2, 4, 6) else 1))
-    for block in blocks:
-        for module in block.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return [*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes)]
-
-
-NETWORKS = {"alexnet": alexnet, "resnet18": resnet18}
-SMALLEST_IMAGE = {"alexnet": 63}
-
-
 def reduced_rows(model, num_classes):
     """Basis rows of LLS-MxM-reduced."""
     return 100 if model == "mobilenetv1" and num_classes > 200 else MODELS[model].reduced_rows
@@ -241,7 +187,7 @@ def _macs_of_gradients(model, rule, in_channels, num_classes, image_size):
                 total += num_classes * math.prod(x.shape[1:])
     for layer, x, output in layers:
         if x.requires_grad:
-            total += layer.weight.numel() * (output[0, 0].numel() if output.dim() == 4 else 1)
+            total += layer.weight.numel() * (output[0].numel() // layer.weight.shape[0])
     return total
 
 

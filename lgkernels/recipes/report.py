@@ -51,13 +51,41 @@ def _quantity(value):
     return f"{value:.0f}"
 
 
+_COLUMNS = (
+    ("test accuracy", "test_accuracy", lambda v: f"{100 * v:.2f} %"),
+    ("ms/step", "ms_per_step", lambda v: f"{v:.1f}"),
+    ("samples/s", "samples_per_second", lambda v: f"{v:.0f}"),
+    ("step memory", "peak_step_bytes", lambda v: f"{v / 2**20:.1f} MiB"),
+    ("state", "state_bytes", lambda v: f"{v / 2**20:.1f} MiB"),
+    ("signal MACs/sample", "signal_macs", _quantity),
+    ("refresh", "refresh_overhead", lambda v: f"{100 * v:.1f} %"),
+    ("formula", "refresh_overhead_formula", lambda v: f"{100 * v:.1f} %"),
+    ("training", "train_seconds", lambda v: f"{v:.0f} s"),
+)
+_NOTES = {
+    "peak_step_bytes": "step memory: most that one step holds beyond parameters, optimizer state and input",
+    "signal_macs": "signal MACs: what carries the error to the layers, weight gradients not counted",
+    "state_bytes": "state: parameters, buffers, optimizer state and offsets",
+    "refresh_overhead": "refresh: time of the offsets' refreshes relative to the other training time; formula: the same "
+                        "by\nB' (BP + local) / (period x local), B' the offset batch, from one step's time of each",
+}
+
+
+def _shown(results):
+    return [column for column in _COLUMNS if any(column[1] in r for r in results.values())]
+
+
 def table(results):
     """Lines of the final table; `results`: rule -> figures of results.json."""
-    head = ("rule", "test accuracy", "ms/step", "samples/s", "step memory", "signal MACs/sample", "training")
-    rows = [(rule, f"{100 * r['test_accuracy']:.2f} %", f"{r['ms_per_step']:.1f}", f"{r['samples_per_second']:.0f}",
-             f"{r['peak_step_bytes'] / 2**20:.1f} MiB", _quantity(r["signal_macs"]), f"{r['train_seconds']:.0f} s")
-            for rule, r in results.items()]
+    columns = _shown(results)
+    head = ("rule", *(title for title, _, _ in columns))
+    rows = [(rule, *(text(r[key]) if key in r else "" for _, key, text in columns)) for rule, r in results.items()]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
              for row in (head, *rows)]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def notes(results):
+    """What the table's columns mean."""
+    return [_NOTES[key] for _, key, _ in _shown(results) if key in _NOTES]

@@ -26,7 +26,7 @@ class BackpropTrainer(Trainer):
                  accumulation_steps=1, clip_grad_norm=None, grad_scaler=None):
         blocks = list(blocks)
         self.loss = loss
-        super().__init__(blocks, optimizer_factory, [[p for block in blocks for p in trainable(block)]],
+        super().__init__(blocks, optimizer_factory, [list(dict.fromkeys(p for b in blocks for p in trainable(b)))],
                          scheduler_factory=scheduler_factory, accumulation_steps=accumulation_steps,
                          clip_grad_norm=clip_grad_norm, grad_scaler=grad_scaler)
         model = nn.ModuleList(blocks)

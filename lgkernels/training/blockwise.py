@@ -13,7 +13,9 @@ class BlockwiseTrainer(Trainer):
     Args:
         blocks (iterable of nn.Module): in order. A module with parameters to train is a block: in training
             ``forward(x, target)`` returns ``(output, loss)``, without target the output
-            (:class:`lgkernels.nn.LLSConvBlock`, :class:`lgkernels.nn.ClassifierBlock`, ...). Any other is a transform, applied as ``module(x)``.
+            (:class:`lgkernels.nn.LLSConvBlock`, :class:`lgkernels.nn.ClassifierBlock`, ...). Any other is a transform,
+            applied as ``module(x)``. Blocks may share parameters (overlapping units): their gradients add up, and the
+            last block that has them steps.
         optimizer_factory (callable): a block's list of parameters -> its optimizer.
         scheduler_factory (callable, optional): an optimizer -> its learning-rate schedule; see ``scheduler_step``.
         accumulation_steps (int): calls of ``step`` to one optimizer step; each loss is divided by it.
@@ -40,14 +42,18 @@ class BlockwiseTrainer(Trainer):
     def __init__(self, blocks, optimizer_factory, *, scheduler_factory=None, accumulation_steps=1, clip_grad_norm=None,
                  grad_scaler=None):
         blocks = list(blocks)
-        super().__init__(blocks, optimizer_factory, [trainable(block) for block in blocks],
-                         scheduler_factory=scheduler_factory, accumulation_steps=accumulation_steps,
-                         clip_grad_norm=clip_grad_norm, grad_scaler=grad_scaler)
+        # a parameter of several blocks (LoCo's overlap) gathers all their gradients and steps with the last of them
+        self.reached, last = [trainable(block) for block in blocks], {}
+        for i, parameters in enumerate(self.reached):
+            last |= {p: i for p in parameters}
+        owned = [[p for p in parameters if last[p] == i] for i, parameters in enumerate(self.reached)]
+        super().__init__(blocks, optimizer_factory, owned, scheduler_factory=scheduler_factory,
+                         accumulation_steps=accumulation_steps, clip_grad_norm=clip_grad_norm, grad_scaler=grad_scaler)
 
     def _step(self, x, target, last):
         losses = []
         for i, (block, parameters, optimizer) in enumerate(zip(self.blocks, self.parameter_groups, self.optimizers)):
-            if optimizer is None:
+            if not self.reached[i]:
                 with torch.no_grad():
                     x = block(x)
                 continue
@@ -61,9 +67,9 @@ class BlockwiseTrainer(Trainer):
                 del result
                 x = x.detach()  # what is left of the block's graph hangs on `loss` alone
                 losses.append(loss.detach())
-                self._backward(loss, parameters)
+                self._backward(loss, self.reached[i])
                 del loss
-            if last:
+            if last and optimizer is not None:
                 self._update(optimizer, parameters)
         self.output = x
         return torch.stack(losses)

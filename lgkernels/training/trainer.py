@@ -16,7 +16,8 @@ def trainable(module):
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def _bare(module):
+def bare(module):
+    """`module` without its DistributedDataParallel wrapper."""
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
@@ -127,7 +128,7 @@ class Trainer:
     def predict(self, x):
         """Output of the last block, in the present mode. Ranks may call it one by one: nothing is exchanged."""
         for module in self.blocks:
-            x = _bare(module)(x)
+            x = bare(module)(x)
         return x
 
     def bn_recalibrate(self, batches):
@@ -161,7 +162,7 @@ class Trainer:
         return {
             "version": STATE_VERSION,
             "steps": self.steps,
-            "blocks": [_bare(module).state_dict() for module in self.blocks],
+            "blocks": [bare(module).state_dict() for module in self.blocks],
             "optimizers": [o and o.state_dict() for o in self.optimizers],
             "schedulers": [s and s.state_dict() for s in self.schedulers],
             "grad_scaler": self.grad_scaler and self.grad_scaler.state_dict(),
@@ -169,7 +170,7 @@ class Trainer:
         }
 
     def _model(self):
-        return nn.ModuleList(_bare(module) for module in self.blocks)
+        return nn.ModuleList(bare(module) for module in self.blocks)
 
     def load_state_dict(self, state):
         """Take over what `state_dict` gave, for the same blocks and factories."""
@@ -187,7 +188,7 @@ class Trainer:
                                  f"{sum(m is not None for m in mine)} of {len(mine)}")
             for m, t in zip(mine, theirs):
                 if m is not None:
-                    (_bare(m) if name == "blocks" else m).load_state_dict(t)
+                    (bare(m) if name == "blocks" else m).load_state_dict(t)
         self.zero_grad()
         self.steps = state["steps"]
         self.train(self.training)

@@ -2,6 +2,7 @@
 
 `python -m tests.gpu.sanitized triton|cuda`
 """
+import functools
 import itertools
 import sys
 
@@ -75,9 +76,29 @@ def run_feedback(kernels, device):
     return sum(bool(t.isfinite().all()) for t in results), len(results)
 
 
+def run_local(kernels, update, device):
+    """The same for the local losses and the offset step."""
+    results, one = [], torch.ones((), device=device)
+    for shape, layout, dtype in itertools.product([(3, 5, 7, 7), (2, 16, 8, 8), (1, 72, 9, 8), (2, 4, 40, 70)],
+                                                  ("dense", "channels_last"), (torch.float32, torch.bfloat16)):
+        h, target = preactivation(shape, dtype, layout).to(device), targets(shape[0], 300).to(device)
+        results += kernels.local_cross_entropy(h, randn(300, shape[1]).to(device), None, target, 0.1, "mean", True)
+        loss, kappa, squares = kernels.goodness(h, target > 5, 2.0, True, True)
+        results += [loss, kappa, squares, kernels.goodness_grad(h, kappa, one)]
+        loss, grad, mean = kernels.similarity(h, target, 300, True, True)
+        results += [loss, grad, mean, kernels.similarity_grad(h, grad, mean, one)]
+    results += kernels.similarity(randn(3, 1500).to(device), targets(3, 10).to(device), 10, True, True)[:2]
+    lists = [[randn(n, seed=i).to(device) for n in (8193, 7, 16, *[5] * 75)] for i in range(4)]
+    lists[3][:2] = lists[3][0].bfloat16(), None
+    update.step_(*lists, 0.1, 0.9, 0.01, 1.0, 0.5)
+    results += lists[0] + lists[2]
+    return sum(bool(t.isfinite().all()) for t in results), len(results)
+
+
 if __name__ == "__main__":
-    outcomes = [function(backend_module(family, sys.argv[1]), "cuda")
-                for family, function in (("lls", run), ("feedback", run_feedback))]
+    backend = functools.partial(backend_module, name=sys.argv[1])
+    outcomes = [run(backend("lls"), "cuda"), run_feedback(backend("feedback"), "cuda"),
+                run_local(backend("local_loss"), backend("offset"), "cuda")]
     finite, count = map(sum, zip(*outcomes))
     torch.cuda.synchronize()
     print(f"{finite} of {count} finite")

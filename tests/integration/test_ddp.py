@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lgkernels.nn as lnn
-from lgkernels.training import BackpropTrainer, BlockwiseTrainer
+from lgkernels.optim import OffsetSGD
+from lgkernels.recipes import networks, tuning
+from lgkernels.training import BackpropTrainer, BlockwiseTrainer, refresh_trainer
 
 STEPS = 4
 
@@ -43,8 +45,28 @@ def train(rank, kind, accumulation, wrap):
     return torch.cat([p.detach().flatten() for block in blocks for p in block.parameters()])
 
 
+def train_modified(rank, rule, wrap):
+    """The same for a BP-modified rule: offsets of this rank's data, averaged; LoCo's units share parameters."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(networks.Part(nn.Conv2d(i, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.Tanh()) for i in (1, 6, 6)),
+                          networks.Part(nn.Flatten(), nn.Linear(6, 3)))
+    blocks = tuning.local_blocks(rule, model, torch.zeros(2, 1, 8, 8), 3, contrast="supcon")
+    if wrap:
+        blocks = [DistributedDataParallel(b) for b in blocks]
+    trainer = BlockwiseTrainer(blocks, lambda p: OffsetSGD(p, lr=0.1, momentum=0.9))
+    generator = torch.Generator().manual_seed(100 + rank)
+    for step in range(STEPS):
+        batch = torch.randn(8, 1, 8, 8, generator=generator), torch.randint(0, 3, (8,), generator=generator)
+        if step % 2 == 0:
+            refresh_trainer(trainer, batch, bp_chunk=4)
+        trainer.step(*batch)
+    offsets = [offset for optimizer in trainer.optimizers for _, offset in optimizer.offsets()]
+    return torch.cat([t.detach().flatten() for t in (*model.parameters(), *offsets)])
+
+
 CASES = {"local losses": (BlockwiseTrainer, 1), "accumulated": (BlockwiseTrainer, 2),
          "back-propagation": (BackpropTrainer, 1)}
+MODIFIED = ("loco", "predsim")
 
 
 def worker(rank, folder):
@@ -52,15 +74,17 @@ def worker(rank, folder):
     with contextlib.ExitStack() as stack:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
         stack.callback(dist.destroy_process_group)
-        torch.save({name: [train(rank, *case, wrap) for wrap in (True, False)] for name, case in CASES.items()},
-                   os.path.join(folder, f"{rank}.pt"))
+        runs = {name: [train(rank, *case, wrap) for wrap in (True, False)] for name, case in CASES.items()}
+        for rule in MODIFIED:
+            runs[rule] = [train_modified(rank, rule, wrap) for wrap in (True, False)]
+        torch.save(runs, os.path.join(folder, f"{rank}.pt"))
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
 def test_ranks_stay_equal(tmp_path):
     mp.spawn(worker, (str(tmp_path),), nprocs=2)
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for name in CASES:
+    for name in (*CASES, *MODIFIED):
         together, alone = zip(one[name], two[name])
         assert torch.equal(*together), name
         assert not torch.allclose(*alone, atol=1e-3), f"{name}: without an exchange the ranks should have drifted apart"

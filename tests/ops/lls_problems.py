@@ -13,7 +13,7 @@ HEAD = dict(temperature=0.5, label_smoothing=0.0, normalize=True, eps=1e-12, zer
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(size=shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
 def targets(batch, classes, seed=1):
@@ -70,11 +70,13 @@ def _outputs(result):
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
-def check(module, name, arguments, keywords=(), *, inplace=(), length=1, per_row=False, reference_arguments=None):
+def check(module, name, arguments, keywords=(), *, inplace=(), length=1, per_row=False, reference_arguments=None,
+          reference=reference):
     """Run function `name` of `module`, of the reference, and of the float64 reference on the same arguments.
 
     `inplace` are positions of arguments that the function writes to: they are compared as outputs, all others must
-    be unchanged bit for bit. `reference_arguments`, where given, replace `arguments` for the reference (packed basis).
+    be unchanged bit for bit. `reference_arguments`, where given, replace `arguments` for the reference (packed basis);
+    `reference` is that of another family.
     Returns the outputs of `module`.
     """
     keywords = dict(keywords)

@@ -312,6 +312,7 @@ inline int driver_version() { return 0; }
   (static_cast<void>(stream),                                      \
    lgk::simt::Executor::instance().launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); }))
 #define LGK_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(lgk::simt::Executor::instance().shared())
+#define LGK_GRID_CONSTANT
 
 #define LGK_SIMT_EXCHANGE(wait, mask, value, argument) \
   lgk::simt::exchange(lgk::simt::Wait::wait, mask, value, argument, __LINE__)

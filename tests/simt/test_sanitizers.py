@@ -34,7 +34,8 @@ def run(*command):
 def test_kernels_are_clean():
     result = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", "tests/simt/test_executor.py",
                  "tests/simt/test_lls_orders.py", "tests/ops/test_lls_kernels.py", "tests/simt/test_feedback_orders.py",
-                 "tests/ops/test_feedback_kernels.py", "-k",
+                 "tests/ops/test_feedback_kernels.py", "tests/simt/test_local_orders.py",
+                 "tests/ops/test_local_loss_kernels.py", "tests/ops/test_offset_kernels.py", "-k",
                  "cuda-simt or (simt and not sanitizers)")
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     passed = re.search(r"(\d+) passed", result.stdout)

@@ -26,10 +26,10 @@ from triton.compiler import ASTSource
 
 from lgkernels.core import config
 
-FAMILIES = ("lls", "feedback")
+FAMILIES = ("lls", "feedback", "local_loss", "offset")
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
-            torch.int64: "*i64"}
+            torch.int64: "*i64", torch.uint8: "*u8"}
 MATRIX_INSTRUCTION = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
 

@@ -75,3 +75,11 @@ def test_large_tiles_load_sixteen_bytes_at_a_time(compiled):
     layouts = {(r["kernel"], r["constants"]["CHANNELS_LAST"]) for r in passes}
     assert len(layouts) == 4
     assert not _offenders(passes, lambda r: not r["wide"])
+
+
+def test_local_passes_load_sixteen_bytes_at_a_time(compiled):
+    """Passes over feature maps whose planes are aligned, and the optimizer step, whose addresses come from a table."""
+    _, results = compiled
+    passes = [r for r in results if r["kernel"] in ("scale_kernel", "offset_sgd_kernel")]
+    assert len(passes) == 5
+    assert not _offenders(passes, lambda r: not r["wide"])

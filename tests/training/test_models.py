@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lgkernels.nn as lnn
-from lgkernels.recipes import loop, models
+from lgkernels.recipes import loop, models, networks
 
 
 def count(model, rule, classes=10, channels=3):
@@ -140,7 +140,7 @@ def test_residual_network_starts_as_published():
     for conv in convolutions:
         fan_out = conv.weight[0, 0].numel() * conv.weight.shape[0]
         assert conv.weight.std().item() == pytest.approx((2 / fan_out)**0.5, rel=0.05)
-    assert sum(isinstance(block, models.BasicBlock) for block in blocks) == 8
+    assert sum(isinstance(block, networks.BasicBlock) for block in blocks) == 8
 
 
 @pytest.mark.parametrize("rule", models.FEEDBACK_RULES)

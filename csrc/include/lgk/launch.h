@@ -2,6 +2,7 @@
 //
 //   LGK_LAUNCH((kernel<T>), grid, block, shared_bytes, stream, arguments...)   starts a kernel
 //   LGK_DYNAMIC_SHARED(float, name)                                            declares the dynamic shared memory
+//   LGK_GRID_CONSTANT                                                          of a large argument, read where it lies
 //   lgk::launch_status()                                                       0, or the error code of the launch
 #pragma once
 #include <cstdint>
@@ -14,6 +15,7 @@
 #define LGK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #define LGK_DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+#define LGK_GRID_CONSTANT __grid_constant__
 
 namespace lgk {
 inline int launch_status() { return static_cast<int>(cudaGetLastError()); }

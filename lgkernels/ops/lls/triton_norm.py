@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common.addressing import indices, offset, program_id
+from ..common.moments import combine
 from .triton_head import finish_head
 
 
@@ -245,19 +246,10 @@ def _near_mean(z, c, inner, C, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def _store_moments(partial, count, mean, squares, c, C):
-    total, total_mean, total_squares = _combine(count, mean, squares)
+    total, total_mean, total_squares = combine(count, mean, squares)
     tl.store(partial + c, tl.zeros_like(total_mean) + total, mask=c < C)
     tl.store(partial + C + c, total_mean, mask=c < C)
     tl.store(partial + 2 * C + c, total_squares, mask=c < C)
-
-
-@triton.jit
-def _combine(count, mean, squares):
-    """Moments of the union along axis 0 (Chan): mean weighted by count, squares plus count * (mean - total mean)^2."""
-    total = tl.sum(count, 0)
-    total_mean = tl.sum(count * mean, 0) / total
-    away = mean - total_mean[None, :]
-    return total, total_mean, tl.sum(squares + count * away * away, 0)
 
 
 @triton.jit(do_not_specialize=["splits", "C"])
@@ -268,8 +260,8 @@ def batch_stats_kernel(partial, bias, mean, rstd, running_mean, running_var, mom
     s = tl.arange(0, SPLITS)
     at = partial + offset(s, 4 * C)[:, None] + c[None, :]
     mask = (s < splits)[:, None] & (c < C)[None, :]
-    total, mu, squares = _combine(tl.load(at, mask=mask, other=0.0), tl.load(at + C, mask=mask, other=0.0),
-                                  tl.load(at + 2 * C, mask=mask, other=0.0))
+    total, mu, squares = combine(tl.load(at, mask=mask, other=0.0), tl.load(at + C, mask=mask, other=0.0),
+                                 tl.load(at + 2 * C, mask=mask, other=0.0))
     mu += tl.load(partial + 3 * C + c, mask=c < C, other=0.0)
     var = squares / total
     tl.store(mean + c, mu, mask=c < C)

@@ -1,0 +1,66 @@
+// The CPU kernels of the families local_loss, offset and adapter: what one instruction-set level offers, and the choice.
+// Every function returns a status (0: ok) and takes raw pointers; formulas: ops/{local_loss,offset,adapter}/reference.py.
+#pragma once
+#include <cstdint>
+
+#include "lgk/dtypes.h"
+
+namespace lgk {
+
+// (batch, channels, positions), or with `channels_last` (batch, positions, channels); samples are dense.
+struct FeatureMap {
+  const void* data;
+  int64_t batch, channels, positions, batch_stride;
+  bool channels_last;
+  int dtype;
+};
+
+struct Goodness {
+  const void* data;  // (batch, size), dense
+  int64_t batch, size;
+  int dtype;
+  const bool* is_positive;
+  double threshold, factor;
+  float *loss, *kappa, *squares;  // (), (batch) or null, (batch)
+};
+
+// One parameter of an optimizer step, `size` float32 values and as many of the others; null where there is none.
+struct OffsetTensor {
+  float* param;
+  const float* grad;
+  float* momentum_buffer;
+  const void* offset;
+  int64_t size, offset_dtype;
+};
+
+// g = scale * grad + tilt * offset + decay * w;  v = momentum * v + g;  w -= rate * v
+struct OffsetStep {
+  float rate, momentum, decay, scale, tilt;
+};
+
+struct LocalLossKernels {
+  // mean (batch, channels) over the positions; var: unbiased, or null
+  int (*moments)(const FeatureMap&, float* mean, float* var, int threads);
+  // out = (x - shift) * scale, shift (null: 0) and scale (batch, channels), in x's layout, samples dense
+  int (*scale_shifted)(const FeatureMap&, const float* shift, const float* scale, void* out, int threads);
+  // loss: () or, with `none`, (batch); grad: (softmax - smoothed one-hot) / divisor, or null
+  int (*logit_loss)(int64_t batch, int64_t classes, const float* logits, const int64_t* target, float smoothing,
+                    double divisor, bool none, float* loss, float* grad, int threads);
+  int (*goodness)(const Goodness&, int threads);
+  int (*offset_sgd)(const OffsetTensor*, int64_t count, const OffsetStep&, int threads);
+  // along (rows) = x (rows, size) . vector, and across (size) = x^T coefficient; either may be left out (null)
+  int (*rank_one_sums)(int64_t rows, int64_t size, const float* x, const float* vector, const float* coefficient,
+                       float* along, float* across, int threads);
+  // y (rows, size) += scale * coefficient vector^T
+  int (*add_outer)(int64_t rows, int64_t size, const float* coefficient, const float* vector, float scale, float* y,
+                   int threads);
+};
+
+namespace base { extern const LocalLossKernels local_loss; }
+namespace avx2 { extern const LocalLossKernels local_loss; }
+namespace avx512 { extern const LocalLossKernels local_loss; }
+
+// Those of the level of lls_kernels().
+const LocalLossKernels& local_loss_kernels();
+
+}  // namespace lgk

@@ -1,0 +1,134 @@
+"""Local Learning Signals: check the arguments, then call the family's autograd entry."""
+from ..core import checks
+from ..ops.lls import autograd as _lls
+from ..ops.lls import basis as _basis
+
+__all__ = ["lls_basis", "lls_loss"]
+
+_WAVEFORMS = ("square", "cosine")
+
+
+def lls_basis(rows, dim, *, waveform="square", min_freq=50.0, max_freq=512.0, device=None):
+    r"""Periodic basis of Local Learning Signals.
+
+    .. math:: \Phi_{kj} = \sin(\mathrm{fl32}(f_k\, j)), \qquad f = \mathrm{linspace}(f_{min}, f_{max}, K)
+
+    in radians, ``j = 0 .. d-1``; ``waveform="square"`` is its sign (column 0, sin 0, stays 0). Built once on the
+    CPU in float32 and cached for each device: linspaces and sines of other devices differ.
+
+    Args:
+        rows (int): K, number of basis rows (classes, unless the modulation is reduced).
+        dim (int): d, size of the latents.
+        waveform (str): ``"square"`` or ``"cosine"``. "cosine" is the paper's name; the authors' code computes a
+            sine, and so do we.
+        min_freq, max_freq (float): first and last frequency.
+        device: where the table lies. Default: CPU.
+
+    Returns:
+        Tensor: (rows, dim) float32, a copy that you may write to.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Source: Apolinario, Roy, Roy, "LLS: Local Learning Rule for Deep Neural Networks Inspired by Neural Activity
+    Synchronization", WACV 2025, and its code.
+
+    Example:
+        >>> import lgkernels.functional as LF
+        >>> LF.lls_basis(2, 4)
+        tensor([[ 0., -1., -1., -1.],
+                [ 0.,  1., -1.,  1.]])
+    """
+    checks.positive_integer("rows", rows)
+    checks.positive_integer("dim", dim)
+    checks.choice("waveform", waveform, _WAVEFORMS)
+    return _basis.table(rows, dim, waveform, min_freq, max_freq, device).clone()
+
+
+def lls_loss(activation, target, modulation=None, *, num_classes, pool_size, waveform="square", temperature=0.5,
+             label_smoothing=0.0, normalize=True, eps=1e-12, zero_gradient_below_eps=False, basis=None,
+             basis_scale=1.0, loss="cross_entropy", ignore_index=-100, reduction="mean", impl="auto"):
+    r"""Local loss of LLS, LLS-M and LLS-MxM: the layer's pooled activation against a fixed periodic basis.
+
+    .. math::
+        x = \mathrm{pool}(a), \quad s = \frac{x}{\max(\lVert x\rVert_2, \epsilon)} \Phi^T, \quad
+        z = s \;|\; s \odot m \;|\; s M, \quad L = \mathrm{CE}(z / T, y)
+
+    Args:
+        activation (Tensor): (B, C, H, W), pooled to ``pool_size`` x ``pool_size`` by adaptive average pooling and
+            flattened to d = C * pool_size^2 latents, or (B, N), pooled along N to d = pool_size. float32,
+            bfloat16, float16; float64 runs in the reference.
+        target (Tensor): (B,) class indices, any integer dtype.
+        modulation (Tensor, optional): None is LLS; (num_classes,) LLS-M; (K, num_classes) LLS-MxM, K rows of the
+            basis (K != num_classes: the reduced set).
+        num_classes (int): C.
+        pool_size (int): P. It may exceed the activation's size (features repeat), and bins may overlap.
+        waveform (str): ``"square"`` or ``"cosine"``; see :func:`lls_basis`.
+        temperature (float): T.
+        label_smoothing (float): in [0, 1].
+        normalize (bool): divide the latents by their L2 norm (False: the TESS variant).
+        eps (float): lower bound of that norm. A row below it gets the gradient of the bounded formula, up to
+            1/eps large, as torch's ``normalize`` gives.
+        zero_gradient_below_eps (bool): give such a row no gradient instead.
+        basis (Tensor, optional): (K, d) replaces the periodic basis (the random-basis control). Not trained.
+        basis_scale (float): factor on the basis (TESS: 1/d).
+        loss (str): ``"cross_entropy"`` or ``"hard_sigmoid_mse"`` (TESS): mean over classes of
+            (hard_sigmoid(z/T) - onehot)^2, with a straight-through gradient, hard_sigmoid(v) = clamp(v/4 + 1/2, 0, 1).
+        ignore_index (int): rows with this target count nothing.
+        reduction (str): ``"mean"`` (over the rows not ignored), ``"sum"``, ``"none"``.
+        impl (str): ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
+
+    Returns:
+        Tensor: the loss, () or (B,) for ``"none"``; float32 (float64 for float64). Its gradients to ``activation``
+        and ``modulation`` are exact; there is no second derivative (differentiating twice raises).
+
+    Raises:
+        ValueError, TypeError: naming argument, what was got and what was expected.
+
+    Results are bitwise repeatable. Source: Apolinario, Roy, Roy, WACV 2025 (LLS); TESS (its later head).
+
+    Example:
+        >>> import torch, lgkernels.functional as LF
+        >>> activation = torch.ones(2, 3, 4, 4, requires_grad=True)
+        >>> loss = LF.lls_loss(activation, torch.tensor([0, 1]), num_classes=2, pool_size=2)
+        >>> loss.backward()
+        >>> activation.grad.shape
+        torch.Size([2, 3, 4, 4])
+    """
+    checks.floating("activation", activation)
+    checks.dims("activation", activation, (2, 4), "(B, C, H, W) or (B, N)")
+    checks.integer("target", target)
+    checks.shape("target", target, activation.shape[:1], "one class index per row of activation")
+    checks.positive_integer("num_classes", num_classes)
+    checks.positive_integer("pool_size", pool_size)
+    checks.choice("waveform", waveform, _WAVEFORMS)
+    checks.choice("loss", loss, ("cross_entropy", "hard_sigmoid_mse"))
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.positive("temperature", temperature)
+    checks.positive("eps", eps)
+    checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
+    if loss != "cross_entropy" and label_smoothing:
+        raise ValueError(f"label_smoothing must be 0 with loss={loss!r}, got {label_smoothing}")
+    if 0 in activation.shape[1:]:
+        raise ValueError(f"activation must have no empty dimension but the batch, got shape {checks.shape_of(activation)}")
+    dim = _lls.op.latent_size(activation.shape, pool_size)
+    if basis is not None:
+        checks.floating("basis", basis)
+        checks.dims("basis", basis, (2,), f"(K, {dim})")
+        checks.shape("basis", basis, (basis.shape[0], dim), "the size of the pooled latents")
+        basis = basis.detach()
+    if modulation is not None:
+        checks.floating("modulation", modulation)
+        checks.dims("modulation", modulation, (1, 2), "(num_classes,) or (K, num_classes)")
+        if modulation.shape[-1] != num_classes:
+            raise ValueError(f"modulation must be (num_classes,) or (K, num_classes) with num_classes={num_classes}, "
+                             f"got shape {checks.shape_of(modulation)}")
+    if basis is not None:
+        rows = modulation.shape[0] if modulation is not None else num_classes
+        if basis.shape[0] != rows:
+            raise ValueError(f"basis must have {rows} rows ("
+                             f"{'those of modulation' if modulation is not None else 'num_classes'}), got {basis.shape[0]}")
+    checks.same_device(activation=activation, target=target, modulation=modulation, basis=basis)
+    return _lls.lls_loss(activation, target, modulation, basis, waveform, num_classes, pool_size, float(temperature),
+                         float(label_smoothing), normalize, float(eps), zero_gradient_below_eps, float(basis_scale),
+                         loss, ignore_index, reduction, impl)

@@ -1,0 +1,233 @@
+"""Adapters around frozen layers: LoRA and LoKr, factorised."""
+import math
+
+import torch
+from torch import nn
+
+from .. import functional as LF
+from ..core import checks
+
+
+def factorization(dim, factor=-1):
+    """(m, n), m <= n, m * n = dim: the most square split (factor -1), or m (or n) the given divisor; a factor that does
+    not divide bounds m. As LyCORIS: 64 = 8 x 8, 768 = 24 x 32, 3072 = 48 x 64."""
+    checks.positive_integer("dim", dim)
+    if factor > 0 and dim % factor == 0:
+        return min(factor, dim // factor), max(factor, dim // factor)
+    bound = dim if factor < 0 else factor
+    m = max(k for k in range(1, math.isqrt(dim) + 1) if dim % k == 0 and k <= bound)
+    return m, dim // m
+
+
+class _Adapter(nn.Module):
+    """What the adapters share: the frozen base, `scale`, merging.
+
+    ``scale`` is applied once, in ``forward`` and in ``delta`` (hence ``merge``) alike.
+    """
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        checks.positive_integer("rank", rank)
+        self.base = base.requires_grad_(False)
+        self.rank, self.alpha, self.scale, self.merged = rank, alpha, alpha / rank, False
+
+    def delta(self):
+        """The change of the base's weight, built in full: for merging and inspection."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self):
+        """Add ``delta()`` to the base's weight; forward then runs the base alone. Returns self."""
+        if not self.merged:
+            self.base.weight += self.delta().to(self.base.weight.dtype)
+            self.merged = True
+        return self
+
+    @torch.no_grad()
+    def unmerge(self):
+        """Take it off again (the base's weight returns up to rounding). Returns self."""
+        if self.merged:
+            self.base.weight -= self.delta().to(self.base.weight.dtype)
+            self.merged = False
+        return self
+
+    def extra_repr(self):
+        return f"rank={self.rank}, alpha={self.alpha}, scale={self.scale:g}" + (", merged" if self.merged else "")
+
+
+def _factory(base):
+    return dict(device=base.weight.device, dtype=base.weight.dtype)
+
+
+class LoRALinear(_Adapter):
+    """A frozen `nn.Linear` and a low-rank change, :func:`lgkernels.functional.lora_linear`; scale = alpha / rank.
+
+    ``a`` starts as torch's linear weights, ``b`` at 0: the layer starts as its base.
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> layer = lnn.LoRALinear(torch.nn.Linear(8, 4), rank=2)
+        >>> sum(p.numel() for p in layer.parameters() if p.requires_grad)
+        24
+    """
+
+    def __init__(self, base, rank=1, alpha=4.0):
+        super().__init__(base, rank, alpha)
+        self.a = nn.Parameter(torch.empty(rank, base.in_features, **_factory(base)))
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank, **_factory(base)))
+        nn.init.kaiming_uniform_(self.a, a=5**0.5)
+
+    def delta(self):
+        return self.scale * (self.b @ self.a)
+
+    def forward(self, x):
+        if self.merged:
+            return self.base(x)
+        return LF.lora_linear(x, self.base.weight, self.base.bias, a=self.a, b=self.b, scale=self.scale)
+
+
+class _LoKr(_Adapter):
+    def __init__(self, base, rank, alpha, factor, decompose_both, out, width, window):
+        super().__init__(base, rank, alpha)
+        (out1, out2), (in1, in2) = factorization(out, factor), factorization(width, factor)
+        self.window, area = window, math.prod(window)
+        new = lambda *shape: nn.Parameter(torch.empty(shape, **_factory(base)))  # noqa: E731
+        full1 = not decompose_both or rank >= max(out1, in1) / 2
+        full2 = rank >= max(out2, in2) / 2
+        if full1:
+            self.w1 = new(out1, in1)
+        else:
+            self.w1_a, self.w1_b = new(out1, rank), new(rank, in1)
+        if full2:
+            self.w2 = new(out2, in2, *window)
+        else:
+            self.w2_a, self.w2_b = new(out2, rank), new(rank, in2 * area)
+        if full1 and full2:
+            self.scale = 1.0
+        for name, parameter in self.named_parameters(recurse=False):
+            if name in ("w2", "w2_b"):  # the one that is 0 at the start
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.kaiming_uniform_(parameter, a=5**0.5)
+
+    def factors(self):
+        """w1 and w2 as :func:`lgkernels.functional.lokr_linear` takes them."""
+        return (self.w1 if hasattr(self, "w1") else (self.w1_a, self.w1_b),
+                self.w2 if hasattr(self, "w2") else (self.w2_a, self.w2_b))
+
+    def delta(self):
+        w1, w2 = (w[0] @ w[1] if isinstance(w, tuple) else w for w in self.factors())
+        w2 = w2.reshape(w2.shape[0], -1, *self.window)
+        return self.scale * torch.kron(w1.reshape(*w1.shape, *[1] * len(self.window)), w2)
+
+
+class LoKrLinear(_LoKr):
+    """A frozen `nn.Linear` and a Kronecker-factored change, :func:`lgkernels.functional.lokr_linear`.
+
+    The weight (out, in) splits into w1 (out1, in1) and w2 (out2, in2) by :func:`factorization`; w2 = A B of ``rank``, or
+    full where the rank reaches half of its larger side; w1 alike with ``decompose_both``, else full. scale =
+    alpha / rank, 1 if both are full. B (or a full w2) starts at 0: the layer starts as its base.
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> layer = lnn.LoKrLinear(torch.nn.Linear(64, 64))
+        >>> [tuple(p.shape) for p in layer.factors()[1]]
+        [(8, 1), (1, 8)]
+    """
+
+    def __init__(self, base, rank=1, alpha=4.0, *, factor=-1, decompose_both=False):
+        super().__init__(base, rank, alpha, factor, decompose_both, base.out_features, base.in_features, ())
+
+    def forward(self, x):
+        if self.merged:
+            return self.base(x)
+        w1, w2 = self.factors()
+        return LF.lokr_linear(x, self.base.weight, self.base.bias, w1=w1, w2=w2, scale=self.scale)
+
+
+class LoKrConv2d(_LoKr):
+    """A frozen `nn.Conv2d` and a Kronecker-factored change; see :class:`LoKrLinear`. w2 holds the kernel window."""
+
+    def __init__(self, base, rank=1, alpha=4.0, *, factor=-1, decompose_both=False):
+        if base.padding_mode != "zeros" or isinstance(base.padding, str):
+            raise ValueError(f"base must pad with zeros by a number, got padding_mode={base.padding_mode!r}, "
+                             f"padding={base.padding!r}")
+        if base.groups != 1 and factorization(base.out_channels, factor)[0] % base.groups:
+            raise ValueError(f"base must have groups that divide {factorization(base.out_channels, factor)[0]} (the rows "
+                             f"of w1), got {base.groups}")
+        super().__init__(base, rank, alpha, factor, decompose_both, base.out_channels, base.weight.shape[1],
+                         tuple(base.kernel_size))
+
+    def forward(self, x):
+        if self.merged:
+            return self.base(x)
+        w1, w2 = self.factors()
+        b = self.base
+        return LF.lokr_conv2d(x, b.weight, b.bias, b.stride, b.padding, b.dilation, b.groups, w1=w1, w2=w2,
+                              scale=self.scale)
+
+
+KINDS = {"lora": {nn.Linear: LoRALinear}, "lokr": {nn.Linear: LoKrLinear, nn.Conv2d: LoKrConv2d}}
+
+
+def adapt(model, kind="lora", target=None, *, rank=1, alpha=4.0, train_norm=False, train_head=(), **options):
+    """Freeze `model` and put an adapter around each target layer, in place.
+
+    Args:
+        model (nn.Module): changed in place.
+        kind (str): ``"lora"`` (linear layers) or ``"lokr"`` (linear layers and convolutions).
+        target (callable, optional): (qualified name, module) -> whether to adapt it; or texts, one of which the name
+            must contain. None: every layer that the kind knows, but those of ``train_head``.
+        rank (int), alpha (float): scale is alpha / rank. Defaults: the paper's 1 and 4.
+        train_norm (bool): normalisation layers go on learning.
+        train_head (iterable of str): names of submodules that are not adapted and learn in full.
+        options: of the adapter: ``factor``, ``decompose_both``.
+
+    Returns:
+        the model. Raises: ValueError where nothing was adapted.
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> model = lnn.adapt(model, "lora", train_head=["2"])
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['0.a', '0.b', '2.weight', '2.bias']
+    """
+    checks.choice("kind", kind, KINDS)
+    if target is not None and not callable(target):
+        words = (target,) if isinstance(target, str) else tuple(target)
+        target = lambda name, module: any(word in name for word in words)  # noqa: E731
+    head = tuple((train_head,) if isinstance(train_head, str) else train_head)
+    in_head = lambda name: any(name == h or name.startswith(h + ".") for h in head)  # noqa: E731
+    wrap = [(name, module) for name, module in model.named_modules()
+            if name and type(module) in KINDS[kind] and not in_head(name) and (target is None or target(name, module))]
+    if not wrap:
+        raise ValueError(f"target must pick at least one of the layers that {kind!r} adapts "
+                         f"({', '.join(t.__name__ for t in KINDS[kind])}), got none in {type(model).__name__}")
+    adapters = [(name, KINDS[kind][type(module)](module, rank, alpha, **options)) for name, module in wrap]
+    model.requires_grad_(False)
+    for name, adapter in adapters:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, adapter)
+        for parameter_name, parameter in adapter.named_parameters(recurse=False):
+            parameter.requires_grad_(True)
+    for name, module in model.named_modules():
+        if in_head(name) or train_norm and "Norm" in type(module).__name__:
+            module.requires_grad_(True)
+    return model
+
+
+def merge(model):
+    """`merge()` of every adapter in `model`. Returns the model."""
+    for module in model.modules():
+        if isinstance(module, _Adapter):
+            module.merge()
+    return model
+
+
+def unmerge(model):
+    """`unmerge()` of every adapter in `model`. Returns the model."""
+    for module in model.modules():
+        if isinstance(module, _Adapter):
+            module.unmerge()
+    return model

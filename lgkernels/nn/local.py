@@ -1,0 +1,275 @@
+"""Blocks with a local loss: `forward(x, target)` -> `(out.detach(), loss)`, as `training.BlockwiseTrainer` takes them."""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import functional as LF
+from ..core import checks
+from ..ops.local_loss import autograd as _local
+
+
+class _LocalHead(nn.Module):
+    """Wraps `block`: in training with a target, the detached output and the loss; else the output with its graph."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, target=None):
+        if target is None or not self.training:
+            return self.block(x)
+        out = self.block(x.detach())
+        return out.detach(), self.loss(out, target)
+
+    def loss(self, out, target):
+        raise NotImplementedError
+
+
+def _pooled(out):
+    return out.mean((2, 3)) if out.dim() == 4 else out.mean(1) if out.dim() == 3 else out
+
+
+class LocalClassifier(_LocalHead):
+    """A block trained by a linear classifier of its pooled output: :func:`lgkernels.functional.local_cross_entropy`.
+
+    Args:
+        block (nn.Module): gives (B, C, H, W), (B, T, C) or (B, C).
+        channels (int): C. num_classes (int). bias (bool): of the classifier.
+        label_smoothing (float): in [0, 1].
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> block = lnn.LocalClassifier(torch.nn.Conv2d(3, 8, 3), 8, 5)
+        >>> out, loss = block(torch.ones(2, 3, 6, 6), torch.tensor([0, 4]))
+        >>> out.requires_grad, loss.requires_grad
+        (False, True)
+    """
+
+    def __init__(self, block, channels, num_classes, *, bias=True, label_smoothing=0.0):
+        super().__init__(block)
+        self.head = nn.Linear(channels, num_classes, bias)
+        self.label_smoothing = label_smoothing
+
+    def loss(self, out, target):
+        return LF.local_cross_entropy(out, self.head.weight, self.head.bias, target,
+                                      label_smoothing=self.label_smoothing)
+
+
+class ForwardForwardLayer(nn.Module):
+    """Forward-Forward: normalise each sample, apply the layer, compare its goodness with a threshold.
+
+    ``forward(x, is_positive)`` returns ``(out.detach(), loss)``; without ``is_positive``, or in evaluation, the output.
+
+    Args:
+        layer (nn.Module): activation included, e.g. ``nn.Sequential(nn.Linear(784, 500), nn.ReLU())``.
+        threshold (float), goodness (str): of :func:`lgkernels.functional.goodness_loss`.
+        normalize (str): of the input: ``"l2"``: by its norm + eps (mpezeshki, eps 1e-4); ``"rms"``: by its root mean
+            square + eps (loeweX, eps 1e-8); ``"none"``.
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> layer = lnn.ForwardForwardLayer(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU()))
+        >>> out, loss = layer(torch.ones(2, 4), torch.tensor([True, False]))
+        >>> out.shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(self, layer, *, threshold=2.0, goodness="mean", normalize="l2", eps=None):
+        super().__init__()
+        checks.choice("goodness", goodness, ("mean", "sum"))
+        checks.choice("normalize", normalize, ("l2", "rms", "none"))
+        self.layer, self.threshold, self.goodness, self.normalize = layer, threshold, goodness, normalize
+        self.eps = (1e-4 if normalize == "l2" else 1e-8) if eps is None else eps
+
+    def normalized(self, x):
+        if self.normalize == "none":
+            return x
+        norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
+        if self.normalize == "rms":
+            norm = norm / x.shape[1:].numel() ** 0.5
+        return x / (norm + self.eps)
+
+    def forward(self, x, is_positive=None):
+        if is_positive is None or not self.training:
+            return self.layer(self.normalized(x))
+        h = self.layer(self.normalized(x.detach()))
+        return h.detach(), LF.goodness_loss(h, is_positive, threshold=self.threshold, goodness=self.goodness)
+
+    def goodness_of(self, x):
+        """(B,) goodness of each sample: the argument of the prediction by largest goodness."""
+        h = self.layer(self.normalized(x))
+        squares = _local.reference.wide(h).square().flatten(1)
+        return squares.mean(1) if self.goodness == "mean" else squares.sum(1)
+
+
+class PredSimHead(_LocalHead):
+    """Nokland and Eidnes' predsim: :func:`lgkernels.functional.prediction_similarity_loss`.
+
+    Args:
+        block (nn.Module): gives (B, C, H, W), (B, N), or (B, T, C), averaged over T.
+        shape (tuple): of the block's output for one sample: (C, H, W), (N,) or (C,).
+        num_classes (int), beta (float), use_std (bool): of the loss.
+        sim_head (str): ``"layer"``: the authors' 3x3 convolution C -> C (or linear N -> N), which can cost more than the
+            block; ``"identity"``.
+        decoder_dim (int): the decoder's average pool doubles its window, rows and columns in turn, until at most so
+            many features are left.
+
+    The decoder starts at 0, as the authors'.
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> block = lnn.PredSimHead(torch.nn.Conv2d(3, 8, 3), (8, 4, 4), 5, decoder_dim=32)
+        >>> out, loss = block(torch.randn(4, 3, 6, 6), torch.tensor([0, 4, 1, 0]))
+        >>> block.decoder
+        Linear(in_features=32, out_features=5, bias=True)
+    """
+
+    def __init__(self, block, shape, num_classes, *, beta=0.99, use_std=True, sim_head="layer", decoder_dim=4096):
+        super().__init__(block)
+        checks.choice("sim_head", sim_head, ("layer", "identity"))
+        self.num_classes, self.beta, self.use_std = num_classes, beta, use_std
+        self.pool = [1, 1]
+        features = shape[0]
+        if len(shape) == 3:
+            size = lambda: [-(-n // k) for n, k in zip(shape[1:], self.pool)]  # noqa: E731
+            turn = 0
+            while features * size()[0] * size()[1] > decoder_dim and size() != [1, 1]:
+                self.pool[turn % 2] *= 2
+                turn += 1
+            features *= size()[0] * size()[1]
+        # sizes that the window does not divide are padded, as the authors do
+        self.padding = [k // 2 if n % k else 0 for n, k in zip(shape[1:], self.pool)]
+        self.sim = None
+        if sim_head == "layer":
+            self.sim = (nn.Conv2d(shape[0], shape[0], 3, padding=1, bias=False) if len(shape) == 3 else
+                        nn.Linear(shape[0], shape[0], bias=False))
+        self.decoder = nn.Linear(features, num_classes)
+        nn.init.zeros_(self.decoder.weight)
+
+    def loss(self, out, target):
+        out = out.mean(1) if out.dim() == 3 else out
+        pool = dict(pool_kernel=tuple(self.pool), pool_padding=tuple(self.padding)) if out.dim() == 4 else {}
+        return LF.prediction_similarity_loss(
+            out, target, None if self.sim is None else self.sim.weight, self.decoder.weight, self.decoder.bias,
+            num_classes=self.num_classes, beta=self.beta, use_std=self.use_std, **pool)
+
+
+class ContrastiveHead(_LocalHead):
+    """A block trained by a contrastive loss of its pooled and projected output (LoCo, GIM in SimCLR, InfoPro).
+
+    Args:
+        block (nn.Module): gives (B, C, H, W), (B, T, C) or (B, C).
+        channels (int): C. hidden (int), dim (int): sizes of the projection's two layers; hidden 0: one layer.
+        loss (str): ``"nt_xent"``: rows i and i + B/2 are two views of a sample, the target is not used; ``"supcon"``:
+            rows of the same class are positives.
+        temperature (float).
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> block = lnn.ContrastiveHead(torch.nn.Conv2d(3, 8, 3), 8, dim=4, loss="supcon")
+        >>> out, loss = block(torch.randn(4, 3, 6, 6), torch.tensor([0, 1, 1, 0]))
+        >>> out.shape, loss.shape
+        (torch.Size([4, 8, 4, 4]), torch.Size([]))
+    """
+
+    def __init__(self, block, channels, *, hidden=0, dim=128, loss="nt_xent", temperature=0.1):
+        super().__init__(block)
+        checks.choice("loss", loss, ("nt_xent", "supcon"))
+        checks.positive("temperature", temperature)
+        self.projection = nn.Linear(channels, dim) if not hidden else nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        self.kind, self.temperature = loss, temperature
+
+    def loss(self, out, target):
+        z = self.projection(_pooled(out))
+        if self.kind == "nt_xent":
+            return LF.nt_xent_loss(z, temperature=self.temperature)
+        return LF.supcon_loss(z, target, temperature=self.temperature)
+
+
+def infopro_weights(units, first, last):
+    """[(lambda_1, lambda_2)] of all units but the last: from `first` to `last` in equal steps.
+
+    Example:
+        >>> import lgkernels.nn as lnn
+        >>> lnn.infopro_weights(4, (1.0, 0.0), (0.0, 1.0))
+        [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
+    """
+    checks.positive_integer("units", units)
+    steps = [h / (units - 2) if units > 2 else 0.0 for h in range(units - 1)]
+    return [tuple(a * (1 - r) + b * r for a, b in zip(first, last)) for r in steps]
+
+
+class InfoProUnit(_LocalHead):
+    r"""A unit of InfoPro: keep what reconstructs the image, and what tells the class.
+
+    .. math:: L = \lambda_1\, \mathrm{BCE}(\mathrm{decoder}(h),\; \mathrm{image}) + \lambda_2\, L_y(\mathrm{aux}(h),\; y)
+
+    Decoder: bilinear to the image's size, 3x3 convolution to 12 channels, normalised, ReLU, 3x3 convolution, sigmoid.
+    aux ("1c2f"): 3x3 convolution of stride 2, normalised, ReLU, average pool, linear, ReLU, linear; L_y: the supervised
+    contrastive loss, or cross entropy. Both heads are trained with the unit.
+
+    Args:
+        block (nn.Module): gives (B, C, H, W).
+        channels (int): C. num_classes (int): for cross entropy. image_channels (int).
+        weights (pair of float): lambda_1, lambda_2; see :func:`infopro_weights`. A head of weight 0 is left out.
+        loss (str): ``"supcon"`` or ``"cross_entropy"``.
+        temperature (float): of the contrastive loss. width (int): of the linear layers.
+        first (InfoProUnit, optional): the network's first unit, whose input is the image; None: this is it.
+        mean, std (float or sequence): of the image's normalisation: its pixels are ``image * std + mean``, in [0, 1].
+
+    Source: Wang et al., "Revisiting Locally Supervised Learning" (ICLR 2021), and its code (CIFAR).
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> first = lnn.InfoProUnit(torch.nn.Conv2d(3, 8, 3), 8, 5, 3)
+        >>> second = lnn.InfoProUnit(torch.nn.Conv2d(8, 8, 3, 2), 8, 5, 3, first=first)
+        >>> out, loss = first(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0]))
+        >>> second(out, torch.tensor([0, 1, 1, 0]))[0].shape
+        torch.Size([4, 8, 2, 2])
+    """
+
+    def __init__(self, block, channels, num_classes, image_channels, *, weights=(1.0, 1.0), loss="supcon",
+                 temperature=0.07, width=128, first=None, mean=0.0, std=1.0):
+        super().__init__(block)
+        checks.choice("loss", loss, ("supcon", "cross_entropy"))
+        checks.positive("temperature", temperature)
+        if first is not None and not isinstance(first, InfoProUnit):
+            raise TypeError(f"first must be an InfoProUnit, got {type(first).__name__}")
+        self.weights, self.kind, self.temperature = tuple(weights), loss, temperature
+        self._first = (first,)  # a tuple: not a submodule
+        self._image = None
+        pixels = lambda value: torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)  # noqa: E731
+        self.register_buffer("mean", pixels(mean), persistent=False)
+        self.register_buffer("std", pixels(std), persistent=False)
+        self.decoder = self.aux = None
+        if weights[0]:
+            self.decoder = nn.Sequential(nn.Conv2d(channels, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
+                                         nn.Conv2d(12, image_channels, 3, padding=1))
+        if weights[1]:
+            self.aux = nn.Sequential(
+                nn.Conv2d(channels, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, width), nn.ReLU(),
+                nn.Linear(width, width if loss == "supcon" else num_classes))
+
+    def forward(self, x, target=None):
+        if self.training and target is not None and self._first[0] is None:
+            self._image = x.detach()
+        return super().forward(x, target)
+
+    def loss(self, out, target):
+        total = out.new_zeros((), dtype=torch.float32)
+        if self.decoder is not None:
+            image = (self if self._first[0] is None else self._first[0])._image
+            if image is None:
+                raise RuntimeError("the first InfoProUnit has not seen an image yet: call it before this one")
+            logits = self.decoder(F.interpolate(out, image.shape[-2:], mode="bilinear", align_corners=True))
+            # with logits: the sigmoid is in it, and it stays finite; pixels may leave [0, 1] by rounding
+            pixels = (image * self.std + self.mean).clamp(0, 1)
+            total = total + self.weights[0] * F.binary_cross_entropy_with_logits(logits.float(), pixels.float())
+        if self.aux is not None:
+            z = self.aux(out)
+            value = (LF.supcon_loss(z, target, temperature=self.temperature) if self.kind == "supcon" else
+                     F.cross_entropy(z.float(), target.long()))
+            total = total + self.weights[1] * value
+        return total

@@ -1,0 +1,158 @@
+"""autograd entries of the family local_loss. The local gradient is taken inside the forward: it needs nothing from above."""
+import torch
+
+from ...core.guard import first_order_only
+from . import op, reference  # noqa: F401  op registers the ops
+
+_ops = torch.ops.lgkernels
+
+
+def _link(*tensors):
+    """A tensor tied to the history of `tensors` that holds none of their memory: a second derivative meets it."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return None
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    return sum(t.narrow(0, 0, 0).sum() for t in wanted) if wanted else None
+
+
+class _LocalCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, weight, bias, target, link, label_smoothing, reduction, grad_enabled, impl):
+        compute_grad = grad_enabled and any(ctx.needs_input_grad[:3])
+        loss, *grads = _ops.local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, compute_grad, impl)
+        if compute_grad:
+            ctx.save_for_backward(*grads, link)
+            ctx.meta = h.shape, h.dtype, weight.dtype, bias.dtype if bias is not None else None, impl
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        *saved, link = ctx.saved_tensors
+        shape, dtype, weight_dtype, bias_dtype, impl = ctx.meta
+        needs = ctx.needs_input_grad[:3]
+        grad_h, grad_weight, grad_bias = _ops.local_cross_entropy_backward(
+            grad_loss.contiguous(), *saved, dtype, *needs, impl)
+        if needs[0] and len(shape) > 2:  # constant over the pooled positions: one value, repeated with stride 0
+            grad_h = (grad_h.unsqueeze(1) if len(shape) == 3 else grad_h[:, :, None, None]).expand(shape)
+        grads = (grad_h, grad_weight.to(weight_dtype), grad_bias.to(bias_dtype or grad_bias.dtype))
+        return (*(first_order_only("local_cross_entropy", g, link, grad_loss) if n else None
+                  for g, n in zip(grads, needs)), *[None] * 6)
+
+
+def local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, impl):
+    return _LocalCrossEntropy.apply(h, weight, bias, target, _link(h, weight, bias), label_smoothing, reduction,
+                                    torch.is_grad_enabled(), impl)
+
+
+class _Goodness(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, is_positive, threshold, mean, grad_enabled, impl):
+        compute_grad = grad_enabled and ctx.needs_input_grad[0]
+        loss, kappa, squares = _ops.goodness(h, is_positive, threshold, mean, compute_grad, impl)
+        ctx.mark_non_differentiable(squares)
+        ctx.set_materialize_grads(False)
+        if compute_grad:
+            ctx.save_for_backward(h, kappa)
+            ctx.impl = impl
+        return loss, squares
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return (None,) * 6
+        h, kappa = ctx.saved_tensors
+        grad = _ops.goodness_backward(h.detach(), kappa, grad_loss, ctx.impl)
+        return (first_order_only("goodness_loss", grad, h, grad_loss), *[None] * 5)
+
+
+def goodness(h, is_positive, threshold, mean, impl):
+    """`(loss, squares (B,))`: the sums of squares also normalise the next block's input."""
+    return _Goodness.apply(h, is_positive, threshold, mean, torch.is_grad_enabled(), impl)
+
+
+class _PeerNormalization(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, running_mean, momentum, link, impl):
+        loss, mean, grad = _ops.peer_normalization(h, running_mean, momentum, impl)
+        mean = mean.to(running_mean.dtype)
+        ctx.mark_non_differentiable(mean)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, link)
+        ctx.meta = h.shape, h.dtype
+        return loss, mean
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return (None,) * 5
+        (grad, link), (shape, dtype) = ctx.saved_tensors, ctx.meta
+        grad = (grad * grad_loss).to(dtype).expand(shape)  # every row's gradient is the same
+        return (first_order_only("peer_normalization_loss", grad, link, grad_loss), *[None] * 4)
+
+
+def peer_normalization(h, running_mean, momentum, impl):
+    return _PeerNormalization.apply(h, running_mean.detach(), momentum, _link(h), impl)
+
+
+class _Similarity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, target, num_classes, use_std, grad_enabled, impl):
+        compute_grad = grad_enabled and ctx.needs_input_grad[0]
+        loss, grad, mean = _ops.similarity(x, target, num_classes, use_std, compute_grad, impl)
+        if compute_grad:
+            ctx.save_for_backward(x, grad, mean)
+            ctx.impl = impl
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        x, grad, mean = ctx.saved_tensors
+        grad = _ops.similarity_backward(x.detach(), grad, mean, grad_loss, ctx.impl)
+        return (first_order_only("similarity_matching_loss", grad, x, grad_loss), *[None] * 5)
+
+
+def similarity(x, target, num_classes, use_std, impl):
+    return _Similarity.apply(x, target, num_classes, use_std, torch.is_grad_enabled(), impl)
+
+
+class _Contrastive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, labels, link, arguments, grad_enabled, impl):
+        compute_grad = grad_enabled and ctx.needs_input_grad[0]
+        loss, grad = _ops.contrastive(z, labels, *arguments, compute_grad, impl)
+        if compute_grad:
+            ctx.save_for_backward(grad, link)
+            ctx.dtype = z.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad, link = ctx.saved_tensors
+        grad = (grad * grad_loss).to(ctx.dtype)
+        return (first_order_only("a contrastive loss", grad, link, grad_loss), *[None] * 5)
+
+
+def contrastive(z, labels, anchors, temperature, factor, normalize, impl):
+    return _Contrastive.apply(z, labels, _link(z), (anchors, temperature, factor, normalize), torch.is_grad_enabled(),
+                              impl)
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, keys, negatives, link, temperature, grad_enabled, impl):
+        compute_grad = grad_enabled and any(ctx.needs_input_grad[:2])
+        loss, *grads = _ops.info_nce(query, keys, negatives, temperature, compute_grad, impl)
+        if compute_grad:
+            ctx.save_for_backward(*grads, link)
+            ctx.dtypes = query.dtype, keys.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        *grads, link = ctx.saved_tensors
+        return (*(first_order_only("info_nce_loss", (g * grad_loss).to(d), link, grad_loss) if n else None
+                  for g, d, n in zip(grads, ctx.dtypes, ctx.needs_input_grad)), *[None] * 5)
+
+
+def info_nce(query, keys, negatives, temperature, impl):
+    return _InfoNCE.apply(query, keys, negatives, _link(query, keys), temperature, torch.is_grad_enabled(), impl)

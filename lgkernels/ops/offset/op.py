@@ -1,0 +1,34 @@
+"""The registered op of the family offset: one step over all tensors of a device, by the chosen backend."""
+import torch
+
+from ...core import dispatch
+
+LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
+
+dispatch.register("offset_sgd_", **{name: f"lgkernels.ops.offset.{module}" for name, module in (
+    ("reference", "reference"), ("cpu", "cpu"), ("triton", "triton_kernels"), ("cuda", "cuda"))})
+
+LIBRARY.define("offset_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] offsets, "
+               "float lr, float momentum, float weight_decay, float local_scale, float offset_scale, float grad_scale, "
+               "str impl) -> ()")
+
+
+def _step(params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale, grad_scale,
+          impl):
+    """`offsets`: an empty tensor where a parameter has none. The kernels take float32 parameters; others, with
+    impl="auto", are for the reference."""
+    if not params:
+        return
+    odd = next((p.dtype for p in params if p.dtype != torch.float32), None)
+    if odd is not None and impl == "auto":
+        impl = "reference"
+    if odd not in (None, torch.float64) and impl != "reference":
+        raise TypeError(f"params must be float32 for impl={impl!r}, got {str(odd)[6:]}; use impl='reference'")
+    kernels = dispatch.backend("offset_sgd_", impl, params[0].device, odd or torch.float32)
+    offsets = [o if o.numel() and offset_scale else None for o in offsets]
+    kernels.step_(params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale,
+                  grad_scale)
+
+
+LIBRARY.impl("offset_sgd_", _step, "CompositeExplicitAutograd")
+torch.library.register_fake("lgkernels::offset_sgd_", lambda *arguments: None, lib=LIBRARY)

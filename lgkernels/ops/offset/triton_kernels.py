@@ -1,0 +1,98 @@
+"""The step in Triton: one launch over a table of chunks, whose rows hold the addresses of a piece of a parameter and of
+what belongs to it. float32 parameters; offsets in float32 or bfloat16 (one launch each where both occur).
+
+The table is an int64 tensor on the device, built once for the same addresses and sizes: `OffsetSGD` keeps its buffers,
+and a training loop's gradients return to the same memory. CPU tensors work under TRITON_INTERPRET=1.
+"""
+from functools import lru_cache
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from ...core.config import architecture, select_config
+from ..common.addressing import offset, program_id
+from ..common.launch import launch
+from .memory import same_layout
+
+
+@triton.jit
+def _at(address, i, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    at = tl.cast(address, tl.pointer_type(DTYPE)) + i
+    return tl.max_contiguous(tl.multiple_of(at, 16), 16) if ALIGNED else at
+
+
+@triton.jit
+def _chunk(weights, grads, buffers, offsets, size, lr, momentum, weight_decay, grad_scale, offset_scale,
+           MOMENTUM: tl.constexpr, HALF: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+           PARTS: tl.constexpr):
+    if ALIGNED:
+        size = size // 16 * 16  # as it is, and now the compiler knows: the mask does not break up the loads
+    for part in range(0, PARTS):
+        i = part * BLOCK + tl.arange(0, BLOCK)
+        inside = i < size
+        w_at, v_at = _at(weights, i, tl.float32, ALIGNED), _at(buffers, i, tl.float32, ALIGNED)
+        w = tl.load(w_at, mask=inside, other=0.0)
+        g = tl.load(_at(grads, i, tl.float32, ALIGNED), mask=inside, other=0.0)
+        tilt = tl.load(_at(offsets, i, tl.bfloat16 if HALF else tl.float32, ALIGNED), mask=inside & (offsets != 0),
+                       other=0.0).to(tl.float32)
+        v = g * grad_scale + tilt * offset_scale + w * weight_decay
+        if MOMENTUM:
+            v += tl.load(v_at, mask=inside, other=0.0) * momentum
+            tl.store(v_at, v, mask=inside)
+        tl.store(w_at, w - v * lr, mask=inside)
+
+
+@triton.jit
+def offset_sgd_kernel(table, lr, momentum, weight_decay, grad_scale, offset_scale, MOMENTUM: tl.constexpr,
+                      HALF: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """g = grad_scale * grad + offset_scale * offset + weight_decay * w; v = momentum * v + g; w -= lr * v, over one row
+    (addresses of w, grad, v and offset, number of elements) of the table; 0 is the address of an offset that is 0."""
+    row = table + offset(program_id(0), 5)
+    weights, grads, buffers = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    offsets, size = tl.load(row + 3), tl.load(row + 4)
+    lr, momentum, weight_decay = tl.cast(lr, tl.float32), tl.cast(momentum, tl.float32), tl.cast(weight_decay, tl.float32)
+    grad_scale, offset_scale = tl.cast(grad_scale, tl.float32), tl.cast(offset_scale, tl.float32)
+    if (weights | grads | buffers | offsets | size) % 16 == 0:
+        _chunk(weights, grads, buffers, offsets, size, lr, momentum, weight_decay, grad_scale, offset_scale, MOMENTUM,
+               HALF, True, BLOCK, PARTS)
+    else:
+        _chunk(weights, grads, buffers, offsets, size, lr, momentum, weight_decay, grad_scale, offset_scale, MOMENTUM,
+               HALF, False, BLOCK, PARTS)
+
+
+@lru_cache(maxsize=64)
+def _table(rows, chunk, device):
+    """(chunks, 5) on the device, from rows (addresses of w, grad, v and offset, bytes of an element of the offset,
+    elements)."""
+    rows = np.array(rows, dtype=np.int64)
+    addresses, offset_bytes, sizes = rows[:, :4], rows[:, 4], rows[:, 5]
+    chunks = -(-sizes // chunk)
+    owner = np.repeat(np.arange(len(rows)), chunks)
+    start = (np.arange(len(owner)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * chunk
+    element = np.stack([np.full_like(sizes, 4)] * 3 + [offset_bytes], 1)
+    table = np.empty((len(owner), 5), np.int64)
+    table[:, :4] = np.where(addresses[owner] != 0, addresses[owner] + start[:, None] * element[owner], 0)
+    table[:, 4] = np.minimum(sizes[owner] - start, chunk)
+    host = torch.from_numpy(table)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def step_(params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale,
+          grad_scale=1.0):
+    with same_layout(params, grads, momentum_buffers if momentum else [], offsets) as rows:
+        launches = {}
+        for param, grad, buffer, tilt in rows:
+            if param.numel():
+                half = tilt is not None and tilt.dtype == torch.bfloat16
+                addresses = (0 if t is None else t.data_ptr() for t in (param, grad, buffer, tilt))
+                launches.setdefault(half, []).append((*addresses, 2 if half else 4, param.numel()))
+        numbers = [float(n) for n in (lr, momentum, weight_decay, local_scale * grad_scale, offset_scale)]
+        for half, pieces in launches.items():
+            device = params[0].device
+            config = select_config("offset_sgd", (max(piece[-1] for piece in pieces),), torch.float32,
+                                   architecture(device))
+            table = _table(tuple(pieces), config["BLOCK"] * config["PARTS"], device)
+            launch(offset_sgd_kernel, len(table), device, table, *numbers, MOMENTUM=bool(momentum), HALF=half,
+                   **config)

@@ -1,0 +1,422 @@
+"""BP-modified local losses: every local gradient is corrected by an offset that back-propagation refreshes now and then.
+
+    refresh at tau:  Delta_h = bp_coef G_h^BP - local_coef G_h^loc           (means over one offset batch)
+    steps after it:  g_h = local_scale dl_h/dw_h + offset_scale Delta_h      (then weight decay, momentum, step)
+
+Source: Ren, Li, "BP-modified local loss" (ICLR 2025). There is no public code: that the offset is additive, per
+parameter, averaged over small mini-batches and reused for a period is known; where exactly the two factors stand, and
+that the offset enters before momentum, is our reconstruction, so each of the four coefficients is a setting.
+"""
+import contextlib
+import warnings
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..core import checks
+from ..ops.offset import op as _op  # noqa: F401  registers the op
+
+COEFFICIENTS = ("local_scale", "offset_scale", "bp_coef", "local_coef")
+
+
+def refresh_due(step, period, first_period=None):
+    """Whether to refresh before step `step` (from 0): at 0, then every `period` steps; with `first_period`, an extra
+    short period first (adapters start with a factor 0, so the first offset of the other factor is 0)."""
+    if first_period is None or step < first_period:
+        return step % (period if first_period is None else first_period) == 0
+    return (step - first_period) % period == 0
+
+
+def _losses(result):
+    return [result] if isinstance(result, torch.Tensor) else result
+
+
+def _chunks(data, size):
+    """(weight, tensors) of consecutive chunks: the weights are the chunks' shares of the batch."""
+    batch = len(data[0])
+    for start in range(0, batch, size):
+        part = tuple(t[start:start + size] for t in data)
+        yield len(part[0]) / batch, part
+
+
+@contextlib.contextmanager
+def _untouched(model, batch_norm):
+    """Restores buffers, modes and random state bit for bit."""
+    modules = [] if model is None else [m for root in ([model] if isinstance(model, nn.Module) else model)
+                                        for m in root.modules()]
+    buffers = [(b, b.clone()) for m in modules for b in m.buffers(recurse=False)]
+    modes = [(m, m.training) for m in modules]
+    devices = {b.device for b, _ in buffers} | {p.device for m in modules for p in m.parameters(recurse=False)}
+    try:
+        with torch.random.fork_rng([d.index for d in devices if d.type == "cuda"]):
+            if batch_norm == "eval":
+                for m in modules:
+                    if isinstance(m, _BatchNorm):
+                        m.eval()
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+class _Offsets:
+    """What `OffsetSGD` and `OffsetOptimizer` share: coefficients, and the refresh."""
+
+    def _offset(self, p):
+        raise NotImplementedError
+
+    def _set_offset(self, p, offset):
+        raise NotImplementedError
+
+    def _local_coef(self, group):
+        return group["local_scale"] if group["local_coef"] is None else group["local_coef"]
+
+    def offsets(self):
+        """[(parameter, its offset)] of the parameters that have one."""
+        pairs = [(p, self._offset(p)) for group in self.param_groups for p in group["params"]]
+        return [(p, offset) for p, offset in pairs if offset is not None]
+
+    def refresh(self, bp_closure, local_closure, data, *, bp_chunk=8, local_chunk=64, model=None, batch_norm="train",
+                estimate_offset_scale=False, max_growth=None):
+        """Recompute the offsets on `data`. Weights, momentum, gradients, buffers and random state stay bit-identical.
+
+        Both passes accumulate with opposite signs into one buffer per parameter. A parameter that the global loss does
+        not reach (an auxiliary head) gets no offset.
+
+        Args:
+            bp_closure (callable): chunk -> the global loss, mean over the chunk, differentiable through all blocks.
+            local_closure (callable): chunk -> the local losses: one loss, or an iterable of them. Each is
+                differentiated before the next is asked for: a generator that detaches between blocks holds the graph of
+                one block at a time. None: no local part (the stale-gradient mix).
+            data (tuple of Tensors): the offset batch; closures are called with slices of all of them.
+            bp_chunk, local_chunk (int): samples a call. Local losses that are no means over samples (contrastive,
+                similarity, batch normalisation) want the training batch size.
+            model (nn.Module or iterable, optional): whose buffers and modes are restored; needed where it has any.
+            batch_norm (str): ``"train"``: as the modes are; ``"eval"``: batch normalisation uses its running statistics.
+            estimate_offset_scale (bool): set every group's ``offset_scale`` to the estimate of its best value,
+                |b|^2 / (|b|^2 + tr S / B'), from the spread of the chunks (all of ``bp_chunk`` samples; one more buffer).
+            max_growth (float, optional): a group whose offset's norm exceeds this factor times that of the refresh before
+                loses its offset until the next refresh, with a warning: the sign of too long a period.
+
+        Raises: ValueError, TypeError naming the argument; RuntimeError where an offset is not finite (all are dropped).
+        """
+        checks.positive_integer("bp_chunk", bp_chunk)
+        checks.positive_integer("local_chunk", local_chunk)
+        checks.choice("batch_norm", batch_norm, ("train", "eval"))
+        data = (data,) if isinstance(data, torch.Tensor) else tuple(data)
+        if not data or any(len(t) != len(data[0]) for t in data) or not len(data[0]):
+            raise ValueError("data must be tensors of one and the same length above 0, got lengths "
+                             f"{[len(t) for t in data]}")
+        groups = self.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        before = [self._norm(group["params"]) for group in groups] if max_growth is not None else None
+        gradients = [(p, p.grad) for p in parameters]
+        for p in parameters:
+            self._set_offset(p, None)  # one buffer a parameter, not two
+            p.grad = None
+        try:
+            with _untouched(model, batch_norm), torch.enable_grad():
+                if estimate_offset_scale:
+                    self._estimate(bp_closure, local_closure, data, bp_chunk, parameters)
+                else:
+                    self._accumulate(bp_closure, local_closure, _chunks(data, bp_chunk), _chunks(data, local_chunk),
+                                     parameters)
+            offsets = [(p, p.grad) for p in parameters]
+        finally:
+            for p, grad in gradients:
+                p.grad = grad
+        if not all(torch.isfinite(o).all() for _, o in offsets if o is not None):
+            raise RuntimeError("refresh: an offset is not finite; training goes on without offsets. The global loss or a "
+                               "local one has diverged: try a shorter period or a smaller offset_scale")
+        for p, offset in offsets:
+            self._set_offset(p, offset)
+        if before is not None:
+            self._guard(before, max_growth)
+
+    def _accumulate(self, bp_closure, local_closure, bp_chunks, local_chunks, parameters):
+        """p.grad <- bp_coef G_bp - local_coef G_loc, for the parameters that the global loss reaches."""
+        for weight, chunk in bp_chunks:
+            for loss in _losses(bp_closure(*chunk)):
+                (loss * weight).backward(inputs=parameters)
+        reached = {id(p) for p in parameters if p.grad is not None}
+        corrected = []  # groups with a local part: divided by its coefficient now, multiplied afterwards
+        for group in self.param_groups:
+            grads, coefficient = [p.grad for p in group["params"] if id(p) in reached], self._local_coef(group)
+            if not grads:
+                continue
+            local = coefficient != 0 and local_closure is not None
+            factor = group["bp_coef"] / (coefficient if local else 1.0)
+            if factor != 1:
+                torch._foreach_mul_(grads, factor)
+            if local:
+                corrected.append((grads, coefficient, [p for p in group["params"] if id(p) in reached]))
+        inputs = [p for _, _, members in corrected for p in members]
+        if inputs:
+            for weight, chunk in local_chunks:
+                for loss in _losses(local_closure(*chunk)):
+                    if loss.requires_grad:
+                        (loss * -weight).backward(inputs=inputs)
+            for grads, coefficient, _ in corrected:
+                if coefficient != 1:
+                    torch._foreach_mul_(grads, coefficient)
+
+    def _estimate(self, bp_closure, local_closure, data, size, parameters):
+        """As `_accumulate`, chunk by chunk, with the chunks' squared norms."""
+        if len(data[0]) % size or len(data[0]) == size:
+            raise ValueError(f"data must hold at least two whole chunks of bp_chunk={size} to estimate offset_scale, got "
+                             f"{len(data[0])} samples")
+        count, mean = len(data[0]) // size, {}
+        squares = [0.0 for _ in self.param_groups]
+        for _, chunk in _chunks(data, size):
+            self._accumulate(bp_closure, local_closure, [(1.0, chunk)], [(1.0, chunk)], parameters)
+            for i, group in enumerate(self.param_groups):
+                grads = [(p, p.grad) for p in group["params"] if p.grad is not None]
+                squares[i] += sum(float(g.double().square().sum()) for _, g in grads) / count
+                for p, g in grads:
+                    mean[p] = mean[p].add_(g, alpha=1 / count) if p in mean else g.div_(count)
+            for p in parameters:
+                p.grad = None
+        for p, g in mean.items():
+            p.grad = g
+        for i, group in enumerate(self.param_groups):
+            square = sum(float(mean[p].double().square().sum()) for p in group["params"] if p in mean)
+            noise = max(squares[i] - square, 0.0) / (count - 1)
+            signal = max(square - noise, 0.0)
+            group["offset_scale"] = signal / (signal + noise) if signal + noise else 0.0
+
+    def _norm(self, params):
+        offsets = [self._offset(p) for p in params]
+        return sum(float(o.double().square().sum()) for o in offsets if o is not None) ** 0.5
+
+    def _guard(self, before, max_growth):
+        for i, (group, old) in enumerate(zip(self.param_groups, before)):
+            new = self._norm(group["params"])
+            if old and new > max_growth * old:
+                warnings.warn(f"param_groups[{i}]: the offset grew from {old:.3g} to {new:.3g}, more than "
+                              f"{max_growth} times: dropped for this period. A shorter period or a smaller offset_scale "
+                              "is stable", stacklevel=3)
+                for p in group["params"]:
+                    self._set_offset(p, None)
+
+
+class _Joint(_Offsets):
+    """Several optimizers as one, for a refresh."""
+
+    def __init__(self, optimizers):
+        self.param_groups = [group for o in optimizers for group in o.param_groups]
+        self._owners = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+
+    def _offset(self, p):
+        return self._owners[p]._offset(p)
+
+    def _set_offset(self, p, offset):
+        self._owners[p]._set_offset(p, offset)
+
+
+def refresh_offsets(optimizers, bp_closure, local_closure, data, **options):
+    """One refresh for several optimizers, of a block each, say: the arguments of :meth:`OffsetSGD.refresh`."""
+    optimizers = list(optimizers)
+    for i, optimizer in enumerate(optimizers):
+        if not isinstance(optimizer, _Offsets):
+            raise TypeError(f"optimizers[{i}] must be an OffsetSGD or OffsetOptimizer, got {type(optimizer).__name__}")
+    _Joint(optimizers).refresh(bp_closure, local_closure, data, **options)
+
+
+def _check_coefficients(local_scale, offset_scale, bp_coef, local_coef):
+    for name, value in (("local_scale", local_scale), ("offset_scale", offset_scale), ("bp_coef", bp_coef),
+                        ("local_coef", local_coef)):
+        if not isinstance(value, (int, float)) and not (name == "local_coef" and value is None):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return dict(local_scale=local_scale, offset_scale=offset_scale, bp_coef=bp_coef, local_coef=local_coef)
+
+
+class OffsetSGD(_Offsets, torch.optim.Optimizer):
+    """SGD, torch's momentum and weight decay, on ``local_scale * grad + offset_scale * offset``.
+
+    Args:
+        params (iterable): parameters, or groups: one group a block gives every block its own coefficients.
+        lr (float), momentum (float), weight_decay (float): as ``torch.optim.SGD``.
+        local_scale (float): lambda, factor of the local gradient.
+        offset_scale (float): alpha, factor of the offset.
+        bp_coef, local_coef (float): of the two gradients in the offset; ``local_coef`` None: ``local_scale``.
+        offset_dtype (torch.dtype, optional): ``torch.bfloat16`` halves the offsets' memory; default: the parameter's.
+
+    The offset enters before momentum: it is the gradient of the linear tilt <offset, w>. Before the first
+    ``refresh`` there is none. Offsets are in ``state_dict``. A step is one pass over all tensors of a group, and checks
+    every group before it changes any.
+
+    Raises: ValueError, TypeError naming the argument.
+
+    Example:
+        >>> import torch
+        >>> from lgkernels.optim import OffsetSGD
+        >>> w = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = OffsetSGD([w], lr=0.1)
+        >>> optimizer.refresh(lambda x: (w * x).mean(), lambda x: (w * 2).sum(), torch.full((16,), 5.0))
+        >>> (w * 2).sum().backward()           # the local gradient is 2, the offset 5 - 2
+        >>> optimizer.step()
+        >>> w.data
+        tensor([0.5000])
+    """
+
+    def __init__(self, params, lr, momentum=0, weight_decay=0, *, local_scale=1.0, offset_scale=1.0, bp_coef=1.0,
+                 local_coef=None, offset_dtype=None):
+        if offset_dtype not in (None, torch.bfloat16):
+            raise TypeError(f"offset_dtype must be torch.bfloat16 or None, got {offset_dtype}")
+        self.offset_dtype = offset_dtype
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                      **_check_coefficients(local_scale, offset_scale, bp_coef, local_coef)))
+
+    def _offset(self, p):
+        return self.state[p].get("offset") if p in self.state else None
+
+    def _set_offset(self, p, offset):
+        if offset is None:
+            self.state[p].pop("offset", None)
+        else:
+            self.state[p]["offset"] = offset if self.offset_dtype is None else offset.to(self.offset_dtype)
+
+    def load_state_dict(self, state_dict):
+        """As torch's. Offsets become ``offset_dtype``, if there is one."""
+        super().load_state_dict(state_dict)
+        for p in self.state:  # torch has cast them to the parameter's dtype
+            self._set_offset(p, self._offset(p))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step over the parameters that have a gradient. `closure`, as torch's, re-evaluates the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = []
+        for i, group in enumerate(self.param_groups):
+            kinds = {}  # by device, and by whether the kernels take them
+            for p in group["params"]:
+                grad = p.grad
+                if grad is not None:
+                    state = self.state[p]
+                    self._check(i, p, grad, state)
+                    kinds.setdefault((p.device, p.dtype == torch.float32), []).append((p, grad, state))
+            work += [(group, members) for members in kinds.values()]
+        for group, members in work:  # all were checked before any of them changes
+            self._step(group, members)
+        return loss
+
+    @staticmethod
+    def _check(index, p, grad, state):
+        if grad.layout != torch.strided:
+            raise TypeError(f"param_groups[{index}]: a gradient is sparse ({grad.layout}); OffsetSGD takes dense "
+                            "gradients: make the layer's gradient dense (sparse=False)")
+        for name in ("offset", "momentum_buffer"):
+            value = state.get(name)
+            if value is None:
+                continue
+            if value.shape != p.shape or value.device != p.device:
+                raise ValueError(f"param_groups[{index}]: a state's {name} must have its parameter's shape "
+                                 f"{tuple(p.shape)} and device {p.device}, got {tuple(value.shape)} on {value.device}: "
+                                 "load a state_dict of this model")
+            if value.dtype != p.dtype and (name == "momentum_buffer" or value.dtype != torch.bfloat16):
+                raise TypeError(f"param_groups[{index}]: a state's {name} must be {p.dtype} like its parameter, got "
+                                f"{value.dtype} (an offset may be bfloat16)")
+
+    @staticmethod
+    def _step(group, members):
+        params, grads, states = map(list, zip(*members))
+        buffers, none = [], params[0].new_empty(0)
+        if group["momentum"]:
+            for p, state in zip(params, states):
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffers.append(state["momentum_buffer"])
+        torch.ops.lgkernels.offset_sgd_(
+            params, grads, buffers, [state.get("offset", none) for state in states], float(group["lr"]),
+            float(group["momentum"]), float(group["weight_decay"]), float(group["local_scale"]),
+            float(group["offset_scale"]), 1.0, "auto")
+
+
+class OffsetOptimizer(_Offsets):
+    """Any torch optimizer on ``local_scale * grad + offset_scale * offset``; the rest as :class:`OffsetSGD`.
+
+    ``step`` writes the modified gradient to ``p.grad`` and calls the optimizer's. The coefficients stand in
+    its ``param_groups``, where each group may have its own.
+
+    Args:
+        optimizer (torch.optim.Optimizer): e.g. Adam, whose second moments then contain the offset.
+        local_scale, offset_scale, bp_coef, local_coef: as :class:`OffsetSGD`.
+
+    Example:
+        >>> import torch
+        >>> from lgkernels.optim import OffsetOptimizer
+        >>> w = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = OffsetOptimizer(torch.optim.Adam([w], lr=0.1))
+        >>> optimizer.refresh(lambda x: (w * x).mean(), None, torch.full((16,), 5.0))
+        >>> len(optimizer.offsets())
+        1
+    """
+
+    def __init__(self, optimizer, *, local_scale=1.0, offset_scale=1.0, bp_coef=1.0, local_coef=None):
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.optimizer, self._table = optimizer, {}
+        coefficients = _check_coefficients(local_scale, offset_scale, bp_coef, local_coef)
+        for group in optimizer.param_groups:
+            for name, value in coefficients.items():
+                group.setdefault(name, value)
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    @property
+    def state(self):
+        return self.optimizer.state
+
+    def _offset(self, p):
+        return self._table.get(p)
+
+    def _set_offset(self, p, offset):
+        if offset is None:
+            self._table.pop(p, None)
+        else:
+            self._table[p] = offset
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Modify the gradients, then step. `closure` is evaluated first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params and group["local_scale"] != 1:
+                torch._foreach_mul_([p.grad for p in params], group["local_scale"])
+            tilted = [(p.grad, self._table[p]) for p in params if p in self._table]
+            if tilted and group["offset_scale"]:
+                torch._foreach_add_(*map(list, zip(*tilted)), alpha=group["offset_scale"])
+        self.optimizer.step()
+        return loss
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        """The optimizer's state, and the offsets in the order of the parameters (None where there is none)."""
+        offsets = [self._offset(p) for group in self.param_groups for p in group["params"]]
+        return {"optimizer": self.optimizer.state_dict(), "offsets": offsets}
+
+    def load_state_dict(self, state):
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(state["offsets"]) != len(params):
+            raise ValueError(f"state must hold {len(params)} offsets, one per parameter, got {len(state['offsets'])}")
+        self.optimizer.load_state_dict(state["optimizer"])
+        for p, offset in zip(params, state["offsets"]):
+            self._set_offset(p, None if offset is None else offset.to(p.device, p.dtype).clone())

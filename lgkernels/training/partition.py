@@ -1,0 +1,218 @@
+"""Cut a model into consecutive units, each to be trained by a local loss of its own."""
+import copy
+
+import torch
+from torch import nn
+
+from ..core import checks
+
+
+class Stage(nn.Module):
+    """One indivisible part of a model: named modules that it owns, and a function of them."""
+
+    def __init__(self, function, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            if isinstance(module, nn.Parameter):
+                self.register_parameter(name, module)
+            else:
+                setattr(self, name, module)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def _flat(module):
+    """Children of nested plain `nn.Sequential`s, in order."""
+    if type(module) is nn.Sequential:
+        return [leaf for child in module for leaf in _flat(child)]
+    return [module]
+
+
+def _has(model, *names):
+    return all(hasattr(model, name) for name in names)
+
+
+def _resnet(m):
+    """torchvision's and timm's ResNets."""
+    act = m.relu if hasattr(m, "relu") else m.act1
+    stem = nn.Sequential(m.conv1, m.bn1, act, m.maxpool)
+    pool = m.avgpool if hasattr(m, "avgpool") else m.global_pool
+    head = Stage(lambda s, x: s.fc(torch.flatten(s.pool(x), 1)), pool=pool, fc=m.fc)
+    return [stem, *(block for layer in (m.layer1, m.layer2, m.layer3, m.layer4) for block in layer), head]
+
+
+def _torchvision_vit(m):
+    def embed(s, x):
+        x = s.conv_proj(x).flatten(2).transpose(1, 2)
+        x = torch.cat([s.class_token.expand(x.shape[0], -1, -1), x], 1)
+        return s.dropout(x + s.pos_embedding)
+    first = Stage(embed, conv_proj=m.conv_proj, class_token=m.class_token, pos_embedding=m.encoder.pos_embedding,
+                  dropout=m.encoder.dropout)
+    last = Stage(lambda s, x: s.heads(s.ln(x)[:, 0]), ln=m.encoder.ln, heads=m.heads)
+    return [first, *m.encoder.layers, last]
+
+
+def _timm_vit(m):
+    parts = dict(patch_embed=m.patch_embed)
+    first = Stage(lambda s, x: s.owner[0].norm_pre(s.owner[0].patch_drop(s.owner[0]._pos_embed(s.patch_embed(x)))), **parts)
+    first.owner = (m,)  # not a submodule: its blocks belong to other parts
+    for name in ("cls_token", "pos_embed", "reg_token"):
+        if isinstance(getattr(m, name, None), nn.Parameter):
+            first.register_parameter(name, getattr(m, name))
+    last = Stage(lambda s, x: s.owner[0].forward_head(s.norm(x)), norm=m.norm, head=m.head)
+    last.owner = (m,)
+    return [first, *m.blocks, last]
+
+
+def chain(model):
+    """The indivisible parts of `model`, applied one after the other: torchvision's and timm's ResNets and vision
+    transformers, or an `nn.Sequential` (nested ones are opened). They share the model's parameters.
+
+    Raises: TypeError for any other model.
+    """
+    if type(model) is nn.Sequential:
+        return _flat(model)
+    if _has(model, "conv1", "bn1", "maxpool", "layer1", "layer4", "fc"):
+        return _resnet(model)
+    if _has(model, "conv_proj", "class_token", "encoder", "heads"):
+        return _torchvision_vit(model)
+    if _has(model, "patch_embed", "_pos_embed", "blocks", "norm", "forward_head"):
+        return _timm_vit(model)
+    raise TypeError(f"model must be an nn.Sequential, or a ResNet or vision transformer of torchvision or timm, got "
+                    f"{type(model).__name__}: write it as an nn.Sequential of its parts")
+
+
+# -- saved bytes --------------------------------------------------------------------------------------------------
+
+def to_meta(module):
+    """A copy of `module` without memory: same structure, parameters and buffers on the meta device."""
+    tensors = {id(t): t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values())
+               if t is not None}
+    memo = {}
+    for key, t in tensors.items():
+        empty = torch.empty_like(t, device="meta")
+        memo[key] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)
+
+
+class _Saved:
+    """Distinct storages that autograd keeps, parameters and buffers left out: {storage: bytes}."""
+
+    def __init__(self, modules):
+        self.excluded = {t.untyped_storage()._cdata for m in modules for t in (*m.parameters(), *m.buffers())}
+        self.bytes, self.alive = {}, []
+
+    def _pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.excluded:
+            self.bytes[storage._cdata] = storage.nbytes()
+            self.alive.append(tensor)  # an address is an identity only while the storage lives
+        return tensor
+
+    def run(self, module, x):
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t):
+            out = module(x)
+        self.alive.append(out)
+        return out
+
+
+def saved_bytes(modules, x):
+    """`(total, out)`: bytes that autograd keeps for a backward through `modules` from the input x (detached here); each
+    storage counts once. On the meta device this costs no memory."""
+    saved, x = _Saved(modules), x.detach()
+    saved.alive.append(x)
+    for module in modules:
+        x = saved.run(module, x)
+    return sum(saved.bytes.values()), x
+
+
+def unit_bytes(units, x):
+    """[bytes that autograd keeps for each unit]: units' inputs are detached, so each keeps its own input."""
+    result = []
+    for unit in units:
+        total, x = saved_bytes([unit] if isinstance(unit, nn.Module) else unit, x)
+        result.append(total)
+    return result
+
+
+def _balanced(parts, count, x):
+    """Boundaries of `count` consecutive groups with the smallest largest group (sets of storages, one pass)."""
+    saved, kept = _Saved(parts), []
+    for part in parts:
+        before, saved.bytes = saved.bytes, {}
+        x = saved.run(part, x)
+        kept.append(saved.bytes)
+        saved.bytes = before
+    n = len(parts)
+    cost = [[0] * (n + 1) for _ in range(n)]
+    for i in range(n):
+        union = {}
+        for j in range(i, n):
+            union |= kept[j]
+            cost[i][j + 1] = sum(union.values())
+    best = [[float("inf")] * (n + 1) for _ in range(count + 1)]
+    cut = [[0] * (n + 1) for _ in range(count + 1)]
+    best[0][0] = 0
+    for k in range(1, count + 1):
+        for j in range(k, n + 1):
+            for i in range(k - 1, j):
+                value = max(best[k - 1][i], cost[i][j])
+                if value < best[k][j]:
+                    best[k][j], cut[k][j] = value, i
+    ends, j = [], n
+    for k in range(count, 0, -1):
+        ends.append(j)
+        j = cut[k][j]
+    return ends[::-1]
+
+
+def _parameterless(module):
+    return not any(True for _ in module.parameters())
+
+
+def split_blocks(model, units=4, *, balance="memory", input=None, overlap_blocks=0):
+    """Cut `model` into consecutive units; applied one after the other they are the model, with its own parameters.
+
+    Args:
+        model (nn.Module): see :func:`chain`.
+        units (int or list of ints): how many, or the numbers of the parts (of :func:`chain`, from 0) at which units but
+            the first begin.
+        balance (str): ``"memory"``: the largest unit's saved bytes are smallest; ``"parts"``: equally many parts.
+        input (Tensor): for ``"memory"``: an example batch; only its shape and dtype are used.
+        overlap_blocks (int): LoCo: every unit but the last also lists the first so many parts of the next one, which
+            both units' losses train. A list of parts can then not simply be applied in sequence.
+
+    Returns:
+        list of nn.Sequential: the units. The stem joins the first part with it, the classifier the last.
+
+    Raises: ValueError, TypeError naming the argument.
+
+    Example:
+        >>> import torch
+        >>> from lgkernels.training import split_blocks
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(6)))
+        >>> [len(unit) for unit in split_blocks(model, 3, input=torch.zeros(4, 8))]
+        [2, 2, 2]
+    """
+    checks.choice("balance", balance, ("memory", "parts"))
+    parts = chain(model)
+    if isinstance(units, (list, tuple)):
+        starts = [0, *units]
+        if sorted(set(starts)) != starts or starts[-1] >= len(parts):
+            raise ValueError(f"units must be increasing part numbers in [1, {len(parts) - 1}], got {list(units)}")
+        ends = [*starts[1:], len(parts)]
+    else:
+        checks.positive_integer("units", units)
+        if units > len(parts):
+            raise ValueError(f"units must be at most {len(parts)}, the parts of the model, got {units}")
+        if balance == "parts":
+            ends = [(i + 1) * len(parts) // units for i in range(units)]
+        else:
+            if input is None:
+                raise ValueError('input must be an example batch for balance="memory", got None')
+            ends = _balanced(to_meta(nn.ModuleList(parts)), units, input.detach().to("meta"))
+    starts = [0, *ends[:-1]]
+    return [nn.Sequential(*parts[a:min(b + (overlap_blocks if b < len(parts) else 0), len(parts))])
+            for a, b in zip(starts, ends)]

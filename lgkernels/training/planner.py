@@ -1,0 +1,186 @@
+"""Which ways of training a model fit into a given memory: counted on the meta device, nothing is allocated."""
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from . import partition
+from .attention import KINDS, counted_attention
+
+UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "B": 1}
+# rows a unit trains on for each sample, and work: local classifiers and predsim; LoCo and GIM on two views;
+# Forward-Forward on a right and a wrong label, and a forward pass without
+RULES = {"local": (1, 1.0), "two views": (2, 2.0), "forward-forward": (2, 7 / 3)}
+
+
+def parse_memory(text):
+    """Bytes of "8GB", "24GiB", or a number of bytes."""
+    if isinstance(text, (int, float)):
+        return float(text)
+    for unit in sorted(UNITS, key=len, reverse=True):
+        if text.endswith(unit):
+            try:
+                return float(text[:-len(unit)]) * UNITS[unit]
+            except ValueError:
+                break
+    raise ValueError(f"memory must be a number of bytes, or a text such as '8GB' or '24GiB', got {text!r}")
+
+
+def bp_chunk(batch, bp_bytes, unit_bytes):
+    """Largest offset mini-batch of which back-propagation keeps no more than the largest local unit does at `batch`."""
+    return max(1, int(batch * unit_bytes / bp_bytes))
+
+
+@dataclass
+class Row:
+    """One way to train: peak bytes (saved activations, weights, gradients, optimizer state), work relative to
+    back-propagation, what it costs in exactness, and whether it fits."""
+    name: str
+    peak: float
+    activations: float
+    compute: float
+    exactness: str
+    fits: bool = True
+
+
+@dataclass
+class Plan:
+    memory: float
+    rows: list = field(default_factory=list)
+
+    def __str__(self):
+        width = max(len(r.name) for r in self.rows)
+        lines = [f"{'':<{width}}  {'peak MB':>8}  {'saved MB':>8}  {'compute':>7}  fits  exactness"]
+        lines += [f"{r.name:<{width}}  {r.peak / 1e6:8.0f}  {r.activations / 1e6:8.0f}  {r.compute:7.2f}  "
+                  f"{'yes' if r.fits else 'no':<4}  {r.exactness}" for r in self.rows]
+        return "\n".join([*lines, f"memory: {self.memory / 1e6:.0f} MB; without library workspace and allocator slack"])
+
+
+def _bytes(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, None), offset_batch=320,
+         period_samples=50_000, attention="flash"):
+    """Peak memory of the ways to train `model` on `input`: back-propagation, with accumulation, with checkpointing, and
+    local units by the rules of `RULES`, plain and BP-modified.
+
+    Counts saved bytes (distinct storages that autograd keeps, without weights), weights, gradients, optimizer state and
+    offsets. Not counted: workspaces of libraries, the allocator's slack, short-lived temporaries, and the local losses'
+    auxiliary heads.
+
+    Args:
+        model (nn.Module): what :func:`lgkernels.training.split_blocks` takes; may lie on the meta device.
+        input (Tensor, or shape): the batch; only shape and dtype count.
+        memory (float or str): what there is: bytes, "8GB", "24GiB".
+        optimizer_state (int): values kept per trained parameter: SGD with momentum 1, Adam 2, plain SGD 0.
+        units (sequence): numbers of local units to try, balanced by memory; None: as many as there are parts.
+        offset_batch, period_samples (int): samples of a refresh of the BP-modified loss, and between two of them.
+        attention (str): ``"flash"`` or ``"eager"``: what attention keeps.
+
+    Returns:
+        Plan: ``rows`` (name, peak, activations, compute, exactness, fits); ``print`` shows a table.
+
+    Example:
+        >>> import torch, lgkernels
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(8)))
+        >>> table = lgkernels.plan(model, (32, 64), "295kB")
+        >>> [row.name for row in table.rows if row.fits]
+        ['local, 8 units']
+    """
+    memory = parse_memory(memory)
+    x = input.detach().to("meta") if isinstance(input, torch.Tensor) else torch.empty(tuple(input), device="meta")
+    model = partition.to_meta(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights, gradient = _bytes(model.parameters()) + _bytes(model.buffers()), _bytes(trained)
+    fixed = weights + gradient * optimizer_state
+    parts, batch = partition.chain(model), len(x)
+    norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    result = Plan(memory)
+
+    def add(name, activations, rest, compute, exactness):
+        peak = activations + rest
+        result.rows.append(Row(name, peak, activations, compute, exactness, peak <= memory))
+
+    with counted_attention(attention):
+        total = partition.saved_bytes(parts, x)[0]
+        add("BP", total, fixed + gradient, 1.0, "exact")
+        for micro in sorted({batch // 2, batch // 8, 1} - {0}, reverse=True):
+            if micro < batch:
+                add(f"BP, {micro} at a time", partition.saved_bytes(parts, torch.empty_like(x[:micro]))[0], fixed + gradient, 1.0,
+                    f"batch statistics over {micro}" if norm else "exact")
+        each = partition.unit_bytes(parts, x)
+        outputs = []  # what a checkpoint keeps: every part's input
+        y = x
+        for part in parts:
+            outputs.append(_bytes([y]))
+            y = partition.saved_bytes([part], y)[1]
+        # a part's own input is among the checkpoints already
+        add("BP, checkpointed", sum(outputs) + max(a - b for a, b in zip(each, outputs)), fixed + gradient, 4 / 3, "exact")
+        for count in dict.fromkeys(min(u or len(parts), len(parts)) for u in units):
+            blocks = partition.split_blocks(model, count, input=x)
+            unit = max(partition.unit_bytes(blocks, x))
+            own = max(_bytes(p for p in block.parameters() if p.requires_grad) for block in blocks)
+            for rule, (rows, work) in RULES.items():
+                largest = rows * unit
+                add(f"{rule}, {count} units", largest, fixed + own, work, "local losses")
+                chunk = min(bp_chunk(batch, total, largest), batch)
+                refresh = partition.saved_bytes(parts, torch.empty_like(x[:chunk]))[0]
+                # while it refreshes, the offset is the only gradient
+                peak = max(largest + own, refresh)
+                add("BP-modified" + ("" if rule == "local" else f" {rule}") + f", {count} units", peak - own,
+                    fixed + gradient + own, work + offset_batch / period_samples * (1 + work),
+                    f"local losses, offset by BP ({chunk} at a time)")
+    return result
+
+
+def add_arguments(parser):
+    parser.add_argument("--model", required=True, help="name of a torchvision model: a ResNet or a ViT")
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--image", type=int, default=224, help="height and width")
+    parser.add_argument("--memory", default="inf", help="what there is, e.g. 8GB or 24GiB")
+    parser.add_argument("--optimizer-state", type=int, default=1, help="values per parameter: momentum 1, Adam 2")
+    parser.add_argument("--attention", choices=KINDS, default="flash")
+    parser.add_argument("--plot", metavar="FILE", help="write a bar chart (needs matplotlib)")
+
+
+def main(arguments):
+    from ..core import optional
+    try:
+        models = optional.torchvision().models
+    except ImportError as error:
+        print(f"plan --model needs torchvision, which is not here ({error}); from Python, lgkernels.plan(model, input) "
+              "takes any model")
+        return 1
+    if not arguments.model.startswith(("resnet", "vit", "wide_resnet", "resnext")) or not hasattr(models, arguments.model):
+        print(f"--model must be a ResNet or vision transformer of torchvision, got {arguments.model!r}")
+        return 2
+    with torch.device("meta"):
+        options = {"image_size": arguments.image} if arguments.model.startswith("vit") else {}
+        model = getattr(models, arguments.model)(num_classes=arguments.classes, **options)
+    memory = float("inf") if arguments.memory == "inf" else arguments.memory
+    table = plan(model, (arguments.batch, 3, arguments.image, arguments.image), memory,
+                 optimizer_state=arguments.optimizer_state, attention=arguments.attention)
+    print(table)
+    if arguments.plot:
+        plot(table, arguments.plot)
+    return 0
+
+
+def plot(table, path):
+    """A bar chart of peak memory: saved activations and the rest, with the limit."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 0.4 * len(table.rows) + 1))
+    axes = figure.subplots()
+    names = [r.name for r in table.rows]
+    axes.barh(names, [r.activations / 1e6 for r in table.rows], label="saved activations")
+    axes.barh(names, [(r.peak - r.activations) / 1e6 for r in table.rows], left=[r.activations / 1e6 for r in table.rows],
+              label="weights, gradients, state")
+    if table.memory < float("inf"):
+        axes.axvline(table.memory / 1e6, color="black", linestyle="--", label="memory")
+    axes.invert_yaxis()
+    axes.set_xlabel("peak MB")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)

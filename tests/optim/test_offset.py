@@ -1,0 +1,293 @@
+"""BP-modified local loss: the property tests of the method (numbered as in the specification), and the optimizer's own."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lgkernels.optim import OffsetOptimizer, OffsetSGD, refresh_due
+from tests.ops.lls_problems import randn, targets
+from tests.tolerances import assert_bit_equal, assert_relative
+
+D = torch.float64
+
+
+class Net(nn.Module):
+    """Two blocks with local classifiers, and the global classifier as the last block."""
+
+    def __init__(self, norm=False):
+        super().__init__()
+        torch.manual_seed(1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6) if norm else nn.Identity(), nn.Tanh())
+                                    for _ in range(2))
+        self.heads = nn.ModuleList(nn.Linear(6, 4) for _ in range(2))
+        self.last = nn.Linear(6, 4)
+        self.double()
+
+    def bp(self, x, y):
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.last(x), y)
+
+    def local(self, x, y):
+        for block, head in zip(self.blocks, self.heads):
+            x = block(x)
+            yield F.cross_entropy(head(x), y)
+            x = x.detach()
+        yield F.cross_entropy(self.last(x), y)
+
+
+def sgd(net, **options):
+    groups = [{"params": list(m.parameters())} for m in (*net.blocks, net.heads, net.last)]
+    return OffsetSGD(groups, **{"lr": 0.1, "momentum": 0.9, **options})
+
+
+def batch(seed, size=16):
+    return randn(size, 6, seed=seed, dtype=D), targets(size, 4, seed=seed)
+
+
+def local_step(net, optimizer, data):
+    optimizer.zero_grad()
+    for loss in net.local(*data):
+        loss.backward()
+    optimizer.step()
+
+
+def gradients(net, losses):
+    net.zero_grad()
+    for loss in losses:
+        loss.backward()
+    return {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("options", [dict(), dict(momentum=0.0), dict(weight_decay=0.1)])
+def test_1_refreshed_at_every_step_on_its_own_batch_it_is_back_propagation(options):
+    ours, plain = Net(), Net()
+    optimizer, rival = sgd(ours, **options), torch.optim.SGD(
+        [p for m in (plain.blocks, plain.last) for p in m.parameters()], **{"lr": 0.1, "momentum": 0.9, **options})
+    for i in range(5):
+        data = batch(i)
+        optimizer.refresh(ours.bp, ours.local, data, bp_chunk=4, local_chunk=8)
+        local_step(ours, optimizer, data)
+        rival.zero_grad()
+        plain.bp(*data).backward()
+        rival.step()
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters()):
+        if not name.startswith("heads"):
+            assert_relative(name, p, q, 1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_2_without_offset_scale_it_is_local_training(momentum):
+    ours, plain = Net(), Net()
+    optimizer = sgd(ours, offset_scale=0.0, momentum=momentum)
+    rival = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=momentum)
+    optimizer.refresh(ours.bp, ours.local, batch(9))
+    for i in range(5):
+        local_step(ours, optimizer, batch(i))
+        local_step(plain, rival, batch(i))
+    for p, q in zip(ours.parameters(), plain.parameters()):
+        assert_relative("parameter", p, q, 1e-14)
+
+
+@pytest.mark.parametrize("bp_chunk, local_chunk", [(1, 40), (7, 16), (8, 5), (40, 1)])
+def test_3_chunks_change_nothing(bp_chunk, local_chunk):
+    """With batch normalisation in evaluation."""
+    net, data = Net(norm=True), batch(1, 40)
+    offsets = []
+    for chunks in ((40, 40), (bp_chunk, local_chunk)):
+        optimizer = sgd(net)
+        optimizer.refresh(net.bp, net.local, data, bp_chunk=chunks[0], local_chunk=chunks[1], model=net,
+                          batch_norm="eval")
+        offsets.append(optimizer.offsets())
+    assert len(offsets[0]) == len(offsets[1]) > 6
+    largest = max(o.abs().max() for _, o in offsets[0])
+    for (_, a), (_, b) in zip(*offsets):
+        assert (a - b).abs().max() <= 1e-12 * largest
+
+
+@pytest.mark.parametrize("a, a_l, period", [(1.0, 1.0, 10), (1.0, 0.6, 100), (1.0, 0.3, 781), (0.7, 2.0, 781)])
+def test_4_period_map_on_a_quadratic(a, a_l, period):
+    """w(tau + K) = [1 - (1 - rho) a / a_l] w(tau), rho = (1 - lr a_l)^K, at momentum 0."""
+    w, lr = nn.Parameter(torch.tensor([1.0], dtype=D)), 0.01
+    optimizer, c = OffsetSGD([w], lr), 3.0
+    bp, local = (lambda _: 0.5 * a * w.square().sum()), (lambda _: 0.5 * a_l * (w - c).square().sum())
+    factor, expected = 1 - (1 - (1 - lr * a_l) ** period) * a / a_l, 1.0
+    for _ in range(3):
+        optimizer.refresh(bp, local, torch.zeros(1))
+        for _ in range(period):
+            optimizer.zero_grad()
+            local(None).backward()
+            optimizer.step()
+        expected *= factor
+        assert abs(w.item() - expected) <= 1e-12
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, -1.7, 5.0])
+def test_5_at_the_snapshot_the_step_follows_the_global_gradient(scale):
+    """For every local_scale, with one of its own in each group."""
+    net, data = Net(), batch(3)
+    exact = gradients(net, [net.bp(*data)])
+    optimizer = sgd(net, momentum=0.0, lr=1.0)
+    for i, group in enumerate(optimizer.param_groups):
+        group["local_scale"] = scale * (i + 1)
+    optimizer.refresh(net.bp, net.local, data)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    local_step(net, optimizer, data)
+    for name, p in net.named_parameters():
+        if name in exact:
+            assert ((before[name] - p) - exact[name]).abs().max() <= 1e-12, name
+
+
+def test_6_refresh_leaves_everything_else_alone():
+    """Weights, momentum, gradients, buffers, modes and random state, bit for bit, with dropout and batch norm."""
+    net = Net(norm=True)
+    net.blocks[0].append(nn.Dropout(0.5))
+    optimizer = sgd(net)
+    local_step(net, optimizer, batch(0))
+    net.blocks[1].eval()
+    before = copy.deepcopy(net.state_dict())
+    momenta = [s["momentum_buffer"].clone() for s in optimizer.state.values()]
+    grads, modes = [p.grad for p in net.parameters()], [m.training for m in net.modules()]
+    copies, state = [g.clone() for g in grads], torch.get_rng_state()
+    for mode in ("train", "eval"):
+        optimizer.refresh(net.bp, net.local, batch(1, 40), model=net, batch_norm=mode)
+        assert optimizer.offsets()
+        for name, value in net.state_dict().items():
+            assert_bit_equal(name, value, before[name])
+        for s, momentum in zip(optimizer.state.values(), momenta):
+            assert_bit_equal("momentum", s["momentum_buffer"], momentum)
+        for p, grad, value in zip(net.parameters(), grads, copies):
+            assert p.grad is grad
+            assert_bit_equal("gradient", p.grad, value)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert [m.training for m in net.modules()] == modes
+
+
+def test_7_one_block_at_a_time():
+    """A local closure that is a generator: its next block runs only after the backward of the one before."""
+    net, order = Net(), []
+
+    def local(x, y):
+        for i, loss in enumerate(net.local(x, y)):
+            order.append(("forward", i))
+            loss.register_hook(lambda g, i=i: order.append(("backward", i)))
+            yield loss
+    sgd(net).refresh(net.bp, local, batch(1))
+    assert order == [(k, i) for i in range(3) for k in ("forward", "backward")]
+
+
+def test_8_no_offset_where_the_local_loss_is_the_global_one():
+    net = Net()
+    optimizer = sgd(net)
+    optimizer.refresh(net.bp, net.local, batch(1), bp_chunk=8, local_chunk=8)
+    offsets = {id(p): o for p, o in optimizer.offsets()}
+    assert all(offsets[id(p)].abs().max() <= 1e-16 for p in net.last.parameters())
+    assert all(offsets[id(p)].any() for p in net.blocks.parameters())
+    assert all(id(p) not in offsets for p in net.heads.parameters())  # the global loss does not reach them
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("alpha", [1.0, 0.3])
+def test_9_a_constant_offset_is_a_linear_tilt(momentum, alpha):
+    ours, plain = Net(), Net()
+    options = dict(lr=0.05, momentum=momentum, weight_decay=0.01)
+    optimizer, rival = sgd(ours, offset_scale=alpha, **options), torch.optim.SGD(plain.parameters(), **options)
+    optimizer.refresh(ours.bp, ours.local, batch(9))
+    table = {id(p): o for p, o in optimizer.offsets()}
+    tilt = [(q, table[id(p)]) for p, q in zip(ours.parameters(), plain.parameters()) if id(p) in table]
+    for i in range(6):
+        local_step(ours, optimizer, batch(i))
+        rival.zero_grad()
+        for loss in plain.local(*batch(i)):
+            loss.backward()
+        (alpha * sum((o * q).sum() for q, o in tilt)).backward()
+        rival.step()
+    for p, q in zip(ours.parameters(), plain.parameters()):
+        assert_relative("parameter", p, q, 1e-12)
+
+
+@pytest.mark.parametrize("coefficients", [dict(local_scale=0.7, offset_scale=0.4), dict(local_coef=0.0),
+                                          dict(bp_coef=2.0, local_coef=0.5)])
+def test_the_wrapper_is_offset_sgd(coefficients):
+    ours, other = Net(), Net()
+    optimizer = sgd(ours, **coefficients)
+    wrapper = OffsetOptimizer(torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9), **coefficients)
+    for i in range(4):
+        for net, o in ((ours, optimizer), (other, wrapper)):
+            if i % 2 == 0:
+                o.refresh(net.bp, net.local, batch(10 + i))
+            local_step(net, o, batch(i))
+    for p, q in zip(ours.parameters(), other.parameters()):
+        assert_relative("parameter", p, q, 1e-12)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_state_dict_holds_the_offsets(wrap):
+    def make(net):
+        return OffsetOptimizer(torch.optim.Adam(net.parameters(), lr=0.01)) if wrap else sgd(net)
+    nets = [Net(), Net()]
+    first = make(nets[0])
+    first.refresh(nets[0].bp, nets[0].local, batch(1))
+    local_step(nets[0], first, batch(2))
+    nets[1].load_state_dict(nets[0].state_dict())
+    second = make(nets[1])
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for net, optimizer in zip(nets, (first, second)):
+        local_step(net, optimizer, batch(3))
+    for p, q in zip(nets[0].parameters(), nets[1].parameters()):
+        assert_bit_equal("parameter", p, q)
+    assert len(second.offsets()) == len(first.offsets()) == 6
+
+
+def test_estimated_offset_scale():
+    """|b|^2 / (|b|^2 + tr S / B'): near 1 where the chunks agree, 0 without a signal, the formula in between."""
+    w = nn.Parameter(torch.zeros(3, dtype=D))
+    optimizer = OffsetSGD([w], 0.1)
+    noise = randn(400, 3, seed=5, dtype=D)
+    for shift, low, high in ((10.0, 0.99, 1.0), (0.0, 0.0, 0.9), (0.3, 0.5, 1.0)):
+        optimizer.refresh(lambda x: (x * w).sum(1).mean(), None, noise + shift, bp_chunk=8, estimate_offset_scale=True)
+        chunks = (noise + shift).reshape(50, 8, 3).mean(1)
+        delta = chunks.mean(0)
+        spread = (chunks.square().sum(1).mean() - delta.square().sum()) / 49
+        signal = (delta.square().sum() - spread).clamp_min(0)
+        assert abs(optimizer.param_groups[0]["offset_scale"] - (signal / (signal + spread)).item()) < 1e-9
+        assert low <= optimizer.param_groups[0]["offset_scale"] <= high
+        assert_relative("offset", optimizer.offsets()[0][1], delta, 1e-12)
+
+
+def test_divergence_guard():
+    w = nn.Parameter(torch.ones(3, dtype=D))
+    optimizer = OffsetSGD([w], 0.1)
+    refresh = lambda c: optimizer.refresh(lambda x: (c * x.sum() * w).sum(), None, torch.ones(4), max_growth=10)  # noqa: E731
+    refresh(1.0)
+    refresh(5.0)
+    assert optimizer.offsets()
+    with pytest.warns(UserWarning, match=r"param_groups\[0\]: the offset grew from .* dropped"):
+        refresh(500.0)
+    assert not optimizer.offsets()
+    with pytest.raises(RuntimeError, match="an offset is not finite"):
+        refresh(float("inf"))
+    assert not optimizer.offsets() and w.grad is None
+
+
+def test_when_to_refresh():
+    assert [s for s in range(20) if refresh_due(s, 8)] == [0, 8, 16]
+    assert [s for s in range(25) if refresh_due(s, 10, first_period=3)] == [0, 3, 13, 23]
+
+
+@pytest.mark.parametrize("bad, error, message", [
+    (lambda o: OffsetSGD([nn.Parameter(torch.ones(1))], -1.0), ValueError, "lr must be at least 0, got -1.0"),
+    (lambda o: OffsetSGD([nn.Parameter(torch.ones(1))], 0.1, bp_coef="x"), TypeError, "bp_coef must be a number, got str"),
+    (lambda o: OffsetOptimizer(None), TypeError, "optimizer must be a torch.optim.Optimizer, got NoneType"),
+    (lambda o: o.refresh(None, None, torch.ones(4), bp_chunk=0), ValueError, "bp_chunk must be at least 1, got 0"),
+    (lambda o: o.refresh(None, None, (torch.ones(4), torch.ones(3))), ValueError,
+     "data must be tensors of one and the same length above 0, got lengths [4, 3]"),
+    (lambda o: o.refresh(None, None, torch.ones(4), batch_norm="frozen"), ValueError,
+     "batch_norm must be one of 'train', 'eval', got 'frozen'"),
+])
+def test_bad_input(bad, error, message):
+    with pytest.raises(error) as caught:
+        bad(OffsetSGD([nn.Parameter(torch.ones(1))], 0.1))
+    assert str(caught.value) == message

@@ -1,0 +1,24 @@
+"""The authors' numbers (tests/golden/local_loss) on the GPU backends: Triton interpreted, CUDA C++ on the executor."""
+import pytest
+import torch
+
+from tests.ops import test_local_loss_golden as golden
+from tests.simt import executor
+
+pytestmark = pytest.mark.parametrize("backend", ["triton", "cuda-simt"], indirect=True)
+
+
+@pytest.mark.parametrize("name", golden.FILES["predsim"] + golden.FILES["ff_mean"])
+def test_golden(name, backend, impl, monkeypatch):
+    """predsim: cross entropy and similarity; ff_mean: goodness. The CUDA kernels in every order of threads."""
+    monkeypatch.setenv("LGKERNELS_IMPL", impl)
+    test = golden.test_predsim if name.startswith("predsim") else golden.test_forward_forward_mean
+    simt = executor.module() if impl == "cuda" else None
+    try:
+        for order in executor.ORDERS if simt else (None,):
+            if simt:
+                simt.set_order(order)
+            test(name, torch.float32)
+    finally:
+        if simt:
+            simt.set_order("ascending")

@@ -1,0 +1,208 @@
+"""Cutting models into units, and the saved-byte table of the specification (resolution 224, batch 64, float32)."""
+import pytest
+import torch
+from torch import nn
+
+import lgkernels
+from lgkernels.__main__ import main
+from lgkernels.core import optional
+from lgkernels.recipes import networks, tuning
+from lgkernels.recipes.measure import peak_memory
+from lgkernels.training import partition, planner, split_blocks
+from lgkernels.training.attention import counted_attention
+from tests.ops.lls_problems import randn
+
+
+@pytest.fixture(scope="module")
+def models():
+    try:
+        return optional.torchvision().models
+    except ImportError as error:
+        pytest.skip(f"torchvision is not there ({error})")
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.empty(64, 3, 224, 224, device="meta")
+
+
+def resnet(models):
+    with torch.device("meta"):
+        return models.resnet50(num_classes=100)
+
+
+def vit(models):
+    with torch.device("meta"):
+        return models.vit_b_16(num_classes=100)
+
+
+def megabytes(model, units, image):
+    """(all of back-propagation, [units])."""
+    return (partition.saved_bytes(partition.chain(model), image)[0] / 1e6,
+            [b / 1e6 for b in partition.unit_bytes(units, image)])
+
+
+def close(got, expected):
+    assert abs(got - expected) <= 0.02 * expected, f"{got:.0f} MB, expected {expected}"
+
+
+@pytest.mark.parametrize("cuts, expected", [
+    ([4, 8, 14], [2659, 1696, 1156, 347]),                   # stages, the stem in the first
+    ([1, 4, 8, 14], [552, 2107, 1696, 1156, 347]),           # the stem apart
+    ([2, 4, 8], [1426, 1439, 1696, 1452]),                   # before res2.1, res3.0, res4.0
+])
+def test_resnet_stages(models, image, cuts, expected):
+    model = resnet(models)
+    total, units = megabytes(model, split_blocks(model, cuts), image)
+    close(total, 5498)
+    for got, want in zip(units, expected, strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize("count, largest", [(4, 1696), (6, 1387), (8, 964), (17, 873)])
+def test_resnet_balanced(models, image, count, largest):
+    model = resnet(models)
+    close(max(megabytes(model, split_blocks(model, count, input=image), image)[1]), largest)
+
+
+@pytest.mark.parametrize("attention, total, count, largest", [
+    ("eager", 8870, 4, 2217), ("eager", 8870, 12, 739), ("flash", 7446, 4, 1862), ("flash", 7446, 12, 620)])
+def test_vit(models, image, attention, total, count, largest):
+    """Encoder layers in equal groups, the embedding with the first, the head with the last."""
+    model = vit(models)
+    with counted_attention(attention):
+        got, units = megabytes(model, split_blocks(model, [1 + i * 12 // count for i in range(1, count)]), image)
+    close(got, total)
+    # the table's unit is a group of layers; the ends also keep the image (39 MB), and the last norm's input and output
+    close(units[1], largest)
+    assert max(units) == units[-1] <= largest + 80
+
+
+def test_the_plan_of_a_resnet(models, image):
+    rows = {r.name: r for r in lgkernels.plan(resnet(models), image, "4GB").rows}
+    close(rows["BP"].peak / 1e6, 5783)
+    close(rows["BP, 8 at a time"].activations / 1e6, 688)
+    close(rows["local, 18 units"].activations / 1e6, 873)
+    close(rows["BP-modified, 18 units"].peak / 1e6, 1182)
+    assert not rows["BP"].fits and rows["BP-modified, 4 units"].fits
+    assert rows["BP-modified, 4 units"].compute == pytest.approx(1.013, abs=1e-3)
+    close(rows["two views, 18 units"].activations / 1e6, 2 * 873)
+    assert rows["BP-modified forward-forward, 4 units"].compute == pytest.approx(7 / 3 + 320 / 50_000 * 10 / 3, abs=1e-3)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_the_plan_is_what_a_step_takes(name):
+    """Within 5 % of the measured peak of a real step of back-propagation on a CPU."""
+    torch.manual_seed(0)
+    parts, shape = ((networks.resnet18(3, 10), (16, 3, 96, 96)) if name == "resnet" else
+                    (networks.vit(3, 10, image=64, patch=8, dim=128, depth=4, heads=4), (64, 3, 64, 64)))
+    model = nn.Sequential(*parts)
+    x, y = randn(*shape), torch.arange(shape[0]) % 10
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+
+    def step():
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    step()  # momentum
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    there = 2 * weights + sum(b.numel() * b.element_size() for b in model.buffers()) + x.numel() * x.element_size()
+    measured = there + peak_memory(step, torch.device("cpu"))
+    predicted = lgkernels.plan(model, x).rows[0].peak
+    assert abs(predicted - measured) <= 0.05 * measured, f"{predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f}"
+
+
+def test_our_resnet50_is_the_tables(image):
+    """The recipe's network keeps what torchvision's does; needs no torchvision."""
+    with torch.device("meta"):
+        model = tuning.network("resnet50", 3, 100)
+    total, units = megabytes(model, split_blocks(model, list(range(2, 17))), image)
+    close(total, 5498)
+    assert len(units) == 16
+    close(max(megabytes(model, split_blocks(model, 17, input=image), image)[1]), 873)
+    close(max(megabytes(model, split_blocks(model, 4, input=image), image)[1]), 1696)
+
+
+def test_without_torchvision(monkeypatch, capsys):
+    def missing():
+        raise ImportError("No module named 'torchvision'")
+    monkeypatch.setattr(optional, "torchvision", missing)
+    assert main(["plan", "--model", "resnet50"]) == 1
+    assert "plan --model needs torchvision, which is not here (No module named 'torchvision')" in capsys.readouterr().out
+
+
+def test_the_plan_command(models, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    chart = tmp_path / "plan.svg"
+    assert main(["plan", "--model", "resnet18", "--batch", "8", "--image", "64", "--memory", "100MB", "--plot",
+                 str(chart)]) == 0
+    text = capsys.readouterr().out
+    assert "BP, checkpointed" in text and "memory: 100 MB" in text and chart.stat().st_size > 1000
+    assert main(["plan", "--model", "alexnet"]) == 2
+
+
+@pytest.mark.parametrize("memory, expected", [("8GB", 8e9), ("1.5GiB", 1.5 * 2**30), ("10B", 10.0), (7, 7.0)])
+def test_memory_units(memory, expected):
+    assert planner.parse_memory(memory) == expected
+
+
+def test_bad_memory():
+    with pytest.raises(ValueError, match="memory must be a number of bytes, or a text such as '8GB'"):
+        planner.parse_memory("8 gigs")
+
+
+@pytest.mark.parametrize("name, size", [("resnet18", 32), ("resnet50", 32), ("vit_b_16", 224)])
+def test_units_are_the_model(models, name, size):
+    torch.manual_seed(0)
+    model = getattr(models, name)(num_classes=5).eval()
+    x = randn(2, 3, size, size)
+    units = split_blocks(model, 3, input=x)
+    y = x
+    for unit in units:
+        y = unit(y)
+    assert torch.equal(y, model(x))
+    own = {id(p) for p in model.parameters()}
+    parts = [id(p) for unit in units for p in unit.parameters()]
+    assert sorted(own) == sorted(parts)
+
+
+def sequential():
+    return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 4))
+
+
+def test_sequential():
+    model, x = sequential(), randn(3, 8)
+    units = split_blocks(model, 2, balance="parts")
+    assert [len(u) for u in units] == [2, 3]
+    assert torch.equal(units[1](units[0](x)), model(x))
+    assert units[0][0] is model[0]
+
+
+def test_overlap():
+    units = split_blocks(sequential(), [1, 3], overlap_blocks=1)
+    assert [len(u) for u in units] == [2, 3, 2]
+    assert units[0][1] is units[1][0] and units[1][2] is units[2][0]
+
+
+def test_saved_bytes_of_a_real_backward():
+    """The meta count is what the hooks see on real tensors, each storage once."""
+    model, x = sequential(), randn(3, 8)
+    meta = partition.saved_bytes([partition.to_meta(model)], x.to("meta"))[0]
+    assert meta == partition.saved_bytes([model], x)[0] == 4 * 3 * (8 + 8 + 16)
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (dict(units=9, balance="parts"), ValueError, "units must be at most 5, the parts of the model, got 9"),
+    (dict(units=0), ValueError, "units must be at least 1, got 0"),
+    (dict(units=[3, 2]), ValueError, "units must be increasing part numbers in [1, 4], got [3, 2]"),
+    (dict(units=2), ValueError, 'input must be an example batch for balance="memory", got None'),
+    (dict(balance="time"), ValueError, "balance must be one of 'memory', 'parts', got 'time'"),
+    (dict(model=nn.Linear(2, 2)), TypeError,
+     "model must be an nn.Sequential, or a ResNet or vision transformer of torchvision or timm, got Linear: write it as "
+     "an nn.Sequential of its parts"),
+])
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error) as caught:
+        split_blocks(**{"model": sequential(), **arguments})
+    assert str(caught.value) == message
