@@ -5,6 +5,11 @@
 F is made in the backward and only where a dX is asked for: never for the first layer, in evaluation or under
 no_grad. Saved are x, the weight (signs) or its packed signs, and the 24-byte random state. That state is checked by
 autograd as every saved tensor is: advancing it between a forward and its backward raises.
+
+The bias gradient and the activation's derivative have passes of their own. A layer's step is 6 M N K operations; a
+pass over dy (M, N) for db moves M N floats, one for the derivative 3 M N. At the rates measured on two Zen 4 cores (194
+GFLOP/s in float32, 31 GB/s) that is 4 / K and 13 / K of the step, 0.6 % and 1.7 % at K = 768: fusing them does not pay
+for a linear layer. Of a block of DFA, where batch norm and a pool come with them, they are in the pass of direct.py.
 """
 import math
 import os
