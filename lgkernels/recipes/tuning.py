@@ -328,6 +328,8 @@ def make_trainer(settings, rule, dataset, weights, factory, **options):
                           overlap=s["overlap"], contrast=s["contrast"].replace("-", "_"))
     trainer = BlockwiseTrainer(blocks, offset_factory(s, factory) if rule in MODIFIED else factory, **options)
     if rule in MODIFIED:
+        for group in trainer.optimizers[-1].param_groups:  # its local loss is the global one: nothing to correct
+            group.update(local_scale=1.0, offset_scale=0.0)
         trainer.offset_chunk = s["offset_chunk"] or planner.bp_chunk(
             s["batch_size"], *_bp_and_unit_bytes(model, blocks, x))
     return trainer
