@@ -34,7 +34,7 @@ def lokr_linear(x, weight, bias, w1, a, b, scale):
     if not _rank_one(x, a, b):
         return reference.lokr_linear(x, weight, bias, w1, a, b, scale)
     rows, inner, outer = len(x), b.shape[1], a.shape[0]
-    t = _sums(x.reshape(-1, inner), b.contiguous(), None)[0].view(rows, -1)
+    t = _sums(x.reshape(-1, inner), b.contiguous(), None)[0].view(rows, w1.shape[1])
     u = t @ w1.t()
     y = F.linear(x, weight, bias)
     _add_outer(y.view(-1, outer), u, a.contiguous(), scale)
@@ -46,7 +46,7 @@ def lokr_linear_grads(g, x, weight, w1, a, b, t, u, scale, needs):
         return reference.lokr_linear_grads(g, x, weight, w1, a, b, t, u, scale, needs)
     none, rows, inner, outer = g.new_empty(0), len(g), b.shape[1], a.shape[0]
     v, grad_a = _sums(g.reshape(-1, outer), a.contiguous(), u.contiguous() if needs[4] else None)
-    v = v.view(rows, -1)
+    v = v.view(rows, w1.shape[0])
     grad_t = (v @ w1).mul_(scale)
     grad_x = none
     if needs[0]:
