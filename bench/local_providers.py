@@ -120,8 +120,8 @@ def local_goodness(case, device, compiled):
     def eager(h):
         g = (h if h.dtype == torch.float64 else h.float()).pow(2).mean((1, 2, 3))
         return F.softplus(torch.where(positive, threshold - g, g - threshold)).mean()
-    return _losses(case, device, compiled, lambda h, impl: LF.goodness_loss(h, positive, threshold=threshold, impl=impl),
-                   eager, lean, floor=_copied(case, device))
+    return _losses(case, device, compiled, lambda h, impl: LF.goodness_loss(
+        h, positive, threshold=threshold, impl=impl), eager, lean, floor=_copied(case, device))
 
 
 def local_similarity(case, device, compiled):
@@ -176,7 +176,8 @@ def offset_step(case, device, compiled):
 
     def ours(impl, dtype=None):
         made = parameters()
-        buffers, tilt = [torch.zeros_like(p) for p in made], [o.clone() if dtype is None else o.to(dtype) for o in offsets]
+        buffers = [torch.zeros_like(p) for p in made]
+        tilt = [o.clone() if dtype is None else o.to(dtype) for o in offsets]
         optimizer = OffsetSGD(made, offset_dtype=dtype, **options)
         for p, buffer, offset in zip(made, buffers, tilt):
             optimizer.state[p].update(momentum_buffer=buffer, offset=offset)

@@ -1,4 +1,4 @@
-// What a rank-1 factor of an adapter needs beside the layer's own products: each function is one pass over (rows, size).
+// What a rank-1 factor of an adapter needs beside the layer's own products: a function is one pass over (rows, size).
 #pragma once
 #include "lgk/local_loss_cpu.h"
 #include "parallel.h"

@@ -1,5 +1,5 @@
-"""Adapters on the CPU. The layer's products are the library's; what a float32 factor of rank 1 adds to them, passes over
-the output and the input, are C++ kernels of `lgkernels._C` (csrc/cpu/adapter.h). Everything else is the reference's.
+"""Adapters on the CPU. The layer's products are the library's; what a float32 LoKr factor of rank 1 adds to them, passes
+over output and input, are C++ kernels of `lgkernels._C` (csrc/cpu/adapter.h). Everything else is the reference's.
 """
 import torch
 import torch.nn.functional as F
