@@ -104,10 +104,7 @@ class Run:
     def load_state_dict(self, state):
         if state["rule"] != self.rule:
             raise checkpoint.CheckpointError(f"{self.path} belongs to rule {state['rule']!r}, not {self.rule!r}")
-        try:
-            self.trainer.load_state_dict(state["trainer"])
-        except ValueError as error:
-            raise checkpoint.CheckpointError(f"checkpoint {self.path} does not fit this run: {error}") from None
+        self.trainer.load_state_dict(state["trainer"])
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         self.losses, self.correct = (t if t is None else t.to(self.device) for t in (state["losses"], state["correct"]))
         self.seconds, self.refresh_seconds = state["seconds"], state.get("refresh_seconds", 0.0)
