@@ -42,15 +42,19 @@ def backends(op, device, dtype):
 
 def builder(op):
     """The function that makes a case's `Problem`."""
-    from . import feedback_providers
-    return getattr(feedback_providers, op) if op in feedback_providers.OPS else globals()[op]
+    from . import feedback_providers, local_providers
+    for family in (feedback_providers, local_providers):
+        if op in family.OPS:
+            return getattr(family, op)
+    return globals()[op]
 
 
 def names(case, device, compiled):
     """Providers of a case, in the order of its tables (known without building anything)."""
-    from . import feedback_providers
-    if case.op in feedback_providers.OPS:
-        return feedback_providers.names(case, device, compiled)
+    from . import feedback_providers, local_providers
+    for family in (feedback_providers, local_providers):
+        if case.op in family.OPS:
+            return family.names(case, device, compiled)
     cpu, family = device.type == "cpu", "lls_loss" if case.op == "lls_loss" else "lls_block"
     ours = backends(family, device, case.torch_dtype)
     if case.op == "vgg8_step":

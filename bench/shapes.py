@@ -44,6 +44,10 @@ def feedback(op, rules, batch, channels, out_channels=0, size=0, **more):
     return [Case(f"feedback_{op}", batch, channels, out_channels, size, rule=rule, **more) for rule in rules.split()]
 
 
+def local(op, batch, channels, size=0, **more):
+    return Case(f"local_{op}", batch, channels, size=size, **more)
+
+
 _HALF = dict(dtype="bfloat16", channels_last=True)
 
 PRESETS = {
@@ -59,6 +63,11 @@ PRESETS = {
         *feedback("product", "usf brsf fa", 3, 40, 24),
         *feedback("step", "usf", 3, 40, 24),
         Case("dfa_step", 2, 3, size=16, rule="dfa"),
+        local("cross_entropy", 3, 6, 5, classes=7),
+        local("goodness", 4, 6, 5),
+        local("similarity", 4, 6, 5),
+        Case("offset_step", 1, rule="small"),
+        Case("lokr_linear", 3, 24, 36, rule="rank 1"),
     ],
     "cpu": [
         Case("lls_loss", 128, 1024, pool=1024, classes=100),
@@ -81,6 +90,12 @@ PRESETS = {
         *feedback("product", "usf brsf", 512, 768, 3072),
         *feedback("step", "usf", 8, 9216, 4096),
         Case("dfa_step", 32, 3, size=32, rule="dfa"),
+        local("cross_entropy", 64, 256, 56, classes=100),
+        local("cross_entropy", 64, 256, 56, classes=100, channels_last=True),
+        local("goodness", 64, 256, 56),
+        local("similarity", 64, 256, 56, classes=100),
+        Case("offset_step", 1, rule="ResNet-50"),
+        Case("lokr_linear", 512, 768, 3072, rule="rank 1"),
     ],
     "gpu": [
         Case("norm_act_pool", 128, 256, size=32, pool=2, **_HALF),
@@ -96,5 +111,9 @@ PRESETS = {
         *feedback("linear", "usf brsf", 4096, 9216, 4096, dtype="bfloat16"),
         *feedback("product", "usf brsf fa", 8, 9216, 4096, dtype="bfloat16"),
         *feedback("step", "usf", 8, 9216, 4096),
+        local("cross_entropy", 64, 256, 56, classes=100, **_HALF),
+        local("goodness", 64, 256, 56, **_HALF),
+        local("similarity", 64, 256, 56, classes=100, **_HALF),
+        Case("offset_step", 1, rule="ResNet-50"),
     ],
 }

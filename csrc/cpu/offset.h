@@ -10,20 +10,24 @@ namespace lgk::LGK_ISA {
 constexpr int64_t kSplit = 1024;  // threads part at multiples of it within a tensor: whole vectors and cache lines
 
 template <bool MOMENTUM, bool TILTED, class T>
-inline void offset_range(const OffsetTensor& t, int64_t begin, int64_t end, const OffsetStep& step) {
-  float *w = t.param, *v = t.momentum_buffer;
-  const T* offset = static_cast<const T*>(t.offset);
-  for (int64_t i = begin; i < end; i += V) {
-    const int64_t n = smaller(end - i, V);
-    const vf weight = load_some(w + i, n);
-    vf g = load_some(t.grad + i, n) * step.scale + weight * step.decay;
-    if (TILTED) g += load_some(offset + i, n) * step.tilt;
-    if (MOMENTUM) {
-      g += load_some(v + i, n) * step.momentum;
-      store_some(v + i, g, n);
-    }
-    store_some(w + i, weight - g * step.rate, n);
+LGK_INLINE void offset_vector(const OffsetTensor& t, int64_t i, int64_t n, const OffsetStep& step) {
+  float *w = t.param + i, *v = t.momentum_buffer + i;
+  const vf weight = load_some(w, n);
+  vf g = load_some(t.grad + i, n) * step.scale + weight * step.decay;
+  if (TILTED) g += load_some(static_cast<const T*>(t.offset) + i, n) * step.tilt;
+  if (MOMENTUM) {
+    g += load_some(v, n) * step.momentum;
+    store_some(v, g, n);
   }
+  store_some(w, weight - g * step.rate, n);
+}
+
+template <bool MOMENTUM, bool TILTED, class T>
+inline void offset_range(OffsetTensor t, int64_t begin, int64_t end, OffsetStep step) {
+  int64_t i = begin;
+  for (; i + 4 * V <= end; i += 4 * V)
+    for (int k = 0; k < 4; ++k) offset_vector<MOMENTUM, TILTED, T>(t, i + k * V, V, step);
+  for (; i < end; i += V) offset_vector<MOMENTUM, TILTED, T>(t, i, smaller(end - i, V), step);
 }
 
 inline int offset_tensor(const OffsetTensor& t, int64_t begin, int64_t end, const OffsetStep& step) {

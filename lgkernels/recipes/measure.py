@@ -54,7 +54,8 @@ def state_bytes(trainer):
     """Bytes of parameters, buffers, and the optimizers' state, offsets included."""
     tensors = {id(t): t for block in trainer.blocks for t in (*block.parameters(), *block.buffers())}
     for optimizer in filter(None, trainer.optimizers):
-        tensors |= {id(t): t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)}
+        tensors |= {id(t): t for state in optimizer.state.values() for t in state.values()
+                    if isinstance(t, torch.Tensor)}
         for _, offset in getattr(optimizer, "offsets", list)():
             tensors[id(offset)] = offset
     return sum(t.numel() * t.element_size() for t in tensors.values())

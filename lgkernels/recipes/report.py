@@ -66,8 +66,8 @@ _NOTES = {
     "peak_step_bytes": "step memory: most that one step holds beyond parameters, optimizer state and input",
     "signal_macs": "signal MACs: what carries the error to the layers, weight gradients not counted",
     "state_bytes": "state: parameters, buffers, optimizer state and offsets",
-    "refresh_overhead": "refresh: time of the offsets' refreshes relative to the other training time; formula: the same "
-                        "by\nB' (BP + local) / (period x local), B' the offset batch, from one step's time of each",
+    "refresh_overhead": "refresh: time of the offsets' refreshes relative to the other training time; formula: "
+                        "the same by\nB' (BP + local) / (period x local), B' the offset batch, from one step's time of each",
 }
 
 

@@ -61,9 +61,11 @@ def add_arguments(parser):
     option("--epochs", "passes over the training data", type=int)
     option("--batch-size", "samples in a step", type=int)
     option("--lr", "learning rate of all rules but bp; default: 5e-3 with adamw-schedule-free (the LLS paper's), "
-                   f"{loop.TUNING_RATE:g} for the rules that tune unit by unit with sgd, else the optimizer's usual one", type=float)
+                   f"{loop.TUNING_RATE:g} for the rules that tune unit by unit with sgd, else the optimizer's usual one",
+           type=float)
     option("--bp-lr", "learning rate of back-propagation; default as --lr: 5e-3 was the best of 1e-3, 2e-3, 5e-3 for it too", type=float)
-    option("--optimizer", f"{', '.join(loop.LEARNING_RATES)}; sgd, with momentum 0.9, for the rules that tune unit by unit")
+    option("--optimizer", f"{', '.join(loop.LEARNING_RATES)}; sgd, with momentum 0.9, for the rules that tune unit "
+           "by unit")
     option("--seed", "of weights, order of batches and augmentation", type=int)
     option("--threads", "CPU threads; default: torch's", type=int)
     option("--device", "cpu, cuda, ...; default: cuda where there is one")
@@ -72,8 +74,8 @@ def add_arguments(parser):
     option("--name", "folder of this run under --out; default: made of data, model and rule")
     unit = parser.add_argument_group("rules that tune unit by unit")
     option = functools.partial(_option, unit)
-    option("--pretrain", "first so many epochs of back-propagation on half of the classes (kept in the run's folder); then "
-           "the rules tune that network on all of them", type=int)
+    option("--pretrain", "first so many epochs of back-propagation on half of the classes (kept in the run's folder); "
+           "then the rules tune that network on all of them", type=int)
     option("--weights", "start from this file's weights instead: safetensors or torch's, also torchvision's and timm's "
            "files for resnet50 and vit-b-16")
     option("--adapter", "tune adapters of rank 1 and the classifier alone: lora, lokr")
@@ -123,7 +125,8 @@ def _main(given):
                          f"{settings['data']} are {dataset.image_size} x {dataset.image_size}")
     fitting = networks.IMAGE.get(settings["model"], dataset.image_size)
     if dataset.image_size != fitting:
-        raise UsageError(f"--model {settings['model']} needs images of {fitting} x {fitting}: add --image-size {fitting}")
+        raise UsageError(f"--model {settings['model']} needs images of {fitting} x {fitting}: add --image-size "
+                         f"{fitting}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -221,7 +224,8 @@ def _validate_tuning(settings):
         raise UsageError(f"--offset-scale must be a number or auto, got {settings['offset_scale']!r}") from None
     modified = [rule for rule in rules if rule in tuning.MODIFIED]
     if modified and settings["optimizer"] == "adamw-schedule-free":
-        raise UsageError(f"--optimizer adamw-schedule-free takes no offsets ({', '.join(modified)}): use sgd, adam or adamw")
+        raise UsageError(f"--optimizer adamw-schedule-free takes no offsets ({', '.join(modified)}): use sgd, adam "
+                         "or adamw")
 
 
 def _one_of(name, value, known):

@@ -24,7 +24,6 @@ MODIFIED = tuple(f"{rule}-bpm" for rule in LOCAL)
 RIVALS = ("bp-accumulate", "bp-checkpoint")
 RULES = (*LOCAL, *MODIFIED, *RIVALS)
 MICRO_BATCHES = 8  # of bp-accumulate
-OFFSET_SEED = "offset"
 
 
 def is_bp(rule):
@@ -69,16 +68,18 @@ def read_weights(path):
 _NAMES = (  # torchvision's and timm's -> ours
     (r"conv1\.", "0.0."), (r"bn1\.", "0.1."), (r"fc\.", "HEAD."),
     (r"(class_token|cls_token)$", "0.cls_token"), (r"(encoder\.pos_embedding|pos_embed)$", "0.pos_embed"),
-    (r"(conv_proj|patch_embed\.proj)\.", "0.proj."), (r"(encoder\.ln|norm)\.", "NORM."), (r"(heads\.head|head)\.", "HEAD."),
+    (r"(conv_proj|patch_embed\.proj)\.", "0.proj."), (r"(encoder\.ln|norm)\.", "NORM."),
+    (r"(heads\.head|head)\.", "HEAD."),
     (r"(encoder\.layers\.encoder_layer_|blocks\.)(\d+)\.", lambda m: f"{int(m[2]) + 1}."))
-_INNER = (("ln_1.", "norm1."), ("ln_2.", "norm2."), ("self_attention.in_proj_", "qkv."), ("self_attention.out_proj.", "proj."),
-          ("attn.", ""), ("mlp.linear_1.", "fc1."), ("mlp.linear_2.", "fc2."), ("mlp.0.", "fc1."), ("mlp.3.", "fc2."),
+_INNER = (("ln_1.", "norm1."), ("ln_2.", "norm2."), ("self_attention.in_proj_", "qkv."),
+          ("self_attention.out_proj.", "proj."), ("attn.", ""), ("mlp.linear_1.", "fc1."), ("mlp.linear_2.", "fc2."), ("mlp.0.", "fc1."), ("mlp.3.", "fc2."),
           ("mlp.", ""))
 
 
 def _translated(state, head):
     """A state dict under our names."""
-    stages = sorted({tuple(map(int, found.groups())) for name in state if (found := re.match(r"layer(\d+)\.(\d+)\.", name))})
+    found = (re.match(r"layer(\d+)\.(\d+)\.", name) for name in state)
+    stages = sorted({(int(match[1]), int(match[2])) for match in found if match})
     last = int(head.split(".")[0])
     result = {}
     for name, tensor in state.items():
@@ -94,8 +95,8 @@ def _translated(state, head):
 
 
 def load_weights(model, state):
-    """Copy `state` into `model`, all but the classifier: our own state dict, or torchvision's or timm's of the same ResNet
-    or vision transformer."""
+    """Copy `state` into `model`, all but the classifier: our own state dict, or torchvision's or timm's of the same
+    ResNet or vision transformer."""
     head = _head(model)
     wanted = {name: t for name, t in model.state_dict().items()
               if not name.startswith(head + ".") and not name.endswith("num_batches_tracked")}
@@ -128,7 +129,7 @@ def freeze_statistics(model):
 
 
 def pretrain(settings, dataset, report=lambda text: None):
-    """State dict of the network after `settings["pretrain"]` epochs of back-propagation on the first half of the classes."""
+    """State dict of the network after `settings["pretrain"]` epochs of back-propagation on half of the classes."""
     torch.manual_seed(settings["seed"])
     model = network(settings["model"], dataset.channels, dataset.classes).to(settings["device"])
     images, labels = dataset.train
@@ -306,7 +307,7 @@ def _adapted(model, kind):
 
 
 def make_trainer(settings, rule, dataset, weights, factory, **options):
-    """The trainer of one of `RULES`, or of bp, on the network of `settings` that starts from `weights` (None: random)."""
+    """The trainer of one of `RULES`, or of bp, on the network of `settings`, from `weights` (None: random ones)."""
     s = settings
     model = network(s["model"], dataset.channels, dataset.classes)
     if weights is not None:
@@ -322,22 +323,25 @@ def make_trainer(settings, rule, dataset, weights, factory, **options):
             return AccumulatingTrainer([model], factory, accumulation_steps=count, **options)
         blocks = [Checkpointed(part) for part in model] if rule == "bp-checkpoint" else [model]
         return BackpropTrainer(blocks, factory, **options)
-    images = dataset.test_batches(s["batch_size"])
-    x = next(iter(images))[0].to(s["device"])
+    spread = torch.linspace(0, len(dataset.train[1]) - 1, s["batch_size"]).long()  # folders are sorted by class
+    x = dataset.training_batch(spread, torch.Generator().manual_seed(s["seed"]))[0].to(s["device"])
     blocks = local_blocks(rule.removesuffix("-bpm"), model, x, dataset.classes, units=s["units"],
                           overlap=s["overlap"], contrast=s["contrast"].replace("-", "_"))
     trainer = BlockwiseTrainer(blocks, offset_factory(s, factory) if rule in MODIFIED else factory, **options)
     if rule in MODIFIED:
+        for group in trainer.optimizers[-1].param_groups:  # its local loss is the global one: nothing to correct
+            group.update(local_scale=1.0, offset_scale=0.0)
         trainer.offset_chunk = s["offset_chunk"] or planner.bp_chunk(
-            s["batch_size"], *_bp_and_unit_bytes(model, blocks, x))
+            s["batch_size"], *_bp_and_unit_bytes(blocks, x))
     return trainer
 
 
-def _bp_and_unit_bytes(model, blocks, x):
-    total = partition.saved_bytes(list(model), x)[0]
-    largest = max(partition.unit_bytes([b.module if isinstance(b, LastUnit) else getattr(b, "unit", getattr(b, "block", b))
-                                        for b in blocks], x))
-    return total, largest
+def _bp_and_unit_bytes(blocks, x):
+    """What back-propagation through all units keeps, and the largest unit alone; counted without running either."""
+    units = [*(block.block if isinstance(block, lnn.PredSimHead) else block.unit for block in blocks[:-1]),
+             blocks[-1].module]
+    x, units = x.to("meta"), list(partition.to_meta(nn.ModuleList(units)))
+    return partition.saved_bytes(units, x)[0], max(partition.unit_bytes(units, x))
 
 
 def frozen(settings):

@@ -107,7 +107,8 @@ def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, N
         add("BP", total, fixed + gradient, 1.0, "exact")
         for micro in sorted({batch // 2, batch // 8, 1} - {0}, reverse=True):
             if micro < batch:
-                add(f"BP, {micro} at a time", partition.saved_bytes(parts, torch.empty_like(x[:micro]))[0], fixed + gradient, 1.0,
+                kept = partition.saved_bytes(parts, torch.empty_like(x[:micro]))[0]
+                add(f"BP, {micro} at a time", kept, fixed + gradient, 1.0,
                     f"batch statistics over {micro}" if norm else "exact")
         each = partition.unit_bytes(parts, x)
         outputs = []  # what a checkpoint keeps: every part's input
@@ -116,7 +117,8 @@ def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, N
             outputs.append(_bytes([y]))
             y = partition.saved_bytes([part], y)[1]
         # a part's own input is among the checkpoints already
-        add("BP, checkpointed", sum(outputs) + max(a - b for a, b in zip(each, outputs)), fixed + gradient, 4 / 3, "exact")
+        kept = sum(outputs) + max(a - b for a, b in zip(each, outputs))
+        add("BP, checkpointed", kept, fixed + gradient, 4 / 3, "exact")
         for count in dict.fromkeys(min(u or len(parts), len(parts)) for u in units):
             blocks = partition.split_blocks(model, count, input=x)
             unit = max(partition.unit_bytes(blocks, x))

@@ -70,8 +70,8 @@ def run_feedback(kernels, device):
             results.append(kernels.product(grad, columns, *formula))
             if law is not None:
                 results.append(kernels.rows(index, columns, random, 0.5, dtype))
-        for momentum_buffer, nesterov, manhattan in ((None, False, False), (buffer, True, False), (buffer, False, True)):
-            kernels.sgd_update_(weight, momentum_buffer, grad, x, 0.1, 0.9, 0.0, 0.01, nesterov, manhattan, 1.0)
+        for velocity, nesterov, manhattan in ((None, False, False), (buffer, True, False), (buffer, False, True)):
+            kernels.sgd_update_(weight, velocity, grad, x, 0.1, 0.9, 0.0, 0.01, nesterov, manhattan, 1.0)
         results += [weight, buffer]
     return sum(bool(t.isfinite().all()) for t in results), len(results)
 

@@ -1,4 +1,4 @@
-"""The cases of tests/ops/test_local_loss_kernels.py on a CUDA device, and what only a device can show of the local losses
+"""The cases of tests/ops/test_local_loss_kernels.py on a CUDA device, and what only a device can show of the losses
 and of the offset step."""
 import pytest
 import torch

@@ -25,8 +25,9 @@ def check(module, name, arguments, **options):
 # -- pool, linear, cross entropy ----------------------------------------------------------------------------------
 
 def feature_map(case, form, dtype=torch.float32, layout="dense", mean=0.0):
-    shape = {"map": (case["B"], case["C"], case["H"], case["W"]), "tokens": (case["B"], case["H"] * case["W"], case["C"]),
-             "vector": (case["B"], case["C"])}[form]
+    batch, channels, height, width = (case[n] for n in "BCHW")
+    shape = {"map": (batch, channels, height, width), "tokens": (batch, height * width, channels),
+             "vector": (batch, channels)}[form]
     return arrange(randn(*shape, seed=1, dtype=dtype) + mean, layout)
 
 
@@ -104,7 +105,8 @@ def check_goodness(module, h, threshold=2.0, mean=True):
     assert h.numel() == 0 or h.dim() != 4 or got.stride() == torch.empty_like(h).stride()
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 7), (65, 40), (5, 4, 3, 2), (2, 16385), (1, 3, 64, 129)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 7), (65, 40), (5, 4, 3, 2), (2, 16385), (1, 3, 64, 129)],
+                         ids=str)
 def test_goodness(module, shape):
     check_goodness(module, randn(*shape, seed=1))
 

@@ -80,7 +80,6 @@ def test_any_layout(module, layouts):
 def test_a_sliced_parameter_leaves_its_gaps_alone(module):
     lists = tensors([(6, 7)], ("sliced", "dense", "dense", "dense"))
     param = lists[0][0]
-    param.storage_offset()
     whole = param.as_strided((param.untyped_storage().nbytes() // 4,), (1,), 0)
     whole = place(whole.clone())
     lists[0] = [torch.as_strided(whole, param.shape, param.stride(), param.storage_offset())]
@@ -170,12 +169,14 @@ def test_half_offsets_survive_the_state_dict():
 
 
 @pytest.mark.parametrize("spoil, error, message", [
-    (lambda made, p: made.state[p].update(offset=torch.ones(71)), ValueError, r"param_groups\[1\]: a state's offset must have"),
+    (lambda made, p: made.state[p].update(offset=torch.ones(71)), ValueError,
+     r"param_groups\[1\]: a state's offset must have"),
     (lambda made, p: made.state[p].update(offset=torch.ones(70, dtype=torch.float16)), TypeError,
      r"param_groups\[1\]: a state's offset must be torch.float32 like its parameter, got torch.float16"),
     (lambda made, p: made.state[p].update(momentum_buffer=torch.ones(3)), ValueError,
      r"param_groups\[1\]: a state's momentum_buffer must have"),
-    (lambda made, p: setattr(p, "grad", torch.ones(70).to_sparse()), TypeError, r"param_groups\[1\]: a gradient is sparse"),
+    (lambda made, p: setattr(p, "grad", torch.ones(70).to_sparse()), TypeError,
+     r"param_groups\[1\]: a gradient is sparse"),
 ])
 def test_bad_input_changes_nothing(spoil, error, message):
     """The fault is in the second group: the first must not have been stepped."""

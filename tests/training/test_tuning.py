@@ -175,6 +175,7 @@ def test_adapters(model, adapter):
     run = loop.Run(s, "predsim-bpm", dataset(s), None)
     order = torch.arange(64)
     assert run._refresh_due()
+    assert [o.param_groups[0]["offset_scale"] for o in run.trainer.optimizers] == [1, 1, 0]  # the last has the global loss
     before = {id(p): p.detach().clone() for b in run.trainer.blocks for p in b.parameters()}
     for i in range(2):
         run.refresh(order, 0)

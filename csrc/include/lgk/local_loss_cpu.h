@@ -1,5 +1,5 @@
-// The CPU kernels of the families local_loss, offset and adapter: what one instruction-set level offers, and the choice.
-// Every function returns a status (0: ok) and takes raw pointers; formulas: ops/{local_loss,offset,adapter}/reference.py.
+// The CPU kernels of the families local_loss, offset and adapter: what one instruction-set level offers, and the
+// choice. Every function returns a status (0: ok) and takes raw pointers; formulas: reference.py of each family.
 #pragma once
 #include <cstdint>
 

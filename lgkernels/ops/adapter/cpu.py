@@ -1,5 +1,5 @@
-"""Adapters on the CPU. The layer's products are the library's; what a float32 factor of rank 1 adds to them, passes over
-the output and the input, are C++ kernels of `lgkernels._C` (csrc/cpu/adapter.h). Everything else is the reference's.
+"""Adapters on the CPU. The layer's products are the library's; what a float32 LoKr factor of rank 1 adds to them, passes
+over output and input, are C++ kernels of `lgkernels._C` (csrc/cpu/adapter.h). Everything else is the reference's.
 """
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ def lokr_linear(x, weight, bias, w1, a, b, scale):
     if not _rank_one(x, a, b):
         return reference.lokr_linear(x, weight, bias, w1, a, b, scale)
     rows, inner, outer = len(x), b.shape[1], a.shape[0]
-    t = _sums(x.reshape(-1, inner), b.contiguous(), None)[0].view(rows, -1)
+    t = _sums(x.reshape(-1, inner), b.contiguous(), None)[0].view(rows, w1.shape[1])
     u = t @ w1.t()
     y = F.linear(x, weight, bias)
     _add_outer(y.view(-1, outer), u, a.contiguous(), scale)
@@ -46,7 +46,7 @@ def lokr_linear_grads(g, x, weight, w1, a, b, t, u, scale, needs):
         return reference.lokr_linear_grads(g, x, weight, w1, a, b, t, u, scale, needs)
     none, rows, inner, outer = g.new_empty(0), len(g), b.shape[1], a.shape[0]
     v, grad_a = _sums(g.reshape(-1, outer), a.contiguous(), u.contiguous() if needs[4] else None)
-    v = v.view(rows, -1)
+    v = v.view(rows, w1.shape[0])
     grad_t = (v @ w1).mul_(scale)
     grad_x = none
     if needs[0]:

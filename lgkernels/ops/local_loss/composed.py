@@ -1,4 +1,4 @@
-"""The losses as a GPU computes them: passes over the feature map by kernels of ours, which the backend hands in, and the
+"""The losses as a GPU computes them: passes over the feature map by kernels that the backend hands in, and the
 library's products of the small matrices between them. Same arguments and results as reference.py; no float64.
 """
 import torch
@@ -29,8 +29,8 @@ def samples(h):
 
 
 def local_cross_entropy(mean, rows, h, weight, bias, target, label_smoothing, reduction, compute_grad):
-    """`mean(h)` (B, C); `rows(logits, target, label_smoothing, grad_scale, compute_grad)`: the losses (B,), and in place
-    of the logits grad_scale times their gradients."""
+    """`mean(h)` (B, C); `rows(logits, target, label_smoothing, grad_scale, compute_grad)`: the losses (B,), and in
+    place of the logits grad_scale times their gradients."""
     if h.numel() == 0:
         return reference.local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, compute_grad)
     pooled = h.to(torch.float32, copy=True).contiguous() if h.dim() == 2 else mean(h)

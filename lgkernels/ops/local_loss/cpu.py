@@ -1,4 +1,4 @@
-"""Local losses on the CPU: the functions of `reference.py` over the C++ kernels of `lgkernels._C` (csrc/cpu/local_loss*).
+"""Local losses on the CPU: the functions of `reference.py` over the C++ kernels of `lgkernels._C` (csrc/cpu).
 
 A feature map is taken as it lies, planes or channels last, with any distance between samples; anything else is copied
 once. Products of matrices are the library's. Arithmetic is float32, sums in an order that no number of threads changes.

@@ -1,8 +1,8 @@
 """Triton kernels over rows that lie side by side: cross entropy of logits, goodness, and the similarity of rows against
 that of labels.
 
-A program owns BLOCK_B rows and runs over them, BLOCK_F columns at a time, as often as there are sums that depend on each
-other; what it reads again lies in the cache. 1e-8 is reference.py's EPS_NORM; 2^-20, eight units in the last place, is
+A program owns BLOCK_B rows and runs over them, BLOCK_F columns at a time, as often as sums depend on each other;
+what it reads again lies in the cache. 1e-8 is reference.py's EPS_NORM; 2^-20, eight units in the last place, is
 what rounding may leave of a constant.
 """
 import triton
@@ -62,7 +62,7 @@ def cross_entropy_kernel(logits, target, losses, B, F, smoothing, grad_scale, GR
 @triton.jit(do_not_specialize=["B", "slices"])
 def goodness_kernel(partial, is_positive, squares, kappa, loss, B, slices, threshold, factor, SLICES: tl.constexpr,
                     BLOCK_B: tl.constexpr):
-    """One program: sums of squares from their `slices` parts; loss = mean of softplus(s (threshold - factor * squares)),
+    """One program: squares from their `slices` parts; loss = mean of softplus(s (threshold - factor * squares)),
     kappa (None: not wanted) = -s sigmoid(...) 2 factor / B."""
     part = tl.arange(0, SLICES)
     losses = tl.zeros((BLOCK_B,), tl.float32)

@@ -1,4 +1,4 @@
-"""The step in plain torch: the definition that every other backend is tested against. Any device, float32 and float64."""
+"""The step in plain torch: the definition that every other backend is tested against. Any device and dtype."""
 import torch
 
 

@@ -52,7 +52,8 @@ def offset_sgd_kernel(table, lr, momentum, weight_decay, grad_scale, offset_scal
     row = table + offset(program_id(0), 5)
     weights, grads, buffers = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     offsets, size = tl.load(row + 3), tl.load(row + 4)
-    lr, momentum, weight_decay = tl.cast(lr, tl.float32), tl.cast(momentum, tl.float32), tl.cast(weight_decay, tl.float32)
+    lr, momentum = tl.cast(lr, tl.float32), tl.cast(momentum, tl.float32)
+    weight_decay = tl.cast(weight_decay, tl.float32)
     grad_scale, offset_scale = tl.cast(grad_scale, tl.float32), tl.cast(offset_scale, tl.float32)
     if (weights | grads | buffers | offsets | size) % 16 == 0:
         _chunk(weights, grads, buffers, offsets, size, lr, momentum, weight_decay, grad_scale, offset_scale, MOMENTUM,
