@@ -1,9 +1,10 @@
 """`python -m bench.gpu_check --out DIR`: one command for a machine with a GPU, within nine minutes a run.
 
-Parts: build (the native module with CUDA kernels, in place), test (tests/gpu but those of the family feedback),
-test:feedback, bench:lls and bench:feedback (ceilings, then every case by CUDA-graph replay). Each part saves its
-outcome to DIR/gpu_check.json as it ends; a second run does what is missing or has failed, `--only build,test,bench:lls`
-does those again. Benches go to DIR/<device>.json, what passed tests/gpu to lgkernels/core/verified.json. A table comes last.
+Parts: build (the native module with CUDA kernels, in place), test (tests/gpu of the first family and of what all
+share), test:feedback, test:local (the local losses and the step with an offset), bench:lls, bench:feedback and
+bench:local (ceilings, then every case by CUDA-graph replay). Each part saves its outcome to DIR/gpu_check.json as it
+ends; a second run does what is missing or has failed, `--only build,test,bench:lls` does those again. Benches go to
+DIR/<device>.json, what passed tests/gpu to lgkernels/core/verified.json. A table comes last.
 """
 import argparse
 import json
@@ -21,11 +22,13 @@ from . import report, timing
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 540.0  # seconds in all
-LIMITS = {"build": 150.0, "test": 270.0, "test:feedback": 270.0, "bench:lls": 240.0, "bench:feedback": 180.0}
+LIMITS = {"build": 180.0, "test": 270.0, "test:feedback": 270.0, "test:local": 150.0, "bench:lls": 240.0,
+          "bench:feedback": 180.0, "bench:local": 120.0}
 BACKENDS = ("triton", "cuda")
 OPS = {"test": ("lls_loss", "lls_block"),
        "test:feedback": ("feedback_product", "feedback_matrix", "feedback_rows", "feedback_pack_signs",
-                         "feedback_update_")}
+                         "feedback_update_"),
+       "test:local": ("local_cross_entropy", "goodness", "similarity", "offset_sgd_")}
 
 
 def run(command, limit, log, **environment):
@@ -97,9 +100,10 @@ def bench(family):
     return part
 
 
-PARTS = {"build": build, "test": tests("test", ["-k", "not feedback"]),
-         "test:feedback": tests("test:feedback", ["-k", "feedback"]), "bench:lls": bench("lls"),
-         "bench:feedback": bench("feedback")}
+PARTS = {"build": build, "test": tests("test", ["-k", "not feedback and not local and not offset"]),
+         "test:feedback": tests("test:feedback", ["-k", "feedback"]),
+         "test:local": tests("test:local", ["-k", "local or offset"]),
+         "bench:lls": bench("lls"), "bench:feedback": bench("feedback"), "bench:local": bench("local")}
 
 
 def chosen(text):
