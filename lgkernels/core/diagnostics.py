@@ -25,7 +25,8 @@ def add_arguments(parser):
 
 
 def main(arguments):
-    importlib.import_module("lgkernels.functional")  # the families register their ops
+    for name in ("functional", "optim"):  # the families register their ops
+        importlib.import_module(f"lgkernels.{name}")
     report = gather()
     if arguments.selftest:
         report["selftest"] = selftest()
@@ -150,11 +151,11 @@ def as_text(report):
     lines += ["", "native module"] + [f"  {name:<12} {value}" for name, value in report["native"].items()]
     lines += ["", "environment"] + [f"  {name:<20} {value}" for name, value in report["environment"].items()]
     lines += ["", 'what impl="auto" uses here']
-    lines += ["  {op:<12} {device:<7} {dtype:<9} {backend:<10} {reason}".format(**row) for row in report["ops"]]
+    lines += ["  {op:<19} {device:<7} {dtype:<9} {backend:<10} {reason}".format(**row) for row in report["ops"]]
     if "selftest" in report:
         lines += ["", "self-test (relative error against the float64 reference)"]
         for row in report["selftest"]:
             error = f"{row['error']:.1e}" if isinstance(row["error"], float) else row["error"]
-            lines.append("  {verdict} {op:<12} {device:<7} {dtype:<9} {backend:<10} {error}".format(
+            lines.append("  {verdict} {op:<19} {device:<7} {dtype:<9} {backend:<10} {error}".format(
                 verdict="PASS" if row["passed"] else "FAIL", **row | {"error": error}))
     return "\n".join(lines)
