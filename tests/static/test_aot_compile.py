@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock  # torch requires it
 
 from lgkernels.core import config
 
@@ -22,20 +23,21 @@ def _families():
     return importlib.import_module("tests.static.aot").families()  # needs triton
 
 
-# one test process an architecture, for those who run several: compiling is the work, and uses both cores itself
-ARCHITECTURES = [pytest.param(arch, id=f"sm_{arch}", marks=pytest.mark.xdist_group(f"sm_{arch}"))
-                 for arch in sorted(config.SHARED_MEMORY)]
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=sorted(config.SHARED_MEMORY), ids=lambda arch: f"sm_{arch}")
 def compiled(request, tmp_path_factory):
-    """`(arch, results)`: one dict for each distinct specialisation."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LGKERNELS_IMPL")}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    run = subprocess.run([sys.executable, "-m", "tests.static.aot", str(request.param)], cwd=ROOT, env=environment,
-                         capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return request.param, [json.loads(line) for line in run.stdout.splitlines()]
+    """`(arch, results)`: one dict for each distinct specialisation; compiled once, also for several test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    lines = folder / f"aot_{request.param}.jsonl"
+    with FileLock(f"{lines}.lock"):
+        if not lines.exists():
+            environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LGKERNELS_IMPL")}
+            environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+            run = subprocess.run([sys.executable, "-m", "tests.static.aot", str(request.param)], cwd=ROOT,
+                                 env=environment, capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr[-4000:]
+            lines.write_text(run.stdout)
+    return request.param, [json.loads(line) for line in lines.read_text().splitlines()]
 
 
 def _offenders(results, wrong):
