@@ -18,6 +18,8 @@ from .feedback import (
 RULES = ("bp", "fa", "usf", "frsf", "brsf", "signed_init")
 _CLASSES = {"fa": {nn.Linear: FeedbackAlignmentLinear, nn.Conv2d: FeedbackAlignmentConv2d}}
 _CLASSES.update({rule: {nn.Linear: SignSymmetricLinear, nn.Conv2d: SignSymmetricConv2d} for rule in RULES[2:]})
+_OPTIONS = {rule: ("scale", "law", "sign_zero", "packed_signs", "impl") for rule in RULES[2:]}
+_OPTIONS["fa"] = ("feedback_init", "law", "impl")
 _PLAIN = {layer: plain for classes in _CLASSES.values() for plain, layer in classes.items()}
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -109,6 +111,10 @@ def convert(model, rule, *, last_layer="bp", include=None, exclude=None, seed=0,
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if rule == "bp" and options:
         raise TypeError(f"options must be empty with rule='bp', got {sorted(options)}")
+    unknown = sorted(set(options) - set(_OPTIONS.get(rule, options)))
+    if unknown:
+        raise TypeError(f"options of rule={rule!r} must be among {', '.join(_OPTIONS[rule])}, got {', '.join(unknown)}: "
+                        "all else of a layer stays as it is, and its stream is a hash of its name")
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     layers = [(name, module) for name, module in model.named_modules() if _plain_class(module)]
     last = layers[-1][1] if layers and last_layer == "bp" and rule != "bp" and layers[-1][1] is not model else None

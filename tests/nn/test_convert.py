@@ -316,6 +316,16 @@ def test_bad_options_leave_the_model_alone(arguments, options, error, message):
     assert all(set(vars(a)) == set(vars(b)) for a, b in zip(model.modules(), network().modules()))
 
 
+@pytest.mark.parametrize("rule, option", [("usf", "bias"), ("usf", "padding"), ("usf", "dtype"), ("usf", "stream"),
+                                          ("fa", "stride"), ("fa", "sign_zero"), ("usf", "feedback_init")])
+def test_only_the_rules_options_are_taken(rule, option):
+    """bias=, padding=, ... of the layer's constructor are none: the layer keeps its own."""
+    model = network()
+    with pytest.raises(TypeError, match=f"options of rule='{rule}' must be among .*law.*impl, got {option}: all else"):
+        quiet(model, rule, **{option: 1})
+    assert not converted(model)
+
+
 def test_model_must_be_a_module():
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
         lnn.convert({}, "usf")
