@@ -291,6 +291,6 @@ def redraw_after(optimizer, model):
 
     def redraw(*_):
         for layer in layers:
-            if layer.feedback is not None:
+            if isinstance(layer, _FeedbackLayer) and layer.rule == "brsf":  # not converted again since
                 layer.feedback.advance()
     return optimizer.register_step_post_hook(redraw)

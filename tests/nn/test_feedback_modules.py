@@ -310,6 +310,20 @@ def test_data_parallel_replicas_agree(rule):
 
 # -- brSF ---------------------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("rule", ["bp", "fa", "usf", "frsf"])
+def test_redraw_ends_where_another_rule_came(rule):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(lnn.convert(model, "brsf", verbose=False).parameters(), lr=0.1)
+    lnn.redraw_after(optimizer, model)
+    lnn.convert(model, rule, verbose=False)
+    model(randn(3, 4)).sum().backward()
+    optimizer.step()
+    assert all(m.state[2] == 0 for m in model.modules() if hasattr(m, "state"))
+    lnn.convert(model, "brsf", verbose=False)
+    optimizer.step()
+    assert model[0].feedback.state[2] == 1
+
+
 def network(rule="brsf", **options):
     torch.manual_seed(4)
     return nn.Sequential(linear("usf", 8, 16), nn.ReLU(), linear(rule, 16, 16, seed=1, **options), nn.ReLU(),
