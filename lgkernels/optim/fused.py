@@ -43,7 +43,15 @@ class _After(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.layer.receive(grad, *ctx.saved_tensors)
+        # A gradient of x alone (torch.autograd.grad, backward(inputs=...)) never comes to the weight's AccumulateGrad;
+        # a graph that was retained does, in another backward. What was meant for this one is kept in this one alone.
+        layer, factors, task = ctx.layer, (grad, *ctx.saved_tensors), torch._C._current_graph_task_id()
+
+        def accumulate(*_):
+            handle.remove()
+            if torch._C._current_graph_task_id() == task:
+                layer.receive(*factors)
+        handle = ctx.next_functions[2][0].register_hook(accumulate)
         return grad, None, None, None
 
 

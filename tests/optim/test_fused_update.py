@@ -178,6 +178,26 @@ def test_gradient_accumulation(fused):
         loss_of(model).backward()
 
 
+@pytest.mark.parametrize("ask", [lambda loss, x, retain: torch.autograd.grad(loss, x, retain_graph=retain),
+                                 lambda loss, x, retain: loss.backward(inputs=[x], retain_graph=retain)])
+def test_a_gradient_of_the_input_alone_moves_no_weight(ask):
+    plain, mine = network(), network()
+    optimizers = [OPTIMIZERS["plain"](m.parameters()) for m in (plain, mine)]
+    fuse_update(mine, optimizers[1], include=["0", "2"])
+    for model, optimizer in zip((plain, mine), optimizers):
+        x = batch(0).requires_grad_()
+        ask(model(x).square().mean(), x, False)
+        optimizer.step()
+        if model is mine:
+            assert_same_weights(mine, network(), rtol=0, atol=0)
+        loss = model(x).square().mean()
+        ask(loss, x, True)
+        loss.backward()  # the same graph, now for the weights too
+        optimizer.step()
+    assert not torch.equal(mine[2].weight, network()[2].weight)
+    assert_same_weights(plain, mine, rtol=1e-5, atol=1e-6)
+
+
 def test_zero_grad_drops_the_gradient():
     plain, mine = network(), network()
     optimizers = [OPTIMIZERS["momentum"](m.parameters()) for m in (plain, mine)]
