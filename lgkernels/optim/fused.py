@@ -14,6 +14,12 @@ from .manhattan import BatchManhattan
 _HELP = "fuse_update needs one backward for each optimizer.step() and plain gradients"
 
 
+def _name(function):
+    """Of a torch function, or of the attribute that a getter is for."""
+    name = getattr(function, "__name__", function)
+    return getattr(getattr(function, "__self__", None), "__name__", name) if name == "__get__" else name
+
+
 class _Factors(torch.Tensor):
     """Lies in `weight.grad` for dy^T x, with the two in `factors`; whoever wants to compute with it learns why not.
     One element of memory."""
@@ -22,9 +28,11 @@ class _Factors(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if getattr(function, "__name__", "") in ("__get__", "__set__"):  # dtype, shape, is_sparse, ...
             with torch._C.DisableTorchFunctionSubclass():
-                return function(*args, **(kwargs or {}))
+                value = function(*args, **(kwargs or {}))
+            if not isinstance(value, torch.Tensor):
+                return value  # else it is .data, .T, ...: its numbers are nobody's gradient
         raise RuntimeError(
-            f"the gradient of a fused layer's weight was asked for ({getattr(function, '__name__', function)}), but "
+            f"the gradient of a fused layer's weight was asked for ({_name(function)}), but "
             f"it is never formed: {_HELP}. Gradient clipping by global norm, a GradScaler and zero_grad(set_to_none="
             "False) do not go with it: leave them out, or undo it with .remove()")
 
@@ -53,6 +61,10 @@ class _After(torch.autograd.Function):
                 layer.receive(*factors)
         handle = ctx.next_functions[2][0].register_hook(accumulate)
         return grad, None, None, None
+
+
+def _hooked(weight):
+    return bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
 
 
 class _FusedLayer:
@@ -114,8 +126,13 @@ class _FusedLayer:
             -1.0 if group.get("maximize") else 1.0, "auto")
         weight.grad = None
 
-    def refuse_overwritten(self):
-        if isinstance(self.weight.grad, _Factors) and any(t._version != was for t, was in self.weight.grad.factors):
+    def refuse(self):
+        if not isinstance(self.weight.grad, _Factors):
+            return
+        if _hooked(self.weight):
+            raise RuntimeError(f"the weight of layer {self.name!r} has hooks for its gradient: {_HELP}. Exclude the "
+                               "layer, or remove the hooks")
+        if any(t._version != was for t, was in self.weight.grad.factors):
             raise RuntimeError(f"the input of layer {self.name!r}, or the gradient of its output, was written to "
                                "between the backward and optimizer.step(), which reads them: step first")
 
@@ -137,7 +154,7 @@ class FusedUpdate:
             raise RuntimeError("optimizer.step() must have no closure with fuse_update, whose steps come before it: "
                                "call it after the backward, or undo it with .remove()")
         for layer in self._fused:
-            layer.refuse_overwritten()
+            layer.refuse()
         for layer in self._fused:
             layer.update()
 
@@ -174,8 +191,8 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
         FusedUpdate: with ``layers``, the fused names, and ``remove()``.
 
     Raises: TypeError, ValueError naming the argument; RuntimeError, before any weight has moved, for a second backward
-    before ``optimizer.step()`` (gradient accumulation), a layer used twice in one forward, clipping by global norm, a
-    GradScaler, DistributedDataParallel, FSDP, torch.compile, a closure.
+    before ``optimizer.step()`` (gradient accumulation), a layer used twice in one forward, clipping by global norm, hooks
+    of the weight, a GradScaler, DistributedDataParallel, FSDP, torch.compile, a closure.
 
     Example:
         >>> import torch
@@ -224,6 +241,9 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
             reason = ("is not among the optimizer's parameters" if weight not in groups else
                       "is shared with another module" if weight.is_contiguous() else "is not contiguous")
             raise ValueError(f"include: the weight of layer {name!r} {reason}")
+        if _hooked(weight):
+            raise ValueError(f"the weight of layer {name!r} has hooks for its gradient, which is never formed: exclude the "
+                             "layer, or remove the hooks")
         if "forward" in vars(module):
             raise ValueError(f"layer {name!r} has a forward of its own (an earlier fuse_update?): remove it first")
         fused.append((name, module, groups[weight]))
