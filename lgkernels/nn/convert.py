@@ -113,8 +113,8 @@ def convert(model, rule, *, last_layer="bp", include=None, exclude=None, seed=0,
         raise TypeError(f"options must be empty with rule='bp', got {sorted(options)}")
     unknown = sorted(set(options) - set(_OPTIONS.get(rule, options)))
     if unknown:
-        raise TypeError(f"options of rule={rule!r} must be among {', '.join(_OPTIONS[rule])}, got {', '.join(unknown)}: "
-                        "all else of a layer stays as it is, and its stream is a hash of its name")
+        raise TypeError(f"options of rule={rule!r} must be among {', '.join(_OPTIONS[rule])}, got "
+                        f"{', '.join(unknown)}: all else of a layer stays as it is, and its stream is a hash of its name")
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     layers = [(name, module) for name, module in model.named_modules() if _plain_class(module)]
     last = layers[-1][1] if layers and last_layer == "bp" and rule != "bp" and layers[-1][1] is not model else None
@@ -156,7 +156,7 @@ def _change(module, rule, settings):
         module.clear_rule()
     module.__class__ = plain if rule == "bp" else _CLASSES[rule][plain]
     if rule != "bp":
-        module._set_rule(**settings, **({} if rule == "fa" else {"rule": rule}), keep_weight=True)
+        module._set_rule(**settings, **({} if rule == "fa" else {"rule": rule, "freeze": True}))
 
 
 def _summary(rule, chosen, left):
@@ -177,15 +177,20 @@ def _holders(model):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return {_name(name, model): module for name, module in model.named_modules()
-            if isinstance(module, RandomFeedback) or getattr(module, "frozen_signs", None) is not None}
+            if isinstance(module, RandomFeedback) or _signs_of_the_start(module)}
+
+
+def _signs_of_the_start(module):
+    return isinstance(module, _FeedbackLayer) and module.rule == "signed_init"
 
 
 def feedback_state(model):
     """What a checkpoint needs beside the ``state_dict``: law version, and seed, stream, step and law of every
-    :class:`lgkernels.random.RandomFeedback` in the model (frozen signs as they are).
+    :class:`lgkernels.random.RandomFeedback` in the model ("signed_init": the frozen
+    signs as they are, None before training).
 
     Returns:
-        dict: of plain Python values (and int32 tensors for "signed_init" of converted models), for ``torch.save``.
+        dict: of plain Python values (and int32 tensors for "signed_init"), for ``torch.save``.
 
     Example:
         >>> import lgkernels.nn as lnn
@@ -200,7 +205,8 @@ def feedback_state(model):
             feedback[name] = dict(seed=seed, stream=stream, step=step, law=holder.law, scale=holder.scale,
                                   low=holder.low)
         else:
-            feedback[name] = {"frozen_signs": holder.frozen_signs.cpu().clone()}
+            signs = holder.frozen_signs
+            feedback[name] = {"frozen_signs": None if signs is None else signs.cpu().clone()}
     return {"law_version": LAW_VERSION, "feedback": feedback}
 
 
@@ -234,24 +240,32 @@ def load_feedback_state(model, state):
                          f"only in the model: {sorted(set(holders) - set(saved))}")
     for name, holder in holders.items():
         expected, got = (_kind(holder), saved[name])
-        differing = [key for key in expected if key not in got or (
-            got[key].shape != expected[key].shape if key == "frozen_signs" else got[key] != expected[key])]
+        differing = [key for key in expected if key not in got or _value(got[key], expected[key]) != expected[key]]
         if differing:
             raise ValueError(f"state must have the model's feedback at {name!r}, got {differing[0]}="
-                             f"{got.get(differing[0])}, the model has {expected[differing[0]]}")
+                             f"{_value(got.get(differing[0]), None)}, the model has {expected[differing[0]]}")
     for name, holder in holders.items():
         got = saved[name]
         if isinstance(holder, RandomFeedback):
             holder.set_state(got["seed"], got["stream"], got["step"])
         else:
-            holder.frozen_signs.copy_(got["frozen_signs"])
+            signs = got["frozen_signs"]
+            holder.frozen_signs = None if signs is None else signs.to(holder.weight.device, copy=True)
 
 
 def _kind(holder):
     """What a saved feedback must agree with."""
     if isinstance(holder, RandomFeedback):
         return dict(law=holder.law, scale=holder.scale, low=holder.low)
-    return {"frozen_signs": holder.frozen_signs}
+    rows, columns = holder.weight.flatten(1).shape
+    return {"frozen_signs": (rows, (columns + 31) // 32)}
+
+
+def _value(saved, expected):
+    """What of a saved entry is compared: of signs the shape, which signs not yet frozen have in any case."""
+    if saved is None and isinstance(expected, tuple):
+        return expected
+    return tuple(saved.shape) if isinstance(saved, torch.Tensor) else saved
 
 
 # -- brSF ---------------------------------------------------------------------------------------------------------

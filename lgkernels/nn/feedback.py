@@ -69,6 +69,9 @@ class _FeedbackLayer:
         return ({}, {}) if random is None else (dict(law=random.law, law_scale=random.scale, low=random.low),
                                                 {"state": random.state})
 
+    def _start(self):
+        """Before each forward."""
+
     def clear_rule(self):
         """Take off everything that `_set_rule` put on: the module is torch's again, but for its class."""
         for name in ("feedback", "frozen_signs", *self._settings):
@@ -86,13 +89,8 @@ class _FeedbackLayer:
 
     def reset_parameters(self):
         super().reset_parameters()
-        feedback = getattr(self, "feedback", None)  # None also in torch's constructor
-        if feedback is not None:
-            feedback.reset_parameters()
-            self._sign_initial_weight()
-
-    def _sign_initial_weight(self):
-        """For rule "signed_init"."""
+        if getattr(self, "feedback", None) is not None:  # None also in torch's constructor
+            self.feedback.reset_parameters()
 
     def extra_repr(self):
         return f"{super().extra_repr()}, {self._rule_repr()}"
@@ -100,6 +98,7 @@ class _FeedbackLayer:
 
 class _LinearForward:
     def forward(self, input):
+        self._start()
         formula, tensors = self._formula()
         _arguments.check_linear(input, self.weight, self.bias)
         return _feedback.linear(input, self.weight, self.bias, formula, **tensors, impl=self.impl)
@@ -107,6 +106,7 @@ class _LinearForward:
 
 class _Conv2dForward:
     def _conv_forward(self, input, weight, bias):
+        self._start()
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
@@ -119,8 +119,8 @@ class _Conv2dForward:
 
 class _SignSymmetric(_FeedbackLayer):
     def _set_rule(self, rule="usf", scale="kaiming", law=None, sign_zero="zero", packed_signs=False, *, seed=0,
-                  stream=0, impl="auto", keep_weight=False):
-        """Choose the rule; `keep_weight` leaves the weight as it is where "signed_init" would choose its signs."""
+                  stream=0, impl="auto", freeze=False):
+        """Choose the rule; with `freeze`, "signed_init" takes the weight's signs now, not when training starts."""
         checks.choice("rule", rule, RULES)
         checks.choice("sign_zero", sign_zero, ("zero", "plus"))
         if packed_signs and sign_zero != "plus":
@@ -142,26 +142,36 @@ class _SignSymmetric(_FeedbackLayer):
             else:
                 self._draw(law, _law_scale(scale, law, number), low)
                 self.factor = 1.0
-        elif rule == "signed_init" and keep_weight:
-            packed = torch.ops.lgkernels.feedback_pack_signs(self.weight.detach().flatten(1), "reference")
-            self.register_buffer("frozen_signs", packed, persistent=False)
-        elif rule == "signed_init":
-            self._draw("sign", number)
-            self._sign_initial_weight()
+        elif rule == "signed_init" and freeze and not self.weight.is_meta:
+            self._freeze()
 
-    @torch.no_grad()
-    def _sign_initial_weight(self):
-        """The initial weight takes F's signs, so that they need no memory: torch's initial laws are symmetric."""
-        if self.rule == "signed_init" and not self.weight.is_meta:
-            self.weight.copysign_(self.feedback.materialize(self.weight.shape, dtype=self.weight.dtype))
+    def _freeze(self):
+        """The weight's signs as they are now, one bit each, are the feedback's from now on."""
+        packed = torch.ops.lgkernels.feedback_pack_signs(self.weight.detach().flatten(1), "reference")
+        self.register_buffer("frozen_signs", packed, persistent=False)
+
+    def _start(self):
+        """With "signed_init" the first training forward freezes the signs: an initialisation of the caller's own, a
+        loaded weight and `to_empty` come before it."""
+        if self.rule != "signed_init" or self.frozen_signs is not None:
+            return
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError("a layer with rule='signed_init' must have its signs before nn.DataParallel copies it: "
+                               "run a training forward without it first, or use DistributedDataParallel")
+        self._freeze()
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if getattr(self, "frozen_signs", None) is not None:
+            self.frozen_signs = None  # training starts anew
 
     def _formula(self):
         law, tensors = self._random()
         if self.rule != "signed_init":
             return _feedback.Formula("packed" if self.packed_signs else "weight", scale=self.factor,
                                      sign_plus=self.sign_zero == "plus", **law), tensors
-        if self.frozen_signs is None:
-            return _feedback.Formula(**law), tensors
         return _feedback.Formula("packed", scale=self.factor, sign_plus=True), {"packed": self.frozen_signs}
 
     def _rule_repr(self):
@@ -172,7 +182,7 @@ class _SignSymmetric(_FeedbackLayer):
 class _FeedbackAlignment(_FeedbackLayer):
     rule = "fa"
 
-    def _set_rule(self, feedback_init="kaiming", law=None, *, seed=0, stream=0, impl="auto", keep_weight=True):
+    def _set_rule(self, feedback_init="kaiming", law=None, *, seed=0, stream=0, impl="auto"):
         number, law = scale_of(feedback_init, self.weight.shape), _law(feedback_init, law)
         self._set(seed=seed, stream=stream, impl=impl, feedback_init=feedback_init)
         self._draw(law, _law_scale(feedback_init, law, number))
@@ -191,8 +201,9 @@ class SignSymmetricLinear(_LinearForward, _SignSymmetric, nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``; so is the ``state_dict``.
         rule (str): ``"usf"``: F = scale * sign(W). ``"frsf"``: random magnitudes M, fixed. ``"brsf"``: M redrawn after
-            each optimizer step, see :func:`redraw_after`. ``"signed_init"``: F = scale * sign of the initial W, for
-            good. Signs are otherwise those of the weight at the time.
+            each optimizer step, see :func:`redraw_after`. ``"signed_init"``: F = scale * sign of W at the first
+            forward in training (sign(0) = +1), for good, kept in one bit a weight (``reset_parameters`` forgets them).
+            Signs are otherwise those of the weight at the time.
         scale (str or float): the root mean square of F. ``"kaiming"`` = 1/sqrt(3 fan_in), ``"xavier"`` =
             sqrt(2/(fan_in+fan_out)), ``"inv_sqrt_fan_in"``, ``"he_fan_out"`` = sqrt(2/(kh*kw*out)), ``"he_fan_in"``,
             ``"mean_abs"`` (mean(abs(W)) of the moment; ours, in no paper), or a number. Magnitudes follow the source
@@ -204,7 +215,7 @@ class SignSymmetricLinear(_LinearForward, _SignSymmetric, nn.Linear):
             them). The global generator is never used.
         impl (str): backend; see :func:`lgkernels.functional.sign_symmetric_linear`.
 
-    Nothing is stored but 24 bytes of random state, in no ``state_dict`` (:func:`feedback_state` carries it).
+    Nothing else is stored but 24 bytes of random state, in no ``state_dict`` (:func:`feedback_state` carries it).
     Raises: ValueError or TypeError naming the argument. Source: Liao, Leibo, Poggio, AAAI 2016; Xiao, Chen, Liao,
     Poggio, ICLR 2019.
 

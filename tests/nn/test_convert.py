@@ -118,8 +118,6 @@ def test_any_dtype(rule, dtype):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_random_state_is_made_on_the_layers_device(rule):
-    if rule == "signed_init":
-        pytest.skip("its signs are those of the weight, which meta tensors do not have")
     model = quiet(network().to("meta"), rule)
     assert {b.device.type for b in model.buffers()} == {"meta"}
 
