@@ -569,6 +569,23 @@ def test_bad_places(arguments, error, message):
         lnn.DirectFeedback(**arguments)
 
 
+@pytest.mark.parametrize("rule, error", [("dfa", "probs_minus_onehot"), ("dfa", "loss_grad"), ("drtp", "loss_grad"),
+                                         ("sdfa", "probs_minus_onehot")])
+@pytest.mark.parametrize("reduce", ["mean", "none"])
+def test_ignored_targets_and_small_integers(rule, error, reduce):
+    """Rows of target -100 have no part in a step, whatever the rule; targets may be of any integer dtype."""
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([0, -100, 2, 1, -100, 2])
+    found = []
+    for data, labels in ((x, target.to(torch.int8)), (x[target >= 0], target[target >= 0])):
+        torch.manual_seed(1)
+        blocks = [nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)]
+        trainer = DirectTrainer(blocks, lambda p: Kept(p, lr=1.0), rule=rule, error=error, reduce=reduce)
+        found.append((trainer.step(data, labels), *gradients(trainer)))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7)
+
+
 def test_signal_of_another_batch():
     with pytest.raises(ValueError, match=r"one row for each of the error's \(4,\), got shape \(5, 2\)"):
         lnn.DirectFeedback().signal(torch.ones(4, 3), torch.ones(5, 2))
