@@ -191,8 +191,8 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
         FusedUpdate: with ``layers``, the fused names, and ``remove()``.
 
     Raises: TypeError, ValueError naming the argument; RuntimeError, before any weight has moved, for a second backward
-    before ``optimizer.step()`` (gradient accumulation), a layer used twice in one forward, clipping by global norm, hooks
-    of the weight, a GradScaler, DistributedDataParallel, FSDP, torch.compile, a closure.
+    before ``optimizer.step()`` (gradient accumulation), a layer used twice in one forward, clipping by global norm, hooks of
+    the weight, a GradScaler, DistributedDataParallel, FSDP, torch.compile, a closure.
 
     Example:
         >>> import torch
@@ -242,8 +242,8 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
                       "is shared with another module" if weight.is_contiguous() else "is not contiguous")
             raise ValueError(f"include: the weight of layer {name!r} {reason}")
         if _hooked(weight):
-            raise ValueError(f"the weight of layer {name!r} has hooks for its gradient, which is never formed: exclude the "
-                             "layer, or remove the hooks")
+            raise ValueError(f"the weight of layer {name!r} has hooks for its gradient, which is never formed: exclude "
+                             "the layer, or remove the hooks")
         if "forward" in vars(module):
             raise ValueError(f"layer {name!r} has a forward of its own (an earlier fuse_update?): remove it first")
         fused.append((name, module, groups[weight]))
