@@ -114,7 +114,7 @@ def convert(model, rule, *, last_layer="bp", include=None, exclude=None, seed=0,
     unknown = sorted(set(options) - set(_OPTIONS.get(rule, options)))
     if unknown:
         raise TypeError(f"options of rule={rule!r} must be among {', '.join(_OPTIONS[rule])}, got "
-                        f"{', '.join(unknown)}: all else of a layer stays as it is, and its stream is a hash of its name")
+                        f"{', '.join(unknown)}: all else of a layer stays as it is, its stream is a hash of its name")
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     layers = [(name, module) for name, module in model.named_modules() if _plain_class(module)]
     last = layers[-1][1] if layers and last_layer == "bp" and rule != "bp" and layers[-1][1] is not model else None
