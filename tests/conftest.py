@@ -12,7 +12,6 @@ import sys
 
 import pytest
 import torch
-import torch._dynamo
 
 BACKENDS = ("reference", "cpu", "triton", "cuda-simt")
 REQUIRED = tuple(filter(None, os.environ.get("LGKERNELS_TEST_BACKENDS", "").split(",")))
@@ -133,6 +132,8 @@ def poison(request, monkeypatch):
     if request.node.get_closest_marker("unpoisoned"):
         return
     # The compiler lists torch's functions, once (and anew after a process group was made): not while some are replaced.
+    # Imported here, because it imports Triton, after pytest_configure has chosen the interpreter.
+    import torch._dynamo
     torch._dynamo.trace_rules.get_torch_obj_rule_map()
     torch._dynamo.trace_rules.get_tensor_method()
     for owner, names in ((torch, ("empty", "empty_like", "empty_strided")),
