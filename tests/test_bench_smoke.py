@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(*arguments):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-    environment.pop("LGKERNELS_IMPL", None)
+    for name in ("LGKERNELS_IMPL", "THP_MEM_ALLOC_ENABLE"):  # the second: set by the train command's tests
+        environment.pop(name, None)
     return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
