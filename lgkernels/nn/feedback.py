@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import checks
+from ..core import checks, dispatch
 from ..ops.feedback import arguments as _arguments
 from ..ops.feedback import autograd as _feedback
 from ..random import VALUES_PER_CALL, RandomFeedback
@@ -24,10 +24,7 @@ def scale_of(scale, shape):
         he_fan_in        sqrt(2 / fan_in)               ChFrenkel, FA
     """
     if not isinstance(scale, str):
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"scale must be a name or a number, got {type(scale).__name__}")
-        checks.positive("scale", scale)
-        return float(scale)
+        return _arguments.positive_number("scale", scale, "a name or a number")
     checks.choice("scale", scale, SCALES)
     fan_in, fan_out = max(math.prod(shape[1:]), 1), max(shape[0] * math.prod(shape[2:]), 1)
     return {"kaiming": 1 / math.sqrt(3 * fan_in), "xavier": math.sqrt(2 / (fan_in + fan_out)),
@@ -52,6 +49,8 @@ class _FeedbackLayer:
     """What the layers share: `feedback` is None or a RandomFeedback (24 bytes), all that a layer adds to torch's."""
 
     def _set(self, *, seed, stream, impl, **settings):
+        RandomFeedback(seed, stream)  # checks both, also for a rule that draws nothing
+        checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
         settings.update(seed=seed, stream=stream, impl=impl)
         for name, value in settings.items():
             setattr(self, name, value)
@@ -68,9 +67,6 @@ class _FeedbackLayer:
         random = self.feedback
         return ({}, {}) if random is None else (dict(law=random.law, law_scale=random.scale, low=random.low),
                                                 {"state": random.state})
-
-    def _start(self):
-        """Before each forward."""
 
     def clear_rule(self):
         """Take off everything that `_set_rule` put on: the module is torch's again, but for its class."""
@@ -98,7 +94,6 @@ class _FeedbackLayer:
 
 class _LinearForward:
     def forward(self, input):
-        self._start()
         formula, tensors = self._formula()
         _arguments.check_linear(input, self.weight, self.bias)
         return _feedback.linear(input, self.weight, self.bias, formula, **tensors, impl=self.impl)
@@ -106,7 +101,6 @@ class _LinearForward:
 
 class _Conv2dForward:
     def _conv_forward(self, input, weight, bias):
-        self._start()
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
@@ -119,8 +113,8 @@ class _Conv2dForward:
 
 class _SignSymmetric(_FeedbackLayer):
     def _set_rule(self, rule="usf", scale="kaiming", law=None, sign_zero="zero", packed_signs=False, *, seed=0,
-                  stream=0, impl="auto", freeze=False):
-        """Choose the rule; with `freeze`, "signed_init" takes the weight's signs now, not when training starts."""
+                  stream=0, impl="auto", signs="formula"):
+        """Choose the rule; "signed_init" with signs="weight" keeps the signs that the weight has, one bit each."""
         checks.choice("rule", rule, RULES)
         checks.choice("sign_zero", sign_zero, ("zero", "plus"))
         if packed_signs and sign_zero != "plus":
@@ -142,36 +136,38 @@ class _SignSymmetric(_FeedbackLayer):
             else:
                 self._draw(law, _law_scale(scale, law, number), low)
                 self.factor = 1.0
-        elif rule == "signed_init" and freeze and not self.weight.is_meta:
-            self._freeze()
+        elif rule == "signed_init" and signs == "weight":
+            packed = torch.ops.lgkernels.feedback_pack_signs(self.weight.detach().flatten(1), "reference")
+            self.register_buffer("frozen_signs", packed, persistent=False)
+        elif rule == "signed_init":
+            self._draw("sign", number)
+            self.sign_weight()
 
-    def _freeze(self):
-        """The weight's signs as they are now, one bit each, are the feedback's from now on."""
-        packed = torch.ops.lgkernels.feedback_pack_signs(self.weight.detach().flatten(1), "reference")
-        self.register_buffer("frozen_signs", packed, persistent=False)
+    @torch.no_grad()
+    def sign_weight(self):
+        """Rule "signed_init": the weight takes F's signs, so that these need no memory; its magnitudes stay.
 
-    def _start(self):
-        """With "signed_init" the first training forward freezes the signs: an initialisation of the caller's own, a
-        loaded weight and `to_empty` come before it."""
-        if self.rule != "signed_init" or self.frozen_signs is not None:
-            return
-        if not (self.training and torch.is_grad_enabled()):
-            return
-        if getattr(self, "_is_replica", False):
-            raise RuntimeError("a layer with rule='signed_init' must have its signs before nn.DataParallel copies it: "
-                               "run a training forward without it first, or use DistributedDataParallel")
-        self._freeze()
+        The constructor and ``reset_parameters`` do so. After an initialisation of your own (``nn.init``, a loaded
+        weight) and before training, call it again: with other signs than the weight's the rule is mere FA.
+        """
+        if self.rule != "signed_init" or self.feedback is None:
+            raise ValueError(f"sign_weight is for rule='signed_init' with signs by formula, got rule={self.rule!r}"
+                             f"{'' if self.rule != 'signed_init' else ', signs of the weight'}")
+        if not self.weight.is_meta:
+            self.weight.copysign_(self.feedback.materialize(self.weight.shape, dtype=self.weight.dtype))
 
     def reset_parameters(self):
         super().reset_parameters()
-        if getattr(self, "frozen_signs", None) is not None:
-            self.frozen_signs = None  # training starts anew
+        if getattr(self, "rule", None) == "signed_init" and self.feedback is not None:
+            self.sign_weight()
 
     def _formula(self):
         law, tensors = self._random()
         if self.rule != "signed_init":
             return _feedback.Formula("packed" if self.packed_signs else "weight", scale=self.factor,
                                      sign_plus=self.sign_zero == "plus", **law), tensors
+        if self.frozen_signs is None:
+            return _feedback.Formula(**law), tensors
         return _feedback.Formula("packed", scale=self.factor, sign_plus=True), {"packed": self.frozen_signs}
 
     def _rule_repr(self):
@@ -201,9 +197,9 @@ class SignSymmetricLinear(_LinearForward, _SignSymmetric, nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``; so is the ``state_dict``.
         rule (str): ``"usf"``: F = scale * sign(W). ``"frsf"``: random magnitudes M, fixed. ``"brsf"``: M redrawn after
-            each optimizer step, see :func:`redraw_after`. ``"signed_init"``: F = scale * sign of W at the first
-            forward in training (sign(0) = +1), for good, kept in one bit a weight (``reset_parameters`` forgets them).
-            Signs are otherwise those of the weight at the time.
+            each optimizer step, see :func:`redraw_after`. ``"signed_init"``: F = scale * sign of the initial W, for
+            good: random signs, which W takes in the constructor, in ``reset_parameters`` and in ``sign_weight()``, to
+            be called after an initialisation of your own. Signs are otherwise those of the weight at the time.
         scale (str or float): the root mean square of F. ``"kaiming"`` = 1/sqrt(3 fan_in), ``"xavier"`` =
             sqrt(2/(fan_in+fan_out)), ``"inv_sqrt_fan_in"``, ``"he_fan_out"`` = sqrt(2/(kh*kw*out)), ``"he_fan_in"``,
             ``"mean_abs"`` (mean(abs(W)) of the moment; ours, in no paper), or a number. Magnitudes follow the source
@@ -215,7 +211,8 @@ class SignSymmetricLinear(_LinearForward, _SignSymmetric, nn.Linear):
             them). The global generator is never used.
         impl (str): backend; see :func:`lgkernels.functional.sign_symmetric_linear`.
 
-    Nothing else is stored but 24 bytes of random state, in no ``state_dict`` (:func:`feedback_state` carries it).
+    Nothing is stored but 24 bytes of random state, in no ``state_dict`` (:func:`feedback_state` carries it). For
+    ``torch.compile`` and ``torch.export``; ``torch.func.grad``, ``vmap`` and ``torch.fx.symbolic_trace`` refuse it.
     Raises: ValueError or TypeError naming the argument. Source: Liao, Leibo, Poggio, AAAI 2016; Xiao, Chen, Liao,
     Poggio, ICLR 2019.
 

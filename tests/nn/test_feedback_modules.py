@@ -94,7 +94,7 @@ def test_channels_last(impl, rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_torchs_constructor(rule):
-    """Positional arguments, device and dtype as torch's; initial values too."""
+    """Positional arguments, device and dtype as torch's; initial values too (signed_init: their absolute values)."""
     torch.manual_seed(1)
     ours = linear(rule, 5, 3, True, "cpu", torch.float64), conv(rule, 4, 6, 3, 2, 1, 2, 2, False, "circular", None,
                                                                  torch.bfloat16)
@@ -105,7 +105,7 @@ def test_torchs_constructor(rule):
         assert layer.extra_repr().startswith(plain.extra_repr())
         assert isinstance(layer, type(plain)) and list(layer.state_dict()) == list(plain.state_dict())
         for p, q in zip(layer.parameters(), plain.parameters(), strict=True):
-            assert p.dtype == q.dtype and torch.equal(p, q)
+            assert p.dtype == q.dtype and torch.equal(*((p.abs(), q.abs()) if rule == "signed_init" else (p, q)))
         plain.load_state_dict(layer.state_dict(), strict=True)
         layer.load_state_dict(plain.state_dict(), strict=True)
 
@@ -156,7 +156,6 @@ def test_mean_abs_follows_the_weight(impl):
 def test_what_the_feedback_follows(rule):
     """Signs follow the weight at once, but for signed_init and FA; magnitudes stay until `advance`."""
     layer = linear(rule, 30, 20)
-    layer(randn(2, 30))
     before = layer.feedback_weight()
     start = layer.weight.detach().clone()
     with torch.no_grad():
@@ -291,58 +290,19 @@ def test_meta_and_to_empty(rule):
     check(layer, randn(3, 6))
 
 
-def train_once(layer):
-    layer.train()(randn(2, layer.in_features)).sum().backward()
-
-
-@pytest.mark.parametrize("prepare", [lambda m: nn.init.normal_(m.weight), lambda m: m.weight.data.neg_(),
-                                     lambda m: m.load_state_dict(nn.Linear(30, 20).state_dict())],
-                         ids=["init", "data", "load_state_dict"])
-def test_signed_init_takes_the_signs_with_which_training_starts(prepare):
+def test_signed_init_gives_the_weight_its_signs():
+    """In the constructor, in reset_parameters, and on demand after another initialisation; then they are for good."""
     layer = linear("signed_init", 30, 20)
-    layer.eval()(randn(2, 30))
-    with torch.no_grad():
-        layer.train()(randn(2, 30))
-        prepare(layer)
-        start = layer.weight.sign()
-    train_once(layer)
-    with torch.no_grad():
-        layer.weight.normal_()
-    train_once(layer)
-    assert torch.equal(layer.feedback_weight().sign(), start)
-    x = torch.zeros(20, 30, requires_grad=True)
-    layer(x).backward(torch.eye(20))
-    assert torch.equal(x.grad.sign(), start)
-    layer.reset_parameters()  # and anew
-    assert torch.equal(layer.feedback_weight().sign(), layer.weight.sign())
-
-
-def test_signed_init_from_the_meta_device():
-    source = nn.Linear(30, 20)
-    layers = (linear("signed_init", 30, 20, device="meta"),
-              lnn.convert(nn.Linear(30, 20, device="meta"), "signed_init", verbose=False))
-    for layer in layers:
-        layer.to_empty(device="cpu").load_state_dict(source.state_dict())
-        train_once(layer)
-        with torch.no_grad():
-            layer.weight.neg_()
-        assert torch.equal(layer.feedback_weight().sign(), source.weight.sign())
-
-
-def test_signed_init_resumes_before_and_within_training():
-    for trained in (False, True):
-        layer, resumed = linear("signed_init", 30, 20), linear("signed_init", 30, 20)
-        if trained:
-            train_once(layer)
-            with torch.no_grad():
-                layer.weight.neg_()
-        else:
-            train_once(resumed)
-        lnn.load_feedback_state(resumed, lnn.feedback_state(layer))
-        resumed.load_state_dict(layer.state_dict())
-        assert torch.equal(resumed.feedback_weight(), layer.feedback_weight())
-        train_once(resumed)
-        assert torch.equal(resumed.feedback_weight(), layer.feedback_weight())
+    feedback = layer.feedback_weight()
+    for again in (layer.reset_parameters, layer.sign_weight):
+        assert torch.equal(layer.weight.sign(), feedback.sign())
+        nn.init.normal_(layer.weight)
+        assert torch.equal(layer.feedback_weight(), feedback) and not torch.equal(layer.weight.sign(), feedback.sign())
+        size = layer.weight.detach().abs()
+        again()
+    assert torch.equal(layer.weight.sign(), feedback.sign()) and torch.equal(layer.weight.abs(), size)
+    with pytest.raises(ValueError, match="sign_weight is for rule='signed_init' with signs by formula, got rule='usf'"):
+        linear("usf", 3, 2).sign_weight()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -350,10 +310,7 @@ def test_data_parallel_replicas_agree(rule):
     """A replica's buffers are copies: F is made of 24 bytes, so there is nothing to write back."""
     layer = linear(rule, 6, 4)
     replica = layer._replicate_for_data_parallel()
-    assert replica.rule == layer.rule and len(list(layer.buffers())) == (0 if rule in ("usf", "signed_init") else 1)
-    if rule == "signed_init":  # signs frozen in a copy would be lost
-        with pytest.raises(RuntimeError, match="must have its signs before nn.DataParallel copies it"):
-            replica(randn(2, 6))
+    assert replica.rule == layer.rule and len(list(layer.buffers())) == (0 if rule == "usf" else 1)
 
 
 # -- brSF ---------------------------------------------------------------------------------------------------------
@@ -411,6 +368,19 @@ def test_a_skipped_step_draws_nothing():
         scaler.step(optimizer)
         scaler.update()
         assert model[2].feedback.state[2] == steps
+
+
+@pytest.mark.parametrize("found, steps", [(1.0, 0), (0.0, 1)])
+def test_a_step_skipped_by_the_optimizers_kernel_draws_nothing(found, steps):
+    """SGD(fused=True) runs its step in any case, and its kernel does nothing where a GradScaler found an infinity."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    lnn.redraw_after(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(model(randn(4, 8)).sum() * (float("inf") if found else 1.0)).backward()
+    before = model[0].weight.detach().clone()
+    scaler.step(optimizer)
+    assert model[2].feedback.state[2] == steps and torch.equal(before, model[0].weight) == (not steps)
 
 
 def test_frsf_is_not_redrawn():
