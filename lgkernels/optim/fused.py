@@ -11,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..ops.feedback import op as _op  # noqa: F401  (registers the operators)
 from .manhattan import BatchManhattan
 
+# The number of the backward that runs. Private, the only way to tell one backward from another: see _After.
+_current_backward = getattr(torch._C, "_current_graph_task_id", None)
 _HELP = "fuse_update needs one backward for each optimizer.step() and plain gradients"
 
 
@@ -53,11 +55,11 @@ class _After(torch.autograd.Function):
     def backward(ctx, grad):
         # A gradient of x alone (torch.autograd.grad, backward(inputs=...)) never comes to the weight's AccumulateGrad;
         # a graph that was retained does, in another backward. What was meant for this one is kept in this one alone.
-        layer, factors, task = ctx.layer, (grad, *ctx.saved_tensors), torch._C._current_graph_task_id()
+        layer, factors, task = ctx.layer, (grad, *ctx.saved_tensors), _current_backward()
 
         def accumulate(*_):
             handle.remove()
-            if torch._C._current_graph_task_id() == task:
+            if _current_backward() == task:
                 layer.receive(*factors)
         handle = ctx.next_functions[2][0].register_hook(accumulate)
         return grad, None, None, None
@@ -191,8 +193,8 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
         FusedUpdate: with ``layers``, the fused names, and ``remove()``.
 
     Raises: TypeError, ValueError naming the argument; RuntimeError, before any weight has moved, for a second backward
-    before ``optimizer.step()`` (gradient accumulation), a layer used twice in one forward, clipping by global norm, hooks of
-    the weight, a GradScaler, DistributedDataParallel, FSDP, torch.compile, a closure.
+    before ``optimizer.step()`` (gradient accumulation), a layer used twice in one forward, clipping by global norm,
+    hooks of the weight, a GradScaler, DistributedDataParallel, FSDP, torch.compile, a closure.
 
     Example:
         >>> import torch
@@ -205,6 +207,9 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
         >>> fused
         FusedUpdate(0)
     """
+    if _current_backward is None:
+        raise RuntimeError("fuse_update needs torch._C._current_graph_task_id, which this torch "
+                           f"({torch.__version__}) does not have: use the plain optimizer")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if type(optimizer) is not torch.optim.SGD and not isinstance(optimizer, BatchManhattan):

@@ -385,3 +385,10 @@ def test_fused_twice(fused):
     handle.remove()
     fuse_update(model, optimizer, include=["2"])
     loss_of(model).backward()
+
+
+def test_a_torch_without_the_number_of_its_backward(monkeypatch):
+    monkeypatch.setattr("lgkernels.optim.fused._current_backward", None)
+    layer = nn.Linear(4, 4)
+    with pytest.raises(RuntimeError, match="fuse_update needs torch._C._current_graph_task_id, which this torch"):
+        fuse_update(layer, torch.optim.SGD(layer.parameters(), lr=0.1), include=[""])
