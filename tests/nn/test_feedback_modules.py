@@ -11,8 +11,10 @@ from torch import nn
 
 import lgkernels.functional as LF
 import lgkernels.nn as lnn
+from lgkernels.core import dispatch
 from lgkernels.nn.feedback import scale_of
 from lgkernels.random import RandomFeedback
+from lgkernels.recipes.measure import peak_memory
 from tests.ops.feedback_common import randn, weights
 from tests.tolerances import assert_relative
 
@@ -224,6 +226,24 @@ def test_at_most_64_bytes_a_layer(rule, make):
     layer(x).sum().backward()  # and nothing is kept behind
     assert held(layer) - held(twin(layer)) == extra
     assert len(pickle.dumps(layer)) - len(pickle.dumps(twin(layer))) < 4096
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_transient_memory(rule, kind):
+    """A step beyond that of torch's layers: nothing where F is made in registers, else one layer's F at a time."""
+    if kind == "linear" and dispatch.unavailable("feedback_product", "cpu", torch.device("cpu"), torch.float32):
+        pytest.skip("the native CPU kernels are not built")
+    make = (lambda: linear(rule, 500, 500, impl="cpu")) if kind == "linear" else (lambda: conv(rule, 64, 64, 3, padding=1))
+    ours = nn.Sequential(make(), make(), make())
+    x = randn(*((4, 500) if kind == "linear" else (1, 64, 4, 4))).requires_grad_()
+    peaks = []
+    for model in (ours, nn.Sequential(*map(twin, ours))):
+        model(x).sum().backward()  # once before: what is allocated in a first call alone is no part of it
+        for p in (x, *model.parameters()):
+            p.grad = None
+        peaks.append(peak_memory(lambda model=model: model(x).sum().backward(), x.device))
+    assert peaks[0] - peaks[1] <= (1 if kind == "conv" else 0) * ours[0].weight.nbytes + 8192, peaks
 
 
 def test_no_parameter_and_no_state():
