@@ -31,7 +31,7 @@ class _LLSLoss(torch.autograd.Function):
         grad_latents, similarity, grad_logits, modulation, link = ctx.saved_tensors
         none = grad_latents.new_empty(0)
         if _is_done(grad_latents, grad_loss, modulation, *ctx.meta):
-            grad_activation = grad_latents
+            grad_activation = grad_latents.clone()  # the graph may be kept, and the caller may write to what it gets
         else:
             grad_activation, grad_modulation = _ops.lls_loss_backward(
                 grad_loss, grad_latents, none if similarity is None else similarity, none if grad_logits is None else
@@ -45,8 +45,7 @@ class _LLSLoss(torch.autograd.Function):
 
 
 def _is_done(grad_latents, grad_loss, modulation, shape, dtype, _channels_last, pool_size):
-    """The activation is the latents, and nothing scales their gradient (which only a CPU says without waiting): it is
-    handed over as it is. Autograd copies it wherever the graph, too, still holds it."""
+    """The activation is the latents, and nothing scales their gradient (which only a CPU says without waiting)."""
     return (len(shape) == 2 and shape[1] == pool_size and dtype == grad_latents.dtype and modulation is None
             and not torch.compiler.is_compiling() and type(grad_loss) is torch.Tensor
             and grad_loss.device.type == "cpu" and grad_loss.dim() == 0 and grad_loss.item() == 1.0)
