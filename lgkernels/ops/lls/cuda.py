@@ -8,6 +8,8 @@ from ...core import native
 
 PACKED_BASIS = True  # `head` takes the int32 bit-packed square table (ops/lls/basis.py) besides float tables
 
+FINISHES_HEAD = True  # the launch of the norm's gradients also takes the head's last sums, where asked to
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WIDEST_ROW = 4096  # of an NCHW kernel, whose column sums lie in shared memory; wider tensors go by channels_last
 
@@ -80,7 +82,8 @@ _REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 
 def head(x, target, modulation, basis, *, num_classes, temperature, label_smoothing, normalize, eps,
-         zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad):
+         zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad, reduce=True):
+    """Without `reduce` the first result are the losses of the rows, for `finish` of a later call."""
     x, modulation, target = _float(x), _float(modulation), target.contiguous()
     packed = basis.dtype == torch.int32
     basis = basis.contiguous() if packed else _float(basis)
@@ -90,22 +93,41 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
         _REDUCTIONS[reduction], temperature, label_smoothing, eps, basis_scale, normalize, zero_gradient_below_eps,
         compute_grad, ignore_index)
     row_loss, similarity = _new(x, batch), _new(x, batch, rows)
-    value = row_loss if reduction == "none" else _new(x)
+    value = row_loss if reduction == "none" or not reduce else _new(x)
     grad_latents, grad_logits = (_new(x, *((batch, n) if compute_grad else (0,))) for n in (dim, num_classes))
     scratch = native.cuda_entries().lls_head_scratch(problem)
     scratch = _new(x, scratch) if scratch else None
-    _call("head", x.device, problem, *map(_address, (x, target, modulation, basis, value, row_loss, grad_latents,
-                                                     similarity, grad_logits, scratch)))
+    _call("head", x.device, problem, *map(_address, (
+        x, target, modulation, basis, None if value is row_loss else value, row_loss, grad_latents, similarity,
+        grad_logits, scratch)))
     return value, grad_latents, similarity, grad_logits
 
 
 def modulation_grad(similarity, grad_logits, vector, scale):
     similarity, grad_logits, scale = _float(similarity), _float(grad_logits), _float(scale)
-    (batch, rows), classes = similarity.shape, grad_logits.shape[1]
+    rows, classes = similarity.shape[1], grad_logits.shape[1]
     grad = _new(similarity, *((classes,) if vector else (rows, classes)))
-    _call("modulation_grad", grad.device, batch, rows, classes, vector, _address(similarity), _address(grad_logits),
-          _address(scale), scale.dim() == 1, _address(grad))
+    _call("modulation_grad", grad.device, _modulation_grad(similarity, grad_logits, vector, scale, grad))
     return grad
+
+
+def _modulation_grad(similarity, grad_logits, vector, scale, grad):
+    return native.cuda_entries().LlsModulationGrad(
+        *similarity.shape, grad_logits.shape[1], vector, _address(similarity), _address(grad_logits), _address(scale),
+        scale is not None and scale.dim() == 1, _address(grad))
+
+
+def _finishing(finish):
+    """What the kernels that finish a head take and, after their own results, return, for
+    `finish` = (losses, target, similarity, dL/dlogits, modulation or None, ignore_index)."""
+    if finish is None:
+        return native.cuda_entries().LlsFinish(), ()
+    losses, target, similarity, grad_logits, modulation, ignore_index = finish
+    loss, grad = _new(losses), _new(losses, *((0,) if modulation is None else modulation.shape))
+    vector = modulation is not None and modulation.dim() == 1
+    return native.cuda_entries().LlsFinish(
+        _address(target), ignore_index, _address(losses), _address(loss),
+        _modulation_grad(similarity, grad_logits, vector, None, grad)), (loss, grad)
 
 
 def expand_grad(grad_latents, scale, out, pool_size):
@@ -156,12 +178,14 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
     return (out.contiguous() if z.is_contiguous() else out), result, s1, s2
 
 
-def norm_grads(grad_latents, s1, s2, channels, area):
+def norm_grads(grad_latents, s1, s2, channels, area, finish=None):
+    """With `finish` (see `_finishing`) also the loss and the gradient of the modulation, after the other three."""
     grad_latents, area = _float(grad_latents), _float(area)
     grads = tuple(_new(s1, channels) for _ in range(3))
+    finishing, finished = _finishing(finish)
     _call("norm_grads", s1.device, grad_latents.shape[0], channels, area.numel(),
-          *map(_address, (grad_latents, s1, s2, area, *grads)))
-    return grads
+          *map(_address, (grad_latents, s1, s2, area, *grads)), finishing)
+    return grads + finished
 
 
 def _in_place(z, run):
@@ -183,11 +207,12 @@ def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents
     return z
 
 
-def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, pool_size, scale):
+def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, pool_size, scale, finish=None):
     parameters, addresses = _norm(mean, rstd, gamma, beta)
     grad_latents = _float(grad_latents)
     grads = tuple(_new(z, z.shape[1]) for _ in range(3))
+    finishing, finished = _finishing(finish)
     _in_place(z, lambda dense, _: _call(
         "linear_grad_preactivation", z.device, *z.shape, pool_size, _DTYPES[z.dtype], addresses, negative_slope,
-        _address(dense), _address(grad_latents), scale, *map(_address, grads)))
-    return grads
+        _address(dense), _address(grad_latents), scale, *map(_address, grads), finishing))
+    return grads + finished
