@@ -133,7 +133,8 @@ def markdown(data):
 def summary(data):
     """One row a case: our fastest provider, and the ratios to the baseline of its rivals."""
     groups = {"lean torch": ("lean torch",), "torch.compile": ("lean torch.compile", "torch.compile"),
-              "eager": ("eager, basis cached", "eager LLS, basis cached"), "BP": ("bp layer", "bp")}
+              "eager, BioTorch": ("eager, basis cached", "eager LLS, basis cached", "BioTorch"),
+              "BP": ("bp layer", "bp", "nn.Linear", "nn.Conv2d", "torch.mm with W")}
     lines = [f"{data['environment']['device']}, torch {data['environment']['torch']}. Time / baseline:", "",
              "| case | baseline | lgkernels | " + " | ".join(groups) + " | MB: lgkernels, eager, BP |",
              "|---|---|---|" + "---|" * (len(groups) + 1)]
