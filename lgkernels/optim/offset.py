@@ -436,6 +436,7 @@ class OffsetOptimizer(_Offsets):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.optimizer, self._table = optimizer, {}
         coefficients = _check_coefficients(local_scale, offset_scale, bp_coef, local_coef)
+        optimizer.defaults.update(coefficients)  # of groups that are added later
         for group in optimizer.param_groups:
             for name, value in coefficients.items():
                 group.setdefault(name, value)

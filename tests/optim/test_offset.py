@@ -223,6 +223,15 @@ def test_the_wrapper_is_offset_sgd(coefficients):
         assert_relative("parameter", p, q, 1e-12)
 
 
+def test_the_wrapper_takes_groups_that_are_added_later():
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    wrapper = OffsetOptimizer(torch.optim.SGD([p], lr=0.5), local_scale=2.0)
+    wrapper.optimizer.add_param_group({"params": [q]})
+    q.grad = torch.ones(2)
+    wrapper.step()
+    assert q.tolist() == [0.0, 0.0] and p.tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("wrap", [False, True])
 def test_state_dict_holds_the_offsets(wrap):
     def make(net):
