@@ -12,7 +12,7 @@ def lora_linear(x, weight, bias=None, *, a, b, scale, impl="auto"):
         x (Tensor): (..., in). weight (Tensor): (out, in). bias (Tensor, optional): (out,).
         a (Tensor): (r, in). b (Tensor): (out, r).
         scale (float): s, alpha / r as a rule.
-        impl (str): ``"auto"`` or a backend.
+        impl (str): ``"auto"`` or ``"reference"``: plain torch is its only backend.
 
     Returns:
         Tensor: (..., out) in x's dtype, or autocast's. First derivatives only.
@@ -46,7 +46,7 @@ def lokr_linear(x, weight, bias=None, *, w1, w2, scale, impl="auto"):
         w1, w2 (Tensor, or pair of Tensors): (out1, in1) and (out2, in2) with out1 * out2 = out, in1 * in2 = in; a
             pair ``(a, b)`` stands for ``a @ b``.
         scale (float): s; alpha / rank as a rule, 1 if both are full matrices.
-        impl (str): ``"auto"`` or a backend.
+        impl (str): ``"auto"`` or ``"reference"``: plain torch is its only backend.
 
     Returns:
         Tensor: (..., out) in x's dtype, or autocast's. First derivatives only.

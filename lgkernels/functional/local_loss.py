@@ -95,6 +95,11 @@ def goodness_loss(h, is_positive, *, threshold=2.0, goodness="mean", impl="auto"
         >>> print(f"{LF.goodness_loss(h, torch.tensor([True, False])).item():.4f}")
         0.5032
     """
+    return goodness_and_squares(h, is_positive, threshold, goodness, impl)[0]
+
+
+def goodness_and_squares(h, is_positive, threshold, goodness, impl="auto"):
+    """`(loss, squares (B,))`: the loss's reduction, the rows' sums of squares, normalises the next layer's input too."""
     checks.floating("h", h)
     if h.dim() < 2:
         raise ValueError(f"h must be (B, ...) with at least 2 dimensions, got shape {checks.shape_of(h)}")
@@ -105,7 +110,7 @@ def goodness_loss(h, is_positive, *, threshold=2.0, goodness="mean", impl="auto"
     checks.shape("is_positive", is_positive, h.shape[:1], "one entry per row of h")
     checks.choice("goodness", goodness, ("mean", "sum"))
     checks.same_device(h=h, is_positive=is_positive)
-    return _local.goodness(h, is_positive, float(threshold), goodness == "mean", impl)[0]
+    return _local.goodness(h, is_positive, float(threshold), goodness == "mean", impl)
 
 
 def peer_normalization_loss(h_pos, running_mean, *, momentum=0.9, impl="auto"):
@@ -118,7 +123,7 @@ def peer_normalization_loss(h_pos, running_mean, *, momentum=0.9, impl="auto"):
     Args:
         h_pos (Tensor): (B, ...), activity of positive samples. running_mean (Tensor): shaped like one row.
         momentum (float): mu, in [0, 1].
-        impl (str): ``"auto"`` or a backend.
+        impl (str): ``"auto"`` or ``"reference"``: plain torch is its only backend.
 
     Returns:
         (Tensor, Tensor): the loss () and the new running mean m, without gradient, in ``running_mean``'s dtype.
@@ -296,7 +301,7 @@ def nt_xent_loss(z, *, temperature=0.1, normalize=True, impl="auto"):
         z (Tensor): (2N, D); rows i and i + N are the two views of a sample.
         temperature (float): T.
         normalize (bool): divide rows by their norm.
-        impl (str): ``"auto"`` or a backend.
+        impl (str): ``"auto"`` or ``"reference"``: plain torch is its only backend.
 
     Returns:
         Tensor: (), float32 (float64 for float64). First derivatives only.
@@ -331,7 +336,7 @@ def supcon_loss(z, target=None, *, temperature=0.07, base_temperature=None, cont
         temperature (float): T. base_temperature (float, optional): T_0; None: T / T_0 is 1.
         contrast_mode (str): ``"all"``: every view is an anchor; ``"one"``: the first.
         normalize (bool): divide rows by their norm.
-        impl (str): ``"auto"`` or a backend.
+        impl (str): ``"auto"`` or ``"reference"``: plain torch is its only backend.
 
     Returns:
         Tensor: (), float32 (float64 for float64). First derivatives only.
@@ -377,7 +382,7 @@ def info_nce_loss(query, keys, *, negatives, temperature=1.0, impl="auto"):
         query (Tensor): (N, D). keys (Tensor): (M, D), M >= N; row i is the positive of query i.
         negatives (Tensor): (N, n) integers: row numbers of ``keys``.
         temperature (float): T.
-        impl (str): ``"auto"`` or a backend.
+        impl (str): ``"auto"`` or ``"reference"``: plain torch is its only backend.
 
     Returns:
         Tensor: (), float32 (float64 for float64). First derivatives only.

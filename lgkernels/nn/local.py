@@ -1,10 +1,11 @@
-"""Blocks with a local loss: `forward(x, target)` -> `(out.detach(), loss)`, as `training.BlockwiseTrainer` takes them."""
+"""Blocks with a local loss: `forward(x, target)` -> `(out.detach(), loss)`, for `training.BlockwiseTrainer`."""
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import functional as LF
 from ..core import checks
+from ..functional.local_loss import goodness_and_squares
 from ..ops.local_loss import autograd as _local
 
 
@@ -65,6 +66,8 @@ class ForwardForwardLayer(nn.Module):
         threshold (float), goodness (str): of :func:`lgkernels.functional.goodness_loss`.
         normalize (str): of the input: ``"l2"``: by its norm + eps (mpezeshki, eps 1e-4); ``"rms"``: by its root mean
             square + eps (loeweX, eps 1e-8); ``"none"``.
+        normalize_output (str): of the output alike, for a next layer with ``normalize="none"``: in training its norm is
+            the loss's own reduction.
 
     Example:
         >>> import torch, lgkernels.nn as lnn
@@ -74,26 +77,32 @@ class ForwardForwardLayer(nn.Module):
         torch.Size([2, 8])
     """
 
-    def __init__(self, layer, *, threshold=2.0, goodness="mean", normalize="l2", eps=None):
+    def __init__(self, layer, *, threshold=2.0, goodness="mean", normalize="l2", normalize_output="none", eps=None):
         super().__init__()
         checks.choice("goodness", goodness, ("mean", "sum"))
         checks.choice("normalize", normalize, ("l2", "rms", "none"))
+        checks.choice("normalize_output", normalize_output, ("l2", "rms", "none"))
         self.layer, self.threshold, self.goodness, self.normalize = layer, threshold, goodness, normalize
-        self.eps = (1e-4 if normalize == "l2" else 1e-8) if eps is None else eps
+        self.normalize_output, self.eps = normalize_output, eps
+
+    def _divided(self, x, kind, norm=None):
+        """x by its norm, of which the sums of squares of the rows may be known."""
+        if kind == "none":
+            return x
+        norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim()))) if norm is None else norm
+        norm = (norm if kind == "l2" else norm / x.shape[1:].numel() ** 0.5).to(x.dtype)
+        eps = (1e-4 if kind == "l2" else 1e-8) if self.eps is None else self.eps
+        return x / (norm + eps).view(-1, *[1] * (x.dim() - 1))
 
     def normalized(self, x):
-        if self.normalize == "none":
-            return x
-        norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
-        if self.normalize == "rms":
-            norm = norm / x.shape[1:].numel() ** 0.5
-        return x / (norm + self.eps)
+        return self._divided(x, self.normalize)
 
     def forward(self, x, is_positive=None):
         if is_positive is None or not self.training:
-            return self.layer(self.normalized(x))
+            return self._divided(self.layer(self.normalized(x)), self.normalize_output)
         h = self.layer(self.normalized(x.detach()))
-        return h.detach(), LF.goodness_loss(h, is_positive, threshold=self.threshold, goodness=self.goodness)
+        loss, squares = goodness_and_squares(h, is_positive, self.threshold, self.goodness)
+        return self._divided(h.detach(), self.normalize_output, squares.sqrt()), loss
 
     def goodness_of(self, x):
         """(B,) goodness of each sample: the argument of the prediction by largest goodness."""
@@ -109,8 +118,8 @@ class PredSimHead(_LocalHead):
         block (nn.Module): gives (B, C, H, W), (B, N), or (B, T, C), averaged over T.
         shape (tuple): of the block's output for one sample: (C, H, W), (N,) or (C,).
         num_classes (int), beta (float), use_std (bool): of the loss.
-        sim_head (str): ``"layer"``: the authors' 3x3 convolution C -> C (or linear N -> N), which can cost more than the
-            block; ``"identity"``.
+        sim_head (str): ``"layer"``: the authors' 3x3 convolution C -> C (or linear N -> N), which can cost more than
+            the block; ``"identity"``.
         decoder_dim (int): the decoder's average pool doubles its window, rows and columns in turn, until at most so
             many features are left.
 

@@ -1,4 +1,4 @@
-"""BP-modified local losses: every local gradient is corrected by an offset that back-propagation refreshes now and then.
+"""BP-modified local losses: every local gradient is corrected by an offset that back-propagation refreshes at times.
 
     refresh at tau:  Delta_h = bp_coef G_h^BP - local_coef G_h^loc           (means over one offset batch)
     steps after it:  g_h = local_scale dl_h/dw_h + offset_scale Delta_h      (then weight decay, momentum, step)
@@ -118,14 +118,14 @@ class _Offsets:
             bp_chunk, local_chunk (int): samples a call. Local losses that are no means over samples (contrastive,
                 similarity, batch normalisation) want the training batch size.
             model (nn.Module or iterable, optional): whose buffers and modes are restored; needed where it has any.
-            batch_norm (str): ``"train"``: as the modes are; ``"eval"``: batch normalisation uses its running statistics.
+            batch_norm (str): ``"train"``: as the modes are; ``"eval"``: normalise by the running statistics.
             estimate_local_scale (bool): set every group's ``local_scale`` to the estimate of the value that makes the
                 offset smallest, <E grad L, E grad l> / |E grad l|^2, at least 0.
             estimate_offset_scale (bool): set every group's ``offset_scale`` to the estimate of its best value,
                 |b|^2 / (|b|^2 + tr S / B'). Both from the spread of the chunks, all of ``bp_chunk`` samples, and with
                 three more buffers.
-            max_growth (float, optional): a group whose offset's norm exceeds this factor times that of the refresh before
-                loses its offset until the next refresh, with a warning: the sign of too long a period.
+            max_growth (float, optional): a group whose offset's norm exceeds this factor times that of the refresh
+                before loses its offset until the next refresh, with a warning: the sign of too long a period.
 
         Raises: ValueError, TypeError naming the argument; RuntimeError where an offset is not finite (all are dropped).
         """
@@ -156,8 +156,8 @@ class _Offsets:
             for p, grad in gradients:
                 p.grad = grad
         if not all(torch.isfinite(o).all() for _, o in offsets if o is not None):
-            raise RuntimeError("refresh: an offset is not finite; training goes on without offsets. The global loss or a "
-                               "local one has diverged: try a shorter period or a smaller offset_scale")
+            raise RuntimeError("refresh: an offset is not finite; training goes on without offsets. The global loss or "
+                               "a local one has diverged: try a shorter period or a smaller offset_scale")
         for p, offset in offsets:
             self._set_offset(p, offset)
         if before is not None:
@@ -191,12 +191,13 @@ class _Offsets:
                     torch._foreach_mul_(grads, coefficient)
 
     def _estimate(self, bp_closure, local_closure, data, size, parameters, local_scale, offset_scale):
-        """As `_accumulate`, chunk by chunk, with the chunks' inner products: unbiased estimates of those of the means."""
+        """As `_accumulate`, chunk by chunk, with the chunks' inner products, whose spread gives the estimates."""
         if len(data[0]) % size or len(data[0]) == size:
             raise ValueError(f"data must hold at least two whole chunks of bp_chunk={size} to estimate a scale, got "
                              f"{len(data[0])} samples")
         count, total = len(data[0]) // size, {}
-        products = [torch.zeros(3, dtype=torch.float64) for _ in self.param_groups]  # |L|^2, <L, l>, |l|^2, means over the chunks
+        # |L|^2, <L, l>, |l|^2 of the gradients: means over the chunks
+        products = [torch.zeros(3, dtype=torch.float64) for _ in self.param_groups]
         for _, chunk in _chunks(data, size):
             both = [_gradients(bp_closure(*chunk), parameters)]
             both.append({} if local_closure is None else _gradients(local_closure(*chunk), list(both[0])))
@@ -231,8 +232,8 @@ class _Offsets:
             new = self._norm(group["params"])
             if old and new > max_growth * old:
                 warnings.warn(f"param_groups[{i}]: the offset grew from {old:.3g} to {new:.3g}, more than "
-                              f"{max_growth} times: dropped for this period. A shorter period or a smaller offset_scale "
-                              "is stable", stacklevel=3)
+                              f"{max_growth} times: dropped for this period. A shorter period or a smaller "
+                              "offset_scale is stable", stacklevel=3)
                 for p in group["params"]:
                     self._set_offset(p, None)
 

@@ -89,6 +89,20 @@ def test_normalisations_of_forward_forward():
     assert none is x
 
 
+@pytest.mark.parametrize("kind", ["l2", "rms"])
+def test_a_layer_normalises_its_output_for_the_next(kind):
+    """By the loss's own sums of squares; as if the next layer had."""
+    module, x, positive = nn.Conv2d(3, 4, 3), randn(4, 3, 6, 6), torch.arange(4) < 2
+    own = lnn.ForwardForwardLayer(module, normalize_output=kind)
+    plain, after = lnn.ForwardForwardLayer(module), lnn.ForwardForwardLayer(nn.Identity(), normalize=kind)
+    for arguments in ((x, positive), (x,)):
+        got, expected = own(*arguments), plain(*arguments)
+        if len(arguments) == 2:
+            assert torch.equal(got[1], expected[1]) and not got[0].requires_grad
+            got, expected = got[0], expected[0]
+        torch.testing.assert_close(got, after.normalized(expected))
+
+
 @pytest.mark.parametrize("shape, dim, pool, padding", [
     ((8, 32, 32), 4096, [2, 1], [0, 0]), ((128, 32, 32), 4096, [8, 4], [0, 0]), ((8, 7, 7), 150, [2, 2], [1, 1]),
     ((8, 7, 7), 4096, [1, 1], [0, 0]), ((9000, 2, 2), 4096, [2, 2], [0, 0])])

@@ -1,4 +1,4 @@
-"""autograd entries of the family local_loss. The local gradient is taken inside the forward: it needs nothing from above."""
+"""autograd entries of the family local_loss. The local gradient needs nothing from above: the forward takes it."""
 import torch
 
 from ...core.guard import first_order_only

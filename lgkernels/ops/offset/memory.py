@@ -22,9 +22,9 @@ def _like(param, value):
 
 
 def same_layout(params, grads, momentum_buffers, offsets):
-    """`(rows, copied, copies)`: rows (param, grad, buffer or None, offset or None), the tensors themselves, or copies in
-    the parameter's order (grads in float32, offsets in float32 or bfloat16); whether there are any copies; and (tensor,
-    its copy) of those that the step must write back."""
+    """`(rows, copied, copies)`: rows (param, grad, buffer or None, offset or None), the tensors themselves, or copies
+    in the parameter's order (grads in float32, offsets in float32 or bfloat16); whether there are any copies; and
+    (tensor, its copy) of those that the step must write back."""
     rows, copied, copies = [], False, []
     for tensors in zip(params, grads, momentum_buffers or [None] * len(params), offsets):
         param, grad, buffer, offset = tensors

@@ -79,7 +79,8 @@ def _table(pieces, chunk, device):
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("the offset step cannot copy a new table of addresses to the device while a CUDA graph is "
                            "captured: take a step before the capture and keep the gradients' memory "
-                           "(zero_grad(set_to_none=False)), or use LGKERNELS_IMPL=cuda, whose kernel takes it as argument")
+                           "(zero_grad(set_to_none=False)), or set LGKERNELS_IMPL=cuda: that kernel's table is an "
+                           "argument")
     return host.pin_memory().to(device, non_blocking=True)
 
 
@@ -93,7 +94,8 @@ def prepare(rows):
             pieces.setdefault(half, []).append((*addresses, 2 if half else 4, param.numel()))
     tables, device = [], rows[0][0].device if rows else None
     for half, members in pieces.items():
-        config = select_config("offset_sgd", (max(piece[-1] for piece in members),), torch.float32, architecture(device))
+        largest = max(piece[-1] for piece in members)
+        config = select_config("offset_sgd", (largest,), torch.float32, architecture(device))
         tables.append((_table(members, config["BLOCK"] * config["PARTS"], device), half, config))
     return tables
 
