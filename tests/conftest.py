@@ -131,9 +131,11 @@ def poison(request, monkeypatch):
     """Memory that lgkernels takes uninitialised holds nan, so an output byte that no kernel writes shows."""
     if request.node.get_closest_marker("unpoisoned"):
         return
-    # The compiler lists torch's functions, once (and anew after a process group was made): not while some are replaced.
-    # Imported here, because it imports Triton, after pytest_configure has chosen the interpreter.
+    # torch lists its functions when a default device or the compiler is first used (the compiler anew after a process
+    # group was made): not while some are replaced. Imported here, because the compiler imports Triton, after
+    # pytest_configure has chosen the interpreter.
     import torch._dynamo
+    torch.utils._device._device_constructors()
     torch._dynamo.trace_rules.get_torch_obj_rule_map()
     torch._dynamo.trace_rules.get_tensor_method()
     for owner, names in ((torch, ("empty", "empty_like", "empty_strided")),
