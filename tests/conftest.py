@@ -113,6 +113,29 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def language_is_replaced_once():
+    """Triton's interpreter replaces the functions of its language at each launch, until its end, and again at each call
+    of a function inside: half of its time. Here a call whose module sees no other part of the language leaves it out."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+    replace, seen = interpreter._patch_lang, set()  # what has been replaced since the launch; empty outside of one
+
+    def replace_once(function):
+        modules = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if modules in seen:
+            return None  # a call: nobody restores after it
+        scope, is_launch = replace(function), not seen
+        seen.add(modules)
+        if is_launch:
+            restore = scope.restore
+            scope.restore = lambda: (seen.clear(), restore())
+        return scope
+    interpreter._patch_lang = replace_once
+
+
 def _poisoned(allocate):
     @functools.wraps(allocate)
     def wrapper(*args, **kwargs):
