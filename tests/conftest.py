@@ -116,7 +116,7 @@ def seeded():
 @pytest.fixture(scope="session", autouse=True)
 def language_is_replaced_once():
     """Triton's interpreter replaces the functions of its language at each launch, until its end, and again at each call
-    of a function inside: half of its time. Here a call whose module sees no other part of the language leaves it out."""
+    of a function inside: half of its time. Here a call whose module sees no more of the language leaves it out."""
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         return
     import triton.language as tl

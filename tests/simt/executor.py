@@ -46,7 +46,7 @@ def _run(command):
 
 
 def _made(path, command):
-    """`path`, written by `command` unless it lies there; of several processes that ask, one writes and the rest wait."""
+    """`path`, written by `command` unless it lies there; of several processes that ask, one writes, the rest wait."""
     with FileLock(f"{path}.lock"):
         if not path.exists():
             _run([*command, "-o", f"{path}.new"])
