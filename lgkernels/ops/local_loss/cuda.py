@@ -12,7 +12,6 @@ from . import composed, reference
 from .reference import local_cross_entropy_grads  # noqa: F401  products and scalings of small matrices
 
 
-
 def _new(like, *shape):
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
