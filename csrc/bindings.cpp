@@ -239,16 +239,6 @@ void bind_local_loss(py::module_& m) {
                                  at<float>(loss), at<float>(kappa), at<float>(squares)};
     raise_for(local_loss_kernels().goodness(goodness, threads));
   }, Release());
-  m.def("adapter_rank_one_sums", [](int64_t rows, int64_t size, Address x, Address vector, Address coefficient,
-                                    Address along, Address across, int threads) {
-    raise_for(local_loss_kernels().rank_one_sums(rows, size, at<float>(x), at<float>(vector), at<float>(coefficient),
-                                                 at<float>(along), at<float>(across), threads));
-  }, Release());
-  m.def("adapter_add_outer", [](int64_t rows, int64_t size, Address coefficient, Address vector, float scale,
-                                Address y, int threads) {
-    raise_for(local_loss_kernels().add_outer(rows, size, at<float>(coefficient), at<float>(vector), scale,
-                                             at<float>(y), threads));
-  }, Release());
   // `table`: (count, 6) int64, the fields of lgk::OffsetTensor
   m.def("offset_sgd", [](Address table, int64_t count, float rate, float momentum, float decay, float scale,
                          float tilt, int threads) {

@@ -160,11 +160,24 @@ void bind_cuda(py::module_& m) {
     return lgk::lls_norm_act_pool(image(shape), norm(parameters, slope), pointer<void>(z), max_pool, pointer<void>(out),
                                   floats(latents), floats(s1), floats(s2), pointer<void>(stream));
   });
+  py::class_<lgk::ModulationGrad>(m, "LlsModulationGrad")
+      .def(py::init([](int64_t batch, int rows, int classes, bool vector, Address similarity, Address grad_logits,
+                       Address scale, bool scale_per_row, Address grad) {
+        return lgk::ModulationGrad{batch, rows, classes, vector, floats(similarity), floats(grad_logits),
+                                   floats(scale), scale_per_row, floats(grad)};
+      }));
+  py::class_<lgk::Finish>(m, "LlsFinish")
+      .def(py::init([] { return lgk::Finish{}; }))
+      .def(py::init([](Address target, int64_t ignore_index, Address row_loss, Address loss,
+                       const lgk::ModulationGrad& modulation) {
+        return lgk::Finish{pointer<int64_t>(target), ignore_index, floats(row_loss), floats(loss), modulation};
+      }));
   m.def("lls_norm_grads", [](int64_t batch, int channels, int bins, Address grad_latents, Address s1, Address s2,
                              Address area, Address grad_gamma, Address grad_beta, Address grad_bias,
-                             Address stream) {
+                             const lgk::Finish& finish, Address stream) {
     return lgk::lls_norm_grads(batch, channels, bins, floats(grad_latents), floats(s1), floats(s2), floats(area),
-                               floats(grad_gamma), floats(grad_beta), floats(grad_bias), pointer<void>(stream));
+                               floats(grad_gamma), floats(grad_beta), floats(grad_bias), finish,
+                               pointer<void>(stream));
   });
   m.def("lls_grad_preactivation", [](Shape shape, Addresses parameters, float slope, Address z, Address grad_latents,
                                      Address grad_gamma, Address grad_beta, float scale, Address stream) {
@@ -184,10 +197,10 @@ void bind_cuda(py::module_& m) {
   m.def("lls_linear_grad_preactivation", [](int64_t batch, int features, int pool, int dtype, Addresses parameters,
                                             float slope, Address z, Address grad_latents, float scale,
                                             Address grad_gamma, Address grad_beta, Address grad_bias,
-                                            Address stream) {
+                                            const lgk::Finish& finish, Address stream) {
     return lgk::lls_linear_grad_preactivation(batch, features, pool, dtype, norm(parameters, slope), pointer<void>(z),
                                               floats(grad_latents), scale, floats(grad_gamma), floats(grad_beta),
-                                              floats(grad_bias), pointer<void>(stream));
+                                              floats(grad_bias), finish, pointer<void>(stream));
   });
 
   py::class_<lgk::Head>(m, "LlsHead")
@@ -206,11 +219,8 @@ void bind_cuda(py::module_& m) {
                          floats(loss), floats(row_loss), floats(grad_latents), floats(similarity),
                          floats(grad_logits), floats(scratch), pointer<void>(stream));
   });
-  m.def("lls_modulation_grad", [](int64_t batch, int rows, int classes, bool vector, Address similarity,
-                                  Address grad_logits, Address scale, bool scale_per_row, Address grad,
-                                  Address stream) {
-    return lgk::lls_modulation_grad(batch, rows, classes, vector, floats(similarity), floats(grad_logits),
-                                    floats(scale), scale_per_row, floats(grad), pointer<void>(stream));
+  m.def("lls_modulation_grad", [](const lgk::ModulationGrad& problem, Address stream) {
+    return lgk::lls_modulation_grad(problem, pointer<void>(stream));
   });
 
   bind_feedback(m);

@@ -165,9 +165,10 @@ class RandomFeedback(torch.nn.Module):
         self.state.copy_(torch.tensor([seed, stream, step]))
 
     @torch.no_grad()
-    def advance(self):
-        """Next step, so another matrix: an addition on the device, safe in CUDA graphs. Nothing else moves it."""
-        self.state[2].add_(1)
+    def advance(self, skipped=None):
+        """Next step, so another matrix: an addition on the device, safe in CUDA graphs. Nothing else moves it.
+        `skipped`: a tensor of one number that is not 0 where nothing is to move."""
+        self.state[2].add_(1 if skipped is None else (skipped == 0).to(self.state).sum())
 
     def extra_repr(self):
         low = "" if self.low is None else f", low={self.low:g}"

@@ -7,39 +7,17 @@
 //
 // Phi is a float table, or the sign bits of the square wave: bit j % 32 of word j / 32 is 1 where the entry is -1, and
 // column 0 is zero. A block keeps its samples' latents in shared memory where they fit.
-#include "lgk/lls_device.h"
+#include "lgk/lls_finish.h"
 
 namespace lgk {
 namespace {
 
-constexpr int kWarps = kThreads / 32;
 constexpr int kManySamples = 4;      // samples of a block when there are enough of them to fill the GPU
 constexpr int64_t kManyRows = 1024;
 constexpr int64_t kMaxBlocks = 1024;
 
 LGK_DEVICE float flip_sign(float value, uint32_t sign_bit) {
   return __uint_as_float(__float_as_uint(value) ^ (sign_bit & 0x80000000u));
-}
-
-// Sum over the block in `reduce` (kWarps values); every thread gets it.
-template <typename Value>
-LGK_DEVICE Value block_sum(Value value, Value* reduce) {
-  value = warp_sum(value);
-  __syncthreads();  // `reduce` may still be read
-  if (threadIdx.x % 32 == 0) reduce[threadIdx.x / 32] = value;
-  __syncthreads();
-  Value sum = 0;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) sum += reduce[warp];
-  return sum;
-}
-
-// The divisor of the loss: rows that are not ignored, or 1.
-LGK_DEVICE float loss_divisor(const Head& p, const int64_t* target, float* reduce) {
-  if (p.reduction != kMean) return 1.0f;
-  int valid = 0;
-  for (int64_t b = threadIdx.x; b < p.batch; b += kThreads) valid += target[b] != p.ignore_index;
-  return static_cast<float>(block_sum(valid, reinterpret_cast<int*>(reduce)));
 }
 
 // One warp: the loss of one sample from its logits z, and g_z in their place.
@@ -96,7 +74,7 @@ head(Head p, bool stage_x, const float* __restrict__ x, const int64_t* __restric
   const float* const table = static_cast<const float*>(basis);
   const uint32_t* const signs = static_cast<const uint32_t*>(basis);
   const int words = (p.dim + 31) / 32, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const float divisor = loss_divisor(p, target, reduce);
+  const float divisor = p.reduction == kMean ? valid_rows(p.batch, p.ignore_index, target, reduce) : 1.0f;
 
   for (int64_t first = int64_t{blockIdx.x} * SAMPLES; first < p.batch; first += int64_t{gridDim.x} * SAMPLES) {
     // Samples beyond the batch repeat its last row and are not stored.
@@ -223,15 +201,10 @@ head(Head p, bool stage_x, const float* __restrict__ x, const int64_t* __restric
   }
 }
 
-// One block: the mean or sum of the rows' losses, in a fixed order.
 __global__ void __launch_bounds__(kThreads, 2)
 reduce_loss(Head p, const int64_t* __restrict__ target, const float* __restrict__ row_loss, float* loss) {
   LGK_DYNAMIC_SHARED(float, reduce);
-  const float divisor = loss_divisor(p, target, reduce);
-  float sum = 0.0f;
-  for (int64_t b = threadIdx.x; b < p.batch; b += kThreads) sum += row_loss[b];
-  sum = block_sum(sum, reduce);
-  if (threadIdx.x == 0) *loss = sum / divisor;
+  sum_losses(p.batch, p.reduction == kMean, p.ignore_index, target, row_loss, loss, reduce);
 }
 
 struct Plan {
@@ -256,47 +229,10 @@ Plan plan(const Head& p) {
   return best;
 }
 
-// Matrix: block (16, 16) computes a tile of s^T (scale g), walking over the batch through shared memory.
-constexpr int kTile = 16;
-
-__global__ void __launch_bounds__(kTile* kTile)
-modulation_grad_matrix(int64_t batch, int rows, int classes, const float* __restrict__ similarity,
-                       const float* __restrict__ grad_logits, const float* __restrict__ scale, bool scale_per_row,
-                       float* __restrict__ grad) {
-  LGK_DYNAMIC_SHARED(float, shared);  // (2, kTile, kTile)
-  const int tx = threadIdx.x, ty = threadIdx.y;
-  const int c = blockIdx.x * kTile + tx, k = blockIdx.y * kTile + ty, load_k = blockIdx.y * kTile + tx;
-  float* const s = shared;
-  float* const g = shared + kTile * kTile;
-  float sum = 0.0f;
-  for (int64_t first = 0; first < batch; first += kTile) {
-    const int64_t b = first + ty;
-    s[ty * kTile + tx] = b < batch && load_k < rows ? similarity[b * rows + load_k] : 0.0f;
-    g[ty * kTile + tx] = b < batch && c < classes ? grad_logits[b * classes + c] * scale[scale_per_row ? b : 0] : 0.0f;
-    __syncthreads();
-#pragma unroll
-    for (int row = 0; row < kTile; ++row) sum = fmaf(s[row * kTile + ty], g[row * kTile + tx], sum);
-    __syncthreads();
-  }
-  if (k < rows && c < classes) grad[int64_t{k} * classes + c] = sum;
-}
-
 __global__ void __launch_bounds__(kThreads, 2)
-modulation_grad_vector(int64_t batch, int classes, const float* __restrict__ similarity,
-                       const float* __restrict__ grad_logits, const float* __restrict__ scale, bool scale_per_row,
-                       float* __restrict__ grad) {
-  LGK_DYNAMIC_SHARED(float, partial);  // (kWarps, 32)
-  const int c = blockIdx.x * 32 + threadIdx.x;
-  float sum = 0.0f;
-  if (c < classes)
-    for (int64_t b = threadIdx.y; b < batch; b += kWarps)
-      sum += grad_logits[b * classes + c] * scale[scale_per_row ? b : 0] * similarity[b * classes + c];
-  partial[threadIdx.y * 32 + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || c >= classes) return;
-  sum = 0.0f;
-  for (int y = 0; y < kWarps; ++y) sum += partial[y * 32 + threadIdx.x];
-  grad[c] = sum;
+modulation_grad(ModulationGrad problem) {
+  LGK_DYNAMIC_SHARED(float, shared);
+  modulation_tile(problem, blockIdx.x, shared);
 }
 
 }  // namespace
@@ -309,6 +245,7 @@ int64_t lls_head_scratch(const Head& p) {
 int lls_head(const Head& p, const float* x, const int64_t* target, const float* modulation, const void* basis,
              float* loss, float* row_loss, float* grad_latents, float* similarity, float* grad_logits, float* scratch,
              void* stream) {
+  const bool keep_rows = loss == nullptr;
   if (p.batch > 0) {
     const Plan chosen = plan(p);
     const HeadOutputs out{row_loss, grad_latents, similarity, grad_logits};
@@ -319,23 +256,15 @@ int lls_head(const Head& p, const float* x, const int64_t* target, const float* 
     LGK_LAUNCH(kernel, grid, block, chosen.shared_bytes, stream, p, chosen.stage_x, x, target, modulation, basis, out,
                workspace);
     const int status = launch_status();
-    if (status != 0 || p.reduction == kNone) return status;
+    if (status != 0 || keep_rows) return status;
   }
-  if (p.reduction == kNone) return 0;
+  if (keep_rows) return 0;
   LGK_LAUNCH(reduce_loss, dim3(1), dim3(kThreads), kWarps * sizeof(float), stream, p, target, row_loss, loss);
   return launch_status();
 }
 
-int lls_modulation_grad(int64_t batch, int rows, int classes, bool vector, const float* similarity,
-                        const float* grad_logits, const float* scale, bool scale_per_row, float* grad, void* stream) {
-  if (vector) {
-    LGK_LAUNCH(modulation_grad_vector, dim3(ceil_div(classes, 32)), dim3(32, kWarps), kThreads * sizeof(float), stream,
-               batch, classes, similarity, grad_logits, scale, scale_per_row, grad);
-  } else {
-    LGK_LAUNCH(modulation_grad_matrix, dim3(ceil_div(classes, kTile), ceil_div(rows, kTile)), dim3(kTile, kTile),
-               2 * kTile * kTile * sizeof(float), stream, batch, rows, classes, similarity, grad_logits, scale,
-               scale_per_row, grad);
-  }
+int lls_modulation_grad(const ModulationGrad& problem, void* stream) {
+  LGK_LAUNCH(modulation_grad, dim3(modulation_tiles(problem)), dim3(kThreads), kFinishShared, stream, problem);
   return launch_status();
 }
 

@@ -4,7 +4,7 @@
 //   dz = gamma rstd scale (lambda unpool(grad_latents) - (dbeta + xhat dgamma) / N),  N = batch * height * width
 //
 // Work is divided as in lls_norm.cu, by the positions that each bin owns.
-#include "lgk/lls_device.h"
+#include "lgk/lls_finish.h"
 
 namespace lgk {
 namespace {
@@ -164,12 +164,19 @@ int launch_unpool_grad(const Image& s, const Norm& norm, const LatentGrad& grad,
   return launch_status();
 }
 
-// Block (columns, rows of the batch) on `block_channels` channels, so that a thread's columns share a channel.
+// Block (columns, rows of the batch) on `block_channels` channels, so that a thread's columns share a channel. The
+// blocks behind the last channel finish the head.
 __global__ void __launch_bounds__(kThreads, 2)
 norm_grads(int64_t batch, int channels, int bins, int block_channels, const float* __restrict__ grad_latents,
            const float* __restrict__ s1, const float* __restrict__ s2, const float* __restrict__ area,
-           float* __restrict__ grad_gamma, float* __restrict__ grad_beta, float* __restrict__ grad_bias) {
+           float* __restrict__ grad_gamma, float* __restrict__ grad_beta, float* __restrict__ grad_bias,
+           Finish finish) {
   LGK_DYNAMIC_SHARED(float, partial);  // (2, blockDim.y, blockDim.x)
+  const int blocks = ceil_div(channels, block_channels);
+  if (static_cast<int>(blockIdx.x) >= blocks) {
+    finish_head(finish, blockIdx.x - blocks, partial);
+    return;
+  }
   const int c0 = blockIdx.x * block_channels, columns = min(block_channels, channels - c0) * bins;
   float gamma = 0.0f, beta = 0.0f;
   for (int64_t b = threadIdx.y; b < batch; b += blockDim.y) {
@@ -239,12 +246,13 @@ int lls_expand_grad(const Image& s, const float* grad_latents, const float* scal
 }
 
 int lls_norm_grads(int64_t batch, int channels, int bins, const float* grad_latents, const float* s1, const float* s2,
-                   const float* area, float* grad_gamma, float* grad_beta, float* grad_bias, void* stream) {
-  if (channels == 0) return 0;
+                   const float* area, float* grad_gamma, float* grad_beta, float* grad_bias, const Finish& finish,
+                   void* stream) {
   const int block_channels = std::max(32 / bins, 1);
-  LGK_LAUNCH(norm_grads, dim3(ceil_div(channels, block_channels)), dim3(32, kThreads / 32),
-             2 * kThreads * sizeof(float), stream, batch, channels, bins, block_channels, grad_latents, s1, s2, area,
-             grad_gamma, grad_beta, grad_bias);
+  const int blocks = ceil_div(channels, block_channels) + finish_blocks(finish);
+  if (blocks == 0) return 0;
+  LGK_LAUNCH(norm_grads, dim3(blocks), dim3(32, kWarps), kFinishShared, stream, batch, channels, bins, block_channels,
+             grad_latents, s1, s2, area, grad_gamma, grad_beta, grad_bias, finish);
   return launch_status();
 }
 

@@ -2,7 +2,7 @@
 //
 //   xhat, u, a, lambda as in lls_norm.cu; latents (batch, pool): mean of a over each bin of the features
 //   dgamma = sum over the batch of g_u xhat, dbeta = of g_u, with g_u = lambda unpool(grad_latents); dz as in lls_grad.cu
-#include "lgk/lls_device.h"
+#include "lgk/lls_finish.h"
 
 namespace lgk {
 namespace {
@@ -27,13 +27,18 @@ linear_norm_act_pool(int64_t batch, int features, int pool, Norm norm, const T* 
   latents[index] = sum / static_cast<float>(bin.end - bin.begin);
 }
 
-// Block (features, rows of the batch): sums over the batch, then dz.
+// Block (features, rows of the batch): sums over the batch, then dz. The blocks behind the last feature finish the head.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
 linear_grad_preactivation(int64_t batch, int features, int pool, Norm norm, T* __restrict__ z,
                           const float* __restrict__ grad_latents, float scale, float* __restrict__ grad_gamma,
-                          float* __restrict__ grad_beta, float* __restrict__ grad_bias) {
+                          float* __restrict__ grad_beta, float* __restrict__ grad_bias, Finish finish) {
   LGK_DYNAMIC_SHARED(float, partial);  // (2, blockDim.y, blockDim.x)
+  const int blocks = ceil_div(features, static_cast<int>(blockDim.x));
+  if (static_cast<int>(blockIdx.x) >= blocks) {
+    finish_head(finish, blockIdx.x - blocks, partial);
+    return;
+  }
   const int k = blockIdx.x * blockDim.x + threadIdx.x;
   const bool inside = k < features;
   const Image s{batch, 1, 1, features, 1, pool, false, 0};
@@ -89,13 +94,13 @@ int lls_linear_norm_act_pool(int64_t batch, int features, int pool, int dtype, c
 
 int lls_linear_grad_preactivation(int64_t batch, int features, int pool, int dtype, const Norm& norm, void* z,
                                   const float* grad_latents, float scale, float* grad_gamma, float* grad_beta,
-                                  float* grad_bias, void* stream) {
+                                  float* grad_bias, const Finish& finish, void* stream) {
   if (!fits(Image{batch, 1, 1, features, 1, pool, false, dtype})) return kInvalidArgument;
   return with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    LGK_LAUNCH((linear_grad_preactivation<T>), dim3(ceil_div(features, 32)), dim3(32, kThreads / 32),
-               2 * kThreads * sizeof(float), stream, batch, features, pool, norm, static_cast<T*>(z), grad_latents,
-               scale, grad_gamma, grad_beta, grad_bias);
+    LGK_LAUNCH((linear_grad_preactivation<T>), dim3(ceil_div(features, 32) + finish_blocks(finish)), dim3(32, kWarps),
+               kFinishShared, stream, batch, features, pool, norm, static_cast<T*>(z), grad_latents, scale, grad_gamma,
+               grad_beta, grad_bias, finish);
     return launch_status();
   });
 }

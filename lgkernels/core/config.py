@@ -112,6 +112,17 @@ def _head(sizes, dtype, arch):
     return {"BLOCK_B": 1, "BLOCK_K": rows, "BLOCK_C": classes, "BLOCK_D": block_d, "num_warps": 4}
 
 
+def _wide_head(sizes, dtype, arch):
+    """As `_head`, in tiles of basis rows."""
+    batch, dim, rows, classes = sizes
+    if arch == "interpret":
+        rows = min(rows, 64)
+        return _head((batch, dim, rows, classes), dtype, arch)
+    # Eight warps spill a little on sm_80, four elsewhere.
+    warps = 4 if classes <= 128 or arch == 80 else 8
+    return {"BLOCK_B": 1, "BLOCK_K": 16, "BLOCK_C": classes, "BLOCK_D": 128, "num_warps": warps}
+
+
 def _loss_rows(sizes, dtype, arch):
     """A row of classes lives in registers."""
     batch, classes = sizes
@@ -239,7 +250,7 @@ def _offset_sgd(sizes, dtype, arch):
 _SELECT = {
     "norm_act_pool": _tile, "grad_preactivation": _tile, "expand_grad": _tile, "batch_stats": _moments,
     "linear_pool": _rows, "linear_expand": _rows, "linear_grad": _rows,
-    "head": _head, "similarity": _similarity, "logits": _product, "loss_rows": _loss_rows, "grad_similarity": _product,
+    "head": _head, "wide_head": _wide_head, "similarity": _similarity, "logits": _product, "loss_rows": _loss_rows, "grad_similarity": _product,
     "feedback_matrix": _feedback_matrix, "feedback_product": _feedback_product, "feedback_sum": _feedback_sum,
     "feedback_update": _feedback_update,
     "latent_grad": _latent_grad, "modulation_grad": _modulation_grad, "norm_grads": _norm_grads,

@@ -1,5 +1,5 @@
 """Local Learning Signals: check the arguments, then call the family's autograd entry."""
-from ..core import checks
+from ..core import checks, dispatch
 from ..ops.lls import autograd as _lls
 from ..ops.lls import basis as _basis
 
@@ -8,7 +8,7 @@ __all__ = ["lls_basis", "lls_loss"]
 _WAVEFORMS = ("square", "cosine")
 
 
-def lls_basis(rows, dim, *, waveform="square", min_freq=50.0, max_freq=512.0, device=None):
+def lls_basis(rows, dim, *, waveform="square", min_freq=50.0, max_freq=512.0, device=None, impl="auto"):
     r"""Periodic basis of Local Learning Signals.
 
     .. math:: \Phi_{kj} = \sin(\mathrm{fl32}(f_k\, j)), \qquad f = \mathrm{linspace}(f_{min}, f_{max}, K)
@@ -23,6 +23,7 @@ def lls_basis(rows, dim, *, waveform="square", min_freq=50.0, max_freq=512.0, de
             sine, and so do we.
         min_freq, max_freq (float): first and last frequency.
         device: where the table lies. Default: CPU.
+        impl (str): one of the usual names; they all give this table.
 
     Returns:
         Tensor: (rows, dim) float32, a copy that you may write to.
@@ -42,6 +43,7 @@ def lls_basis(rows, dim, *, waveform="square", min_freq=50.0, max_freq=512.0, de
     checks.positive_integer("rows", rows)
     checks.positive_integer("dim", dim)
     checks.choice("waveform", waveform, _WAVEFORMS)
+    checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
     return _basis.table(rows, dim, waveform, min_freq, max_freq, device).clone()
 
 

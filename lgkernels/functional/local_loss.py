@@ -2,7 +2,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..core import checks
+from ..core import checks, dispatch
 from ..ops.local_loss import autograd as _local
 
 __all__ = ["goodness_loss", "info_nce_loss", "local_cross_entropy", "nt_xent_loss", "overlay_label",
@@ -143,7 +143,7 @@ def peer_normalization_loss(h_pos, running_mean, *, momentum=0.9, impl="auto"):
     return _local.peer_normalization(h_pos, running_mean, float(momentum), impl)
 
 
-def overlay_label(x, label, *, num_classes, value=None):
+def overlay_label(x, label, *, num_classes, value=None, impl="auto"):
     """Forward-Forward's label in the input: the first ``num_classes`` entries of a copy are 0, entry ``label`` is not.
 
     Args:
@@ -151,6 +151,7 @@ def overlay_label(x, label, *, num_classes, value=None):
         label (Tensor): (B,) class indices.
         num_classes (int): at most the entries there are.
         value (float, optional): what the label's entry holds. None: the largest value of the batch.
+        impl (str): one of the usual names; plain torch is all there is.
 
     Returns:
         Tensor: like ``x``.
@@ -167,6 +168,7 @@ def overlay_label(x, label, *, num_classes, value=None):
     checks.floating("x", x)
     checks.dims("x", x, (2, 4), "(B, D) or (B, C, H, W)")
     checks.positive_integer("num_classes", num_classes)
+    checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
     entries = x.shape[1:].numel() if x.dim() == 2 else x.shape[2] * x.shape[3]
     if num_classes > entries:
         raise ValueError(f"num_classes must be at most {entries}, the entries that x of shape {checks.shape_of(x)} "

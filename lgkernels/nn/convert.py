@@ -18,6 +18,9 @@ from .feedback import (
 RULES = ("bp", "fa", "usf", "frsf", "brsf", "signed_init")
 _CLASSES = {"fa": {nn.Linear: FeedbackAlignmentLinear, nn.Conv2d: FeedbackAlignmentConv2d}}
 _CLASSES.update({rule: {nn.Linear: SignSymmetricLinear, nn.Conv2d: SignSymmetricConv2d} for rule in RULES[2:]})
+_OPTIONS = {rule: ("scale", "law", "sign_zero", "packed_signs", "impl") for rule in RULES[2:]}
+_OPTIONS["signed_init"] += ("signs",)
+_OPTIONS["fa"] = ("feedback_init", "law", "impl")
 _PLAIN = {layer: plain for classes in _CLASSES.values() for plain, layer in classes.items()}
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -67,17 +70,19 @@ def _why_not(module, parent):
 def convert(model, rule, *, last_layer="bp", include=None, exclude=None, seed=0, verbose=True, **options):
     """Put every ``nn.Linear`` and ``nn.Conv2d`` of a model under a feedback rule, in place, and back.
 
-    Each layer changes its class: the module, its parameters (bit for bit, and the same objects, so an optimizer goes
-    on), hooks, device and dtype stay, as do shared modules and the ``state_dict``. A layer that is already converted
-    changes its rule. The rest of the model (normalisation, attention's ``in_proj`` and ``out_proj``, other kinds of
-    layers, subclasses) is left alone, and the printed summary says so.
+    Each layer changes its class: the module, its parameters (bit for bit, but for signs="formula" below, and the same
+    objects, so an optimizer goes on), hooks, device and dtype stay, as do shared modules and the ``state_dict``. A
+    layer that is already converted changes its rule. The rest of the model (normalisation, attention's ``in_proj`` and
+    ``out_proj``, other kinds of layers, subclasses) is left alone, and the printed summary says so.
 
     Args:
         model (nn.Module): the model, or a single layer.
         rule (str): ``"bp"`` (back to torch's own class), ``"fa"``, ``"usf"``, ``"frsf"``, ``"brsf"`` (add
-            :func:`redraw_after`), ``"signed_init"`` (the signs of the weight as it is now, kept in one bit a weight).
-        last_layer (str): ``"bp"`` leaves the last Linear or Conv2d of the model, in order of registration, as it is
-            (worth 1.4 points for sign-symmetry, 5.5 for FA on CIFAR-10, by the reproduction of Xiao et al.);
+            :func:`redraw_after`), ``"signed_init"`` (needs the option ``signs``: ``"formula"``, for a network not yet
+            trained, changes the signs of the weights to those of F, a formula; ``"weight"`` leaves the weights as they
+            are and stores their signs, one bit a weight).
+        last_layer (str): ``"bp"`` gives the last Linear or Conv2d of the model, in order of registration, its exact
+            gradient (worth 1.4 points for sign-symmetry, 5.5 for FA on CIFAR-10, by the reproduction of Xiao et al.);
             ``"convert"`` takes it too. A single layer as model is converted in any case. A model with several
             outputs has several last layers: `exclude` the others.
         include, exclude: shell patterns of qualified names (``"backbone.*"``), module classes, functions
@@ -109,25 +114,39 @@ def convert(model, rule, *, last_layer="bp", include=None, exclude=None, seed=0,
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if rule == "bp" and options:
         raise TypeError(f"options must be empty with rule='bp', got {sorted(options)}")
+    unknown = sorted(set(options) - set(_OPTIONS.get(rule, options)))
+    if unknown:
+        raise TypeError(f"options of rule={rule!r} must be among {', '.join(_OPTIONS[rule])}, got "
+                        f"{', '.join(unknown)}: all else of a layer stays as it is, its stream is a hash of its name")
+    if rule == "signed_init" and options.get("signs") not in ("formula", "weight"):
+        raise ValueError("signs must be 'formula' (for a network not yet trained: its weights take the signs of a "
+                         "formula) or 'weight' (weights stay, their signs are kept in one bit each) with "
+                         f"rule='signed_init', got {options.get('signs')!r}")
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     layers = [(name, module) for name, module in model.named_modules() if _plain_class(module)]
     last = layers[-1][1] if layers and last_layer == "bp" and rule != "bp" and layers[-1][1] is not model else None
-    chosen, left = [], []
+    chosen, left, back = [], [], []
     for name, module in model.named_modules():
+        reason = None
         if _plain_class(module) is None:
             reason = _why_not(module, parents.get(module))
-        elif module is last:
-            reason = "the last layer (last_layer='bp')"
         elif include is not None and not _matches(include, name, module):
             reason = "not in include"
         elif exclude is not None and _matches(exclude, name, module):
             reason = "in exclude"
+        elif module is last:
+            reason = "the last layer (last_layer='bp')"
+            back = [module] if isinstance(module, _FeedbackLayer) else []  # of an earlier convert
         else:
-            reason = None
             chosen.append((name, module))
         if reason is not None:
             left.append((name, module, reason))
+        elif "forward" in vars(module) and _plain_class(module):
+            raise ValueError(f"layer {name!r} has a forward of its own, set on the instance, that convert does not "
+                             "know: undo it first (fuse_update's by .remove(); convert, then fuse), or exclude it")
     _try(rule, chosen, seed, options)
+    for module in back:
+        _change(module, "bp", {})
     for name, module in chosen:
         _change(module, rule, dict(options, seed=seed, stream=zlib.crc32(_name(name, model).encode())))
     if verbose:
@@ -137,6 +156,7 @@ def convert(model, rule, *, last_layer="bp", include=None, exclude=None, seed=0,
 
 def _try(rule, chosen, seed, options):
     """The options on one-weight layers first: an error leaves the model as it was."""
+    options = {name: value for name, value in options.items() if name != "signs"}
     for plain, build in ((nn.Linear, lambda layer: layer(1, 1, **options, **settings)),
                          (nn.Conv2d, lambda layer: layer(1, 1, 1, **options, **settings))):
         settings = dict(seed=seed, device="cpu") if rule == "fa" else dict(rule=rule, seed=seed, device="cpu")
@@ -150,7 +170,7 @@ def _change(module, rule, settings):
         module.clear_rule()
     module.__class__ = plain if rule == "bp" else _CLASSES[rule][plain]
     if rule != "bp":
-        module._set_rule(**settings, **({} if rule == "fa" else {"rule": rule}), keep_weight=True)
+        module._set_rule(**settings, **({} if rule == "fa" else {"rule": rule}))
 
 
 def _summary(rule, chosen, left):
@@ -176,10 +196,11 @@ def _holders(model):
 
 def feedback_state(model):
     """What a checkpoint needs beside the ``state_dict``: law version, and seed, stream, step and law of every
-    :class:`lgkernels.random.RandomFeedback` in the model (frozen signs as they are).
+    :class:`lgkernels.random.RandomFeedback` in the model (the frozen signs of
+    "signed_init" with signs="weight" as they are).
 
     Returns:
-        dict: of plain Python values (and int32 tensors for "signed_init" of converted models), for ``torch.save``.
+        dict: of plain Python values (and int32 tensors for those signs), for ``torch.save``.
 
     Example:
         >>> import lgkernels.nn as lnn
@@ -228,11 +249,10 @@ def load_feedback_state(model, state):
                          f"only in the model: {sorted(set(holders) - set(saved))}")
     for name, holder in holders.items():
         expected, got = (_kind(holder), saved[name])
-        differing = [key for key in expected if key not in got or (
-            got[key].shape != expected[key].shape if key == "frozen_signs" else got[key] != expected[key])]
+        differing = [key for key in expected if key not in got or _value(got[key]) != _value(expected[key])]
         if differing:
             raise ValueError(f"state must have the model's feedback at {name!r}, got {differing[0]}="
-                             f"{got.get(differing[0])}, the model has {expected[differing[0]]}")
+                             f"{_value(got.get(differing[0]))}, the model has {_value(expected[differing[0]])}")
     for name, holder in holders.items():
         got = saved[name]
         if isinstance(holder, RandomFeedback):
@@ -246,6 +266,11 @@ def _kind(holder):
     if isinstance(holder, RandomFeedback):
         return dict(law=holder.law, scale=holder.scale, low=holder.low)
     return {"frozen_signs": holder.frozen_signs}
+
+
+def _value(saved):
+    """What of a saved entry is compared: of signs the shape."""
+    return tuple(saved.shape) if isinstance(saved, torch.Tensor) else saved
 
 
 # -- brSF ---------------------------------------------------------------------------------------------------------
@@ -283,8 +308,9 @@ def redraw_after(optimizer, model):
     if not layers:
         raise ValueError("model must have layers with rule 'brsf', got none: convert(model, 'brsf') first")
 
-    def redraw(*_):
+    def redraw(optimizer, *_):
+        skipped = getattr(optimizer, "found_inf", None)  # a GradScaler's, where the optimizer's kernel skips the step
         for layer in layers:
-            if layer.feedback is not None:
-                layer.feedback.advance()
+            if isinstance(layer, _FeedbackLayer) and layer.rule == "brsf":  # not converted again since
+                layer.feedback.advance(skipped)
     return optimizer.register_step_post_hook(redraw)

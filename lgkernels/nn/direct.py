@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from .. import functional as LF
-from ..core import checks
+from ..core import checks, dispatch
+from ..ops.feedback.arguments import Scaled, positive_number
 from ..random import VALUES_PER_CALL, RandomFeedback
 
 # Bound of the uniform law for N neurons, and its low end: the initialisations of the published codes.
@@ -60,8 +61,9 @@ class DirectFeedback(nn.Module):
         if isinstance(init, str):
             checks.choice("init", init, tuple(INITS))
         else:
-            checks.positive("init", init)
+            init = positive_number("init", init, "a name or a number")
         checks.choice("law", law, tuple(VALUES_PER_CALL))
+        checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
         if max_features is not None:
             checks.positive_integer("max_features", max_features)
         self.init, self.law, self.max_features, self.impl = init, law, max_features, impl
@@ -81,16 +83,15 @@ class DirectFeedback(nn.Module):
             return self.feedback
         neurons = self.max_features or max(math.prod(shape), 1)
         bound = INITS[self.init][0](neurons) if isinstance(self.init, str) else float(self.init)
-        scaled = copy.copy(self.feedback)  # the same state tensor
-        scaled.scale = bound / math.sqrt(3) if self.law in ("normal", "sign") else bound
-        return scaled
+        return Scaled(self.feedback, bound / math.sqrt(3) if self.law in ("normal", "sign") else bound)
 
     def formula(self, shape):
         """`(state, law, scale, low)` of B for neurons of `shape`; None where B is a tensor or a backend was chosen."""
         feedback = self._feedback(shape)
         if isinstance(feedback, torch.Tensor) or self.impl != "auto":
             return None
-        return feedback.state, feedback.law, feedback.scale, feedback.low
+        random, scale = feedback
+        return random.state, random.law, scale, random.low
 
     def forward(self, x):
         return x
@@ -100,7 +101,9 @@ class DirectFeedback(nn.Module):
         feedback = self._feedback(shape)
         if isinstance(feedback, torch.Tensor):
             return feedback.view(classes, *shape)
-        return feedback.materialize((classes, *shape))
+        scaled = copy.copy(feedback.feedback)  # the same state tensor
+        scaled.scale = feedback.scale
+        return scaled.materialize((classes, *shape))
 
     @torch.no_grad()
     def signal(self, error, activation):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import checks
+from ..core import checks, dispatch
 from ..ops.feedback import arguments as _arguments
 from ..ops.feedback import autograd as _feedback
 from ..random import VALUES_PER_CALL, RandomFeedback
@@ -24,10 +24,7 @@ def scale_of(scale, shape):
         he_fan_in        sqrt(2 / fan_in)               ChFrenkel, FA
     """
     if not isinstance(scale, str):
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"scale must be a name or a number, got {type(scale).__name__}")
-        checks.positive("scale", scale)
-        return float(scale)
+        return _arguments.positive_number("scale", scale, "a name or a number")
     checks.choice("scale", scale, SCALES)
     fan_in, fan_out = max(math.prod(shape[1:]), 1), max(shape[0] * math.prod(shape[2:]), 1)
     return {"kaiming": 1 / math.sqrt(3 * fan_in), "xavier": math.sqrt(2 / (fan_in + fan_out)),
@@ -52,6 +49,8 @@ class _FeedbackLayer:
     """What the layers share: `feedback` is None or a RandomFeedback (24 bytes), all that a layer adds to torch's."""
 
     def _set(self, *, seed, stream, impl, **settings):
+        RandomFeedback(seed, stream)  # checks both, also for a rule that draws nothing
+        checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
         settings.update(seed=seed, stream=stream, impl=impl)
         for name, value in settings.items():
             setattr(self, name, value)
@@ -86,13 +85,8 @@ class _FeedbackLayer:
 
     def reset_parameters(self):
         super().reset_parameters()
-        feedback = getattr(self, "feedback", None)  # None also in torch's constructor
-        if feedback is not None:
-            feedback.reset_parameters()
-            self._sign_initial_weight()
-
-    def _sign_initial_weight(self):
-        """For rule "signed_init"."""
+        if getattr(self, "feedback", None) is not None:  # None also in torch's constructor
+            self.feedback.reset_parameters()
 
     def extra_repr(self):
         return f"{super().extra_repr()}, {self._rule_repr()}"
@@ -119,8 +113,8 @@ class _Conv2dForward:
 
 class _SignSymmetric(_FeedbackLayer):
     def _set_rule(self, rule="usf", scale="kaiming", law=None, sign_zero="zero", packed_signs=False, *, seed=0,
-                  stream=0, impl="auto", keep_weight=False):
-        """Choose the rule; `keep_weight` leaves the weight as it is where "signed_init" would choose its signs."""
+                  stream=0, impl="auto", signs="formula"):
+        """Choose the rule; "signed_init" with signs="weight" keeps the signs that the weight has, one bit each."""
         checks.choice("rule", rule, RULES)
         checks.choice("sign_zero", sign_zero, ("zero", "plus"))
         if packed_signs and sign_zero != "plus":
@@ -142,18 +136,30 @@ class _SignSymmetric(_FeedbackLayer):
             else:
                 self._draw(law, _law_scale(scale, law, number), low)
                 self.factor = 1.0
-        elif rule == "signed_init" and keep_weight:
+        elif rule == "signed_init" and signs == "weight":
             packed = torch.ops.lgkernels.feedback_pack_signs(self.weight.detach().flatten(1), "reference")
             self.register_buffer("frozen_signs", packed, persistent=False)
         elif rule == "signed_init":
             self._draw("sign", number)
-            self._sign_initial_weight()
+            self.sign_weight()
 
     @torch.no_grad()
-    def _sign_initial_weight(self):
-        """The initial weight takes F's signs, so that they need no memory: torch's initial laws are symmetric."""
-        if self.rule == "signed_init" and not self.weight.is_meta:
+    def sign_weight(self):
+        """Rule "signed_init": the weight takes F's signs, so that these need no memory; its magnitudes stay.
+
+        The constructor and ``reset_parameters`` do so. After an initialisation of your own (``nn.init``, a loaded
+        weight) and before training, call it again: with other signs than the weight's the rule is mere FA.
+        """
+        if self.rule != "signed_init" or self.feedback is None:
+            raise ValueError(f"sign_weight is for rule='signed_init' with signs by formula, got rule={self.rule!r}"
+                             f"{'' if self.rule != 'signed_init' else ', signs of the weight'}")
+        if not self.weight.is_meta:
             self.weight.copysign_(self.feedback.materialize(self.weight.shape, dtype=self.weight.dtype))
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if getattr(self, "rule", None) == "signed_init" and self.feedback is not None:
+            self.sign_weight()
 
     def _formula(self):
         law, tensors = self._random()
@@ -172,7 +178,7 @@ class _SignSymmetric(_FeedbackLayer):
 class _FeedbackAlignment(_FeedbackLayer):
     rule = "fa"
 
-    def _set_rule(self, feedback_init="kaiming", law=None, *, seed=0, stream=0, impl="auto", keep_weight=True):
+    def _set_rule(self, feedback_init="kaiming", law=None, *, seed=0, stream=0, impl="auto"):
         number, law = scale_of(feedback_init, self.weight.shape), _law(feedback_init, law)
         self._set(seed=seed, stream=stream, impl=impl, feedback_init=feedback_init)
         self._draw(law, _law_scale(feedback_init, law, number))
@@ -192,7 +198,8 @@ class SignSymmetricLinear(_LinearForward, _SignSymmetric, nn.Linear):
         in_features, out_features, bias, device, dtype: as ``nn.Linear``; so is the ``state_dict``.
         rule (str): ``"usf"``: F = scale * sign(W). ``"frsf"``: random magnitudes M, fixed. ``"brsf"``: M redrawn after
             each optimizer step, see :func:`redraw_after`. ``"signed_init"``: F = scale * sign of the initial W, for
-            good. Signs are otherwise those of the weight at the time.
+            good: random signs, which W takes in the constructor, in ``reset_parameters`` and in ``sign_weight()``, to
+            be called after an initialisation of your own. Signs are otherwise those of the weight at the time.
         scale (str or float): the root mean square of F. ``"kaiming"`` = 1/sqrt(3 fan_in), ``"xavier"`` =
             sqrt(2/(fan_in+fan_out)), ``"inv_sqrt_fan_in"``, ``"he_fan_out"`` = sqrt(2/(kh*kw*out)), ``"he_fan_in"``,
             ``"mean_abs"`` (mean(abs(W)) of the moment; ours, in no paper), or a number. Magnitudes follow the source
@@ -204,7 +211,8 @@ class SignSymmetricLinear(_LinearForward, _SignSymmetric, nn.Linear):
             them). The global generator is never used.
         impl (str): backend; see :func:`lgkernels.functional.sign_symmetric_linear`.
 
-    Nothing is stored but 24 bytes of random state, in no ``state_dict`` (:func:`feedback_state` carries it).
+    Nothing is stored but 24 bytes of random state, in no ``state_dict`` (:func:`feedback_state` carries it). For
+    ``torch.compile`` and ``torch.export``; ``torch.func.grad``, ``vmap`` and ``torch.fx.symbolic_trace`` refuse it.
     Raises: ValueError or TypeError naming the argument. Source: Liao, Leibo, Poggio, AAAI 2016; Xiao, Chen, Liao,
     Poggio, ICLR 2019.
 

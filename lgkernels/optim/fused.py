@@ -11,7 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 from ..ops.feedback import op as _op  # noqa: F401  (registers the operators)
 from .manhattan import BatchManhattan
 
+# The number of the backward that runs. Private, the only way to tell one backward from another: see _After.
+_current_backward = getattr(torch._C, "_current_graph_task_id", None)
 _HELP = "fuse_update needs one backward for each optimizer.step() and plain gradients"
+
+
+def _name(function):
+    """Of a torch function, or of the attribute that a getter is for."""
+    name = getattr(function, "__name__", function)
+    return getattr(getattr(function, "__self__", None), "__name__", name) if name == "__get__" else name
 
 
 class _Factors(torch.Tensor):
@@ -22,9 +30,11 @@ class _Factors(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if getattr(function, "__name__", "") in ("__get__", "__set__"):  # dtype, shape, is_sparse, ...
             with torch._C.DisableTorchFunctionSubclass():
-                return function(*args, **(kwargs or {}))
+                value = function(*args, **(kwargs or {}))
+            if not isinstance(value, torch.Tensor):
+                return value  # else it is .data, .T, ...: its numbers are nobody's gradient
         raise RuntimeError(
-            f"the gradient of a fused layer's weight was asked for ({getattr(function, '__name__', function)}), but "
+            f"the gradient of a fused layer's weight was asked for ({_name(function)}), but "
             f"it is never formed: {_HELP}. Gradient clipping by global norm, a GradScaler and zero_grad(set_to_none="
             "False) do not go with it: leave them out, or undo it with .remove()")
 
@@ -43,8 +53,20 @@ class _After(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.layer.receive(grad, *ctx.saved_tensors)
+        # A gradient of x alone (torch.autograd.grad, backward(inputs=...)) never comes to the weight's AccumulateGrad;
+        # a graph that was retained does, in another backward. What was meant for this one is kept in this one alone.
+        layer, factors, task = ctx.layer, (grad, *ctx.saved_tensors), _current_backward()
+
+        def accumulate(*_):
+            handle.remove()
+            if _current_backward() == task:
+                layer.receive(*factors)
+        handle = ctx.next_functions[2][0].register_hook(accumulate)
         return grad, None, None, None
+
+
+def _hooked(weight):
+    return bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
 
 
 class _FusedLayer:
@@ -106,8 +128,13 @@ class _FusedLayer:
             -1.0 if group.get("maximize") else 1.0, "auto")
         weight.grad = None
 
-    def refuse_overwritten(self):
-        if isinstance(self.weight.grad, _Factors) and any(t._version != was for t, was in self.weight.grad.factors):
+    def refuse(self):
+        if not isinstance(self.weight.grad, _Factors):
+            return
+        if _hooked(self.weight):
+            raise RuntimeError(f"the weight of layer {self.name!r} has hooks for its gradient: {_HELP}. Exclude the "
+                               "layer, or remove the hooks")
+        if any(t._version != was for t, was in self.weight.grad.factors):
             raise RuntimeError(f"the input of layer {self.name!r}, or the gradient of its output, was written to "
                                "between the backward and optimizer.step(), which reads them: step first")
 
@@ -129,7 +156,7 @@ class FusedUpdate:
             raise RuntimeError("optimizer.step() must have no closure with fuse_update, whose steps come before it: "
                                "call it after the backward, or undo it with .remove()")
         for layer in self._fused:
-            layer.refuse_overwritten()
+            layer.refuse()
         for layer in self._fused:
             layer.update()
 
@@ -166,8 +193,8 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
         FusedUpdate: with ``layers``, the fused names, and ``remove()``.
 
     Raises: TypeError, ValueError naming the argument; RuntimeError, before any weight has moved, for a second backward
-    before ``optimizer.step()`` (gradient accumulation), a layer used twice in one forward, clipping by global norm, a
-    GradScaler, DistributedDataParallel, FSDP, torch.compile, a closure.
+    before ``optimizer.step()`` (gradient accumulation), a layer used twice in one forward, clipping by global norm,
+    hooks of the weight, a GradScaler, DistributedDataParallel, FSDP, torch.compile, a closure.
 
     Example:
         >>> import torch
@@ -180,6 +207,9 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
         >>> fused
         FusedUpdate(0)
     """
+    if _current_backward is None:
+        raise RuntimeError("fuse_update needs torch._C._current_graph_task_id, which this torch "
+                           f"({torch.__version__}) does not have: use the plain optimizer")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if type(optimizer) is not torch.optim.SGD and not isinstance(optimizer, BatchManhattan):
@@ -216,6 +246,9 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
             reason = ("is not among the optimizer's parameters" if weight not in groups else
                       "is shared with another module" if weight.is_contiguous() else "is not contiguous")
             raise ValueError(f"include: the weight of layer {name!r} {reason}")
+        if _hooked(weight):
+            raise ValueError(f"the weight of layer {name!r} has hooks for its gradient, which is never formed: exclude "
+                             "the layer, or remove the hooks")
         if "forward" in vars(module):
             raise ValueError(f"layer {name!r} has a forward of its own (an earlier fuse_update?): remove it first")
         fused.append((name, module, groups[weight]))

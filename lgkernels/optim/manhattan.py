@@ -1,4 +1,6 @@
 """Batch Manhattan: steps of the sign of the mini-batch gradient."""
+import math
+
 import torch
 
 from ..core import checks
@@ -40,14 +42,15 @@ class BatchManhattan(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, momentum=0.0, weight_decay=0.0, *, no_sign_change=False):
-        checks.positive("lr", lr)
-        checks.between("momentum", momentum, 0.0, 1.0)
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
                                       no_sign_change=no_sign_change))
 
     def add_param_group(self, param_group):
+        group = {**self.defaults, **param_group}
+        checks.positive("lr", group["lr"])
+        checks.between("momentum", group["momentum"], 0.0, 1.0)
+        if not 0 <= group["weight_decay"] < math.inf:
+            raise ValueError(f"weight_decay must be finite and at least 0, got {group['weight_decay']}")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if group["no_sign_change"]:

@@ -8,6 +8,7 @@ parameter, averaged over small mini-batches and reused for a period is known; wh
 that the offset enters before momentum, is our reconstruction, so each of the four coefficients is a setting.
 """
 import contextlib
+import os
 import warnings
 
 import torch
@@ -30,6 +31,27 @@ def refresh_due(step, period, first_period=None):
 
 def _losses(result):
     return [result] if isinstance(result, torch.Tensor) else result
+
+
+def _gradients(result, parameters):
+    """{parameter: gradient} of the sum of losses; ``p.grad`` is None again."""
+    for loss in _losses(result):
+        if loss.requires_grad:
+            loss.backward(inputs=parameters)
+    grads = {p: p.grad for p in parameters if p.grad is not None}
+    for p in grads:
+        p.grad = None
+    return grads
+
+
+def _inner_products(a, b, parameters):
+    """float64 tensor: |a|^2, <a, b>, |b|^2 over the parameters of a; what b lacks is 0."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    for p in parameters:
+        pairs = [(x[p].double().flatten(), y[p].double().flatten()) if p in x and p in y else None
+                 for x, y in ((a, a), (a, b), (b, b))]
+        sums += torch.tensor([0.0 if pair is None else torch.dot(*pair).item() for pair in pairs], dtype=torch.float64)
+    return sums
 
 
 def _chunks(data, size):
@@ -81,7 +103,7 @@ class _Offsets:
         return [(p, offset) for p, offset in pairs if offset is not None]
 
     def refresh(self, bp_closure, local_closure, data, *, bp_chunk=8, local_chunk=64, model=None, batch_norm="train",
-                estimate_offset_scale=False, max_growth=None):
+                estimate_local_scale=False, estimate_offset_scale=False, max_growth=None):
         """Recompute the offsets on `data`. Weights, momentum, gradients, buffers and random state stay bit-identical.
 
         Both passes accumulate with opposite signs into one buffer per parameter. A parameter that the global loss does
@@ -97,8 +119,11 @@ class _Offsets:
                 similarity, batch normalisation) want the training batch size.
             model (nn.Module or iterable, optional): whose buffers and modes are restored; needed where it has any.
             batch_norm (str): ``"train"``: as the modes are; ``"eval"``: batch normalisation uses its running statistics.
+            estimate_local_scale (bool): set every group's ``local_scale`` to the estimate of the value that makes the
+                offset smallest, <E grad L, E grad l> / |E grad l|^2, at least 0.
             estimate_offset_scale (bool): set every group's ``offset_scale`` to the estimate of its best value,
-                |b|^2 / (|b|^2 + tr S / B'), from the spread of the chunks (all of ``bp_chunk`` samples; one more buffer).
+                |b|^2 / (|b|^2 + tr S / B'). Both from the spread of the chunks, all of ``bp_chunk`` samples, and with
+                three more buffers.
             max_growth (float, optional): a group whose offset's norm exceeds this factor times that of the refresh before
                 loses its offset until the next refresh, with a warning: the sign of too long a period.
 
@@ -120,8 +145,9 @@ class _Offsets:
             p.grad = None
         try:
             with _untouched(model, batch_norm), torch.enable_grad():
-                if estimate_offset_scale:
-                    self._estimate(bp_closure, local_closure, data, bp_chunk, parameters)
+                if estimate_local_scale or estimate_offset_scale:
+                    self._estimate(bp_closure, local_closure, data, bp_chunk, parameters, estimate_local_scale,
+                                   estimate_offset_scale)
                 else:
                     self._accumulate(bp_closure, local_closure, _chunks(data, bp_chunk), _chunks(data, local_chunk),
                                      parameters)
@@ -164,29 +190,37 @@ class _Offsets:
                 if coefficient != 1:
                     torch._foreach_mul_(grads, coefficient)
 
-    def _estimate(self, bp_closure, local_closure, data, size, parameters):
-        """As `_accumulate`, chunk by chunk, with the chunks' squared norms."""
+    def _estimate(self, bp_closure, local_closure, data, size, parameters, local_scale, offset_scale):
+        """As `_accumulate`, chunk by chunk, with the chunks' inner products: unbiased estimates of those of the means."""
         if len(data[0]) % size or len(data[0]) == size:
-            raise ValueError(f"data must hold at least two whole chunks of bp_chunk={size} to estimate offset_scale, got "
+            raise ValueError(f"data must hold at least two whole chunks of bp_chunk={size} to estimate a scale, got "
                              f"{len(data[0])} samples")
-        count, mean = len(data[0]) // size, {}
-        squares = [0.0 for _ in self.param_groups]
+        count, total = len(data[0]) // size, {}
+        products = [torch.zeros(3, dtype=torch.float64) for _ in self.param_groups]  # |L|^2, <L, l>, |l|^2, means over the chunks
         for _, chunk in _chunks(data, size):
-            self._accumulate(bp_closure, local_closure, [(1.0, chunk)], [(1.0, chunk)], parameters)
+            both = [_gradients(bp_closure(*chunk), parameters)]
+            both.append({} if local_closure is None else _gradients(local_closure(*chunk), list(both[0])))
             for i, group in enumerate(self.param_groups):
-                grads = [(p, p.grad) for p in group["params"] if p.grad is not None]
-                squares[i] += sum(float(g.double().square().sum()) for _, g in grads) / count
-                for p, g in grads:
+                products[i] = products[i] + _inner_products(*both, group["params"]) / count
+            for mean, grads in zip((total.setdefault(k, {}) for k in ("bp", "local")), both):
+                for p, g in grads.items():
                     mean[p] = mean[p].add_(g, alpha=1 / count) if p in mean else g.div_(count)
-            for p in parameters:
-                p.grad = None
-        for p, g in mean.items():
-            p.grad = g
         for i, group in enumerate(self.param_groups):
-            square = sum(float(mean[p].double().square().sum()) for p in group["params"] if p in mean)
-            noise = max(squares[i] - square, 0.0) / (count - 1)
-            signal = max(square - noise, 0.0)
-            group["offset_scale"] = signal / (signal + noise) if signal + noise else 0.0
+            biased = _inner_products(total["bp"], total["local"], group["params"])
+            noise = (products[i] - biased) / (count - 1)  # of the means over all chunks
+            (_, along, square), bp_coef = (biased - noise).tolist(), group["bp_coef"]
+            if local_scale and square > 0:
+                group["local_scale"] = max(along / square, 0.0)
+            local_coef = self._local_coef(group)
+            factors = torch.tensor([bp_coef**2, -2 * bp_coef * local_coef, local_coef**2], dtype=torch.float64)
+            noise, signal = (max((factors * v).sum().item(), 0.0) for v in (noise, biased - noise))
+            if offset_scale:
+                group["offset_scale"] = signal / (signal + noise) if signal + noise else 0.0
+            for p in group["params"]:
+                if p in total["bp"]:
+                    p.grad = total["bp"][p].mul_(bp_coef)
+                    if p in total["local"]:
+                        p.grad.sub_(total["local"][p], alpha=local_coef)
 
     def _norm(self, params):
         offsets = [self._offset(p) for p in params]
@@ -267,7 +301,7 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
                  local_coef=None, offset_dtype=None):
         if offset_dtype not in (None, torch.bfloat16):
             raise TypeError(f"offset_dtype must be torch.bfloat16 or None, got {offset_dtype}")
-        self.offset_dtype = offset_dtype
+        self.offset_dtype, self._plans = offset_dtype, {}
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
@@ -278,6 +312,7 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
         return self.state[p].get("offset") if p in self.state else None
 
     def _set_offset(self, p, offset):
+        self._plans.clear()
         if offset is None:
             self.state[p].pop("offset", None)
         else:
@@ -289,6 +324,13 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
         for p in self.state:  # torch has cast them to the parameter's dtype
             self._set_offset(p, self._offset(p))
 
+    def __getstate__(self):
+        return {**super().__getstate__(), "offset_dtype": self.offset_dtype}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._plans = {}
+
     @torch.no_grad()
     def step(self, closure=None):
         """One step over the parameters that have a gradient. `closure`, as torch's, re-evaluates the loss."""
@@ -298,17 +340,58 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
                 loss = closure()
         work = []
         for i, group in enumerate(self.param_groups):
-            kinds = {}  # by device, and by whether the kernels take them
-            for p in group["params"]:
-                grad = p.grad
-                if grad is not None:
-                    state = self.state[p]
-                    self._check(i, p, grad, state)
-                    kinds.setdefault((p.device, p.dtype == torch.float32), []).append((p, grad, state))
-            work += [(group, members) for members in kinds.values()]
-        for group, members in work:  # all were checked before any of them changes
-            self._step(group, members)
+            members = [(p, p.grad, self.state[p]) for p in group["params"] if p.grad is not None]
+            memory = self._memory(group, members)
+            if memory is None or self._plans.get(i, (None,))[0] != memory:
+                self._plans.pop(i, None)
+                for member in members:
+                    self._check(i, *member)
+            work.append((i, group, members))
+        for i, group, members in work:  # all were checked before any of them changes
+            if i in self._plans:
+                self._run(group, *self._plans[i][1:])
+            else:
+                self._plan(i, group, members)
         return loss
+
+    @staticmethod
+    def _memory(group, members):
+        """Where everything lies: as long as this is the same, the tables of addresses and the checks hold."""
+        if torch.compiler.is_compiling() or any(g.layout != torch.strided for _, g, _ in members):
+            return None
+        return [(os.environ.get("LGKERNELS_IMPL"), not group["momentum"], not group["offset_scale"])] + [
+            (id(p), p.data_ptr(), g.data_ptr(), g.stride(), g.dtype, id(s.get("momentum_buffer")), id(s.get("offset")))
+            for p, g, s in members]
+
+    @staticmethod
+    def _run(group, steps, written, _):
+        factors = [float(group[name]) for name in ("lr", "momentum", "weight_decay", "local_scale", "offset_scale")]
+        for kernels, table, device in steps:
+            kernels.run(table, device, *factors)
+        _op.changed(written)
+
+    def _plan(self, i, group, members):
+        """A step, and what the next one can take over from it."""
+        kinds, steps, written, kept = {}, [], [], []
+        for member in members:  # by device, and by whether the kernels take them
+            p = member[0]
+            kinds.setdefault((p.device, p.dtype == torch.float32), []).append(member)
+        numbers = [float(group[name]) for name in ("lr", "momentum", "weight_decay", "local_scale", "offset_scale")]
+        for (device, _), some in kinds.items():
+            params, grads, states = map(list, zip(*some))
+            buffers = []
+            if group["momentum"]:
+                for p, state in zip(params, states):
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                    buffers.append(state["momentum_buffer"])
+            offsets = [state.get("offset") for state in states]
+            kernels = _op.kernels_for(params, "auto")
+            steps.append((kernels, _op.step(kernels, params, grads, buffers, offsets, *numbers, 1.0), device))
+            written, kept = written + params + buffers, kept + offsets
+        memory = self._memory(group, members)
+        if memory is not None and all(table is not None for _, table, _ in steps):
+            self._plans[i] = memory, steps, written, kept  # kept: an id belongs to one tensor while that is alive
 
     @staticmethod
     def _check(index, p, grad, state):
@@ -326,20 +409,6 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
             if value.dtype != p.dtype and (name == "momentum_buffer" or value.dtype != torch.bfloat16):
                 raise TypeError(f"param_groups[{index}]: a state's {name} must be {p.dtype} like its parameter, got "
                                 f"{value.dtype} (an offset may be bfloat16)")
-
-    @staticmethod
-    def _step(group, members):
-        params, grads, states = map(list, zip(*members))
-        buffers, none = [], params[0].new_empty(0)
-        if group["momentum"]:
-            for p, state in zip(params, states):
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffers.append(state["momentum_buffer"])
-        torch.ops.lgkernels.offset_sgd_(
-            params, grads, buffers, [state.get("offset", none) for state in states], float(group["lr"]),
-            float(group["momentum"]), float(group["weight_decay"]), float(group["local_scale"]),
-            float(group["offset_scale"]), 1.0, "auto")
 
 
 class OffsetOptimizer(_Offsets):
@@ -367,6 +436,7 @@ class OffsetOptimizer(_Offsets):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.optimizer, self._table = optimizer, {}
         coefficients = _check_coefficients(local_scale, offset_scale, bp_coef, local_coef)
+        optimizer.defaults.update(coefficients)  # of groups that are added later
         for group in optimizer.param_groups:
             for name, value in coefficients.items():
                 group.setdefault(name, value)

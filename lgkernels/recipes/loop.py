@@ -172,6 +172,7 @@ class Run:
         with contextlib.nullcontext() if self.settings["amp"] == "fp16" else autocast(self.settings):
             refresh_trainer(self.trainer, data, bp_chunk=self.trainer.offset_chunk,
                             local_chunk=self.settings["batch_size"],
+                            estimate_local_scale=self.settings["local_scale"] == "auto",
                             estimate_offset_scale=self.settings["offset_scale"] == "auto",
                             max_growth=self.settings["offset_growth"])
 

@@ -117,7 +117,8 @@ def _plain(spec, in_channels, num_classes):
 
 def _converted(blocks, rule, seed, impl):
     if rule in FEEDBACK_RULES:
-        lnn.convert(nn.Sequential(*blocks), rule.replace("-", "_"), seed=seed, impl=impl, verbose=False)
+        signs = {"signs": "formula"} if rule == "signed-init" else {}  # nothing is trained yet
+        lnn.convert(nn.Sequential(*blocks), rule.replace("-", "_"), seed=seed, impl=impl, verbose=False, **signs)
     return blocks
 
 

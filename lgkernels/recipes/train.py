@@ -21,7 +21,7 @@ DEFAULTS = {
     # of the rules that tune unit by unit
     "pretrain": 0, "weights": None, "adapter": None, "units": 4, "overlap": 1, "contrast": "nt-xent",
     "batch_norm": None, "offset_batch": 320, "offset_chunk": None, "period": None, "first_period": None,
-    "local_scale": 1.0, "offset_scale": "1", "offset_growth": None,
+    "local_scale": "1", "offset_scale": "1", "offset_growth": None,
 }
 _BPM = {"augment": "none", "image_size": 224, "epochs": 30, "batch_size": 64, "lr": 1e-3, "optimizer": "sgd",
         "offset_batch": 320, "offset_chunk": 8}
@@ -88,8 +88,8 @@ def add_arguments(parser):
     option("--offset-batch", "samples of a refresh", type=int)
     option("--offset-chunk", "samples that it back-propagates at once (the paper: 8); default: as many as one unit's "
            "memory holds", type=int)
-    option("--local-scale", "lambda, the factor of the local gradient", type=float)
-    option("--offset-scale", "alpha, the factor of the offset: a number, or auto: estimated at each refresh")
+    option("--local-scale", "lambda, the factor of the local gradient: a number, or auto: estimated at each refresh")
+    option("--offset-scale", "alpha, the factor of the offset: a number, or auto")
     option("--offset-growth", "drop an offset that has grown by more than this factor in a period", type=float)
     parser.add_argument("--out", default="runs", help="where runs are kept (default: runs)")
     parser.add_argument("--resume", action="store_true", help="go on with the run --name, with its settings")
@@ -217,11 +217,16 @@ def _validate_tuning(settings):
     if settings["pretrain"] < 0 or settings["overlap"] < 0:
         raise UsageError("--pretrain and --overlap must be at least 0, got "
                          f"{settings['pretrain']} and {settings['overlap']}")
-    try:
-        if settings["offset_scale"] != "auto":
-            float(settings["offset_scale"])
-    except ValueError:
-        raise UsageError(f"--offset-scale must be a number or auto, got {settings['offset_scale']!r}") from None
+    for key in ("local_scale", "offset_scale"):
+        try:
+            if settings[key] != "auto":
+                float(settings[key])
+        except ValueError:
+            raise UsageError(f"--{key.replace('_', '-')} must be a number or auto, got {settings[key]!r}") from None
+        batch, chunk = settings["offset_batch"], settings["offset_chunk"]
+        if settings[key] == "auto" and (batch < 2 or chunk and (batch % chunk or batch == chunk)):
+            raise UsageError(f"--{key.replace('_', '-')} auto needs an --offset-batch of at least two whole chunks, got "
+                             f"{batch} in chunks of {chunk or 1}")
     modified = [rule for rule in rules if rule in tuning.MODIFIED]
     if modified and settings["optimizer"] == "adamw-schedule-free":
         raise UsageError(f"--optimizer adamw-schedule-free takes no offsets ({', '.join(modified)}): use sgd, adam "

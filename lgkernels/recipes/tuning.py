@@ -333,7 +333,14 @@ def make_trainer(settings, rule, dataset, weights, factory, **options):
             group.update(local_scale=1.0, offset_scale=0.0)
         trainer.offset_chunk = s["offset_chunk"] or planner.bp_chunk(
             s["batch_size"], *_bp_and_unit_bytes(blocks, x))
+        if "auto" in (s["local_scale"], s["offset_scale"]) and not s["offset_chunk"]:
+            trainer.offset_chunk = whole_chunk(s["offset_batch"], trainer.offset_chunk)
     return trainer
+
+
+def whole_chunk(batch, limit):
+    """The largest chunk up to `limit` that cuts `batch` samples into two or more of equal size."""
+    return max((n for n in range(1, limit + 1) if batch % n == 0 and batch > n), default=1)
 
 
 def _bp_and_unit_bytes(blocks, x):
@@ -353,8 +360,7 @@ def frozen(settings):
 
 def offset_factory(settings, factory):
     """Callable: parameters -> optimizer with offsets, on the one that `factory` makes."""
-    scales = dict(local_scale=settings["local_scale"],
-                  offset_scale=1.0 if settings["offset_scale"] == "auto" else float(settings["offset_scale"]))
+    scales = {key: 1.0 if settings[key] == "auto" else float(settings[key]) for key in ("local_scale", "offset_scale")}
 
     def make(parameters):
         optimizer = factory(parameters)

@@ -78,7 +78,8 @@ class DirectTrainer(Trainer):
         scheduler_factory, accumulation_steps, clip_grad_norm, grad_scaler: as :class:`BlockwiseTrainer`.
             `CONVENTIONS` has the settings of the published codes.
 
-    ``step(x, target)`` takes class indices (B,), or targets (B, C); it returns the output block's loss, as a vector of
+    ``step(x, target)`` takes class indices (B,) of any integer dtype (-100: ignored by the default loss, and without
+    a signal), or targets (B, C); it returns the output block's loss, as a vector of
     length 1.
 
     Raises: ValueError, TypeError naming the argument.
@@ -129,6 +130,7 @@ class DirectTrainer(Trainer):
         with contextlib.ExitStack() as stack:
             for module in self.blocks:
                 stack.enter_context(self._synchronised(module, last))
+            target = target if target.is_floating_point() else target.long()
             waiting, error = [], None
             for i, segment in enumerate(self.segments[:-1]):
                 x = segment(x)
@@ -193,12 +195,16 @@ class DirectTrainer(Trainer):
         rows = signal.numel() if not signal.is_floating_point() else signal.numel() // signal.shape[-1]
         if signal.is_floating_point():
             return place.signal(self._weighted(signal, rows), output)
-        delta = place.target_signal(signal, output)
+        ignored = self._ignored(signal)
+        delta = place.target_signal(signal if ignored is None else signal.masked_fill(ignored, 0), output)
+        if ignored is not None:
+            delta = self._without(ignored, delta)
         return delta if self.reduce == "none" and self.grad_scaler is None else self._weighted(delta, rows)
 
     @torch.no_grad()
     def _error(self, output, loss, target):
         """e, or its sign, as it is to be projected: (B, C) float32, scaled like the loss."""
+        ignored = None if target.is_floating_point() else self._ignored(target)
         if self.error == "loss_grad":
             with torch.enable_grad(), torch.autocast(loss.device.type, enabled=False):
                 error, = torch.autograd.grad(loss, output, retain_graph=True)
@@ -208,11 +214,24 @@ class DirectTrainer(Trainer):
             if target.is_floating_point():
                 error -= target
             else:
-                index = target.long().unsqueeze(-1)
+                index = (target if ignored is None else target.masked_fill(ignored, 0)).unsqueeze(-1)
                 error.scatter_add_(-1, index, error.new_full((), -1.0).expand(index.shape))
         if self.rule == "sdfa":
             error = error.sign()
+        if ignored is not None:
+            error = self._without(ignored, error)
         return self._weighted(error, error.numel() // max(error.shape[-1], 1))
+
+    def _ignored(self, target):
+        """Where the default loss ignores a row (ignore_index -100); None with a loss of the caller's own."""
+        return target == -100 if self.loss is F.cross_entropy else None
+
+    def _without(self, ignored, signal):
+        """No signal for ignored rows; where a mean is due, it is over the others, as that of the loss."""
+        kept = ~ignored
+        factor = kept.numel() / kept.sum().clamp_min(1) if self.reduce == "mean" else 1.0
+        weights = (kept * factor).to(signal.dtype)
+        return signal * weights.view(*kept.shape, *(1,) * (signal.dim() - kept.dim()))
 
     def _weighted(self, signal, rows):
         """Division by the rows and by the accumulated batches, where the loss is divided too; a GradScaler's factor."""

@@ -12,7 +12,7 @@ from tests.conftest import backend_module
 from tests.ops.lls_problems import HEAD, areas, modulation, norm_arguments, preactivation, randn, table, targets
 
 IMAGES = [(3, 5, 7, 7, 2), (2, 16, 8, 8, 2), (1, 3, 1, 1, 2), (2, 9, 5, 33, 4)]  # overlapping, exact, repeated bins
-HEADS = [(5, 33, 10), (3, 300, 40)]  # (samples, latents, classes)
+HEADS = [(5, 33, 10), (3, 300, 40), (2, 40, 300)]  # (samples, latents, classes)
 
 
 def run(kernels, device):

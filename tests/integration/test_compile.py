@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import lgkernels.functional as LF
+import lgkernels.nn as lnn
+from lgkernels.random import RandomFeedback
 from tests.nn.blocks import CONV, LINEAR, make
 from tests.ops.lls_problems import modulation, randn, targets
 from tests.tolerances import assert_relative
@@ -94,3 +96,15 @@ def test_a_changing_batch_size_compiles_at_most_once_more(impl):
     for batch in (3, 5, 7, 9, 4):
         compiled(randn(batch, 3, 8, 8), targets(batch, 10))[1].backward()
     assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["formula", "matrix"])
+def test_direct_signals(given):
+    place = lnn.DirectFeedback(feedback=randn(6, 4) if given else None)
+    feedback = randn(6, 4) if given else RandomFeedback(1)
+    functions = (lambda e, t, a: LF.target_projection(t, feedback, (4,)), lambda e, t, a: place.signal(e, a),
+                 lambda e, t, a: place.target_signal(t, a))
+    arguments = randn(3, 6), targets(3, 6), randn(3, 4)
+    for function in functions:
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*arguments), function(*arguments))

@@ -21,11 +21,16 @@ RULES = ("fa", "usf", "frsf", "brsf", "signed_init")
 EACH = pytest.mark.parametrize("rule", RULES)
 
 
+def convert(model, rule, **options):
+    signs = {"signs": "weight"} if rule == "signed_init" else {}
+    return lnn.convert(model, rule, verbose=False, **signs, **options)
+
+
 def network(rule=None, **options):
     torch.manual_seed(2)
     model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.Flatten(),
                           nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3))
-    return model if rule is None else lnn.convert(model, rule, verbose=False, last_layer="convert", **options)
+    return model if rule is None else convert(model, rule, last_layer="convert", **options)
 
 
 DATA, TARGET = randn(6, 2, 8, 8), torch.arange(6) % 3
@@ -59,13 +64,13 @@ def test_02_half_modules(rule, dtype):
 @pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 6), (2, 3, 4, 6)], ids=str)
 def test_03_any_leading_dimensions(rule, shape):
     """Linear took 2-D inputs only, so converting a TransformerEncoderLayer failed."""
-    layer = lnn.convert(nn.Linear(6, 4), rule, verbose=False)
+    layer = convert(nn.Linear(6, 4), rule)
     x = randn(*shape).requires_grad_()
     y = layer(x)
     y.sum().backward()
     assert y.shape == (*shape[:-1], 4)
     assert_relative("dX", x.grad, layer.feedback_weight().sum(0).expand(shape), 1e-5)
-    encoder = lnn.convert(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), rule, verbose=False)
+    encoder = convert(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), rule)
     encoder(randn(2, 5, 8)).sum().backward()
     assert encoder.linear1.weight.grad.isfinite().all()
 
@@ -96,7 +101,7 @@ def test_05_no_option_is_required(rule):
 def test_06_padding(rule, mode, padding):
     """padding_mode was ignored; the backward of padding="same" raised."""
     plain = nn.Conv2d(2, 4, 3, padding=padding, padding_mode=mode)
-    layer = lnn.convert(copy.deepcopy(plain), rule, verbose=False)
+    layer = convert(copy.deepcopy(plain), rule)
     mine, theirs = DATA.clone().requires_grad_(), DATA.clone().requires_grad_()
     assert_relative("y", layer(mine), plain(theirs), 1e-6)
     layer(mine).square().sum().backward()
@@ -109,7 +114,7 @@ def test_06_padding(rule, mode, padding):
 
 def test_07_alignment_knows_the_signs():
     """frSF's angle was taken with |M| instead of |M| * sign(W): 87.9 degrees where it is 34.1."""
-    layer = lnn.convert(nn.Linear(400, 300), "frsf", scale="xavier", verbose=False)
+    layer = convert(nn.Linear(400, 300), "frsf", scale="xavier")
     angle = lnn.alignment(layer)[""]
     weight, feedback = layer.weight.double(), layer.feedback_weight().double()
     cosine = (weight * feedback).sum() / (weight.norm() * feedback.norm())
@@ -155,7 +160,7 @@ def test_09_feedback_is_no_parameter(rule):
 @EACH
 def test_10_gradients_as_they_are(rule):
     """gradient_clip clamped dX, dW and db to +-1 through deprecated hooks. Here nothing clips, hooks or warns."""
-    layer = lnn.convert(nn.Linear(6, 4), rule, verbose=False)
+    layer = convert(nn.Linear(6, 4), rule)
     x = randn(5, 6).requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -173,14 +178,13 @@ def test_11_convert(rule):
     weight, bits = bare.weight, bare.weight.detach().clone()
     options = {"feedback_init" if rule == "fa" else "scale": "xavier"}
     kept = dict(options)
-    assert lnn.convert(bare, rule, verbose=False, **options) is bare and options == kept
+    assert convert(bare, rule, **options) is bare and options == kept
     assert type(bare) is not nn.Linear and bare.weight is weight and torch.equal(weight, bits)
     shared = nn.Linear(6, 6)
-    model = lnn.convert(nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(6, 2)), rule, verbose=False)
+    model = convert(nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(6, 2)), rule)
     assert model[0] is model[2]
-    if rule != "signed_init":  # its signs are the weight's, which is not there yet
-        on_meta = lnn.convert(nn.Linear(6, 4, device="meta"), rule, verbose=False)
-        assert {t.device.type for t in itertools.chain(on_meta.parameters(), on_meta.buffers())} == {"meta"}
+    on_meta = convert(nn.Linear(6, 4, device="meta"), rule)
+    assert {t.device.type for t in itertools.chain(on_meta.parameters(), on_meta.buffers())} == {"meta"}
 
 
 def test_12_brsf_redraws_with_the_weight_update():

@@ -2,12 +2,14 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import lgkernels.nn as lnn
+from lgkernels.optim import fuse_update
 from tests.ops.feedback_common import randn
 from tests.tolerances import assert_relative
 
@@ -26,6 +28,8 @@ def x(batch=2):
 
 
 def quiet(model, rule, **options):
+    if rule == "signed_init":
+        options = {"signs": "weight", **options}
     return lnn.convert(model, rule, verbose=False, **options)
 
 
@@ -118,8 +122,6 @@ def test_any_dtype(rule, dtype):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_random_state_is_made_on_the_layers_device(rule):
-    if rule == "signed_init":
-        pytest.skip("its signs are those of the weight, which meta tensors do not have")
     model = quiet(network().to("meta"), rule)
     assert {b.device.type for b in model.buffers()} == {"meta"}
 
@@ -314,6 +316,69 @@ def test_bad_options_leave_the_model_alone(arguments, options, error, message):
         quiet(model, *arguments, **options)
     assert str(caught.value) == message and not converted(model)
     assert all(set(vars(a)) == set(vars(b)) for a, b in zip(model.modules(), network().modules()))
+
+
+@pytest.mark.parametrize("rule, option", [("usf", "bias"), ("usf", "padding"), ("usf", "dtype"), ("usf", "stream"),
+                                          ("fa", "stride"), ("fa", "sign_zero"), ("usf", "feedback_init")])
+def test_only_the_rules_options_are_taken(rule, option):
+    """bias=, padding=, ... of the layer's constructor are none: the layer keeps its own."""
+    model = network()
+    with pytest.raises(TypeError, match=f"options of rule='{rule}' must be among .*law.*impl, got {option}: all else"):
+        quiet(model, rule, **{option: 1})
+    assert not converted(model)
+
+
+def test_signed_init_needs_a_choice_of_signs():
+    for options in ({}, {"signs": "w"}):
+        model = network()
+        with pytest.raises(ValueError, match="signs must be 'formula' .* or 'weight' .*, got (None|'w')"):
+            lnn.convert(model, "signed_init", **options)
+        assert not converted(model)
+    plain, model = network(), quiet(network(), "signed_init", signs="formula")
+    for a, b in ((plain[3].weight, model[3].weight), (plain[5].weight, model[5].weight)):
+        assert torch.equal(a.abs(), b.abs()) and not torch.equal(a, b)
+    assert torch.equal(model[5].weight.sign(), model[5].feedback_weight().sign())
+    assert sum(b.nbytes for m in model[:7] for b in m.buffers() if b.dtype == torch.int64 and b.numel() > 1) == 3 * 24
+    with pytest.raises(ValueError, match="sign_weight is for rule='signed_init' with signs by formula, got"):
+        quiet(network(), "signed_init")[0].sign_weight()
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused():
+    model = network()
+    fused = fuse_update(model, torch.optim.SGD(model.parameters(), lr=0.1), include=["5"])
+    for rule in ("usf", "bp"):
+        with pytest.raises(ValueError, match="layer '5' has a forward of its own, set on the instance, .*remove"):
+            quiet(model, rule)
+        assert not converted(model)
+    assert converted(quiet(model, "usf", exclude="5")) == ["0", "3"]
+    fused.remove()
+    assert converted(quiet(model, "usf")) == ["0", "3", "5"]
+
+
+def test_the_last_layer_comes_back(capsys):
+    """Converted once, with last_layer="convert", it has its exact gradient again where the next convert says so."""
+    model = quiet(network(), "usf", last_layer="convert")
+    lnn.convert(model, "frsf")
+    assert converted(model) == ["0", "3", "5"] and "7  Linear: the last layer" in capsys.readouterr().out
+    for a, b in zip(gradients(model, x()).values(), gradients(quiet(network(), "frsf"), x()).values()):
+        assert torch.equal(a, b)
+    quiet(model, "usf", last_layer="convert")
+    assert converted(quiet(model, "frsf", exclude="7")) == ["0", "3", "5", "7"] and model[7].rule == "usf"
+
+
+@pytest.mark.parametrize("options", [dict(scale=float("inf")), dict(scale=float("nan")), dict(seed="a"),
+                                     dict(seed=2**64), dict(impl="gpu"), dict(scale="1")])
+def test_options_out_of_range(options):
+    model = network()
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(options))} must be"):
+        quiet(model, "usf", **options)
+    assert not converted(model)
+    assert quiet(model, "usf", scale=np.float32(0.5))[0].factor == 0.5
+
+
+def test_symbolic_trace_is_refused_by_name():
+    with pytest.raises(TypeError, match="got a Proxy of torch.fx.symbolic_trace, .*: use torch.export"):
+        torch.fx.symbolic_trace(quiet(network(), "usf"))
 
 
 def test_model_must_be_a_module():

@@ -11,8 +11,10 @@ from torch import nn
 
 import lgkernels.functional as LF
 import lgkernels.nn as lnn
+from lgkernels.core import dispatch
 from lgkernels.nn.feedback import scale_of
 from lgkernels.random import RandomFeedback
+from lgkernels.recipes.measure import peak_memory
 from tests.ops.feedback_common import randn, weights
 from tests.tolerances import assert_relative
 
@@ -226,6 +228,24 @@ def test_at_most_64_bytes_a_layer(rule, make):
     assert len(pickle.dumps(layer)) - len(pickle.dumps(twin(layer))) < 4096
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_transient_memory(rule, kind):
+    """A step beyond that of torch's layers: nothing where F is made in registers, else one layer's F at a time."""
+    if kind == "linear" and dispatch.unavailable("feedback_product", "cpu", torch.device("cpu"), torch.float32):
+        pytest.skip("the native CPU kernels are not built")
+    make = (lambda: linear(rule, 500, 500, impl="cpu")) if kind == "linear" else (lambda: conv(rule, 64, 64, 3, padding=1))
+    ours = nn.Sequential(make(), make(), make())
+    x = randn(*((4, 500) if kind == "linear" else (1, 64, 4, 4))).requires_grad_()
+    peaks = []
+    for model in (ours, nn.Sequential(*map(twin, ours))):
+        model(x).sum().backward()  # once before: what is allocated in a first call alone is no part of it
+        for p in (x, *model.parameters()):
+            p.grad = None
+        peaks.append(peak_memory(lambda model=model: model(x).sum().backward(), x.device))
+    assert peaks[0] - peaks[1] <= (1 if kind == "conv" else 0) * ours[0].weight.nbytes + 8192, peaks
+
+
 def test_no_parameter_and_no_state():
     for rule in RULES:
         layer = linear(rule, 4, 3)
@@ -290,14 +310,19 @@ def test_meta_and_to_empty(rule):
     check(layer, randn(3, 6))
 
 
-def test_reset_parameters_keeps_the_signs_of_signed_init():
+def test_signed_init_gives_the_weight_its_signs():
+    """In the constructor, in reset_parameters, and on demand after another initialisation; then they are for good."""
     layer = linear("signed_init", 30, 20)
     feedback = layer.feedback_weight()
-    with torch.no_grad():
-        layer.weight.normal_()
-    assert not torch.equal(layer.weight.sign(), feedback.sign())
-    layer.reset_parameters()
-    assert torch.equal(layer.weight.sign(), feedback.sign()) and torch.equal(layer.feedback_weight(), feedback)
+    for again in (layer.reset_parameters, layer.sign_weight):
+        assert torch.equal(layer.weight.sign(), feedback.sign())
+        nn.init.normal_(layer.weight)
+        assert torch.equal(layer.feedback_weight(), feedback) and not torch.equal(layer.weight.sign(), feedback.sign())
+        size = layer.weight.detach().abs()
+        again()
+    assert torch.equal(layer.weight.sign(), feedback.sign()) and torch.equal(layer.weight.abs(), size)
+    with pytest.raises(ValueError, match="sign_weight is for rule='signed_init' with signs by formula, got rule='usf'"):
+        linear("usf", 3, 2).sign_weight()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -309,6 +334,20 @@ def test_data_parallel_replicas_agree(rule):
 
 
 # -- brSF ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rule", ["bp", "fa", "usf", "frsf"])
+def test_redraw_ends_where_another_rule_came(rule):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(lnn.convert(model, "brsf", verbose=False).parameters(), lr=0.1)
+    lnn.redraw_after(optimizer, model)
+    lnn.convert(model, rule, verbose=False)
+    model(randn(3, 4)).sum().backward()
+    optimizer.step()
+    assert all(m.state[2] == 0 for m in model.modules() if hasattr(m, "state"))
+    lnn.convert(model, "brsf", verbose=False)
+    optimizer.step()
+    assert model[0].feedback.state[2] == 1
+
 
 def network(rule="brsf", **options):
     torch.manual_seed(4)
@@ -349,6 +388,19 @@ def test_a_skipped_step_draws_nothing():
         scaler.step(optimizer)
         scaler.update()
         assert model[2].feedback.state[2] == steps
+
+
+@pytest.mark.parametrize("found, steps", [(1.0, 0), (0.0, 1)])
+def test_a_step_skipped_by_the_optimizers_kernel_draws_nothing(found, steps):
+    """SGD(fused=True) runs its step in any case, and its kernel does nothing where a GradScaler found an infinity."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    lnn.redraw_after(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(model(randn(4, 8)).sum() * (float("inf") if found else 1.0)).backward()
+    before = model[0].weight.detach().clone()
+    scaler.step(optimizer)
+    assert model[2].feedback.state[2] == steps and torch.equal(before, model[0].weight) == (not steps)
 
 
 def test_frsf_is_not_redrawn():

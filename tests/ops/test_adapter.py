@@ -5,9 +5,7 @@ import torch.nn.functional as F
 
 import lgkernels.functional as LF
 from tests.cases import DTYPES, subsets
-from tests.conftest import running
 from tests.layouts import LAYOUTS, arrange
-from tests.ops.lls_problems import check as check_function
 from tests.ops.lls_problems import randn
 from tests.ops.test_local_loss import _Largest
 from tests.ops.test_local_loss_golden import FILES, check, load, precision, tensor  # noqa: F401
@@ -209,20 +207,3 @@ def test_bad_convolution(bad, error, message):
     with pytest.raises(error) as caught:
         LF.lokr_conv2d(**arguments)
     assert str(caught.value) == message
-
-
-@pytest.mark.parametrize("rows, outer, inner", [(0, (2, 3), (2, 2)), (1, (1, 1), (1, 1)), (3, (3, 17), (2, 16)),
-                                                (40, (31, 65), (33, 7))], ids=str)
-@pytest.mark.parametrize("needs", [[True] * 6, [True, False, False, True, False, False]], ids=["all", "some"])
-def test_rank_one_on_the_cpu(rows, outer, inner, needs):
-    """The C++ passes (tails of vectors, blocks of rows) against the reference, forward and backward."""
-    with running("cpu"):
-        from lgkernels.ops.adapter import cpu, reference
-        (a1, a2), (c1, c2) = outer, inner
-        x, weight, w1, a, b = (randn(*s, seed=i) for i, s in enumerate(
-            [(rows, c1 * c2), (a1 * a2, c1 * c2), (a1, c1), (a2, 1), (1, c2)]))
-        length = rows * a1 + a1 * a2 + c1 * c2
-        _, t, u = check_function(cpu, "lokr_linear", (x, weight, None, w1, a, b, 4.0), reference=reference, length=length)
-        g = randn(rows, a1 * a2, seed=9)
-        check_function(cpu, "lokr_linear_grads", (g, x, weight, w1, a, b, t, u, 4.0, needs), reference=reference,
-                       length=length)

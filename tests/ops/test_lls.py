@@ -240,6 +240,17 @@ def test_second_backward_of_a_kept_graph(impl):
         assert_bit_equal("second gradient", b, a)
 
 
+def test_gradient_of_the_latents_themselves_belongs_to_the_caller(impl):
+    """Nothing is pooled or scaled there, so nothing is left to compute; yet it is no part of a kept graph."""
+    latents = randn(4, 33).requires_grad_()
+    loss = LF.lls_loss(latents, targets(4, 6), num_classes=6, pool_size=33, impl=impl)
+    first, = torch.autograd.grad(loss, latents, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    assert_bit_equal("second gradient", torch.autograd.grad(loss, latents, retain_graph=True)[0], kept)
+    assert_bit_equal("doubled", torch.autograd.grad(loss, latents, torch.tensor(2.0))[0], 2 * kept)
+
+
 def test_gradient_composes_with_what_lies_above_and_below(impl):
     """softmax saves its output: a kernel that writes to its input would corrupt the softmax's gradient."""
     source = randn(3, 12).requires_grad_()

@@ -49,7 +49,7 @@ def test_latents_of_any_layout_and_dtype(module, case, layout, dtype):
 
 
 HEADS = list(sweep(dict(B=3, classes=10, d=32, kind="matrix", waveform="square"), B=(0, 1, 17, 65), d=SIZES[1:],
-                   classes=(1, 2, 7, 17, 100), kind=("none", "vector"), waveform=("cosine", "user")))
+                   classes=(1, 2, 7, 17, 100, 300), kind=("none", "vector"), waveform=("cosine", "user")))
 
 
 @pytest.mark.parametrize("case", HEADS, ids=label)
@@ -60,7 +60,7 @@ def test_head(module, case):
                case["waveform"], classes, phi=phi)
 
 
-@pytest.mark.parametrize("rows, classes", [(20, 10), (7, 17), (1, 3), (33, 2), (64, 65)])
+@pytest.mark.parametrize("rows, classes", [(20, 10), (7, 17), (1, 3), (33, 2), (64, 65), (70, 9), (5, 300), (300, 70)])
 @pytest.mark.parametrize("waveform", ["square", "cosine"])
 def test_reduced_head(module, rows, classes, waveform):
     check_head(module, randn(4, 33), targets(4, classes), modulation("matrix", rows, classes), waveform, classes,
@@ -243,7 +243,7 @@ def test_norm_grads(module, case):
 
 
 @pytest.mark.parametrize("kind", ["none", "vector", "matrix"])
-@pytest.mark.parametrize("batch, dim, rows, classes", [(7, 33, 10, 10), (3, 40, 40, 40), (5, 20, 20, 7)])
+@pytest.mark.parametrize("batch, dim, rows, classes", [(7, 33, 10, 10), (3, 40, 40, 40), (5, 20, 20, 7), (3, 20, 20, 300)])
 def test_head_finished_by_the_norm_gradients(module, batch, dim, rows, classes, kind):
     """A backend may leave the mean of the losses and the modulation's gradient to the launch of the norm's gradients."""
     if not hasattr(module, "FINISHES_HEAD"):

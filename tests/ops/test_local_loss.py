@@ -305,9 +305,24 @@ def test_overlay_label():
     assert LF.overlay_label(x[:, 0, 0], torch.tensor([1, 1, 0, 0]), num_classes=2, value=3)[0].tolist()[:2] == [0, 3]
 
 
-@pytest.mark.parametrize("name", ["ce-map", "goodness-mean", "sim-std", "ntxent", "infonce", "peer"])
+KERNELS = ("ce-map", "goodness-mean", "sim-std")
+
+
+@pytest.mark.parametrize("name", [*KERNELS, "ntxent", "infonce", "peer"])
 @pytest.mark.unpoisoned
 def test_compiled(name):
+    check_compiled(name)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("backend", ["triton", "cuda-simt"], indirect=True)
+@pytest.mark.unpoisoned
+def test_compiled_with_the_backends_of_gpus(name, backend, impl, monkeypatch):
+    monkeypatch.setenv("LGKERNELS_IMPL", impl)
+    check_compiled(name)
+
+
+def check_compiled(name):
     torch._dynamo.reset()
     tensors = inputs(name)
     leaves = [t.clone().requires_grad_() for t in tensors]
@@ -320,22 +335,26 @@ def test_compiled(name):
 
 
 @pytest.mark.unpoisoned
-def test_registered_ops():
-    """Schemas and shape functions, by torch's own checker."""
+def test_registered_ops(backend, impl):
+    """Schemas and shape functions, by torch's own checker, whichever backend runs."""
     ops, tests = torch.ops.lgkernels, ("test_schema", "test_faketensor")
     h, x = randn(6, 4, 3, 5), randn(6, 8)
-    grads = ops.local_cross_entropy(h, randn(5, 4), None, Y, 0.1, "mean", True, "auto")[1:]
+    grads = ops.local_cross_entropy(h, randn(5, 4), None, Y, 0.1, "mean", True, impl)[1:]
     one = torch.tensor(1.0)
-    sim = ops.similarity(h, Y, 5, True, True, "auto")[1:]
+    sim = ops.similarity(h, Y, 5, True, True, impl)[1:]
     for op, arguments in [
-            (ops.local_cross_entropy, (h, randn(5, 4), randn(5), Y, 0.1, "none", True, "auto")),
-            (ops.local_cross_entropy, (x, randn(5, 8), None, Y, 0.1, "mean", False, "auto")),
-            (ops.local_cross_entropy_backward, (one, *grads, torch.bfloat16, True, True, False, "auto")),
-            (ops.goodness, (h, POSITIVE, 2.0, True, True, "auto")),
-            (ops.goodness_backward, (h, randn(6), one, "auto")),
+            (ops.local_cross_entropy, (h, randn(5, 4), randn(5), Y, 0.1, "none", True, impl)),
+            (ops.local_cross_entropy, (x, randn(5, 8), None, Y, 0.1, "mean", False, impl)),
+            (ops.local_cross_entropy_backward, (one, *grads, torch.bfloat16, True, True, False, impl)),
+            (ops.goodness, (h, POSITIVE, 2.0, True, True, impl)),
+            (ops.goodness_backward, (h, randn(6), one, impl)),
+            (ops.similarity, (h, Y, 5, True, True, impl)), (ops.similarity, (x, Y, 5, True, True, impl)),
+            (ops.similarity, (h, Y, 5, True, False, impl)), (ops.similarity_backward, (h, *sim, one, impl))]:
+        torch.library.opcheck(op.default, arguments, test_utils=tests)
+    if backend != "reference":
+        return
+    for op, arguments in [
             (ops.peer_normalization, (x, randn(8), 0.5, "auto")),
-            (ops.similarity, (h, Y, 5, True, True, "auto")), (ops.similarity, (x, Y, 5, True, True, "auto")),
-            (ops.similarity, (h, Y, 5, True, False, "auto")), (ops.similarity_backward, (h, *sim, one, "auto")),
             (ops.contrastive, (x, Y, 6, 0.5, 1.0, True, True, "auto")),
             (ops.contrastive, (x, Y, 6, 0.5, 1.0, False, False, "auto")),
             (ops.info_nce, (x, x, NEGATIVES % 6, 0.5, True, "auto"))]:

@@ -1,4 +1,6 @@
 """The offset step of every backend against the reference, and the optimizer around it."""
+import copy
+
 import pytest
 import torch
 
@@ -145,6 +147,65 @@ def test_optimizer_against_its_formula():
         made.step()
     for a, b in zip(values(ours), values(exact)):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+def _transposed_gradient(made, p):  # in the same memory
+    p.grad = p.grad.t()
+
+
+def _other_data(made, p):
+    p.data = p.data.clone()
+    p.grad.mul_(2)
+
+
+CHANGES = {
+    "nothing": lambda made, p: None, "gradient": lambda made, p: setattr(p, "grad", p.grad * 3),
+    "transposed": _transposed_gradient, "data": _other_data,
+    "rate": lambda made, p: made.param_groups[0].update(lr=0.3, weight_decay=0.2, local_scale=2.0),
+    "momentum": lambda made, p: made.param_groups[0].update(momentum=0.0),
+    "scale": lambda made, p: (made.state[p]["offset"].fill_(float("nan")), made.param_groups[0].update(offset_scale=0.0)),
+    "offset": lambda made, p: made.state[p].update(offset=made.state[p]["offset"] + 1),
+    "no offset": lambda made, p: made._set_offset(p, None), "no gradient": lambda made, p: setattr(p, "grad", None),
+    "buffer": lambda made, p: made.state[p].update(momentum_buffer=made.state[p]["momentum_buffer"] * 2),
+    "copy": lambda made, p: made.load_state_dict(copy.deepcopy(made.state_dict())),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_steps_after_a_change(change):
+    """What a step keeps for the next one must not outlive the memory it was made for."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        p, q = (torch.nn.Parameter(randn(6, 6, seed=i, dtype=dtype)) for i in range(2))
+        made = OffsetSGD([p, q], lr=0.1, momentum=0.9)
+        for i, t in enumerate((p, q)):
+            t.grad = randn(6, 6, seed=8 + i, dtype=dtype)
+            made._set_offset(t, randn(6, 6, seed=5 + i, dtype=dtype))
+        for _ in range(2):
+            made.step()
+        change(made, p)
+        version = q._version
+        for _ in range(2):
+            made.step()
+        assert q._version == version + 2 or dtype == torch.float64
+        results.append([p.detach(), q.detach()] + [made.state[t]["momentum_buffer"] for t in (p, q)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_of_the_optimizer_goes_on():
+    made = optimizer(offset_dtype=torch.bfloat16)
+    made.step()
+    other = copy.deepcopy(made)
+    for group, copied in zip(made.param_groups, other.param_groups):
+        for p, q in zip(group["params"], copied["params"]):
+            q.grad = p.grad.clone()  # torch copies parameters without theirs
+    for one in (made, other):
+        one.step()
+        one.refresh(lambda x: sum(p.sum() for g in one.param_groups for p in g["params"]) * x.mean(), None, torch.ones(4))
+    for a, b in zip(values(made), values(other)):
+        assert a.dtype == b.dtype
+        assert_bit_equal("state", a, b)
 
 
 def test_bfloat16_parameters_are_stepped_by_the_reference():

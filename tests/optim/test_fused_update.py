@@ -75,11 +75,14 @@ def test_no_weight_gradient_is_made():
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     fuse_update(model, optimizer, include=["0", "2"])
-    seen = []
+    seen, hooks = [], []
     for name in ("0", "2", "4"):
-        model.get_submodule(name).weight.register_hook(lambda g, n=name: seen.append((n, g)))
+        weight = model.get_submodule(name).weight
+        hooks.append(weight.register_hook(lambda g, n=name: seen.append((n, g))))
     model(batch(0)).square().mean().backward()
     assert [name for name, gradient in seen if gradient is not None] == ["4"]
+    for hook in hooks:
+        hook.remove()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -178,6 +181,26 @@ def test_gradient_accumulation(fused):
         loss_of(model).backward()
 
 
+@pytest.mark.parametrize("ask", [lambda loss, x, retain: torch.autograd.grad(loss, x, retain_graph=retain),
+                                 lambda loss, x, retain: loss.backward(inputs=[x], retain_graph=retain)])
+def test_a_gradient_of_the_input_alone_moves_no_weight(ask):
+    plain, mine = network(), network()
+    optimizers = [OPTIMIZERS["plain"](m.parameters()) for m in (plain, mine)]
+    fuse_update(mine, optimizers[1], include=["0", "2"])
+    for model, optimizer in zip((plain, mine), optimizers):
+        x = batch(0).requires_grad_()
+        ask(model(x).square().mean(), x, False)
+        optimizer.step()
+        if model is mine:
+            assert_same_weights(mine, network(), rtol=0, atol=0)
+        loss = model(x).square().mean()
+        ask(loss, x, True)
+        loss.backward()  # the same graph, now for the weights too
+        optimizer.step()
+    assert not torch.equal(mine[2].weight, network()[2].weight)
+    assert_same_weights(plain, mine, rtol=1e-5, atol=1e-6)
+
+
 def test_zero_grad_drops_the_gradient():
     plain, mine = network(), network()
     optimizers = [OPTIMIZERS["momentum"](m.parameters()) for m in (plain, mine)]
@@ -212,6 +235,36 @@ def test_clipping(fused, clip):
     loss_of(model).backward()
     with pytest.raises(RuntimeError, match="never formed.*clipping by global norm"):
         clip(model.parameters())
+
+
+@pytest.mark.parametrize("look", [lambda g: g.data.norm(), lambda g: g.data, lambda g: g.T, lambda g: g.detach()])
+def test_looking_at_the_gradient(fused, look):
+    """The old way of clipping, p.grad.data.norm(), would read a zero."""
+    model, _, _ = fused
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match=r"was asked for \((data|T|detach)\), but it is never formed"):
+        look(model[2].weight.grad)
+    assert model[2].weight.grad.shape == model[2].weight.shape and model[2].weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_the_weight(register):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hook = getattr(model[2].weight, register)(lambda g: None)
+    with pytest.raises(ValueError, match="weight of layer '2' has hooks for its gradient"):
+        fuse_update(model, optimizer, include=["0", "2"])
+    hook.remove()
+    fuse_update(model, optimizer, include=["0", "2"])
+    hook = getattr(model[2].weight, register)(lambda g: None)
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="weight of layer '2' has hooks for its gradient"):
+        optimizer.step()
+    assert_same_weights(model, _with(before), rtol=0, atol=0)
+    hook.remove()
+    optimizer.step()
+    assert not torch.equal(model[2].weight, before["2.weight"])
 
 
 @pytest.mark.parametrize("options", [dict(), dict(foreach=False), dict(fused=True)])
@@ -332,3 +385,10 @@ def test_fused_twice(fused):
     handle.remove()
     fuse_update(model, optimizer, include=["2"])
     loss_of(model).backward()
+
+
+def test_a_torch_without_the_number_of_its_backward(monkeypatch):
+    monkeypatch.setattr("lgkernels.optim.fused._current_backward", None)
+    layer = nn.Linear(4, 4)
+    with pytest.raises(RuntimeError, match="fuse_update needs torch._C._current_graph_task_id, which this torch"):
+        fuse_update(layer, torch.optim.SGD(layer.parameters(), lr=0.1), include=[""])

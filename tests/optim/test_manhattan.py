@@ -112,10 +112,15 @@ def test_closure_and_groups():
 
 @pytest.mark.parametrize("change, message", [
     (dict(lr=0.0), "lr must be greater than 0"), (dict(momentum=1.5), "momentum must lie in"),
-    (dict(weight_decay=-1.0), "weight_decay must be at least 0")])
+    (dict(weight_decay=-1.0), "weight_decay must be finite and at least 0"),
+    (dict(lr=-1.0), "lr must be greater than 0"),
+    (dict(weight_decay=float("nan")), "weight_decay must be finite and at least 0")])
 def test_bad_arguments(change, message):
+    p = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=message):
-        BatchManhattan([torch.nn.Parameter(torch.ones(2))], **{"lr": 0.1, **change})
+        BatchManhattan([p], **{"lr": 0.1, **change})
+    with pytest.raises(ValueError, match=message):  # of one group
+        BatchManhattan([dict(params=[p], **change)], lr=0.1)
 
 
 def test_half_weights_cannot_hold_their_sign():

@@ -223,6 +223,15 @@ def test_the_wrapper_is_offset_sgd(coefficients):
         assert_relative("parameter", p, q, 1e-12)
 
 
+def test_the_wrapper_takes_groups_that_are_added_later():
+    p, q = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    wrapper = OffsetOptimizer(torch.optim.SGD([p], lr=0.5), local_scale=2.0)
+    wrapper.optimizer.add_param_group({"params": [q]})
+    q.grad = torch.ones(2)
+    wrapper.step()
+    assert q.tolist() == [0.0, 0.0] and p.tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("wrap", [False, True])
 def test_state_dict_holds_the_offsets(wrap):
     def make(net):
@@ -255,6 +264,28 @@ def test_estimated_offset_scale():
         assert abs(optimizer.param_groups[0]["offset_scale"] - (signal / (signal + spread)).item()) < 1e-9
         assert low <= optimizer.param_groups[0]["offset_scale"] <= high
         assert_relative("offset", optimizer.offsets()[0][1], delta, 1e-12)
+
+
+def test_estimated_local_scale():
+    """<E L', E l'> / |E l'|^2, and with it alpha; here the chunks' gradients are (x, 2 x + z) of random x and z."""
+    w = nn.Parameter(torch.zeros(3, dtype=D))
+    optimizer = OffsetSGD([w], 0.1, bp_coef=1.5)
+    x, z = randn(400, 3, seed=5, dtype=D) + 0.5, randn(400, 3, seed=6, dtype=D)
+    closures = (lambda x, z: (x * w).sum(1).mean(), lambda x, z: ((2 * x + z) * w).sum(1).mean())
+    optimizer.refresh(*closures, (x, z), bp_chunk=8, estimate_local_scale=True, estimate_offset_scale=True)
+    bp, local = (t.reshape(50, 8, 3).mean(1) for t in (x, 2 * x + z))
+
+    def product(a, b):  # of the expectations: pairs of different chunks
+        return ((a.sum(0) * b.sum(0)).sum() - (a * b).sum()) / (50 * 49)
+    group, scale = optimizer.param_groups[0], product(bp, local) / product(local, local)
+    assert abs(group["local_scale"] - scale) < 1e-9 and 0.3 < scale < 0.6
+    difference = 1.5 * bp - scale * local
+    signal = product(difference, difference)
+    spread = difference.mean(0).square().sum() - signal
+    assert abs(group["offset_scale"] - signal / (signal + spread)) < 1e-9
+    assert_relative("offset", optimizer.offsets()[0][1], difference.mean(0), 1e-12)
+    optimizer.refresh(closures[0], lambda x, z: -closures[1](x, z), (x, z), bp_chunk=8, estimate_local_scale=True)
+    assert group["local_scale"] == 0.0  # a local loss that works against the global one
 
 
 def test_divergence_guard():

@@ -78,6 +78,11 @@ def test_head(batch, dim, rows, classes, kind, options, waveform):
     if kind != "none":
         in_every_order(lambda kernels: kernels.modulation_grad(similarity, grad_logits, kind == "vector",
                                                                loss.new_ones(loss.shape)))
+    losses, latents, z = randn(batch, seed=4), randn(batch, 12), randn(batch, 17)
+    finish = losses, target, similarity, grad_logits, m, -100
+    in_every_order(lambda kernels: kernels.norm_grads(latents, latents, latents, 3, areas(4, 4, 2), finish))
+    in_every_order(lambda kernels: kernels.linear_grad_preactivation_(z.clone(), *norm_arguments(17), 0.01, z, 17, 1.0,
+                                                                      finish))
 
 
 def load(name):

@@ -49,7 +49,8 @@ def head_cases():
                    basis_scale=1.0, loss="cross_entropy", ignore_index=-100, reduction="mean", compute_grad=True)
     column, area = torch.empty(256), torch.empty(4)
     for batch, dim, classes, modes in ((128, 2048, 10, (0, 1, 2)), (128, 1024, 20, (0, 2)), (128, 2048, 100, (0, 1, 2)),
-                                       (128, 8192, 10, (0, 2)), (128, 8192, 20, (2,)), (128, 8192, 1000, (0, 2))):
+                                       (64, 2048, 200, (0, 2)), (8192, 2048, 100, (0, 1, 2)), (8192, 8192, 10, (0, 2)),
+                                       (8192, 8192, 20, (2,)), (128, 8192, 1000, (0, 2))):
         x, target = torch.empty(batch, dim), torch.zeros(batch, dtype=torch.int64)
         for mode in modes:
             modulation = torch.empty((classes,) * mode) if mode else None

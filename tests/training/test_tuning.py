@@ -246,6 +246,8 @@ def test_weights_of_torchvision(tmp_path, kind, size):
     (["--rule", "loco", "--contrast", "x"], "--contrast must be one of: nt-xent, supcon, got 'x'"),
     (["--rule", "loco", "--adapter", "x"], "--adapter must be one of: lora, lokr, got 'x'"),
     (["--rule", "loco-bpm", "--offset-scale", "x"], "--offset-scale must be a number or auto, got 'x'"),
+    (["--rule", "loco-bpm", "--local-scale", "auto", "--offset-batch", "48", "--offset-chunk", "7"],
+     "--local-scale auto needs an --offset-batch of at least two whole chunks, got 48 in chunks of 7"),
     (["--rule", "loco", "--weights", "/no/such.pth"], "--weights /no/such.pth cannot be read"),
     (["--rule", "gim", "--model", "vit-small", "--image-size", "32"], "--model vit-small needs images of 28 x 28"),
     (["--rule", "gim", "--adapter", "lora", "--model", "resnet-small"], "--adapter lora does not fit --model"),
@@ -268,6 +270,32 @@ def test_presets(tmp_path):
     ds.image_size = 224
     x, _ = ds.training_batch(torch.arange(2), None)
     assert x.shape == (2, 1, 224, 224) and next(iter(ds.test_batches(4)))[0].shape == (4, 1, 224, 224)
+
+
+def test_a_preset_trains(tmp_path):
+    """Two refreshed steps of the real network, on small images."""
+    rule, given = "loco-bpm", dict(preset="bpm-resnet50-lokr", data="fashion-mnist", batch_size=4, offset_batch=8,
+                                   offset_chunk=4, image_size=32)
+    _, s = train._settings({"rule": rule, **given}, tmp_path, None, False)
+    ds = data.load("fashion-mnist", None, "none").truncated(8)
+    ds.image_size = 32
+    run = loop.Run({**s, "device": "cpu"}, rule, ds, None)
+    for i in range(2):
+        run.refresh(torch.arange(8), 0)
+        assert all(loss.isfinite() for loss in run.trainer.step(*run.batch_at(torch.arange(8), i)))
+    offsets = [o for optimizer in run.trainer.optimizers for _, o in optimizer.offsets()]
+    assert len(offsets) == 161 and sum(o.any().item() for o in offsets) > 50  # three factors of 53 layers, the classifier
+
+
+@pytest.mark.parametrize("scale", ["local_scale", "offset_scale"])
+def test_estimated_scales(scale):
+    """--local-scale auto, --offset-scale auto: every unit's own, from equal chunks."""
+    s = settings(offset_batch=30, units=3, **{scale: "auto"})
+    run = loop.Run(s, "forward-forward-bpm", dataset(s), None)
+    assert 30 % run.trainer.offset_chunk == 0 and run.trainer.offset_chunk <= 15
+    run.refresh(torch.arange(64), 0)
+    estimates = [o.param_groups[0][scale] for o in run.trainer.optimizers]
+    assert len(set(estimates)) == 3 and all(0 <= e < float("inf") for e in estimates)
 
 
 def test_frozen_statistics():

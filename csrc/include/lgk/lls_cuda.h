@@ -19,6 +19,26 @@ struct Norm {
   float slope;
 };
 
+// The modulation's gradient: sum over the batch of scale g s (vector), or s^T (scale g). No scale: 1.
+struct ModulationGrad {
+  int64_t batch;
+  int rows, classes;
+  bool vector;
+  const float *similarity, *grad_logits, *scale;
+  bool scale_per_row;
+  float* grad;
+};
+
+// What a head that was asked for its rows' losses leaves to a later launch: their mean, and the gradient of the
+// modulation unless that is nullptr. Nothing where loss is nullptr.
+struct Finish {
+  const int64_t* target;
+  int64_t ignore_index;
+  const float* row_loss;
+  float* loss;
+  ModulationGrad modulation;
+};
+
 // Partial sums of each channel that batch_stats needs room for: 4 * splits * channels floats of scratch.
 int lls_batch_stats_splits(const Image& image);
 int lls_batch_stats(const Image& image, const void* z, const float* bias, float* running_mean, float* running_var,
@@ -28,7 +48,8 @@ int lls_batch_stats(const Image& image, const void* z, const float* bias, float*
 int lls_norm_act_pool(const Image& image, const Norm& norm, const void* z, bool max_pool, void* out, float* latents,
                       float* s1, float* s2, void* stream);
 int lls_norm_grads(int64_t batch, int channels, int bins, const float* grad_latents, const float* s1, const float* s2,
-                   const float* area, float* grad_gamma, float* grad_beta, float* grad_bias, void* stream);
+                   const float* area, float* grad_gamma, float* grad_beta, float* grad_bias,
+                   const Finish& finish, void* stream);
 int lls_grad_preactivation(const Image& image, const Norm& norm, void* z, const float* grad_latents,
                            const float* grad_gamma, const float* grad_beta, float scale, void* stream);
 // scale: one float, or with scale_per_row one a row of the batch.
@@ -40,7 +61,7 @@ int lls_linear_norm_act_pool(int64_t batch, int features, int pool, int dtype, c
                              void* out, float* latents, void* stream);
 int lls_linear_grad_preactivation(int64_t batch, int features, int pool, int dtype, const Norm& norm, void* z,
                                   const float* grad_latents, float scale, float* grad_gamma, float* grad_beta,
-                                  float* grad_bias, void* stream);
+                                  float* grad_bias, const Finish& finish, void* stream);
 
 enum LlsLoss : int { kCrossEntropy = 0, kHardSigmoidMse = 1 };
 enum LlsReduction : int { kMean = 0, kSum = 1, kNone = 2 };
@@ -58,11 +79,10 @@ struct Head {
 
 // Floats of scratch that a head of this shape needs beyond its outputs.
 int64_t lls_head_scratch(const Head& head);
-// row_loss (batch): the result itself for reduction "none" (loss is then unused), else scratch of the reduction.
+// loss nullptr: row_loss (batch) is the result; else it is scratch of the reduction.
 int lls_head(const Head& head, const float* x, const int64_t* target, const float* modulation, const void* basis,
              float* loss, float* row_loss, float* grad_latents, float* similarity, float* grad_logits, float* scratch,
              void* stream);
-int lls_modulation_grad(int64_t batch, int rows, int classes, bool vector, const float* similarity,
-                        const float* grad_logits, const float* scale, bool scale_per_row, float* grad, void* stream);
+int lls_modulation_grad(const ModulationGrad& problem, void* stream);
 
 }  // namespace lgk

@@ -1,5 +1,5 @@
-// The CPU kernels of the families local_loss, offset and adapter: what one instruction-set level offers, and the
-// choice. Every function returns a status (0: ok) and takes raw pointers; formulas: reference.py of each family.
+// The CPU kernels of the families local_loss and offset: what one instruction-set level offers, and the choice. Every
+// function returns a status (0: ok) and takes raw pointers; formulas: reference.py of each family.
 #pragma once
 #include <cstdint>
 
@@ -48,12 +48,6 @@ struct LocalLossKernels {
                     double divisor, bool none, float* loss, float* grad, int threads);
   int (*goodness)(const Goodness&, int threads);
   int (*offset_sgd)(const OffsetTensor*, int64_t count, const OffsetStep&, int threads);
-  // along (rows) = x (rows, size) . vector, and across (size) = x^T coefficient; either may be left out (null)
-  int (*rank_one_sums)(int64_t rows, int64_t size, const float* x, const float* vector, const float* coefficient,
-                       float* along, float* across, int threads);
-  // y (rows, size) += scale * coefficient vector^T
-  int (*add_outer)(int64_t rows, int64_t size, const float* coefficient, const float* vector, float scale, float* y,
-                   int threads);
 };
 
 namespace base { extern const LocalLossKernels local_loss; }

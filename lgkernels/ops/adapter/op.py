@@ -7,7 +7,7 @@ LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
 OPS = ("lora_linear", "lokr_linear", "lokr_conv2d")
 
 for _name in OPS:
-    dispatch.register(_name, reference="lgkernels.ops.adapter.reference", cpu="lgkernels.ops.adapter.cpu")
+    dispatch.register(_name, reference="lgkernels.ops.adapter.reference")
 
 
 def _op(name, schema, function, fake):

@@ -1,6 +1,8 @@
 """Checks of the family's public functions, and what their feedback arguments mean to the autograd entries."""
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ...core import checks
@@ -10,8 +12,24 @@ from .autograd import Formula
 _INTEGERS = (int, torch.SymInt)
 
 
+def positive_number(name, value, expected="a number"):
+    """`value` (any real number, NumPy's too) as a float, finite and above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer, torch.SymFloat)):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    checks.positive(name, value)
+    if value == math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
 def _dtype(value):
     return str(value.dtype)[6:]
+
+
+def _no_proxy(x):
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError("x must be a torch.Tensor, got a Proxy of torch.fx.symbolic_trace, which cannot look into this "
+                        "layer: use torch.export, or a Tracer with is_leaf_module true for it")
 
 
 def _layer(x, weight, bias):
@@ -28,6 +46,7 @@ def _layer(x, weight, bias):
 
 
 def check_linear(x, weight, bias):
+    _no_proxy(x)
     checks.floating("x", x)
     checks.floating("weight", weight)
     checks.dims("weight", weight, (2,), "(N, K)")
@@ -51,6 +70,7 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups):
 
     padding="same" as torch: where the total is odd, x gets one more zero at the end.
     """
+    _no_proxy(x)
     checks.floating("x", x)
     checks.floating("weight", weight)
     checks.dims("weight", weight, (4,), "(O, C / groups, kh, kw)")
@@ -108,13 +128,16 @@ def sign_symmetric(weight, scale, magnitude, sign_zero, packed_signs):
                          f"{sign_zero!r}")
     if isinstance(scale, str):
         checks.choice("scale", scale, ("mean_abs",))
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"scale must be a number or 'mean_abs', got {type(scale).__name__}")
     else:
-        checks.positive("scale", scale)
-        scale = float(scale)
+        scale = positive_number("scale", scale, "a number or 'mean_abs'")
     law, source = ({}, {}) if magnitude is None else _source("magnitude", magnitude, weight)
     return Formula("packed" if packed_signs else "weight", scale=scale, sign_plus=sign_zero == "plus", **law), source
+
+
+class Scaled(NamedTuple):
+    """A RandomFeedback of another scale, with the same state tensor."""
+    feedback: RandomFeedback
+    scale: float
 
 
 def projection(name, value, feedback, shape, classes=None):
@@ -123,9 +146,10 @@ def projection(name, value, feedback, shape, classes=None):
     if not shape or any(isinstance(n, bool) or not isinstance(n, _INTEGERS) or n < 0 for n in shape):
         raise ValueError(f"shape must be the sizes of one sample, none negative, got {shape}")
     columns = math.prod(shape)
-    if isinstance(feedback, RandomFeedback):
-        checks.same_device(**{name: value, "feedback": feedback.state})
-        return shape, columns, (None, (feedback.law, feedback.scale, feedback.low), feedback.state)
+    if isinstance(feedback, (RandomFeedback, Scaled)):
+        random, scale = feedback if isinstance(feedback, Scaled) else (feedback, feedback.scale)
+        checks.same_device(**{name: value, "feedback": random.state})
+        return shape, columns, (None, (random.law, scale, random.low), random.state)
     if not isinstance(feedback, torch.Tensor):
         raise TypeError("feedback must be a torch.Tensor or a lgkernels.random.RandomFeedback, got "
                         f"{type(feedback).__name__}")

@@ -5,32 +5,18 @@ Every function allocates its outputs with torch.empty and launches on the curren
 import torch
 
 from ...core import native
+from ..common.cuda import DTYPES, address, call
 
 PACKED_BASIS = True  # `head` takes the int32 bit-packed square table (ops/lls/basis.py) besides float tables
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FINISHES_HEAD = True  # the launch of the norm's gradients also takes the head's last sums, where asked to
+
 _WIDEST_ROW = 4096  # of an NCHW kernel, whose column sums lie in shared memory; wider tensors go by channels_last
-
-
-def _call(name, device, *args):
-    entries = native.cuda_entries()
-    entry = getattr(entries, f"lls_{name}")
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            status = entry(*args, torch.cuda.current_stream().cuda_stream)
-    else:
-        status = entry(*args, 0)
-    if status:
-        raise RuntimeError(f"lls {name}: CUDA error {status} ({entries.cuda_error_string(status)})")
 
 
 def _float(tensor):
     """Contiguous float32 of a small tensor (the same one where it is so already)."""
     return None if tensor is None else tensor.to(torch.float32).contiguous()
-
-
-def _address(tensor):
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
 def _dense(z):
@@ -48,7 +34,7 @@ def _dense(z):
 def _image(z, channels_last, pool_size):
     """The kernels' description of a tensor; a (B, N) one is N channels of one position."""
     batch, channels, height, width = z.shape if z.dim() == 4 else (*z.shape, 1, 1)
-    return batch, channels, height, width, pool_size, pool_size, channels_last, _DTYPES[z.dtype]
+    return batch, channels, height, width, pool_size, pool_size, channels_last, DTYPES[z.dtype]
 
 
 def _norm(mean, rstd, gamma, beta):
@@ -66,12 +52,12 @@ def latents(activation, pool_size):
     identity, slope = [0, 0, 0, 0], 1.0
     if activation.dim() == 2:
         result = _new(dense, activation.shape[0], pool_size)
-        _call("linear_norm_act_pool", dense.device, *dense.shape, pool_size, _DTYPES[dense.dtype], identity, slope,
-              _address(dense), 0, _address(result))
+        call("lls_linear_norm_act_pool", dense.device, *dense.shape, pool_size, DTYPES[dense.dtype], identity, slope,
+             address(dense), 0, address(result))
         return result
     result = _new(dense, activation.shape[0], activation.shape[1] * pool_size**2)
-    _call("norm_act_pool", dense.device, _image(dense, channels_last, pool_size), identity, slope, _address(dense),
-          False, 0, _address(result), 0, 0)
+    call("lls_norm_act_pool", dense.device, _image(dense, channels_last, pool_size), identity, slope, address(dense),
+         False, 0, address(result), 0, 0)
     return result
 
 
@@ -80,7 +66,8 @@ _REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 
 def head(x, target, modulation, basis, *, num_classes, temperature, label_smoothing, normalize, eps,
-         zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad):
+         zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad, reduce=True):
+    """Without `reduce` the first result are the losses of the rows, for `finish` of a later call."""
     x, modulation, target = _float(x), _float(modulation), target.contiguous()
     packed = basis.dtype == torch.int32
     basis = basis.contiguous() if packed else _float(basis)
@@ -90,32 +77,51 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
         _REDUCTIONS[reduction], temperature, label_smoothing, eps, basis_scale, normalize, zero_gradient_below_eps,
         compute_grad, ignore_index)
     row_loss, similarity = _new(x, batch), _new(x, batch, rows)
-    value = row_loss if reduction == "none" else _new(x)
+    value = row_loss if reduction == "none" or not reduce else _new(x)
     grad_latents, grad_logits = (_new(x, *((batch, n) if compute_grad else (0,))) for n in (dim, num_classes))
     scratch = native.cuda_entries().lls_head_scratch(problem)
     scratch = _new(x, scratch) if scratch else None
-    _call("head", x.device, problem, *map(_address, (x, target, modulation, basis, value, row_loss, grad_latents,
-                                                     similarity, grad_logits, scratch)))
+    call("lls_head", x.device, problem, *map(address, (
+        x, target, modulation, basis, None if value is row_loss else value, row_loss, grad_latents, similarity,
+        grad_logits, scratch)))
     return value, grad_latents, similarity, grad_logits
 
 
 def modulation_grad(similarity, grad_logits, vector, scale):
     similarity, grad_logits, scale = _float(similarity), _float(grad_logits), _float(scale)
-    (batch, rows), classes = similarity.shape, grad_logits.shape[1]
+    rows, classes = similarity.shape[1], grad_logits.shape[1]
     grad = _new(similarity, *((classes,) if vector else (rows, classes)))
-    _call("modulation_grad", grad.device, batch, rows, classes, vector, _address(similarity), _address(grad_logits),
-          _address(scale), scale.dim() == 1, _address(grad))
+    call("lls_modulation_grad", grad.device, _modulation_grad(similarity, grad_logits, vector, scale, grad))
     return grad
+
+
+def _modulation_grad(similarity, grad_logits, vector, scale, grad):
+    return native.cuda_entries().LlsModulationGrad(
+        *similarity.shape, grad_logits.shape[1], vector, address(similarity), address(grad_logits), address(scale),
+        scale is not None and scale.dim() == 1, address(grad))
+
+
+def _finishing(finish):
+    """What the kernels that finish a head take and, after their own results, return, for
+    `finish` = (losses, target, similarity, dL/dlogits, modulation or None, ignore_index)."""
+    if finish is None:
+        return native.cuda_entries().LlsFinish(), ()
+    losses, target, similarity, grad_logits, modulation, ignore_index = finish
+    loss, grad = _new(losses), _new(losses, *((0,) if modulation is None else modulation.shape))
+    vector = modulation is not None and modulation.dim() == 1
+    return native.cuda_entries().LlsFinish(
+        address(target), ignore_index, address(losses), address(loss),
+        _modulation_grad(similarity, grad_logits, vector, None, grad)), (loss, grad)
 
 
 def expand_grad(grad_latents, scale, out, pool_size):
     grad_latents, scale = _float(grad_latents), _float(scale)
     channels_last = out.dim() == 4 and not out.is_contiguous()
     if out.dim() == 2:  # one channel, one row, the features as columns
-        image = out.shape[0], 1, 1, out.shape[1], 1, pool_size, False, _DTYPES[out.dtype]
+        image = out.shape[0], 1, 1, out.shape[1], 1, pool_size, False, DTYPES[out.dtype]
     else:
         image = _image(out, channels_last, pool_size)
-    _call("expand_grad", out.device, image, _address(grad_latents), _address(scale), scale.dim() == 1, _address(out))
+    call("lls_expand_grad", out.device, image, address(grad_latents), address(scale), scale.dim() == 1, address(out))
     return out
 
 
@@ -128,8 +134,8 @@ def batch_stats(z, bias, running_mean, running_var, momentum, eps):
     mean, rstd = _new(z, channels), _new(z, channels)
     scratch = _new(z, 4, native.cuda_entries().lls_batch_stats_splits(image), channels)
     running = [_float(t) for t in (running_mean, running_var)]
-    _call("batch_stats", z.device, image, _address(dense), _address(bias), *map(_address, running), momentum, eps,
-          _address(mean), _address(rstd), _address(scratch))
+    call("lls_batch_stats", z.device, image, address(dense), address(bias), *map(address, running), momentum, eps,
+         address(mean), address(rstd), address(scratch))
     for theirs, ours in zip((running_mean, running_var), running):
         if theirs is not ours:
             theirs.copy_(ours)
@@ -141,8 +147,8 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
     dense, channels_last = _dense(z)
     if z.dim() == 2:
         out, result = torch.empty_like(dense), _new(z, z.shape[0], pool_size)
-        _call("linear_norm_act_pool", z.device, *z.shape, pool_size, _DTYPES[z.dtype], addresses, negative_slope,
-              _address(dense), _address(out), _address(result))
+        call("lls_linear_norm_act_pool", z.device, *z.shape, pool_size, DTYPES[z.dtype], addresses, negative_slope,
+             address(dense), address(out), address(result))
         return out, result, _new(z, 0), _new(z, 0)
     batch, channels, height, width = z.shape
     size = (height // 2, width // 2) if max_pool else (height, width)
@@ -151,17 +157,19 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
                       memory_format=torch.contiguous_format if plain else torch.channels_last)
     result, *sums = (_new(z, batch, channels * pool_size**2) for _ in range(3 if compute_grad else 1))
     s1, s2 = sums or (_new(z, 0), _new(z, 0))
-    _call("norm_act_pool", z.device, _image(dense, channels_last, pool_size), addresses, negative_slope,
-          _address(dense), max_pool, _address(out), _address(result), _address(s1), _address(s2))
+    call("lls_norm_act_pool", z.device, _image(dense, channels_last, pool_size), addresses, negative_slope,
+         address(dense), max_pool, address(out), address(result), address(s1), address(s2))
     return (out.contiguous() if z.is_contiguous() else out), result, s1, s2
 
 
-def norm_grads(grad_latents, s1, s2, channels, area):
+def norm_grads(grad_latents, s1, s2, channels, area, finish=None):
+    """With `finish` (see `_finishing`) also the loss and the gradient of the modulation, after the other three."""
     grad_latents, area = _float(grad_latents), _float(area)
     grads = tuple(_new(s1, channels) for _ in range(3))
-    _call("norm_grads", s1.device, grad_latents.shape[0], channels, area.numel(),
-          *map(_address, (grad_latents, s1, s2, area, *grads)))
-    return grads
+    finishing, finished = _finishing(finish)
+    call("lls_norm_grads", s1.device, grad_latents.shape[0], channels, area.numel(),
+         *map(address, (grad_latents, s1, s2, area, *grads)), finishing)
+    return grads + finished
 
 
 def _in_place(z, run):
@@ -177,17 +185,18 @@ def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents
                         scale):
     parameters, addresses = _norm(mean, rstd, gamma, beta)
     grads = [_float(t) for t in (grad_latents, grad_gamma, grad_beta)]
-    _in_place(z, lambda dense, channels_last: _call(
-        "grad_preactivation", z.device, _image(dense, channels_last, pool_size), addresses, negative_slope,
-        _address(dense), *map(_address, grads), scale))
+    _in_place(z, lambda dense, channels_last: call(
+        "lls_grad_preactivation", z.device, _image(dense, channels_last, pool_size), addresses, negative_slope,
+        address(dense), *map(address, grads), scale))
     return z
 
 
-def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, pool_size, scale):
+def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, pool_size, scale, finish=None):
     parameters, addresses = _norm(mean, rstd, gamma, beta)
     grad_latents = _float(grad_latents)
     grads = tuple(_new(z, z.shape[1]) for _ in range(3))
-    _in_place(z, lambda dense, _: _call(
-        "linear_grad_preactivation", z.device, *z.shape, pool_size, _DTYPES[z.dtype], addresses, negative_slope,
-        _address(dense), _address(grad_latents), scale, *map(_address, grads)))
-    return grads
+    finishing, finished = _finishing(finish)
+    _in_place(z, lambda dense, _: call(
+        "lls_linear_grad_preactivation", z.device, *z.shape, pool_size, DTYPES[z.dtype], addresses, negative_slope,
+        address(dense), address(grad_latents), scale, *map(address, grads), finishing))
+    return grads + finished

@@ -1,6 +1,7 @@
 """Triton kernels of the head: latents x (B, d) and basis Phi (K, d) to loss and gradients.
 
-Few rows and classes (K, C up to 32, d up to 4096): one launch, `head`, a sample a program. Else three:
+Few rows and classes (K, C up to 32, d up to 4096): one launch, `head`, a sample a program. Up to 256 of them, and few
+samples: one launch as well, `wide_head`, which walks over the rows in tiles. Else three:
 
     similarity        partial x Phi^T and |x|^2 of each slice of d     programs: samples, rows, slices
     loss_rows         s, logits, loss, dL/dlogits, dL/ds, rho          programs: samples
@@ -353,6 +354,83 @@ def head_kernel(x, basis, target, modulation, losses, similarity, grad_logits, g
             at = offset(b, d)[:, None] + j[None, :]
             mask = (b < B)[:, None] & (j < d)[None, :]
             g = tl.sum(grad_s[:, :, None] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :], 1)
+            if NORMALIZE:
+                g = _through_norm(g, tl.load(x + at, mask=mask, other=0.0), norm, rho, eps, ZERO_BELOW)
+            tl.store(grad_latents + at, g, mask=mask)
+
+
+@triton.jit(do_not_specialize=["B", "ignore_index"])
+def wide_head_kernel(x, basis, target, modulation, losses, similarity, grad_logits, grad_similarity, grad_latents, B, d,
+                     K, C, temperature, smoothing, eps, basis_scale, ignore_index, PACKED: tl.constexpr,
+                     NORMALIZE: tl.constexpr, ZERO_BELOW: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
+                     MEAN: tl.constexpr, MATRIX: tl.constexpr, GRAD: tl.constexpr, BLOCK_B: tl.constexpr,
+                     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`head_kernel` for a row of classes in registers and more rows than fit there: s and dL/ds go through memory, a tile
+    of rows at a time. A barrier makes what a program has stored visible to all of its own threads."""
+    b, c = indices(program_id(0), BLOCK_B), tl.arange(0, BLOCK_C)
+    count = 1.0
+    if MEAN:
+        count = _valid_rows(target, B, ignore_index)
+    squares = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    for block in range(0, tl.cdiv(d, BLOCK_D)):
+        j = indices(block, BLOCK_D)
+        row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=(b < B)[:, None] & (j < d)[None, :], other=0.0)
+        squares += row * row
+    norm = tl.sqrt(tl.sum(squares, 1))
+    factor = tl.zeros_like(norm) + tl.cast(basis_scale, tl.float32)
+    if NORMALIZE:
+        factor = factor / tl.maximum(norm, tl.cast(eps, tl.float32))
+
+    z = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        products = tl.zeros((BLOCK_B, BLOCK_K, BLOCK_D), tl.float32)
+        for block in range(0, tl.cdiv(d, BLOCK_D)):
+            j = indices(block, BLOCK_D)
+            row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=(b < B)[:, None] & (j < d)[None, :], other=0.0)
+            products += row[:, None, :] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :]
+        s = tl.where((k < K)[None, :], tl.sum(products, 2) * factor[:, None], 0.0)
+        tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=(b < B)[:, None] & (k < K)[None, :])
+        if MATRIX:
+            m = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :],
+                        other=0.0)
+            z += tl.sum(s[:, :, None] * m[None, :, :], 1)
+    tl.debug_barrier()
+    at_class = offset(b, C)[:, None] + c[None, :]
+    class_mask = (b < B)[:, None] & (c < C)[None, :]
+    if not MATRIX:
+        z = tl.load(similarity + at_class, mask=class_mask, other=0.0)
+        if modulation is not None:
+            v = tl.load(modulation + c, mask=c < C, other=0.0)[None, :]
+            z = z * v
+
+    label = tl.load(target + b, mask=b < B, other=ignore_index)
+    loss, grad_z = _loss(z, label, c, C, count, temperature, smoothing, ignore_index, CROSS_ENTROPY)
+    tl.store(losses + b, loss, mask=b < B)
+    if GRAD:
+        tl.store(grad_logits + at_class, grad_z, mask=class_mask)
+        rho = tl.sum(grad_z * z, 1)
+        if MATRIX:
+            for first in range(0, K, BLOCK_K):
+                k = first + tl.arange(0, BLOCK_K)
+                m = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :],
+                            other=0.0)
+                tl.store(grad_similarity + offset(b, K)[:, None] + k[None, :],
+                         tl.sum(grad_z[:, None, :] * m[None, :, :], 2), mask=(b < B)[:, None] & (k < K)[None, :])
+        elif modulation is not None:
+            tl.store(grad_similarity + at_class, grad_z * v, mask=class_mask)
+        tl.debug_barrier()
+        for block in range(0, tl.cdiv(d, BLOCK_D)):
+            j = indices(block, BLOCK_D)
+            at = offset(b, d)[:, None] + j[None, :]
+            mask = (b < B)[:, None] & (j < d)[None, :]
+            g = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+            for first in range(0, K, BLOCK_K):
+                k = first + tl.arange(0, BLOCK_K)
+                grad_s = tl.load(grad_similarity + offset(b, K)[:, None] + k[None, :],
+                                 mask=(b < B)[:, None] & (k < K)[None, :], other=0.0)
+                g += tl.sum(grad_s[:, :, None] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :], 1)
+            g = g * tl.cast(basis_scale, tl.float32)
             if NORMALIZE:
                 g = _through_norm(g, tl.load(x + at, mask=mask, other=0.0), norm, rho, eps, ZERO_BELOW)
             tl.store(grad_latents + at, g, mask=mask)

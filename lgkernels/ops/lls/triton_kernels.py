@@ -17,6 +17,10 @@ PACKED_BASIS = True
 
 FINISHES_HEAD = True  # the launch of the norm's gradients also takes the head's last sums, where asked to
 
+# Products of a head that is worth saving launches for; larger ones take three, on the tensor cores. Chosen by counting
+# operations (some ten microseconds of a GPU's plain arithmetic), not measured.
+_FEW_PRODUCTS = 1 << 25
+
 _LONGEST_RUN = 8  # elements of the widest load, 16 bytes in half precision
 
 
@@ -158,10 +162,14 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
     vector, matrix = (modulation is not None and modulation.dim() == n for n in (1, 2))
     modulation = None if modulation is None else modulation.contiguous()
 
-    if _one_launch(B, d, K, C):
-        config = _config("head", (B, d, K, C), x)
-        launch(triton_head.head_kernel, _blocks(B, config["BLOCK_B"]), x.device, x, basis, target, modulation, losses,
-               similarity, grad_logits, grad_latents, B, d, K, C, float(temperature), float(label_smoothing),
+    grad_similarity = (new(B, K) if vector or matrix else grad_logits) if compute_grad else None
+    name = _one_launch(B, d, K, C)
+    if name is not None:
+        kernel, through_memory = ((triton_head.head_kernel, ()) if name == "head" else
+                                  (triton_head.wide_head_kernel, (grad_similarity,)))
+        config = _config(name, (B, d, K, C), x)
+        launch(kernel, _blocks(B, config["BLOCK_B"]), x.device, x, basis, target, modulation, losses, similarity,
+               grad_logits, *through_memory, grad_latents, B, d, K, C, float(temperature), float(label_smoothing),
                float(eps), float(basis_scale), ignore_index, PACKED=packed, NORMALIZE=normalize,
                ZERO_BELOW=zero_gradient_below_eps, CROSS_ENTROPY=loss == "cross_entropy", MEAN=mean, MATRIX=matrix,
                GRAD=compute_grad, **config)
@@ -183,7 +191,6 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
         launch(triton_head.logits_kernel, _blocks(B, config["BLOCK_M"]) * _blocks(C, config["BLOCK_N"]), x.device,
                partial, modulation, similarity, logits, rows, B, K, C, slices, float(eps), float(basis_scale),
                NORMALIZE=normalize, PRECISION=precision, **config)
-    grad_similarity = (new(B, K) if vector or matrix else grad_logits) if compute_grad else None
     config = _config("loss_rows", (B, C), x)
     launch(triton_head.loss_rows_kernel, _blocks(B, config["BLOCK_B"]), x.device, partial, target,
            modulation if vector else None, logits, count, similarity, grad_logits, grad_similarity, rows, losses, B, C,
@@ -206,8 +213,12 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
 
 
 def _one_launch(batch, dim, rows, classes):
-    """Few rows and classes fit one program a sample."""
-    return max(rows, classes) <= 32 and dim <= 4096
+    """The kernel, if any, that computes the whole head of a sample in one program."""
+    if max(rows, classes) <= 32 and dim <= 4096:
+        return "head"
+    if max(rows, classes) <= 256 and batch * dim * rows <= _FEW_PRODUCTS:
+        return "wide_head"
+    return None
 
 
 def _reduce_loss(losses, target, value, ignore_index, mean):

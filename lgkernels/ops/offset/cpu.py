@@ -5,19 +5,23 @@ Elements are independent: no number of threads changes a bit.
 import torch
 
 from ...core.native import native
-from .memory import same_layout
+from .memory import stepper
 
 _C = native()
 _OFFSET_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def step_(params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale,
-          grad_scale=1.0):
-    with same_layout(params, grads, momentum_buffers if momentum else [], offsets) as rows:
-        table = torch.tensor([
-            (param.data_ptr(), grad.data_ptr(), 0 if buffer is None else buffer.data_ptr(),
-             0 if offset is None else offset.data_ptr(), param.numel(),
-             0 if offset is None else _OFFSET_DTYPES[offset.dtype]) for param, grad, buffer, offset in rows],
-            dtype=torch.int64)
-        _C.offset_sgd(table.data_ptr(), len(table), lr, momentum, weight_decay, local_scale * grad_scale, offset_scale,
-                      torch.get_num_threads())
+def prepare(rows):
+    """The kernel's table of addresses."""
+    return torch.tensor([
+        (param.data_ptr(), grad.data_ptr(), 0 if buffer is None else buffer.data_ptr(),
+         0 if offset is None else offset.data_ptr(), param.numel(),
+         0 if offset is None else _OFFSET_DTYPES[offset.dtype]) for param, grad, buffer, offset in rows],
+        dtype=torch.int64)
+
+
+def run(table, device, *factors):
+    _C.offset_sgd(table.data_ptr(), len(table), *factors, torch.get_num_threads())
+
+
+step_ = stepper(prepare, run)

@@ -2,29 +2,22 @@
 
 Launches on the current stream; nothing synchronises and nothing is copied to the device.
 """
-import torch
+from ..common.cuda import DTYPES, call
+from .memory import stepper
 
-from ...core import native
-from .memory import same_layout
-
-_OFFSET_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _NO_OFFSET = -1
 
 
-def step_(params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale,
-          grad_scale=1.0):
-    entries = native.cuda_entries()
-    factors = lr, momentum, weight_decay, local_scale * grad_scale, offset_scale
-    with same_layout(params, grads, momentum_buffers if momentum else [], offsets) as rows:
-        table = [(param.data_ptr(), grad.data_ptr(), 0 if buffer is None else buffer.data_ptr(),
-                  0 if offset is None else offset.data_ptr(), param.numel(),
-                  _NO_OFFSET if offset is None else _OFFSET_DTYPES[offset.dtype])
-                 for param, grad, buffer, offset in rows]
-        device = params[0].device if params else torch.device("cpu")
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                status = entries.offset_sgd(factors, table, torch.cuda.current_stream().cuda_stream)
-        else:
-            status = entries.offset_sgd(factors, table, 0)
-    if status:
-        raise RuntimeError(f"offset step: CUDA error {status} ({entries.cuda_error_string(status)})")
+def prepare(rows):
+    """The kernel's table of addresses, an argument of its launch."""
+    return [(param.data_ptr(), grad.data_ptr(), 0 if buffer is None else buffer.data_ptr(),
+             0 if offset is None else offset.data_ptr(), param.numel(),
+             _NO_OFFSET if offset is None else DTYPES[offset.dtype])
+            for param, grad, buffer, offset in rows]
+
+
+def run(table, device, *factors):
+    call("offset_sgd", device, factors, table)
+
+
+step_ = stepper(prepare, run)

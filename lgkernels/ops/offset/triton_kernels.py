@@ -1,11 +1,9 @@
 """The step in Triton: one launch over a table of chunks, whose rows hold the addresses of a piece of a parameter and of
 what belongs to it. float32 parameters; offsets in float32 or bfloat16 (one launch each where both occur).
 
-The table is an int64 tensor on the device, built once for the same addresses and sizes: `OffsetSGD` keeps its buffers,
-and a training loop's gradients return to the same memory. CPU tensors work under TRITON_INTERPRET=1.
+The table is an int64 tensor on the device, which `OffsetSGD` keeps while the addresses stay the same: it keeps its
+buffers, and a training loop's gradients return to the same memory. CPU tensors work under TRITON_INTERPRET=1.
 """
-from functools import lru_cache
-
 import numpy as np
 import torch
 import triton
@@ -14,7 +12,7 @@ import triton.language as tl
 from ...core.config import architecture, select_config
 from ..common.addressing import offset, program_id
 from ..common.launch import launch
-from .memory import same_layout
+from .memory import stepper
 
 
 @triton.jit
@@ -63,11 +61,10 @@ def offset_sgd_kernel(table, lr, momentum, weight_decay, grad_scale, offset_scal
                HALF, False, BLOCK, PARTS)
 
 
-@lru_cache(maxsize=64)
-def _table(rows, chunk, device):
+def _table(pieces, chunk, device):
     """(chunks, 5) on the device, from rows (addresses of w, grad, v and offset, bytes of an element of the offset,
     elements)."""
-    rows = np.array(rows, dtype=np.int64)
+    rows = np.array(pieces, dtype=np.int64)
     addresses, offset_bytes, sizes = rows[:, :4], rows[:, 4], rows[:, 5]
     chunks = -(-sizes // chunk)
     owner = np.repeat(np.arange(len(rows)), chunks)
@@ -77,23 +74,34 @@ def _table(rows, chunk, device):
     table[:, :4] = np.where(addresses[owner] != 0, addresses[owner] + start[:, None] * element[owner], 0)
     table[:, 4] = np.minimum(sizes[owner] - start, chunk)
     host = torch.from_numpy(table)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return host
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the offset step cannot copy a new table of addresses to the device while a CUDA graph is "
+                           "captured: take a step before the capture and keep the gradients' memory "
+                           "(zero_grad(set_to_none=False)), or use LGKERNELS_IMPL=cuda, whose kernel takes it as argument")
+    return host.pin_memory().to(device, non_blocking=True)
 
 
-def step_(params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale,
-          grad_scale=1.0):
-    with same_layout(params, grads, momentum_buffers if momentum else [], offsets) as rows:
-        launches = {}
-        for param, grad, buffer, tilt in rows:
-            if param.numel():
-                half = tilt is not None and tilt.dtype == torch.bfloat16
-                addresses = (0 if t is None else t.data_ptr() for t in (param, grad, buffer, tilt))
-                launches.setdefault(half, []).append((*addresses, 2 if half else 4, param.numel()))
-        numbers = [float(n) for n in (lr, momentum, weight_decay, local_scale * grad_scale, offset_scale)]
-        for half, pieces in launches.items():
-            device = params[0].device
-            config = select_config("offset_sgd", (max(piece[-1] for piece in pieces),), torch.float32,
-                                   architecture(device))
-            table = _table(tuple(pieces), config["BLOCK"] * config["PARTS"], device)
-            launch(offset_sgd_kernel, len(table), device, table, *numbers, MOMENTUM=bool(momentum), HALF=half,
-                   **config)
+def prepare(rows):
+    """[(table on the device, whether its offsets are bfloat16, launch settings)]"""
+    pieces = {}
+    for param, grad, buffer, tilt in rows:
+        if param.numel():
+            half = tilt is not None and tilt.dtype == torch.bfloat16
+            addresses = (0 if t is None else t.data_ptr() for t in (param, grad, buffer, tilt))
+            pieces.setdefault(half, []).append((*addresses, 2 if half else 4, param.numel()))
+    tables, device = [], rows[0][0].device if rows else None
+    for half, members in pieces.items():
+        config = select_config("offset_sgd", (max(piece[-1] for piece in members),), torch.float32, architecture(device))
+        tables.append((_table(members, config["BLOCK"] * config["PARTS"], device), half, config))
+    return tables
+
+
+def run(tables, device, lr, momentum, *factors):
+    for table, half, config in tables:
+        launch(offset_sgd_kernel, len(table), device, table, lr, momentum, *factors, MOMENTUM=bool(momentum),
+                      HALF=half, **config)
+
+
+step_ = stepper(prepare, run)
