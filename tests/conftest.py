@@ -113,6 +113,29 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def language_is_replaced_once():
+    """Triton's interpreter replaces the functions of its language at each launch, until its end, and again at each call
+    of a function inside: half of its time. Here a call whose module sees no more of the language leaves it out."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+    replace, seen = interpreter._patch_lang, set()  # what has been replaced since the launch; empty outside of one
+
+    def replace_once(function):
+        modules = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if modules in seen:
+            return None  # a call: nobody restores after it
+        scope, is_launch = replace(function), not seen
+        seen.add(modules)
+        if is_launch:
+            restore = scope.restore
+            scope.restore = lambda: (seen.clear(), restore())
+        return scope
+    interpreter._patch_lang = replace_once
+
+
 def _poisoned(allocate):
     @functools.wraps(allocate)
     def wrapper(*args, **kwargs):
@@ -131,9 +154,11 @@ def poison(request, monkeypatch):
     """Memory that lgkernels takes uninitialised holds nan, so an output byte that no kernel writes shows."""
     if request.node.get_closest_marker("unpoisoned"):
         return
-    # The compiler lists torch's functions, once (and anew after a process group was made): not while some are replaced.
-    # Imported here, because it imports Triton, after pytest_configure has chosen the interpreter.
+    # torch lists its functions when a default device or the compiler is first used (the compiler anew after a process
+    # group was made): not while some are replaced. Imported here, because the compiler imports Triton, after
+    # pytest_configure has chosen the interpreter.
     import torch._dynamo
+    torch.utils._device._device_constructors()
     torch._dynamo.trace_rules.get_torch_obj_rule_map()
     torch._dynamo.trace_rules.get_tensor_method()
     for owner, names in ((torch, ("empty", "empty_like", "empty_strided")),

@@ -91,8 +91,8 @@ def test_a_class_out_of_range_is_refused_by_every_backend(impl, target):
     (dict(rows=0), ValueError, "rows must be at least 1, got 0"),
     (dict(dim=1.5), TypeError, "dim must be an int, got float"),
     (dict(waveform="saw"), ValueError, "waveform must be one of 'square', 'cosine', got 'saw'"),
-], ids=["rows", "dim", "waveform"    (dict(impl="fast"), ValueError, "impl must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'fast'"),
-])
+    (dict(impl="fast"), ValueError, "impl must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'fast'"),
+], ids=["rows", "dim", "waveform", "impl"])
 def test_basis(value, error, message):
     with pytest.raises(error) as caught:
         LF.lls_basis(**{"rows": 2, "dim": 3, **value})

@@ -12,18 +12,16 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
+
+from filelock import FileLock  # torch requires it
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = pathlib.Path(__file__).resolve().parent
+FOLDER = ROOT / "build/simt"
 ORDERS = ("ascending", "descending", "shuffled")
 SANITIZERS = "address,undefined"
 _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DLGK_SIMT")
-
-
-def _sources():
-    return sorted((ROOT / "csrc/cuda").glob("*.cu")) + [ROOT / "csrc/cuda_bindings.cpp", HERE / "module.cpp"]
 
 
 def compiler():
@@ -41,39 +39,50 @@ def unavailable():
     return None
 
 
-def build(sanitizers=""):
-    """Path of the module, built into build/simt/<hash of sources and flags> unless it lies there already."""
-    import pybind11
-    flags, checks = list(_FLAGS), []
-    if sanitizers:
-        checks = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
-    sources = _sources()
-    digest = hashlib.sha256(repr((flags, checks, sys.version, pybind11.__version__)).encode())
-    for path in sources + [*sorted(HERE.glob("*.h")), *sorted((ROOT / "csrc/include/lgk").glob("*.h"))]:
-        digest.update(path.read_bytes())
-    folder = ROOT / "build/simt" / digest.hexdigest()[:16]
-    module = folder / ("lgk_simt" + sysconfig.get_config_var("EXT_SUFFIX"))
-    if module.exists():
-        return module
-    folder.mkdir(parents=True, exist_ok=True)
-    include = [f"-I{path}" for path in (ROOT / "csrc/include", HERE, pybind11.get_include(),
-                                        sysconfig.get_paths()["include"])]
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        objects, commands = [f"{scratch}/{source.name}.o" for source in sources], []
-        for source, out in zip(sources, objects):
-            own = checks if source.name != "cuda_bindings.cpp" else []  # no kernel there, and half of the build's time
-            commands.append([compiler(), *flags, *own, *include, "-x", "c++", "-c", str(source), "-o", out])
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
-        _run([compiler(), *flags, *checks, "-shared", *objects, "-o", f"{scratch}/module.so"])
-        os.replace(f"{scratch}/module.so", module)  # another process may be building the same
-    return module
-
-
 def _run(command):
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+
+
+def _made(path, command):
+    """`path`, written by `command` unless it lies there; of several processes that ask, one writes, the rest wait."""
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            _run([*command, "-o", f"{path}.new"])
+            os.replace(f"{path}.new", path)
+    return path
+
+
+def build(sanitizers=""):
+    """Path of the module. What is compiled lies in build/simt under the hash of its sources and flags."""
+    import pybind11
+    checks = []
+    if sanitizers:
+        checks = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
+    include = [f"-I{path}" for path in (ROOT / "csrc/include", HERE, pybind11.get_include(),
+                                        sysconfig.get_paths()["include"])]
+    common = hashlib.sha256(repr((compiler(), _FLAGS, sys.version, pybind11.__version__)).encode())
+    for path in [*sorted(HERE.glob("*.h")), *sorted((ROOT / "csrc/include/lgk").glob("*.h"))]:
+        common.update(path.read_bytes())
+    FOLDER.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source):
+        own = checks if source.suffix == ".cu" else []  # the bindings have no kernel, and half of the build's time
+        digest = common.copy()
+        digest.update(repr(own).encode() + source.read_bytes())
+        return _made(FOLDER / f"{source.name}-{digest.hexdigest()[:16]}.o",
+                     [compiler(), *_FLAGS, *own, *include, "-x", "c++", "-c", str(source)])
+
+    # Bindings start first, because they take longest; of a function that both hold, the linker takes the kernels'.
+    bindings, kernels = [ROOT / "csrc/cuda_bindings.cpp", HERE / "module.cpp"], [*(ROOT / "csrc/cuda").glob("*.cu")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, bindings + sorted(kernels) + [HERE / "wrong_kernels.cu"]))
+    objects = [str(path) for path in objects[2:] + objects[:2]]
+    folder = FOLDER / hashlib.sha256(repr((objects, checks)).encode()).hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    return _made(folder / ("lgk_simt" + sysconfig.get_config_var("EXT_SUFFIX")),
+                 [compiler(), *_FLAGS, *checks, "-shared", *objects])
 
 
 @functools.lru_cache(maxsize=1)

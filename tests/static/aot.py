@@ -2,7 +2,9 @@
 
 The backends' own functions run over cases that reach every row of the configuration tables; instead of a launch, the
 kernel, its arguments and its blocks are recorded, and each distinct specialisation is compiled as Triton would at that
-launch. Prints one JSON object a line. Must run without TRITON_INTERPRET: kernels are decorated differently under it.
+launch. Its Python is translated once for all architectures (Triton's IR names none); every stage from there on, to the
+machine code, runs for each. Prints one JSON object a line. Must run without TRITON_INTERPRET: kernels are decorated
+differently under it.
 
 A family is a module `aot_<family>.py` beside this one, named in FAMILIES:
     LAUNCHER        the backend's module, whose `launch` and `architecture` are replaced
@@ -21,8 +23,10 @@ import tempfile
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import triton_key
 
 from lgkernels.core import config
 
@@ -77,14 +81,31 @@ def resources(compiled, directory):
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
-def compile_one(arch, launch, directory):
-    kernel, signature, constants, attributes, options = launch
+class Source(ASTSource):
+    """A specialisation whose Python is translated at its first compilation only."""
+    text = None
+
+    def make_ir(self, *arguments):
+        context = arguments[-1]  # after target, options, and functions that Python of ours may call
+        if self.text is None:
+            module = super().make_ir(*arguments)
+            self.text = str(module)
+            return module
+        with tempfile.NamedTemporaryFile("w", suffix=".ttir") as file:
+            file.write(self.text)
+            file.flush()
+            module = ir.parse_mlir_module(file.name, context)
+        module.context = context
+        return module
+
+
+def compile_one(arch, launch, source, directory):
+    kernel, signature, constants, _, options = launch
     result = {"arch": arch, "kernel": kernel.fn.__name__, "options": options,
               "constants": {kernel.params[i].name: v for (i,), v in constants.items()},
               "types": sorted({t for t in signature.values() if t.startswith("*")})}
     try:
-        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes),
-                                  target=GPUTarget("cuda", arch, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # reported as a failed line
         return result | {"error": f"{type(error).__name__}: {error}"}
     registers, stack = resources(compiled, directory)
@@ -94,20 +115,25 @@ def compile_one(arch, launch, directory):
                      "dot": "tt.dot" in compiled.asm["ttir"], "matrix_instruction": found[1] if found else None}
 
 
-_recorded = []  # of the current architecture; kernels cannot be pickled, so forked workers inherit them
+_recorded = {}  # key: (launch, its architectures); kernels cannot be pickled, so forked workers inherit them
 
 
 def _compile(job):
-    arch, i, directory = job
-    return compile_one(arch, _recorded[i], directory)
+    key, directory = job
+    launch, archs = _recorded[key]
+    source = Source(*launch[:4])
+    return [compile_one(arch, launch, source, directory) for arch in archs]
 
 
 def main(archs):
-    context = multiprocessing.get_context("fork")
     for arch in archs:
-        _recorded[:] = record(arch).values()
-        with tempfile.TemporaryDirectory() as directory, context.Pool(len(os.sched_getaffinity(0))) as pool:
-            for result in pool.imap(_compile, [(arch, i, directory) for i in range(len(_recorded))]):
+        for key, launch in record(arch).items():
+            _recorded.setdefault(key, (launch, []))[1].append(arch)
+    triton_key()  # kept in memory: workers need not hash Triton's files again
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as directory, context.Pool(len(os.sched_getaffinity(0))) as pool:
+        for results in pool.imap(_compile, [(key, directory) for key in _recorded]):
+            for result in results:
                 print(json.dumps(result), flush=True)
 
 

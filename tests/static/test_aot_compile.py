@@ -28,16 +28,19 @@ def compiled(request, tmp_path_factory):
     """`(arch, results)`: one dict for each distinct specialisation; compiled once, also for several test processes."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    lines = folder / f"aot_{request.param}.jsonl"
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    archs = sorted({str(params["compiled"]) for params in calls if "compiled" in params}, key=int)
+    lines = folder / "aot.jsonl"
     with FileLock(f"{lines}.lock"):
         if not lines.exists():
             environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LGKERNELS_IMPL")}
             environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-            run = subprocess.run([sys.executable, "-m", "tests.static.aot", str(request.param)], cwd=ROOT,
+            run = subprocess.run([sys.executable, "-m", "tests.static.aot", *archs], cwd=ROOT,
                                  env=environment, capture_output=True, text=True)
             assert run.returncode == 0, run.stderr[-4000:]
             lines.write_text(run.stdout)
-    return request.param, [json.loads(line) for line in lines.read_text().splitlines()]
+    results = [json.loads(line) for line in lines.read_text().splitlines()]
+    return request.param, [r for r in results if r["arch"] == request.param]
 
 
 def _offenders(results, wrong):

@@ -122,15 +122,22 @@ class _Conv2d(torch.autograd.Function):
         x, signs, magnitude, state, factor = ctx.saved_tensors
         needs = ctx.needs_input_grad
         stride, padding, dilation, groups = ctx.geometry
+        grad_x = grad_weight = grad_bias = None
+
+        def gradients(weight, mask):
+            return torch.ops.aten.convolution_backward(
+                grad, x, weight, [ctx.shape[0]] if mask[2] else None, stride, padding, dilation, False, (0, 0), groups,
+                mask)
         with without_autocast(grad.device):
-            if needs[0]:
+            if needs[0]:  # first and alone: F is gone, and its memory warm, when the weight's gradient is allocated
                 feedback = _conv_feedback(ctx.shape, signs, magnitude, state, factor, ctx.formula, grad.dtype,
                                           grad.device, ctx.impl)
-            else:  # shape and strides are read, no value
-                feedback = grad.new_empty_strided(ctx.shape, ctx.strides)
-            grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                grad, x, feedback, [ctx.shape[0]] if needs[2] else None, stride, padding, dilation, False, (0, 0),
-                groups, needs[:3])
+                grad_x = gradients(feedback, [True, False, False])[0]
+                del feedback
+            if needs[1] or needs[2]:  # of the weight shape and strides are read, no value
+                usable = signs is not None and signs.dim() == 4 and signs.dtype == grad.dtype
+                weight = signs if usable else grad.new_empty_strided(ctx.shape, ctx.strides)
+                _, grad_weight, grad_bias = gradients(weight, [False, needs[1], needs[2]])
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.weight_dtype)
         inputs = (x, grad, signs)
