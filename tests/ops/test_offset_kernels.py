@@ -62,8 +62,17 @@ def test_no_tensors(module):
     check(module, tensors([(0,)]))
 
 
-def test_many_tensors_and_a_large_one(module):
-    check(module, tensors([(3,)] * 70 + [(70001,)] + [(5, 2)] * 3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tensors_and_a_large_one(module, dtype):
+    check(module, tensors([(3,)] * 70 + [(70001,)] + [(5, 2)] * 3, offset_dtypes=(dtype,)))
+
+
+def test_nothing_behind_a_large_tensor_changes(module):
+    wholes = [place(randn(80001, seed=k)) for k in range(4)]
+    behind = [t[70001:].clone() for t in wholes]
+    run(module.step_, [[t[:70001]] for t in wholes], STEP)
+    for t, before in zip(wholes, behind):
+        assert_bit_equal("memory behind", t[70001:], before)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,), (torch.float32, torch.bfloat16)], ids=["bfloat16", "mixed"])
