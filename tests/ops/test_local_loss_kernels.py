@@ -105,7 +105,8 @@ def check_goodness(module, h, threshold=2.0, mean=True):
     assert h.numel() == 0 or h.dim() != 4 or got.stride() == torch.empty_like(h).stride()
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 7), (65, 40), (5, 4, 3, 2), (2, 16385), (1, 3, 64, 129), (2, 70001)],
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 7), (65, 40), (5, 4, 3, 2), (2, 16385), (1, 3, 64, 129),
+                                   (2, 70001)],
                          ids=str)
 def test_goodness(module, shape):
     check_goodness(module, randn(*shape, seed=1))

@@ -1,9 +1,11 @@
 """The step in Triton: one launch over a table of chunks, whose rows hold the addresses of a piece of a parameter and of
 what belongs to it. float32 parameters; offsets in float32 or bfloat16 (one launch each where both occur).
 
-The table is an int64 tensor on the device, which `OffsetSGD` keeps while the addresses stay the same: it keeps its
-buffers, and a training loop's gradients return to the same memory. CPU tensors work under TRITON_INTERPRET=1.
+The table is an int64 tensor on the device, built once for the same addresses and sizes: `OffsetSGD` keeps its buffers,
+and a training loop's gradients return to the same memory. CPU tensors work under TRITON_INTERPRET=1.
 """
+from functools import lru_cache
+
 import numpy as np
 import torch
 import triton
@@ -61,6 +63,14 @@ def offset_sgd_kernel(table, lr, momentum, weight_decay, grad_scale, offset_scal
                HALF, False, BLOCK, PARTS)
 
 
+_captured = []  # tables that a CUDA graph reads at every replay
+
+
+def _capturing(device):
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@lru_cache(maxsize=64)
 def _table(pieces, chunk, device):
     """(chunks, 5) on the device, from rows (addresses of w, grad, v and offset, bytes of an element of the offset,
     elements)."""
@@ -76,7 +86,7 @@ def _table(pieces, chunk, device):
     host = torch.from_numpy(table)
     if device.type == "cpu":
         return host
-    if torch.cuda.is_current_stream_capturing():
+    if _capturing(device):
         raise RuntimeError("the offset step cannot copy a new table of addresses to the device while a CUDA graph is "
                            "captured: take a step before the capture and keep the gradients' memory "
                            "(zero_grad(set_to_none=False)), or set LGKERNELS_IMPL=cuda: that kernel's table is an "
@@ -96,14 +106,16 @@ def prepare(rows):
     for half, members in pieces.items():
         largest = max(piece[-1] for piece in members)
         config = select_config("offset_sgd", (largest,), torch.float32, architecture(device))
-        tables.append((_table(members, config["BLOCK"] * config["PARTS"], device), half, config))
+        tables.append((_table(tuple(members), config["BLOCK"] * config["PARTS"], device), half, config))
     return tables
 
 
 def run(tables, device, lr, momentum, *factors):
+    if _capturing(device):
+        _captured.append(tables)
     for table, half, config in tables:
-        launch(offset_sgd_kernel, len(table), device, table, lr, momentum, *factors, MOMENTUM=bool(momentum),
-                      HALF=half, **config)
+        launch(offset_sgd_kernel, len(table), device, table, lr, momentum, *factors, MOMENTUM=bool(momentum), HALF=half,
+               **config)
 
 
 step_ = stepper(prepare, run)
