@@ -27,7 +27,7 @@ TITLES = {
     "feedback_product": "The product with the feedback matrix alone",
     "feedback_step": "Linear layer: forward, backward and SGD with momentum",
     "dfa_step": "VGG8 training step with direct feedback",
-    "local_cross_entropy": "Local classifier (pool, linear, cross entropy), forward and backward, h not a leaf",
+    "local_cross_entropy": "Local classifier: pool, linear, cross entropy; forward and backward, h not a leaf",
     "local_goodness": "Forward-Forward's goodness, forward and backward",
     "local_similarity": "Similarity matching, forward and backward",
     "offset_step": "SGD with momentum and an offset, one step over all parameters",
