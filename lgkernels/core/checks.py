@@ -16,6 +16,8 @@ def tensor(name, value):
 
 def floating(name, value, dtypes=FLOATING):
     tensor(name, value)
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; use .to_dense()")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be one of {', '.join(str(d)[6:] for d in dtypes)}, got {str(value.dtype)[6:]}")
 
@@ -49,8 +51,7 @@ def same_device(**tensors):
 
 
 def positive_integer(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    whole_number(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
@@ -60,12 +61,37 @@ def choice(name, value, options):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
 
 
+def _is_number(name, value):
+    if type(value) not in (int, float) and (isinstance(value, (bool, str)) or not hasattr(value, "__float__")):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def number(name, value):
+    """A finite number, or a tensor that holds one."""
+    _is_number(name, value)
+    if not -float("inf") < value < float("inf"):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def boolean(name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def whole_number(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
 def positive(name, value):
+    _is_number(name, value)
     if not value > 0:
         raise ValueError(f"{name} must be greater than 0, got {value}")
+    number(name, value)
 
 
 def between(name, value, low, high):
+    _is_number(name, value)
     if not low <= value <= high:
         raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
 

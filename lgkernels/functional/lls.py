@@ -43,6 +43,8 @@ def lls_basis(rows, dim, *, waveform="square", min_freq=50.0, max_freq=512.0, de
     checks.positive_integer("rows", rows)
     checks.positive_integer("dim", dim)
     checks.choice("waveform", waveform, _WAVEFORMS)
+    checks.number("min_freq", min_freq)
+    checks.number("max_freq", max_freq)
     checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
     return _basis.table(rows, dim, waveform, min_freq, max_freq, device).clone()
 
@@ -108,6 +110,12 @@ def lls_loss(activation, target, modulation=None, *, num_classes, pool_size, wav
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     checks.positive("temperature", temperature)
     checks.positive("eps", eps)
+    checks.number("basis_scale", basis_scale)
+    checks.boolean("normalize", normalize)
+    checks.boolean("zero_gradient_below_eps", zero_gradient_below_eps)
+    checks.whole_number("ignore_index", ignore_index)
+    if not isinstance(impl, str):
+        raise TypeError(f"impl must be a str, got {type(impl).__name__}")
     checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
     if loss != "cross_entropy" and label_smoothing:
         raise ValueError(f"label_smoothing must be 0 with loss={loss!r}, got {label_smoothing}")
@@ -122,7 +130,7 @@ def lls_loss(activation, target, modulation=None, *, num_classes, pool_size, wav
     if modulation is not None:
         checks.floating("modulation", modulation)
         checks.dims("modulation", modulation, (1, 2), "(num_classes,) or (K, num_classes)")
-        if modulation.shape[-1] != num_classes:
+        if modulation.shape[-1] != num_classes or not modulation.shape[0]:
             raise ValueError(f"modulation must be (num_classes,) or (K, num_classes) with num_classes={num_classes}, "
                              f"got shape {checks.shape_of(modulation)}")
     if basis is not None:

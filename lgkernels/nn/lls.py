@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import functional as LF
-from ..core import checks
+from ..core import checks, dispatch
 from ..ops.lls import autograd as _lls
 
 _ACTIVATIONS = ("leaky_relu", "relu")
@@ -25,19 +25,30 @@ def _has_hooks(module):
                 or module._backward_pre_hooks)
 
 
+def _runs_as_written(module, original):
+    """Nothing hooks or replaces the forward of `original`'s class (a parametrised weight is no matter)."""
+    return type(module).forward is original.forward and "forward" not in module.__dict__ and not _has_hooks(module)
+
+
+def _check_head(num_classes, pool_size, reduced_rows, waveform, temperature, label_smoothing, impl):
+    checks.positive_integer("num_classes", num_classes)
+    checks.positive_integer("pool_size", pool_size)
+    checks.positive_integer("reduced_rows", reduced_rows)
+    checks.choice("waveform", waveform, ("square", "cosine"))
+    checks.positive("temperature", temperature)
+    checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
+    checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
+
+
 class _LLSBlock(nn.Module):
     """What the two fused blocks share: everything behind the layer."""
 
     def __init__(self, layer, norm, *, num_classes, pool_size, modulation, reduced_rows, waveform, temperature,
                  label_smoothing, activation, negative_slope, max_pool, impl, factory):
         super().__init__()
-        checks.positive_integer("num_classes", num_classes)
-        checks.positive_integer("pool_size", pool_size)
-        checks.positive_integer("reduced_rows", reduced_rows)
-        checks.choice("waveform", waveform, ("square", "cosine"))
+        _check_head(num_classes, pool_size, reduced_rows, waveform, temperature, label_smoothing, impl)
         checks.choice("activation", activation, _ACTIVATIONS)
-        checks.positive("temperature", temperature)
-        checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
+        checks.number("negative_slope", negative_slope)
         self.layer, self.norm = layer, norm
         self.num_classes, self.pool_size, self.waveform = num_classes, pool_size, waveform
         self.temperature, self.label_smoothing = temperature, label_smoothing
@@ -52,16 +63,16 @@ class _LLSBlock(nn.Module):
             return self._pooled(self._activation(x))
         checks.integer("target", target)
         checks.shape("target", target, x.shape[:1], "one class index per row of x")
-        checks.same_device(x=x, target=target, weight=self.layer.weight)
-        if self.max_pool and min(self._output_size(x)) < 2:
-            raise ValueError(f"max_pool needs a feature map of at least 2 x 2, got one of {self._output_size(x)} from "
-                             f"x of shape {checks.shape_of(x)}")
-        if not self.norm.training or _has_hooks(self.layer) or _has_hooks(self.norm):
+        checks.same_device(x=x, target=target, weight=getattr(self.layer, "weight", None))
+        if not self._fuses():
             activation = self._activation(x.detach())
             loss = LF.lls_loss(activation, target, self.modulation, num_classes=self.num_classes,
                                pool_size=self.pool_size, waveform=self.waveform, temperature=self.temperature,
                                label_smoothing=self.label_smoothing, impl=self.impl)
             return self._pooled(activation).detach(), loss
+        if self.max_pool and min(self._output_size(x)) < 2:
+            raise ValueError(f"max_pool needs a feature map of at least 2 x 2, got one of {self._output_size(x)} from "
+                             f"x of shape {checks.shape_of(x)}")
         norm = self.norm
         momentum = 0.0 if norm.momentum is None else norm.momentum
         if norm.track_running_stats and norm.momentum is None:
@@ -74,6 +85,11 @@ class _LLSBlock(nn.Module):
         if norm.track_running_stats:
             norm.num_batches_tracked.add_(1)
         return result
+
+    def _fuses(self):
+        """False where the layer or the norm has become something that the kernels do not compute."""
+        return (self.norm.training and self.norm.weight is not None and self._plain_layer()
+                and _runs_as_written(self.norm, nn.BatchNorm2d))
 
     def _activation(self, x):
         return F.leaky_relu(self.norm(self.layer(x)), self.negative_slope)
@@ -97,7 +113,8 @@ class LLSConvBlock(_LLSBlock):
     normalisation need; one in place for its gradient), so the graph holds no activation: ``loss.backward()`` only
     hands the gradients over, once. No gradient reaches ``x``. With ``target=None`` or in evaluation it returns
     ``out`` as an ordinary block does. The head sees the activation before the max-pool. Where ``norm`` is frozen
-    (``block.norm.eval()``), or ``layer`` or ``norm`` carry hooks, the block runs unfused, by autograd.
+    (``block.norm.eval()``), ``layer`` or ``norm`` carry hooks, or another module has taken their place (SyncBatchNorm,
+    an adapter), the block runs unfused, by autograd.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, bias: as ``nn.Conv2d``. The bias has a zero gradient
@@ -134,6 +151,12 @@ class LLSConvBlock(_LLSBlock):
             modulation=modulation, reduced_rows=reduced_rows, waveform=waveform, temperature=temperature,
             label_smoothing=label_smoothing, activation=activation, negative_slope=negative_slope, max_pool=max_pool,
             impl=impl, factory=factory)
+        self.in_channels = in_channels
+
+    def _plain_layer(self):
+        layer = self.layer
+        return (_runs_as_written(layer, nn.Conv2d) and layer.dilation == (1, 1) and layer.groups == 1
+                and layer.padding_mode == "zeros")
 
     def _geometry(self):
         padding = self.layer.padding
@@ -150,9 +173,9 @@ class LLSConvBlock(_LLSBlock):
 
     def _check_input(self, x):
         checks.floating("x", x)
-        checks.dims("x", x, (4,), f"(B, {self.layer.in_channels}, H, W)")
-        if x.shape[1] != self.layer.in_channels:
-            raise ValueError(f"x must have {self.layer.in_channels} channels (in_channels), got shape {checks.shape_of(x)}")
+        checks.dims("x", x, (4,), f"(B, {self.in_channels}, H, W)")
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"x must have {self.in_channels} channels (in_channels), got shape {checks.shape_of(x)}")
 
 
 class LLSLinearBlock(_LLSBlock):
@@ -183,15 +206,19 @@ class LLSLinearBlock(_LLSBlock):
             num_classes=num_classes, pool_size=pool_size, modulation=modulation, reduced_rows=reduced_rows,
             waveform=waveform, temperature=temperature, label_smoothing=label_smoothing, activation=activation,
             negative_slope=negative_slope, max_pool=False, impl=impl, factory=factory)
+        self.in_features = in_features
+
+    def _plain_layer(self):
+        return _runs_as_written(self.layer, nn.Linear)
 
     def _geometry(self):
         return [], []
 
     def _check_input(self, x):
         checks.floating("x", x)
-        checks.dims("x", x, (2,), f"(B, {self.layer.in_features})")
-        if x.shape[1] != self.layer.in_features:
-            raise ValueError(f"x must have {self.layer.in_features} features (in_features), got shape {checks.shape_of(x)}")
+        checks.dims("x", x, (2,), f"(B, {self.in_features})")
+        if x.shape[1] != self.in_features:
+            raise ValueError(f"x must have {self.in_features} features (in_features), got shape {checks.shape_of(x)}")
 
 
 class LLSHead(nn.Module):
@@ -216,9 +243,8 @@ class LLSHead(nn.Module):
     def __init__(self, block, *, num_classes, pool_size, modulation=None, reduced_rows=20, waveform="square",
                  temperature=0.5, label_smoothing=0.0, impl="auto"):
         super().__init__()
+        _check_head(num_classes, pool_size, reduced_rows, waveform, temperature, label_smoothing, impl)
         self.block = block
-        checks.positive_integer("num_classes", num_classes)
-        checks.positive_integer("reduced_rows", reduced_rows)
         self.num_classes, self.pool_size, self.waveform = num_classes, pool_size, waveform
         self.temperature, self.label_smoothing, self.impl = temperature, label_smoothing, impl
         parameter = next(block.parameters(), torch.empty(0))

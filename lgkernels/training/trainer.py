@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core import checks
+from ..core.unit import unit_gradient
 from ..nn.convert import feedback_state, load_feedback_state
 
 STATE_VERSION = 1
@@ -83,7 +84,7 @@ class Trainer:
         # Not autograd.grad: DDP's hooks run where gradients reach the parameters. A backward runs in the dtypes that
         # its forward chose, so the caller's autocast is off here.
         with torch.autocast(loss.device.type, enabled=False):
-            loss.backward(inputs=parameters)
+            loss.backward(unit_gradient(loss), inputs=parameters)
 
     def _update(self, optimizer, parameters):
         if self.clip_grad_norm is not None:

@@ -303,6 +303,45 @@ def test_hooks_of_the_layer_run():
     torch.testing.assert_close((out, loss.detach()), (fused[0], fused[1].detach()))
 
 
+def _replaced(kind):
+    """A block with another module in the place of its layer or norm, and arguments; all were ignored, or failed."""
+    if kind == "linear adapter":
+        block, x, target = make(LINEAR)
+        block.layer = torch.nn.Sequential(torch.nn.Linear(12, 4), torch.nn.Linear(4, 16))
+        return block, x, target
+    block, x, target = make(CONV)
+    if kind == "dilation":
+        block.layer = torch.nn.Conv2d(3, 6, 3, padding=2, dilation=2)
+    elif kind == "circular padding":
+        block.layer = torch.nn.Conv2d(3, 6, 3, padding=1, padding_mode="circular")
+    else:
+        block.norm = {"SyncBatchNorm": lambda: NoCollective(6), "GroupNorm": lambda: torch.nn.GroupNorm(2, 6),
+                      "InstanceNorm2d": lambda: torch.nn.InstanceNorm2d(6, affine=True),
+                      "no affine": lambda: torch.nn.BatchNorm2d(6, affine=False)}[kind]()
+    return block, x, target
+
+
+class NoCollective(torch.nn.SyncBatchNorm):
+    """One process, no GPU: what would be exchanged is marked by a factor."""
+
+    def forward(self, x):
+        return 2 * F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+
+
+@pytest.mark.parametrize("kind", ["SyncBatchNorm", "GroupNorm", "InstanceNorm2d", "no affine", "dilation",
+                                  "circular padding", "linear adapter"])
+def test_a_replaced_module_is_run_as_it_is(kind):
+    block, x, target = _replaced(kind)
+    activation = F.leaky_relu(block.norm(block.layer(x)), block.negative_slope)
+    expected = definition(activation, target, None, num_classes=10, pool_size=block.pool_size)
+    parameters = list(block.parameters())
+    grads = torch.autograd.grad(expected, parameters)
+    out, loss = block(x, target)
+    loss.backward()
+    torch.testing.assert_close((out, loss), (activation.detach(), expected))
+    torch.testing.assert_close([p.grad for p in parameters], list(grads))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_max_pool_needs_a_map(training):
     block, _, target = make(dict(CONV, max_pool=True))

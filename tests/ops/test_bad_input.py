@@ -42,6 +42,16 @@ LOSS = [
     (dict(reduction="avg"), ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
     (dict(temperature=0.0), ValueError, "temperature must be greater than 0, got 0.0"),
     (dict(temperature=float("nan")), ValueError, "temperature must be greater than 0, got nan"),
+    (dict(temperature="0.5"), TypeError, "temperature must be a number, got str"),
+    (dict(temperature=float("inf")), ValueError, "temperature must be finite, got inf"),
+    (dict(basis_scale=float("nan")), ValueError, "basis_scale must be finite, got nan"),
+    (dict(normalize="no"), TypeError, "normalize must be a bool, got str"),
+    (dict(ignore_index=1.5), TypeError, "ignore_index must be an int, got float"),
+    (dict(impl=None), TypeError, "impl must be a str, got NoneType"),
+    (dict(modulation=randn(0, 5)), ValueError,
+     "modulation must be (num_classes,) or (K, num_classes) with num_classes=5, got shape (0, 5)"),
+    (dict(activation=torch.ones(2, 12).to_sparse()), TypeError,
+     "activation must be a dense tensor, got layout torch.sparse_coo; use .to_dense()"),
     (dict(eps=-1.0), ValueError, "eps must be greater than 0, got -1.0"),
     (dict(label_smoothing=1.5), ValueError, "label_smoothing must lie in [0.0, 1.0], got 1.5"),
     (dict(loss="hard_sigmoid_mse", label_smoothing=0.1), ValueError,
@@ -90,9 +100,10 @@ def test_a_class_out_of_range_is_refused_by_every_backend(impl, target):
 @pytest.mark.parametrize("value, error, message", [
     (dict(rows=0), ValueError, "rows must be at least 1, got 0"),
     (dict(dim=1.5), TypeError, "dim must be an int, got float"),
+    (dict(min_freq=float("nan")), ValueError, "min_freq must be finite, got nan"),
     (dict(waveform="saw"), ValueError, "waveform must be one of 'square', 'cosine', got 'saw'"),
     (dict(impl="fast"), ValueError, "impl must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'fast'"),
-], ids=["rows", "dim", "waveform", "impl"])
+], ids=["rows", "dim", "frequency", "waveform", "impl"])
 def test_basis(value, error, message):
     with pytest.raises(error) as caught:
         LF.lls_basis(**{"rows": 2, "dim": 3, **value})
@@ -116,6 +127,7 @@ def linear(**changes):
     (dict(activation="gelu"), ValueError, "activation must be one of 'leaky_relu', 'relu', got 'gelu'"),
     (dict(temperature=-0.5), ValueError, "temperature must be greater than 0, got -0.5"),
     (dict(label_smoothing=-0.1), ValueError, "label_smoothing must lie in [0.0, 1.0], got -0.1"),
+    (dict(impl="quick"), ValueError, "impl must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'quick'"),
 ])
 @pytest.mark.parametrize("make", [conv, linear])
 def test_block_arguments(make, changes, error, message):

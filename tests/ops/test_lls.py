@@ -240,6 +240,25 @@ def test_second_backward_of_a_kept_graph(impl):
         assert_bit_equal("second gradient", b, a)
 
 
+def test_float64_divides_in_float64(impl):
+    """The rows that count, times a temperature of no short binary form: not in the default dtype."""
+    if impl != "reference":
+        pytest.skip("float64 is for the reference")
+    activation = randn(7, 12).double().requires_grad_()
+    arguments = dict(num_classes=6, pool_size=12, temperature=0.07)
+    ours, = torch.autograd.grad(LF.lls_loss(activation, targets(7, 6), **arguments), activation)
+    exact, = torch.autograd.grad(definition(activation, targets(7, 6), None, **arguments), activation)
+    assert_relative("gradient", ours, exact, 1e-12)
+
+
+def test_a_batch_of_incoming_gradients(impl):
+    latents = randn(4, 33).requires_grad_()
+    loss = LF.lls_loss(latents, targets(4, 6), num_classes=6, pool_size=33, impl=impl)
+    one, = torch.autograd.grad(loss, latents, retain_graph=True)
+    batch, = torch.autograd.grad(loss, latents, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    torch.testing.assert_close(batch, torch.stack([one, 2 * one]))
+
+
 def test_gradient_of_the_latents_themselves_belongs_to_the_caller(impl):
     """Nothing is pooled or scaled there, so nothing is left to compute; yet it is no part of a kept graph."""
     latents = randn(4, 33).requires_grad_()

@@ -4,6 +4,7 @@ import warnings
 import torch
 
 from ...core.guard import first_order_only
+from ...core.unit import is_one
 from . import op  # noqa: F401  registers the ops
 
 _ops = torch.ops.lgkernels
@@ -45,10 +46,9 @@ class _LLSLoss(torch.autograd.Function):
 
 
 def _is_done(grad_latents, grad_loss, modulation, shape, dtype, _channels_last, pool_size):
-    """The activation is the latents, and nothing scales their gradient (which only a CPU says without waiting)."""
+    """The activation is the latents, and nothing scales their gradient."""
     return (len(shape) == 2 and shape[1] == pool_size and dtype == grad_latents.dtype and modulation is None
-            and not torch.compiler.is_compiling() and type(grad_loss) is torch.Tensor
-            and grad_loss.device.type == "cpu" and grad_loss.dim() == 0 and grad_loss.item() == 1.0)
+            and not torch.compiler.is_compiling() and is_one(grad_loss))
 
 
 def lls_loss(activation, target, modulation, basis, waveform, num_classes, pool_size, temperature, label_smoothing,
@@ -98,8 +98,7 @@ class _LLSBlock(torch.autograd.Function):
                 raise RuntimeError(
                     "backward ran twice through a fused LLS block: its local gradients are handed over once, without "
                     "a copy. Call forward again, or use nn.LLSHead(block, ...), which keeps an ordinary graph")
-            # one multiplication over all of them, and none at all where the answer is known without a device sync
-            if grad_loss.device.type != "cpu" or grad_loss.item() != 1.0:
+            if not is_one(grad_loss):  # one multiplication over all of them
                 torch._foreach_mul_([grads[0], *grads[2:]], grad_loss)  # all but the zeros of the layer's bias
             inputs = ctx.saved_tensors if torch.is_grad_enabled() else ()
         grads = [None, *grads]

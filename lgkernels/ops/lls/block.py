@@ -15,6 +15,8 @@ from functools import lru_cache
 
 import torch
 
+from ...core.unit import one
+
 _SMALL_PLANE = 64  # positions; the passes over z go along channels where a plane fills too few vectors
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
@@ -41,11 +43,6 @@ def _bin_areas(size, pool_size, device):
     """Number of positions of each of the pool_size x pool_size bins, (P*P,) float32."""
     height, width = ([(-((-(i + 1) * n) // pool_size)) - (i * n) // pool_size for i in range(pool_size)] for n in size)
     return torch.tensor([h * w for h in height for w in width], dtype=torch.float32, device=device)
-
-
-@lru_cache(maxsize=16)
-def _one(device):
-    return torch.ones((), device=device)
 
 
 def _batch_stats(kernels, z, bias, running_mean, running_var, momentum, eps, wide):
@@ -128,6 +125,6 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
         if scale != 1.0:
             grad_weight = grad_weight.div_(scale)
     if needs_modulation and not finishes:
-        grad_modulation = kernels.modulation_grad(similarity, grad_logits, modulation.dim() == 1, _one(loss.device))
+        grad_modulation = kernels.modulation_grad(similarity, grad_logits, modulation.dim() == 1, one(loss.device))
     grad_bias = loss.new_empty(0) if bias is None else grad_bias
     return out, loss, grad_weight, grad_bias, grad_gamma, grad_beta, grad_modulation

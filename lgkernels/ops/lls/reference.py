@@ -75,7 +75,7 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
         rows = difference.square().mean(1)
         grad_v = difference * (2 / num_classes)  # straight through: the hard sigmoid passes gradients as they are
     rows = torch.where(valid, rows, 0)
-    count = valid.sum() if reduction == "mean" else 1
+    count = valid.sum().to(z.dtype) if reduction == "mean" else 1
     value = rows if reduction == "none" else rows.sum() / count
     if not compute_grad:
         return value, x.new_empty(0), s, x.new_empty(0)

@@ -1,0 +1,34 @@
+"""The gradient that starts a backward pass: one tensor a device, known by its address.
+
+Whoever receives it can tell that nothing scales it, which on a GPU would else take a synchronisation or, to be safe, a
+multiplication by it.
+"""
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache(maxsize=16)
+def one(device):
+    return torch.ones((), device=device)
+
+
+def unit_gradient(loss):
+    """For `loss.backward(unit_gradient(loss))`: None, torch's own, unless the loss is one float32 number."""
+    return one(loss.device) if loss.dim() == 0 and loss.dtype == torch.float32 else None
+
+
+def is_one(gradient):
+    """True where the gradient of a scalar is known to be 1 without waiting for a device."""
+    if type(gradient) is not torch.Tensor or gradient.dim() != 0:
+        return False
+    if not _readable(gradient):
+        return gradient.data_ptr() == one(gradient.device).data_ptr()
+    try:
+        return gradient.item() == 1.0
+    except RuntimeError:  # a batch of gradients (is_grads_batched=True) has no single value
+        return False
+
+
+def _readable(gradient):
+    return gradient.device.type == "cpu"
