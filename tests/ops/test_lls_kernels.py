@@ -85,6 +85,23 @@ def test_head_options(module, options, kind):
     check_head(module, randn(7, 33), target, modulation(kind, 5, 5), "square", 5, **options)
 
 
+# Options that do not hide each other go together. The rows have |x| = 6.8, 7.5 and 6.0: eps lies between.
+COMBINED = [dict(basis_scale=0.25, ignore_index=1, label_smoothing=0.1),
+            dict(basis_scale=0.25, eps=6.5, zero_gradient_below_eps=True, reduction="none", loss="hard_sigmoid_mse"),
+            dict(basis_scale=0.25, normalize=False, ignore_index=1, temperature=2.0),
+            dict(ignore_index=1, label_smoothing=0.1, compute_grad=False)]
+
+
+@pytest.mark.parametrize("rows, classes", [(40, 40), (50, 40), (300, 300), (60, 300)])
+@pytest.mark.parametrize("options", COMBINED, ids=label)
+def test_head_options_of_many_classes(module, options, rows, classes):
+    """As above, where a backend may have other kernels; with as many rows as classes m is a vector."""
+    target = targets(3, classes)
+    target[1] = 1
+    kind = "vector" if rows == classes else "matrix"
+    check_head(module, randn(3, 45), target, modulation(kind, rows, classes), "square", classes, rows=rows, **options)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_head_with_every_row_ignored(module, reduction):
     loss, grad, _, grad_logits = check_head(module, randn(3, 9), torch.full((3,), -100), None, "cosine", 4,

@@ -14,6 +14,7 @@ void bind_cuda(py::module_&);
 
 // wrong_kernels.cu
 void launch_rotate(const float* in, float* out, int blocks, int threads, bool with_barrier);
+void launch_two_sums(const float* in, float* out, int threads, bool with_barrier);
 void launch_overflow(float* out, int threads, int beyond);
 void launch_divergent_barrier(int threads, int waiting);
 void launch_two_barriers(unsigned blocks, unsigned threads, size_t shared);
@@ -39,6 +40,9 @@ PYBIND11_MODULE(lgk_simt, m) {
   m.def("launches", [] { return std::exchange(Executor::instance().log, {}); });
   m.def("rotate", [](std::uintptr_t in, std::uintptr_t out, int blocks, int threads, bool with_barrier) {
     launch_rotate(pointer<float>(in), pointer<float>(out), blocks, threads, with_barrier);
+  });
+  m.def("two_sums", [](std::uintptr_t in, std::uintptr_t out, int threads, bool with_barrier) {
+    launch_two_sums(pointer<float>(in), pointer<float>(out), threads, with_barrier);
   });
   m.def("overflow", [](std::uintptr_t out, int threads, int beyond) {
     launch_overflow(pointer<float>(out), threads, beyond);

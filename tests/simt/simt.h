@@ -1,10 +1,11 @@
 // Runs CUDA C++ kernels on the CPU: each block's threads are fibers, switched at barriers and warp collectives.
 //
-// What it checks that a GPU does not: the threads between two barriers run one after another in an order that
-// the caller sets (ascending, descending, shuffled), so a missing barrier changes the result; a barrier that not all
-// threads reach, or that they reach at different lines, ends the launch with a report; dynamic shared memory is a heap
-// block of the exact size, refilled with NaN for each block, so that AddressSanitizer sees an overflow and a read of
-// what was never written shows in the result.
+// What it checks that a GPU does not: between two barriers the warps run one after another, each through all of its
+// warp collectives, and between two collectives so do the lanes of a warp, both in an order that the caller sets
+// (ascending, descending, shuffled), so a missing barrier changes the result; a barrier that not all threads reach, or
+// that they reach at different lines, ends the launch with a report; dynamic shared memory is a heap block of the exact
+// size, refilled with NaN for each block, so that AddressSanitizer sees an overflow and a read of what was never
+// written shows in the result.
 #pragma once
 #include <sys/mman.h>
 
@@ -194,21 +195,23 @@ class Executor {
       prepare(fibers_[t]);
       fibers_[t].index = dim3(t % block.x, t / block.x % block.y, t / block.x / block.y);
     }
-    std::vector<size_t> lanes(threads);
-    for (size_t done = 0; done < threads;) {
+    std::vector<size_t> warps(threads / 32);
+    do {
+      arrange(warps);
+      for (size_t warp : warps) run_warp(&fibers_[32 * warp]);
+    } while (release_barrier(threads));
+    for (size_t t = 0; t < threads; ++t)
+      if (fibers_[t].wait != Wait::kDone) throw std::runtime_error(deadlock_report(threads));
+  }
+
+  // As far as the barriers allow: until no lane is ready, so that warps drift apart as much as they ever can on a GPU.
+  void run_warp(Fiber* warp) {
+    std::vector<size_t> lanes(32);
+    do {
       arrange(lanes);
-      bool ran = false;
-      for (size_t t : lanes) {
-        Fiber& fiber = fibers_[t];
-        if (fiber.wait != Wait::kReady) continue;
-        ran = true;
-        resume(fiber);
-        done += fiber.wait == Wait::kDone;
-      }
-      if (done == threads) return;
-      const bool released = release_warps(threads) | release_barrier(threads);
-      if (!ran && !released) throw std::runtime_error(deadlock_report(threads));
-    }
+      for (size_t lane : lanes)
+        if (warp[lane].wait == Wait::kReady) resume(warp[lane]);
+    } while (release_collectives(warp));
   }
 
   bool release_barrier(size_t threads) {
@@ -218,23 +221,20 @@ class Executor {
     return true;
   }
 
-  // Completes every warp collective that all lanes of its mask have reached at the same line.
-  bool release_warps(size_t threads) {
+  // Completes every collective that all lanes of its mask have reached at the same line.
+  static bool release_collectives(Fiber* lanes) {
     bool released = false;
-    for (size_t base = 0; base < threads; base += 32) {
-      Fiber* lanes = &fibers_[base];
-      for (int lane = 0; lane < 32; ++lane) {
-        const Fiber& first = lanes[lane];
-        if (first.wait < Wait::kSyncWarp || !(first.mask >> lane & 1)) continue;
-        bool complete = true;
-        for (int other = 0; other < 32; ++other)
-          if (first.mask >> other & 1)
-            complete &= lanes[other].wait == first.wait && lanes[other].mask == first.mask &&
-                        lanes[other].line == first.line;
-        if (!complete) continue;
-        perform(lanes, first.wait, first.mask);
-        released = true;
-      }
+    for (int lane = 0; lane < 32; ++lane) {
+      const Fiber& first = lanes[lane];
+      if (first.wait < Wait::kSyncWarp || !(first.mask >> lane & 1)) continue;
+      bool complete = true;
+      for (int other = 0; other < 32; ++other)
+        if (first.mask >> other & 1)
+          complete &= lanes[other].wait == first.wait && lanes[other].mask == first.mask &&
+                      lanes[other].line == first.line;
+      if (!complete) continue;
+      perform(lanes, first.wait, first.mask);
+      released = true;
     }
     return released;
   }

@@ -35,6 +35,23 @@ def test_a_missing_barrier_shows_in_another_order(simt):
     assert results[0].isnan().any(), "shared memory is not filled with nan"
 
 
+def two_sums(simt, order, with_barrier, threads):
+    simt.set_order(order)
+    values = torch.arange(threads, dtype=torch.float32) % 7
+    out = torch.full((2, threads), float("nan"))
+    simt.two_sums(values.data_ptr(), out.data_ptr(), threads, with_barrier)
+    return out, torch.stack([values.sum(), values.square().sum()]).view(2, 1).expand(2, threads)
+
+
+@pytest.mark.parametrize("order", executor.ORDERS)
+def test_a_missing_barrier_beside_a_shuffle_shows(simt, order):
+    """Some warp always reads, for the first sum, what a warp far ahead of it has written for the second."""
+    out, expected = two_sums(simt, order, True, 256)
+    assert torch.equal(out, expected)
+    out, expected = two_sums(simt, order, False, 256)
+    assert not torch.equal(out, expected)
+
+
 def test_a_barrier_that_some_threads_skip_is_a_deadlock(simt):
     with pytest.raises(RuntimeError, match=r"deadlock in block \(0, 0, 0\): 31 threads __syncthreads at line \d+; "
                                            r"33 threads returned;"):

@@ -13,6 +13,26 @@ __global__ void rotate(const float* in, float* out, bool with_barrier) {
   out[first + t] = shared[(t + 1) % blockDim.x];
 }
 
+// Sum over the block; each warp's part goes through shared memory. Without the first barrier a fast warp may write its
+// part of the next sum before a slow one has read this sum's.
+__device__ float block_sum(float value, float* parts, bool with_barrier) {
+  for (int delta = 16; delta > 0; delta /= 2) value += __shfl_xor_sync(0xffffffffu, value, delta);
+  if (with_barrier) __syncthreads();
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+  __syncthreads();
+  float sum = 0.0f;
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) sum += parts[warp];
+  return sum;
+}
+
+// Row 0: the sum of the values; 1: of their squares.
+__global__ void two_sums(const float* in, float* out, bool with_barrier) {
+  LGK_DYNAMIC_SHARED(float, parts);
+  const unsigned t = threadIdx.x;
+  out[t] = block_sum(in[t], parts, with_barrier);
+  out[blockDim.x + t] = block_sum(in[t] * in[t], parts, with_barrier);
+}
+
 // Writes `beyond` floats past the end of its dynamic shared memory.
 __global__ void overflow(float* out, int beyond) {
   LGK_DYNAMIC_SHARED(float, shared);
@@ -49,6 +69,9 @@ __global__ void warp_collectives(const int* in, int* out) {
 
 void launch_rotate(const float* in, float* out, int blocks, int threads, bool with_barrier) {
   LGK_LAUNCH(rotate, blocks, threads, threads * sizeof(float), 0, in, out, with_barrier);
+}
+void launch_two_sums(const float* in, float* out, int threads, bool with_barrier) {
+  LGK_LAUNCH(two_sums, 1, threads, threads / 32 * sizeof(float), 0, in, out, with_barrier);
 }
 void launch_overflow(float* out, int threads, int beyond) {
   LGK_LAUNCH(overflow, 1, threads, threads * sizeof(float), 0, out, beyond);
