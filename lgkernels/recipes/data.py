@@ -72,8 +72,8 @@ class Dataset:
         clone = object.__new__(Dataset)
         clone.__dict__.update(self.__dict__)
         if count is not None:
-            clone.train, clone.test = (
-                _some(split, count) for split in (self.train, self.test))
+            clone.train, clone.test = (_some(split, count) for split in (self.train, self.test))
+            clone.title += f", cut to {len(clone.train[1]):,} + {len(clone.test[1]):,}"
         return clone
 
 

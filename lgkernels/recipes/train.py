@@ -312,6 +312,8 @@ class Session:
                     raise
                 except (KeyError, RuntimeError, ValueError) as error:
                     raise UsageError(f"{run.path} does not fit the run's settings ({error})") from None
+            elif self.resume:
+                print(f"{rule}: {run.path} does not exist, starts from the beginning", flush=True)
             runs.append(run)
         report.rewrite_metrics(self.folder, [run.history for run in runs])
         with _Stop() as stop:
