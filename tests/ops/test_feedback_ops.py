@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lgkernels.functional as LF
+from lgkernels.ops.feedback import autograd as feedback_autograd
 from lgkernels.random import RandomFeedback
 from tests.cases import DTYPES, label, subsets, sweep
 from tests.layouts import LAYOUTS, arrange
@@ -130,7 +131,12 @@ def conv_layer(case):
 
 @pytest.mark.parametrize("case", CONVS, ids=label)
 @pytest.mark.parametrize("kind", ["usf", "packed", "frsf", "fa"])
-def test_conv(impl, case, kind):
+@pytest.mark.parametrize("few", [False, True], ids=["library", "few positions"])
+def test_conv(impl, case, kind, few, monkeypatch):
+    """`few`: dX by the product with F in registers, which the CPU's kernels take for small maps of many channels."""
+    if few and (impl != "cpu" or kind not in ("usf", "packed")):
+        pytest.skip("a way of the CPU's kernels, for signs alone")
+    monkeypatch.setattr(feedback_autograd, "_few_positions", lambda *_: few)
     geometry, layer = conv_layer(case)
     x, weight, bias = randn(*case["x"], seed=1), weights(*case["weight"]), randn(case["weight"][0], seed=3)
     random = random_feedback()
