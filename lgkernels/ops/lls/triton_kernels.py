@@ -17,9 +17,10 @@ PACKED_BASIS = True
 
 FINISHES_HEAD = True  # the launch of the norm's gradients also takes the head's last sums, where asked to
 
-# Products of a head that is worth saving launches for; larger ones take three, on the tensor cores. Chosen by counting
-# operations (some ten microseconds of a GPU's plain arithmetic), not measured.
-_FEW_PRODUCTS = 1 << 25
+# Products of a head up to which a layer saves two launches (four with a matrix); larger ones take three, on the tensor
+# cores. Chosen by counting operations (some fifty microseconds of a GPU's plain arithmetic, beside a layer's
+# convolutions of milliseconds at that batch), not measured.
+_FEW_PRODUCTS = 1 << 28
 
 _LONGEST_RUN = 8  # elements of the widest load, 16 bytes in half precision
 
