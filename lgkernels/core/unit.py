@@ -9,8 +9,15 @@ import torch
 
 
 @lru_cache(maxsize=16)
-def one(device):
+@torch.inference_mode(False)
+def _made(device):
     return torch.ones((), device=device)
+
+
+def one(device):
+    if _made(device)._version:  # a hook on a loss wrote to its gradient: later backward passes must not see that
+        _made.cache_clear()
+    return _made(device)
 
 
 def unit_gradient(loss):

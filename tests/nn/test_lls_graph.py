@@ -312,6 +312,19 @@ def test_at_most_eight_launches_a_layer(impl, backend, case, dtype, monkeypatch,
     assert len(names) <= limit, "; ".join(names)
 
 
+def test_a_hook_that_writes_to_the_loss_gradient_scales_one_step_alone(impl, monkeypatch):
+    monkeypatch.setattr(unit, "_readable", lambda gradient: False)  # as on a GPU, where its value is not looked at
+    block, x, target = make(CONV, impl)
+    expected = results(copy.deepcopy(block), x, target)["layer.weight"]
+    for factor in (2.0, 1.0):
+        loss = block(x, target)[1]
+        if factor != 1.0:
+            loss.register_hook(lambda gradient: gradient.mul_(factor))
+        block.zero_grad()
+        loss.backward(unit_gradient(loss))
+        torch.testing.assert_close(block.layer.weight.grad, factor * expected)
+
+
 def test_no_synchronisation(impl, opened):
     """Nothing in the forward reads a device value back. (tests/gpu asks the device itself, backward included.)"""
     if impl == "reference":
