@@ -5,25 +5,35 @@
 
 namespace lgk::LGK_ISA {
 
-// The segment of `row` from column `col` on, times the scale, to out.
+constexpr int64_t kStreamed = 1 << 22;  // bytes of an F that the second-level cache won't hold for its reader
+
+// The segment of `row` from column `col` on, times the scale, to out; past the caches where that is asked for.
 template <class T>
-LGK_INLINE void write_segment(const Feedback& f, int64_t row, int64_t col, float* buffer, T* out) {
+LGK_INLINE void write_segment(const Feedback& f, int64_t row, int64_t col, bool streamed, float* buffer, T* out) {
   const int64_t n = smaller(f.columns - col, kSegment);
-  feedback_row(f, row, col, n, buffer);
-  for (int64_t j = 0; j < n; j += V) store_some(out + j, load(buffer + j) * f.scale, smaller(n - j, V));
+  if (streamed && std::is_same_v<T, float>)
+    for_row(f, row, col, n, buffer, [&](int64_t j, vf v) { stream(out + j, v * f.scale); });
+  else
+    for_row(f, row, col, n, buffer, [&](int64_t j, vf v) { store_some(out + j, v * f.scale, smaller(n - j, V)); });
 }
 
-// Row i of out is row index[i] of F, or row i without an index.
+// Row i of out is row index[i] of F, or row i without an index. A large F of floats is written without being read
+// into the caches first: on two Zen 4 cores (512, 4608) takes 0.35 against 0.75 ms with signs alone, 0.85 against 1.4
+// with random magnitudes, and its reader loses 0.1 ms.
 inline int rows(const Feedback& f, const int64_t* index, int64_t count, void* out, int dtype, int threads) {
   const int64_t segments = (f.columns + kSegment - 1) / kSegment;
+  const bool streamed = count * f.columns * 4 >= kStreamed && f.columns % V == 0 &&
+                        reinterpret_cast<uintptr_t>(out) % LGK_VECTOR_BYTES == 0;
   return for_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     parallel(count * segments, count * f.columns, threads, [&](int64_t begin, int64_t end, int) {
       alignas(64) float buffer[kSegment];
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = i / segments, col = i % segments * kSegment;
-        write_segment(f, index ? index[row] : row, col, buffer, static_cast<T*>(out) + row * f.columns + col);
+        write_segment(f, index ? index[row] : row, col, streamed, buffer,
+                      static_cast<T*>(out) + row * f.columns + col);
       }
+      if (streamed) stream_fence();
     });
     return 0;
   });

@@ -121,6 +121,27 @@ LGK_INLINE void store_some(T* p, vf v, int64_t n) {
   n == V ? store(p, v) : store(p, v, n);
 }
 
+// To an aligned p, past the caches; for another thread to see it, a fence.
+LGK_INLINE void stream(float* p, vf v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+template <class T>
+LGK_INLINE void stream(T* p, vf v) { store(p, v); }
+
+LGK_INLINE void stream_fence() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 LGK_INLINE vf first(vf v, int64_t n) {  // lanes from n on are set to zero
   vi lane;
   for (int i = 0; i < V; ++i) lane[i] = i;

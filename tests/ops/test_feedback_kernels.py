@@ -124,6 +124,17 @@ def test_matrix_of_any_layout(module, layout, dtype, value):
     check_matrix(module, case, formula(case, value, "zero", dtype, layout), dtype)
 
 
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [1040, 1041])  # whole vectors at any instruction set, and not
+@pytest.mark.parametrize("value, signs", [("one", "zero"), ("uniform", "zero"), ("tensor", "packed"),
+                                          ("sign", "none")])
+def test_matrix_that_no_cache_holds(module, value, signs, columns, out):
+    if not module.__name__.endswith("cpu"):
+        pytest.skip("the CPU kernel writes large float32 matrices past the caches")
+    case = dict(N=1030, K=columns)
+    check_matrix(module, case, formula(case, value, signs), out)
+
+
 def test_values_depend_on_row_and_column_alone(module):
     for law in LAWS:
         random = _place((torch.tensor(STATE), *LAWS[law]))
