@@ -1,6 +1,8 @@
 // The module lgkernels._C: integers (addresses, sizes, dtype codes, thread counts) in, errors as Python exceptions.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -183,6 +185,13 @@ void bind_feedback(py::module_& m) {
   }, Release());
   m.def("feedback_rows", [](const Feedback& f, Address index, int64_t count, Address out, int dtype, int threads) {
     raise_for(feedback_kernels().rows(f, at<int64_t>(index), count, at<void>(out), dtype, threads));
+  }, Release());
+  using Pair = std::array<int64_t, 2>;
+  m.def("feedback_fold", [](std::array<int64_t, 4> shape, Pair kernel, Pair positions, Pair stride, Pair padding,
+                            Pair dilation, Address columns, Address out, int threads) {
+    const lgk::Fold f{shape[0], shape[1], shape[2], shape[3], {kernel[0], kernel[1]}, {positions[0], positions[1]},
+                      {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}};
+    raise_for(feedback_kernels().fold(f, at<float>(columns), at<float>(out), threads));
   }, Release());
   m.def("feedback_pack_signs", [](const Matrix& weight, int64_t rows, int64_t columns, Address out, int threads) {
     raise_for(feedback_kernels().pack_signs(weight, rows, columns, at<uint32_t>(out), threads));

@@ -162,6 +162,30 @@ def test_special_weights(module):
         check_product(module, case, randn(2, 3, seed=1), (weight, None, None, 1.0, plus))
 
 
+# -- columns folded into maps ----------------------------------------------------------------------------------------
+
+FOLDS = [  # kernel, stride, padding, dilation
+    ((3, 3), (1, 1), (1, 1), (1, 1)), ((1, 1), (1, 1), (0, 0), (1, 1)), ((2, 3), (2, 1), (0, 2), (1, 2)),
+    ((3, 2), (3, 3), (2, 0), (2, 1)), ((7, 8), (1, 1), (0, 0), (1, 1)), ((1, 2), (3, 2), (0, 1), (1, 1))]
+
+
+@pytest.mark.parametrize("geometry", FOLDS, ids=str)
+@pytest.mark.parametrize("channels", [1, 16, 35])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fold(module, geometry, channels, dtype):
+    if not hasattr(module, "fold"):
+        pytest.skip("on a GPU the library's convolution is faster")
+    kernel, stride, padding, dilation = geometry
+    size, shape = (7, 8), (3, channels, 7, 8)
+    positions = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, *geometry)]
+    columns = randn(3 * positions[0] * positions[1], channels * kernel[0] * kernel[1], seed=5, dtype=dtype)
+    arguments = shape, kernel, positions, stride, padding, dilation
+    got = call(module, "fold", columns, *arguments)
+    assert got.dtype == dtype
+    assert_accurate("fold", got, reference.fold(columns, *arguments), reference.fold(columns.double(), *arguments),
+                    kernel[0] * kernel[1])
+
+
 # -- the product ---------------------------------------------------------------------------------------------------
 
 BASE = dict(M=5, N=17, K=40)

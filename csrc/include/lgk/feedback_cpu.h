@@ -49,10 +49,18 @@ struct DirectBlock {
   bool max_pool;
 };
 
+// The adjoint of a convolution's windows: columns (batch, positions, channels, kernel) summed into maps (batch,
+// channels, height, width). Pairs are of rows and columns.
+struct Fold {
+  int64_t batch, channels, height, width;
+  int64_t kernel[2], positions[2], stride[2], padding[2], dilation[2];
+};
+
 struct FeedbackKernels {
   int (*matrix)(const Feedback&, void* out, int dtype, int threads);
   int (*product)(const Feedback&, const Matrix& grad, int64_t batch, void* out, int dtype, int threads);
   int (*rows)(const Feedback&, const int64_t* index, int64_t count, void* out, int dtype, int threads);
+  int (*fold)(const Fold&, const float* columns, float* out, int threads);
   int (*pack_signs)(const Matrix& weight, int64_t rows, int64_t columns, uint32_t* out, int threads);
   int (*sgd_update)(const Update&, int threads);
   int (*direct_forward)(const DirectBlock&, float* running_mean, float* running_var, float momentum, float eps,

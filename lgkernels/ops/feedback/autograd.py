@@ -131,20 +131,6 @@ def _multiplies(grad, x, signs, magnitude, state, groups, impl):
             and dispatch.choose("feedback_product", impl, grad.device, grad.dtype) == "cpu")
 
 
-def _fold(columns, shape, kernel, size, stride, padding, dilation):
-    """The adjoint of a convolution's windows: columns (B * positions, C * kh * kw) summed into (B, C, H, W) = `shape`.
-    torch's `fold` wants them transposed, which costs more than these sums."""
-    batch, channels, height, width = shape
-    columns = columns.view(batch, *size, channels, *kernel)
-    padded = columns.new_zeros(batch, height + 2 * padding[0], width + 2 * padding[1], channels)
-    for i in range(kernel[0]):
-        for j in range(kernel[1]):
-            top, left = i * dilation[0], j * dilation[1]
-            window = padded[:, top:top + stride[0] * size[0]:stride[0], left:left + stride[1] * size[1]:stride[1]]
-            window += columns[..., i, j]
-    return padded[:, padding[0]:padding[0] + height, padding[1]:padding[1] + width].permute(0, 3, 1, 2).contiguous()
-
-
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, packed, magnitude, state, factor, formula, dtype, geometry, impl):
@@ -169,7 +155,8 @@ class _Conv2d(torch.autograd.Function):
                 columns = _ops.feedback_product(
                     rows if factor is None else rows * factor, math.prod(ctx.shape[1:]),
                     *_formula_arguments(ctx.formula, signs.flatten(1), None, None), ctx.impl)
-                grad_x = _fold(columns, x.shape, ctx.shape[2:], grad.shape[2:], stride, padding, dilation)
+                grad_x = _ops.feedback_fold(columns, x.shape, ctx.shape[2:], grad.shape[2:], stride, padding, dilation,
+                                            ctx.impl)
                 del rows, columns
             elif needs[0]:  # first and alone: F is gone, and its memory warm, when the weight's gradient is allocated
                 feedback = _conv_feedback(ctx.shape, signs, magnitude, state, factor, ctx.formula, grad.dtype,

@@ -78,6 +78,13 @@ def rows(index, columns, random, scale, dtype):
     return out
 
 
+def fold(columns, shape, kernel, positions, stride, padding, dilation):
+    own, out = columns.float().contiguous(), columns.new_empty(shape, dtype=torch.float32)
+    _C.feedback_fold(shape, kernel, positions, stride, padding, dilation, own.data_ptr(), out.data_ptr(),
+                     torch.get_num_threads())
+    return out.to(columns.dtype)
+
+
 def pack_signs(weight):
     weight, (rows, columns) = _rows(weight), weight.shape
     out = torch.empty(rows, (columns + 31) // 32, dtype=torch.int32, device=weight.device)

@@ -15,7 +15,7 @@ for _name in ("feedback_product", "feedback_matrix", "feedback_rows", "feedback_
     dispatch.register(_name, **{name: f"lgkernels.ops.feedback.{module}" for name, module in (
         ("reference", "reference"), ("cpu", "cpu"), ("triton", "triton_kernels"), ("cuda", "cuda"))})
 
-for _name in ("direct_forward", "direct_backward_"):
+for _name in ("direct_forward", "direct_backward_", "feedback_fold"):
     dispatch.register(_name, **{name: f"lgkernels.ops.feedback.{name}" for name in ("reference", "cpu")})
 
 
@@ -39,6 +39,8 @@ LIBRARY.define(f"feedback_matrix(SymInt rows, SymInt columns, {_FORMULA}, Scalar
                "-> Tensor")
 LIBRARY.define("feedback_rows(Tensor index, SymInt columns, Tensor state, str law, float law_scale, float? low, "
                "float scale, ScalarType dtype, str impl) -> Tensor")
+LIBRARY.define("feedback_fold(Tensor columns, SymInt[] shape, SymInt[] kernel, SymInt[] positions, SymInt[] stride, "
+               "SymInt[] padding, SymInt[] dilation, str impl) -> Tensor")
 LIBRARY.define("feedback_pack_signs(Tensor weight, str impl) -> Tensor")
 LIBRARY.define("feedback_update_(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor grad, Tensor x, float lr, "
                "float momentum, float dampening, float weight_decay, bool nesterov, bool manhattan, "
@@ -85,6 +87,15 @@ def _rows_fake(index, columns, state, law, law_scale, low, scale, dtype, impl):
     return torch.empty((index.shape[0], columns), dtype=dtype, device=index.device)
 
 
+def _fold(columns, shape, kernel, positions, stride, padding, dilation, impl):
+    kernels = dispatch.backend("feedback_fold", impl, columns.device, columns.dtype)
+    return kernels.fold(columns, shape, kernel, positions, stride, padding, dilation)
+
+
+def _fold_fake(columns, shape, kernel, positions, stride, padding, dilation, impl):
+    return columns.new_empty(shape)
+
+
 def _pack_signs(weight, impl):
     return dispatch.backend("feedback_pack_signs", impl, weight.device, weight.dtype).pack_signs(weight)
 
@@ -128,8 +139,8 @@ def _direct_backward_fake(z, mean, rstd, gamma, beta, delta, error, state, law, 
 
 for _name, _implementation, _fake in (
         ("feedback_product", _product, _product_fake), ("feedback_matrix", _matrix, _matrix_fake),
-        ("feedback_rows", _rows, _rows_fake), ("feedback_pack_signs", _pack_signs, _pack_signs_fake),
-        ("feedback_update_", _update, _update_fake),
+        ("feedback_rows", _rows, _rows_fake), ("feedback_fold", _fold, _fold_fake),
+        ("feedback_pack_signs", _pack_signs, _pack_signs_fake), ("feedback_update_", _update, _update_fake),
         ("direct_forward", _direct_forward, _direct_forward_fake),
         ("direct_backward_", _direct_backward, _direct_backward_fake)):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")

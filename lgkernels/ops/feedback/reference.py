@@ -12,6 +12,8 @@ sign(0) = 0, or with `sign_plus` +1 (also of -0.0); sign(nan) follows: 0 | +1. `
 
 Any device; float32 arithmetic, float64 where `dtype` or `grad` is float64.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -21,6 +23,12 @@ from ...random import random_matrix, random_rows
 def wide(dtype):
     """float64 stays, everything else is computed in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fold(columns, shape, kernel, positions, stride, padding, dilation):
+    """Columns (B * positions, C * kh * kw) summed into `shape` (B, C, H, W): the adjoint of a convolution's windows."""
+    columns = columns.view(shape[0], math.prod(positions), -1).transpose(1, 2)
+    return F.fold(columns, shape[2:], kernel, dilation, padding, stride)
 
 
 def pack_signs(weight):

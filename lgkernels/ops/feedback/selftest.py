@@ -44,6 +44,11 @@ def pack_signs(impl, device, dtype):
     return [_ops.feedback_product(grad, 40, packed, None, None, "uniform", 1.0, None, 1.0, True, "reference")]
 
 
+def fold(impl, device, dtype):
+    columns = _random(2 * 12, 5 * 6, device=device, dtype=dtype)
+    return [_ops.feedback_fold(columns, (2, 5, 5, 9), (2, 3), (3, 4), (2, 2), (1, 0), (1, 1), impl)]
+
+
 def update(impl, device, dtype):
     weight, buffer = (_random(n, 40, device=device, dtype=dtype)[:6].clone() for n in (6, 7))
     grad, x = _random(5, 6, device=device, dtype=dtype), _random(5, 40, device=device, dtype=dtype)
@@ -63,5 +68,5 @@ def direct(impl, device, dtype):
 
 
 CASES = {"feedback_product": product, "feedback_matrix": matrix, "feedback_rows": rows,
-         "feedback_pack_signs": pack_signs, "feedback_update_": update, "direct_forward": direct,
-         "direct_backward_": direct}
+         "feedback_fold": fold, "feedback_pack_signs": pack_signs, "feedback_update_": update,
+         "direct_forward": direct, "direct_backward_": direct}
