@@ -59,6 +59,8 @@ def _why_not(module, parent):
         return "attention's in_proj is a bare parameter, read inside torch's fused function"
     if isinstance(parent, nn.MultiheadAttention) and isinstance(module, nn.Linear):
         return "attention's out_proj: its forward is never called, torch's fused function reads its weight"
+    if type(parent).__name__.startswith("ShiftedWindowAttention") and isinstance(module, nn.Linear):  # torchvision's
+        return "its forward is never called, shifted-window attention reads its weight"
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         if isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):
             return "not yet initialised: run a batch through the model first"

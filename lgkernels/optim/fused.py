@@ -70,11 +70,20 @@ def _hooked(weight):
 
 
 class _FusedLayer:
-    def __init__(self, name, module, group, optimizer):
-        self.name, self.module, self.group, self.optimizer = name, module, group, optimizer
+    def __init__(self, name, module, optimizer):
+        self.name, self.module, self.optimizer = name, module, optimizer
         self.weight = module.weight
         self.plain_forward = module.forward
         module.forward = self.forward
+
+    @property
+    def group(self):
+        """Looked up at each step: `optimizer.load_state_dict` makes new groups."""
+        for group in self.optimizer.param_groups:
+            if any(p is self.weight for p in group["params"]):
+                return group
+        raise RuntimeError(f"the weight of layer {self.name!r} is no longer in the optimizer: undo fuse_update with "
+                           ".remove() before its parameters change")
 
     def forward(self, x):
         module = self.module
@@ -220,7 +229,7 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
                 "FSDP" in base.__name__ for base in type(module).__mro__):
             raise ValueError(f"model must not be wrapped in {type(module).__name__}: ranks exchange gradients that "
                              "fuse_update never stores")
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    stepped = {p for group in optimizer.param_groups for p in group["params"]}
     if any(group.get("no_sign_change") for group in optimizer.param_groups):
         raise ValueError("optimizer must not have no_sign_change=True: the fused pass does not hold signs")
     if any(group.get("differentiable") for group in optimizer.param_groups):
@@ -240,10 +249,10 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
         chosen = name in include if include is not None else weight.numel() >= min_weights
         if not chosen or name in exclude or not weight.requires_grad:
             continue
-        if weight not in groups or len(users.get(weight, ())) > 1 or not weight.is_contiguous():
+        if weight not in stepped or len(users.get(weight, ())) > 1 or not weight.is_contiguous():
             if include is None:
                 continue
-            reason = ("is not among the optimizer's parameters" if weight not in groups else
+            reason = ("is not among the optimizer's parameters" if weight not in stepped else
                       "is shared with another module" if weight.is_contiguous() else "is not contiguous")
             raise ValueError(f"include: the weight of layer {name!r} {reason}")
         if _hooked(weight):
@@ -251,7 +260,7 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
                              "the layer, or remove the hooks")
         if "forward" in vars(module):
             raise ValueError(f"layer {name!r} has a forward of its own (an earlier fuse_update?): remove it first")
-        fused.append((name, module, groups[weight]))
+        fused.append((name, module))
     if not fused:
         raise ValueError("model has no linear layer to fuse: none of at least "
                          f"min_weights={min_weights} weights that the optimizer steps")

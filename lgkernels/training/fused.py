@@ -35,8 +35,8 @@ def split(modules):
         return modules, None
     conv, norm, activation = leaves[-3:]
     fits = (type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-            and type(norm) is nn.BatchNorm2d and norm.training and norm.affine
-            and (norm.momentum is not None or not norm.track_running_stats)
+            and type(norm) is nn.BatchNorm2d and norm.num_features == conv.out_channels  # else torch's own error
+            and norm.training and norm.affine and (norm.momentum is not None or not norm.track_running_stats)
             and type(activation) in (nn.ReLU, nn.LeakyReLU) and conv.weight.is_contiguous()
             and conv.weight.dtype == norm.weight.dtype == torch.float32)
     return (leaves[:-3], (conv, norm, activation, *(pool or [None]))) if fits else (modules, None)

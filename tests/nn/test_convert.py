@@ -451,6 +451,14 @@ def test_torchvision_classifiers(torchvision, name, capsys):
     assert repr(model) == repr(exact.train())
 
 
+def test_layers_whose_forward_is_never_called(torchvision, capsys):
+    """torchvision's shifted-window attention reads the weights of its layers itself."""
+    attention = torchvision.models.swin_transformer.ShiftedWindowAttention(8, [2, 2], [0, 0], 2)
+    lnn.convert(nn.Sequential(attention, nn.Linear(8, 8)), "usf", last_layer="convert")
+    assert type(attention.qkv) is nn.Linear and type(attention.proj) is nn.Linear
+    assert capsys.readouterr().out.count("its forward is never called") == 2
+
+
 @pytest.mark.unpoisoned
 def test_torchvision_retinanet(torchvision):
     torch.manual_seed(0)

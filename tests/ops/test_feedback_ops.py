@@ -104,6 +104,19 @@ def test_scale(impl, scale, formula, packed):
             packed_signs=packed, sign_zero="plus" if packed else "zero", impl=impl)
 
 
+def test_the_mean_of_many_weights():
+    """A float32 sum of so many, one after the other, stops growing at 2^24."""
+    weight = torch.rand(5000, 5000, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(1, 5000, requires_grad=True)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        LF.sign_symmetric_linear(x, weight, scale="mean_abs", sign_zero="plus")[:, 0].sum().backward()
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(x.grad, weight.double().mean().float().expand(1, 5000), rtol=1e-6, atol=0)
+
+
 def test_a_weight_of_another_dtype_than_the_magnitude(impl):
     x, weight, bias = operands(BASE, torch.bfloat16)
     magnitude = randn(17, 40, seed=8)

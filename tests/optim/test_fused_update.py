@@ -118,6 +118,31 @@ def test_momentum_goes_on_between_plain_and_fused():
     assert_same_weights(whole, switching, rtol=1e-5, atol=1e-6)
 
 
+def test_a_loaded_optimizer_state_rules_from_then_on():
+    """load_state_dict makes new parameter groups."""
+    plain = network()
+    model = copy.deepcopy(plain)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (plain, model)]
+    fuse_update(model, optimizers[1], min_weights=1)
+    for m, optimizer in zip((plain, model), optimizers):
+        train(m, optimizer, 2)
+        state = copy.deepcopy(optimizer.state_dict())
+        state["param_groups"][0].update(lr=0.03, weight_decay=0.2)
+        optimizer.load_state_dict(state)
+        train(m, optimizer, 2, start=2)
+    assert_same_weights(plain, model)
+
+
+def test_a_weight_that_left_the_optimizer():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fuse_update(model, optimizer, include=["2"])
+    optimizer.param_groups[0]["params"] = [model[0].weight]
+    model(batch(0)).sum().backward()
+    with pytest.raises(RuntimeError, match="the weight of layer '2' is no longer in the optimizer"):
+        optimizer.step()
+
+
 def test_evaluation_and_no_grad_are_plain():
     model = network()
     expected = model(batch(0)).detach()

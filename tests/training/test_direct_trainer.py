@@ -337,3 +337,10 @@ def test_bad_places(arguments, error, message):
 def test_signal_of_another_batch():
     with pytest.raises(ValueError, match=r"one row for each of the error's \(4,\), got shape \(5, 2\)"):
         lnn.DirectFeedback().signal(torch.ones(4, 3), torch.ones(5, 2))
+
+
+def test_a_norm_of_another_width_is_torchs_error():
+    blocks = [nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+              nn.Sequential(nn.Flatten(), nn.Linear(64 * 64, 10))]
+    with pytest.raises((RuntimeError, ValueError), match="16"):
+        DirectTrainer(blocks, sgd, rule="dfa").step(torch.randn(4, 3, 8, 8), torch.arange(4))
