@@ -53,13 +53,18 @@ def _patterns(argument, patterns):
     return patterns
 
 
+def _never_called(module, parent):
+    """torchvision's Swin transformers multiply by the weights of these two layers themselves."""
+    return type(parent).__name__.startswith("ShiftedWindowAttention") and module in (parent.qkv, parent.proj)
+
+
 def _why_not(module, parent):
     """Why a module with a weight of its own, other than normalisation, stays as it is; None if it is of no interest."""
     if isinstance(module, nn.MultiheadAttention):
         return "attention's in_proj is a bare parameter, read inside torch's fused function"
     if isinstance(parent, nn.MultiheadAttention) and isinstance(module, nn.Linear):
         return "attention's out_proj: its forward is never called, torch's fused function reads its weight"
-    if type(parent).__name__.startswith("ShiftedWindowAttention") and isinstance(module, nn.Linear):  # torchvision's
+    if _never_called(module, parent):
         return "its forward is never called, shifted-window attention reads its weight"
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         if isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):
@@ -125,12 +130,13 @@ def convert(model, rule, *, last_layer="bp", include=None, exclude=None, seed=0,
                          "formula) or 'weight' (weights stay, their signs are kept in one bit each) with "
                          f"rule='signed_init', got {options.get('signs')!r}")
     parents = {child: parent for parent in model.modules() for child in parent.children()}
-    layers = [(name, module) for name, module in model.named_modules() if _plain_class(module)]
+    layers = [(name, module) for name, module in model.named_modules()
+              if _plain_class(module) and not _never_called(module, parents.get(module))]
     last = layers[-1][1] if layers and last_layer == "bp" and rule != "bp" and layers[-1][1] is not model else None
     chosen, left, back = [], [], []
     for name, module in model.named_modules():
         reason = None
-        if _plain_class(module) is None:
+        if _plain_class(module) is None or _never_called(module, parents.get(module)):
             reason = _why_not(module, parents.get(module))
         elif include is not None and not _matches(include, name, module):
             reason = "not in include"
