@@ -65,8 +65,20 @@ class _FeedbackLayer:
     def _random(self):
         """The fields of Formula and the tensors of the layer's random values."""
         random = self.feedback
+        for name, state in (("feedback", None if random is None else random.state), ("frozen_signs", self.frozen_signs)):
+            if state is not None and state.device != self.weight.device:
+                self._follow(name, state)
         return ({}, {}) if random is None else (dict(law=random.law, law_scale=random.scale, low=random.low),
                                                 {"state": random.state})
+
+    @torch.no_grad()
+    def _follow(self, name, state):
+        """Weights that `load_state_dict(..., assign=True)` put into a model on the meta device leave buffers there."""
+        if name != "feedback" or not state.is_meta:
+            raise ValueError(f"{name} must be on {self.weight.device} like weight, got {state.device}: move the whole "
+                             "layer, or convert the model once its weights are there")
+        self.feedback.to_empty(device=self.weight.device)
+        self.feedback.reset_parameters()
 
     def clear_rule(self):
         """Take off everything that `_set_rule` put on: the module is torch's again, but for its class."""
@@ -154,6 +166,7 @@ class _SignSymmetric(_FeedbackLayer):
             raise ValueError(f"sign_weight is for rule='signed_init' with signs by formula, got rule={self.rule!r}"
                              f"{'' if self.rule != 'signed_init' else ', signs of the weight'}")
         if not self.weight.is_meta:
+            self._random()  # its state is beside the weight from here on
             self.weight.copysign_(self.feedback.materialize(self.weight.shape, dtype=self.weight.dtype))
 
     def reset_parameters(self):

@@ -409,81 +409,6 @@ def test_fine_tuning_a_trained_network_keeps_its_accuracy():
     assert train(12, 0.005) >= before
 
 
-@pytest.fixture(scope="module")
-def torchvision():
-    """torchvision beside a CPU torch: its wheel wants two operators defined (design 9)."""
-    import importlib.util
-    if importlib.util.find_spec("torchvision") is None:
-        pytest.skip("torchvision is not installed")
-    if torch.version.cuda is None:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-                       "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
-            try:
-                library.define(schema)
-            except RuntimeError:
-                pass  # a torchvision with its own operators
-        globals()["_kept"] = library
-    return pytest.importorskip("torchvision")
-
-
-MODELS = {"resnet18": (20, 1), "alexnet": (7, 1), "vit_b_16": (25, 25)}  # layers converted, layers left alone
-
-
-@pytest.mark.unpoisoned
-@pytest.mark.parametrize("name", MODELS)
-def test_torchvision_classifiers(torchvision, name, capsys):
-    torch.manual_seed(0)
-    model = getattr(torchvision.models, name)(num_classes=4)
-    model.train()
-    exact = copy.deepcopy(model).eval()
-    lnn.convert(model, "usf")
-    text = capsys.readouterr().out
-    assert (len(converted(model)), text.split("left alone\n")[1].count("\n")) == MODELS[name]
-    size = 224 if name == "vit_b_16" else 64
-    data = randn(2, 3, size, size)
-    with torch.no_grad():
-        assert torch.equal(model.eval()(data), exact(data))
-    model.train()
-    F.cross_entropy(model(data), torch.tensor([0, 1])).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    quiet(model, "bp")
-    assert repr(model) == repr(exact.train())
-
-
-def test_layers_whose_forward_is_never_called(torchvision, capsys):
-    """torchvision's shifted-window attention reads the weights of its layers itself."""
-    attention = torchvision.models.swin_transformer.ShiftedWindowAttention(8, [2, 2], [0, 0], 2)
-    lnn.convert(nn.Sequential(attention, nn.Linear(8, 8)), "usf", last_layer="convert")
-    assert type(attention.qkv) is nn.Linear and type(attention.proj) is nn.Linear
-    assert capsys.readouterr().out.count("its forward is never called") == 2
-
-
-@pytest.mark.unpoisoned
-def test_torchvision_retinanet(torchvision):
-    torch.manual_seed(0)
-    model = torchvision.models.detection.retinanet_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64)
-    quiet(model, "usf")
-    assert len(converted(model)) == 70  # of 71: the last is the box regression's
-    boxes = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 50.0]]), "labels": torch.tensor([1])}]
-    losses = model([torch.rand(3, 64, 64)], boxes)
-    sum(losses.values()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-
-
-@pytest.mark.unpoisoned
-def test_timm(torchvision):
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    for name, size in (("vit_tiny_patch16_224", 224), ("convnext_atto", 64)):
-        torch.manual_seed(0)
-        model = timm.create_model(name, pretrained=False, num_classes=4)
-        quiet(model, "frsf")
-        assert len(converted(model)) > 20  # timm's attention calls its qkv and proj layers: they are converted
-        F.cross_entropy(model(randn(2, 3, size, size)), torch.tensor([0, 1])).backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
 def test_convert_and_its_instruments_are_at_the_top():
     import lgkernels
     assert lgkernels.convert is lnn.convert and lgkernels.alignment is lnn.alignment
@@ -492,3 +417,25 @@ def test_convert_and_its_instruments_are_at_the_top():
 
 def test_repr_shows_no_empty_entry():
     assert "None" not in repr(nn.Sequential(lnn.SignSymmetricLinear(3, 2), lnn.SignSymmetricConv2d(3, 2, 1)))
+
+
+@pytest.mark.parametrize("rule, options", [("fa", {}), ("frsf", {}), ("signed_init", dict(signs="formula"))])
+def test_weights_assigned_to_a_model_on_the_meta_device(rule, options):
+    plain, data = network(), randn(2, 3, 8, 8).requires_grad_()
+    with torch.device("meta"):
+        model = quiet(network(), rule, **options)
+    model.load_state_dict(plain.state_dict(), assign=True)
+    expected = quiet(plain, rule, **options)
+    for m in (model, expected):
+        if rule == "signed_init":
+            m[0].sign_weight()
+    gradients = [torch.autograd.grad(m(data).sum(), data)[0] for m in (model, expected)]
+    assert torch.equal(*gradients)
+
+
+def test_frozen_signs_left_on_the_meta_device():
+    layer = lnn.SignSymmetricLinear(3, 4)
+    lnn.convert(layer, "signed_init", signs="weight", verbose=False)
+    layer.frozen_signs = layer.frozen_signs.to("meta")
+    with pytest.raises(ValueError, match="frozen_signs must be on cpu like weight, got meta"):
+        layer(torch.ones(1, 3, requires_grad=True))
