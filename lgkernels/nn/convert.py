@@ -54,8 +54,11 @@ def _patterns(argument, patterns):
 
 
 def _never_called(module, parent):
-    """torchvision's Swin transformers multiply by the weights of these two layers themselves."""
-    return type(parent).__name__.startswith("ShiftedWindowAttention") and module in (parent.qkv, parent.proj)
+    """torchvision's Swin transformers multiply by the weights of two layers themselves, timm's BEiT, EVA-02 and Swin V2
+    by that of qkv, to which they give a bias of their own."""
+    if type(parent).__name__.startswith("ShiftedWindowAttention"):
+        return module in (parent.qkv, parent.proj)
+    return getattr(parent, "q_bias", None) is not None and module is getattr(parent, "qkv", None)
 
 
 def _why_not(module, parent):
@@ -65,7 +68,7 @@ def _why_not(module, parent):
     if isinstance(parent, nn.MultiheadAttention) and isinstance(module, nn.Linear):
         return "attention's out_proj: its forward is never called, torch's fused function reads its weight"
     if _never_called(module, parent):
-        return "its forward is never called, shifted-window attention reads its weight"
+        return "its forward is never called, this attention reads its weight"
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         if isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):
             return "not yet initialised: run a batch through the model first"

@@ -74,6 +74,13 @@ def test_torchvision_retinanet(torchvision):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+def test_a_qkv_with_a_bias_beside_it(torchvision, capsys):
+    attention = pytest.importorskip("timm").models.beit.Attention(8, num_heads=2, qkv_bias=True)
+    lnn.convert(nn.Sequential(attention, nn.Linear(8, 8)), "usf", last_layer="convert")
+    assert type(attention.qkv) is nn.Linear and isinstance(attention.proj, lnn.SignSymmetricLinear)
+    assert "0.qkv  Linear: its forward is never called" in capsys.readouterr().out
+
+
 @pytest.mark.unpoisoned
 def test_timm(torchvision):
     timm = pytest.importorskip("timm", reason="timm is not installed")

@@ -104,6 +104,15 @@ def test_scale(impl, scale, formula, packed):
             packed_signs=packed, sign_zero="plus" if packed else "zero", impl=impl)
 
 
+@pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 3, 40), (1, 2, 3, 40)], ids=str)
+def test_an_activation_in_place(impl, shape):
+    x, weight, bias = randn(*shape, seed=1).requires_grad_(), weights(17, 40), randn(17, seed=3)
+    y = LF.sign_symmetric_linear(x, weight, bias, impl=impl).relu_()
+    assert_relative("y", y, F.linear(x, weight, bias).relu(), 1e-6)
+    y.sum().backward()
+    assert_relative("grad_x", x.grad, (y > 0).float() @ weight.sign(), 1e-6)
+
+
 def test_the_mean_of_many_weights():
     """A float32 sum of so many, one after the other, stops growing at 2^24."""
     weight = torch.rand(5000, 5000, generator=torch.Generator().manual_seed(0))

@@ -61,6 +61,18 @@ def test_it_is_the_plain_step(kind, bias):
         assert states[0] == states[1]
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 5)])
+def test_activations_in_place(shape):
+    torch.manual_seed(3)
+    plain = nn.Sequential(nn.Linear(6, 10), nn.ReLU(inplace=True), nn.Linear(10, 8), nn.LeakyReLU(inplace=True))
+    fused = copy.deepcopy(plain)
+    optimizers = [OPTIMIZERS["momentum"](m.parameters()) for m in (plain, fused)]
+    fuse_update(fused, optimizers[1], min_weights=1)
+    for m, optimizer in zip((plain, fused), optimizers):
+        train(m, optimizer, 3, *shape)
+    assert_same_weights(plain, fused)
+
+
 def test_float64_in_the_reference(monkeypatch):
     monkeypatch.setenv("LGKERNELS_IMPL", "reference")
     plain, fused = network(dtype=torch.float64), network(dtype=torch.float64)

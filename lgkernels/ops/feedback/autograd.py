@@ -63,7 +63,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, packed, magnitude, state, factor, formula, dtype, impl):
         _save(ctx, x if ctx.needs_input_grad[1] else None, packed, magnitude, state, factor, formula, weight)
-        ctx.shape, ctx.impl = x.shape, impl
+        ctx.columns, ctx.impl = x.shape[1], impl
         return F.linear(x, weight if dtype is None else weight.to(dtype), bias)
 
     @staticmethod
@@ -72,16 +72,14 @@ class _Linear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         with without_autocast(grad.device):
-            rows = _rows(grad)
             if needs[0]:
-                scaled = rows if factor is None else rows * factor
                 grad_x = _ops.feedback_product(
-                    scaled, ctx.shape[-1], *_formula_arguments(ctx.formula, signs, magnitude, state), ctx.impl)
-                grad_x = grad_x.view(ctx.shape)
+                    grad if factor is None else grad * factor, ctx.columns,
+                    *_formula_arguments(ctx.formula, signs, magnitude, state), ctx.impl)
             if needs[2]:
-                grad_bias = rows.sum(0)
+                grad_bias = grad.sum(0)
             if needs[1]:
-                grad_weight = (rows.t() @ _rows(x)).to(ctx.weight_dtype)
+                grad_weight = (grad.t() @ x).to(ctx.weight_dtype)
         inputs = (x, grad, signs)
         return (first_order_only("feedback_linear", grad_x, *inputs),
                 first_order_only("feedback_linear", grad_weight, *inputs),
@@ -201,7 +199,10 @@ def linear(x, weight, bias, formula, *, packed=None, magnitude=None, state=None,
     """x (..., K), weight (N, K); `packed` int32 (N, ceil(K / 32)) or None, to be made of the weight;
     `magnitude` (N, K) and `state` are the tensors of F's value, None both where it is 1."""
     x, bias, packed, factor, dtype = _prepare(x, weight, bias, packed, formula, impl)
-    return _Linear.apply(x, weight, bias, packed, magnitude, state, factor, formula, dtype, impl)
+    # Reshaped out here: the output of a Function that is a view must not be written to, as an activation in place does.
+    rows = x if x.dim() == 2 else _rows(x)
+    y = _Linear.apply(rows, weight, bias, packed, magnitude, state, factor, formula, dtype, impl)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def conv2d(x, weight, bias, stride, padding, dilation, groups, formula, *, packed=None, magnitude=None, state=None,
