@@ -56,6 +56,10 @@ class _After(torch.autograd.Function):
         # A gradient of x alone (torch.autograd.grad, backward(inputs=...)) never comes to the weight's AccumulateGrad;
         # a graph that was retained does, in another backward. What was meant for this one is kept in this one alone.
         layer, factors, task = ctx.layer, (grad, *ctx.saved_tensors), _current_backward()
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"layer {layer.name!r} met a backward with create_graph=True: a second derivative needs "
+                               f"the weight in the graph, where it is not: {_HELP}. Exclude the layer, or undo it with "
+                               ".remove()")
 
         def accumulate(*_):
             handle.remove()
@@ -203,7 +207,7 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
 
     Raises: TypeError, ValueError naming the argument; RuntimeError, before any weight has moved, for a second backward
     before ``optimizer.step()`` (gradient accumulation), a layer used twice in one forward, clipping by global norm,
-    hooks of the weight, a GradScaler, DistributedDataParallel, FSDP, torch.compile, a closure.
+    hooks of the weight, create_graph=True, a GradScaler, DistributedDataParallel, FSDP, torch.compile, a closure.
 
     Example:
         >>> import torch

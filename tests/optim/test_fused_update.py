@@ -238,6 +238,14 @@ def test_a_gradient_of_the_input_alone_moves_no_weight(ask):
     assert_same_weights(plain, mine, rtol=1e-5, atol=1e-6)
 
 
+def test_a_graph_of_the_backward():
+    model = network()
+    fuse_update(model, torch.optim.SGD(model.parameters(), lr=0.1), include=["0"])
+    x = batch(0).requires_grad_()
+    with pytest.raises(RuntimeError, match="layer '0' met a backward with create_graph=True"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+
+
 def test_zero_grad_drops_the_gradient():
     plain, mine = network(), network()
     optimizers = [OPTIMIZERS["momentum"](m.parameters()) for m in (plain, mine)]
