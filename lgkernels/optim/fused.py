@@ -192,8 +192,9 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
 
     exactly as ``torch.optim.SGD`` (momentum, dampening, Nesterov, weight decay, maximize) or `BatchManhattan`. All
     other parameters, biases included, are stepped by the optimizer as ever. Until the step the layer's input x and the
-    gradient dy of its output are kept in place of dW: M (N + K) elements for N K. Momentum lies in the optimizer's
-    state under its usual key: its ``state_dict`` is that of the plain optimizer.
+    gradient dy of its output are kept in place of dW: M (N + K) elements for N K; the step uses them up, so a second
+    one without a backward leaves these weights as they are. Momentum lies in the optimizer's state under its usual
+    key: its ``state_dict`` is that of the plain optimizer.
 
     Args:
         model (nn.Module): holds the layers. nn.Linear and its subclasses of this package are fused.
@@ -207,7 +208,8 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
 
     Raises: TypeError, ValueError naming the argument; RuntimeError, before any weight has moved, for a second backward
     before ``optimizer.step()`` (gradient accumulation), a layer used twice in one forward, clipping by global norm,
-    hooks of the weight, create_graph=True, a GradScaler, DistributedDataParallel, FSDP, torch.compile, a closure.
+    hooks of the weight, create_graph=True, a GradScaler, DistributedDataParallel, FSDP, a closure. torch.compile breaks
+    its graph at these layers, with fullgraph=True it raises.
 
     Example:
         >>> import torch
