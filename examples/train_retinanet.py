@@ -2,8 +2,9 @@
 
     python examples/train_retinanet.py --images train2017 --annotations instances_train2017.json --weights retinanet.pth
 
-`--weights` is a state_dict of torchvision's retinanet_resnet50_fpn for the same number of classes; `--backbone` one of
-its ResNet-50. The last layers of both heads, class and box, have the exact gradient.
+`--weights` is a state_dict of torchvision's retinanet_resnet50_fpn, for the folder's number of classes or, as the one
+that torchvision publishes, with COCO's category ids as labels; `--backbone` one of its ResNet-50. The last layers of
+both heads, class and box, have the exact gradient.
 """
 import argparse
 import json
@@ -33,16 +34,22 @@ def detection_models():
 
 
 class Coco(Dataset):
-    """Images with at least one box that is no crowd; labels 0 ... C - 1 in the order of the category ids."""
+    """Images with at least one box that is no crowd; labels 0 ... C - 1 in the order of the category ids. With more
+    `classes` than categories the labels are those ids."""
 
-    def __init__(self, images, annotations):
+    def __init__(self, images, annotations, classes=None):
         content = json.loads(Path(annotations).read_text())
         for key in ("images", "annotations", "categories"):
             if key not in content:
                 raise DataError(f"{annotations} has no {key!r}: it is not in COCO's instances format")
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.folder, self.names = Path(images), [category["name"] for category in categories]
-        label = {category["id"]: i for i, category in enumerate(categories)}
+        ids = [category["id"] for category in categories]
+        self.classes = classes or len(ids)
+        if self.classes < len(ids) or self.classes > len(ids) and not 0 <= min(ids) <= max(ids) < self.classes:
+            raise DataError(f"{annotations} has {len(ids)} categories with ids up to {max(ids)}: they do not go with "
+                            f"weights of {self.classes} classes")
+        label = {k: k if self.classes > len(ids) else i for i, k in enumerate(ids)}
         boxes = {}
         for entry in content["annotations"]:
             x, y, width, height = entry["bbox"]
@@ -83,12 +90,15 @@ def main(arguments=None):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    data = Coco(options.images, options.annotations)
+    weights = torch.load(options.weights, weights_only=True) if options.weights else None
+    anchors = 9  # of a position
+    data = Coco(options.images, options.annotations,
+                len(weights["head.classification_head.cls_logits.bias"]) // anchors if weights else None)
     model = detection_models().retinanet_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=len(data.names), min_size=options.size,
+        weights=None, weights_backbone=None, num_classes=data.classes, min_size=options.size,
         max_size=options.size * 5 // 3)
-    if options.weights:
-        model.load_state_dict(torch.load(options.weights, weights_only=True))
+    if weights:
+        model.load_state_dict(weights)
     if options.backbone:
         model.backbone.body.load_state_dict(torch.load(options.backbone, weights_only=True), strict=False)  # no fc
     lgkernels.convert(model.to(options.device), options.rule, exclude=HEADS)

@@ -32,7 +32,7 @@ inline int direct_forward(const DirectBlock& block, float* running_mean, float* 
         for (int64_t i = 0; i < area; i += V) {
           const int64_t n = smaller(V, area - i);
           const vf u = unit.affine(unit.centred(load_some(z + i, n)));
-          store_some(activation + i, u * unit.lambda(u), n);
+          store_some(activation + i, unit.activation(u), n);
         }
         if (block.max_pool)
           for (int64_t h = 0; h < height / 2; ++h)
@@ -80,7 +80,7 @@ struct PlaneGradient {
           d[2 * row + 1] = shuffle<Odd>(low, high);
         }
         for (int i = 0; i < 4; ++i) {
-          const vf u = unit.affine(d[i]), a = u * unit.lambda(u);
+          const vf u = unit.affine(d[i]), a = unit.activation(u);
           const vi wins = i ? (a > best) | (a != a) : vi{} - 1;
           best = wins ? a : best;
           winner = wins ? vi{} + i : winner;

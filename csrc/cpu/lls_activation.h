@@ -134,6 +134,7 @@ struct Unit {
   LGK_INLINE vf centred(vf z) const { return z - mean; }
   LGK_INLINE vf affine(vf d) const { return d * gain + beta; }
   LGK_INLINE vf lambda(vf u) const { return u > 0.f ? splat(1.f) : slope; }
+  LGK_INLINE vf activation(vf u) const { return (u < 0.f) & (slope == 0.f) ? vf{} : u * lambda(u); }  // 0, not -inf * 0
 };
 
 LGK_INLINE Unit unit_of_channel(const Norm& norm, int64_t c) {

@@ -73,6 +73,8 @@ def _why_not(module, parent):
         if isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):
             return "not yet initialised: run a batch through the model first"
         return f"a subclass of nn.{'Linear' if isinstance(module, nn.Linear) else 'Conv2d'} with its own behaviour"
+    if type(module).__module__.startswith("torch.ao.nn.quantized") and hasattr(module, "weight"):
+        return "quantised: it has no gradient"
     matrices = [p for name, p in module.named_parameters(recurse=False) if name.startswith("weight") and p.dim() >= 2]
     return "no feedback rule for this kind of layer" if matrices else None
 
@@ -264,6 +266,9 @@ def load_feedback_state(model, state):
         if differing:
             raise ValueError(f"state must have the model's feedback at {name!r}, got {differing[0]}="
                              f"{_value(got.get(differing[0]))}, the model has {_value(expected[differing[0]])}")
+        needed = ("seed", "stream", "step") if isinstance(holder, RandomFeedback) else ("frozen_signs",)
+        if missing := [key for key in needed if key not in got]:
+            raise ValueError(f"state must have {', '.join(needed)} at {name!r}, got none of {', '.join(missing)}")
     for name, holder in holders.items():
         got = saved[name]
         if isinstance(holder, RandomFeedback):

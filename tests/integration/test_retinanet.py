@@ -50,6 +50,22 @@ def test_it_trains(folder, capsys):
     assert "cls_logits" in capsys.readouterr().out.split("left alone\n")[1]
 
 
+@pytest.mark.unpoisoned
+def test_weights_whose_labels_are_category_ids(folder):
+    """torchvision publishes such: 91 classes for COCO's 80 categories. Here ids 3 and 7, and weights of 9 classes."""
+    import torch
+    example = runpy.run_path(str(EXAMPLE))
+    data = example["Coco"](folder, folder / "boxes.json", 9)
+    assert [target["labels"].tolist() for _, target in data] == [[7], [3], [7], [3]]
+    model = example["detection_models"]().retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=9)
+    torch.save(model.state_dict(), folder / "published.pth")
+    example["main"](["--images", str(folder), "--annotations", str(folder / "boxes.json"), "--size", "64",
+                     "--epochs", "1", "--batch-size", "4", "--device", "cpu",
+                     "--weights", str(folder / "published.pth"), "--out", str(folder / "out.pth")])
+    with pytest.raises(ValueError, match="ids up to 7: they do not go with weights of 5 classes"):
+        example["Coco"](folder, folder / "boxes.json", 5)
+
+
 def test_another_format_is_refused(folder):
     (folder / "boxes.json").write_text("{}")
     with pytest.raises(ValueError, match="boxes.json has no 'images': it is not in COCO's instances format"):

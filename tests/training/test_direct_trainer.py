@@ -344,3 +344,14 @@ def test_a_norm_of_another_width_is_torchs_error():
               nn.Sequential(nn.Flatten(), nn.Linear(64 * 64, 10))]
     with pytest.raises((RuntimeError, ValueError), match="16"):
         DirectTrainer(blocks, sgd, rule="dfa").step(torch.randn(4, 3, 8, 8), torch.arange(4))
+
+
+@pytest.mark.parametrize("pool", [True, False])
+def test_relu_of_minus_infinity_is_zero(pool):
+    blocks = [nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *[nn.MaxPool2d(2)] * pool),
+              nn.Sequential(nn.Flatten(), nn.Linear(8 * 16 if pool else 8 * 64, 10))]
+    with torch.no_grad():
+        blocks[0][1].bias[3] = float("-inf")
+    trainer = DirectTrainer(blocks, sgd, rule="dfa")
+    trainer.step(torch.randn(4, 3, 8, 8), torch.arange(4))
+    assert all(p.isfinite().all() for p in blocks[1].parameters())  # the output block's, behind that ReLU

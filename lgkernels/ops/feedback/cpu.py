@@ -3,6 +3,8 @@
 Rows of a matrix are taken with any stride, columns dense (anything else is copied once). Arithmetic is float32, sums
 in an order that no number of threads changes.
 """
+import math
+
 import torch
 
 from ...core.native import native
@@ -79,6 +81,9 @@ def rows(index, columns, random, scale, dtype):
 
 
 def fold(columns, shape, kernel, positions, stride, padding, dilation):
+    wanted = shape[0] * math.prod(positions), shape[1] * math.prod(kernel)
+    if columns.shape != wanted:
+        raise ValueError(f"columns must be {wanted}, got {tuple(columns.shape)}")
     own, out = columns.float().contiguous(), columns.new_empty(shape, dtype=torch.float32)
     _C.feedback_fold(shape, kernel, positions, stride, padding, dilation, own.data_ptr(), out.data_ptr(),
                      torch.get_num_threads())

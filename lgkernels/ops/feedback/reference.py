@@ -110,7 +110,7 @@ def _normalised(z, mean, rstd, gamma, beta, slope):
     centred = z - mean
     u = centred * gain + beta
     factor = torch.where(u > 0, 1.0, slope).to(z.dtype)
-    return centred, factor, u * factor
+    return centred, factor, F.leaky_relu(u, slope) if slope else F.relu(u)
 
 
 def direct_forward(z, gamma, beta, running_mean, running_var, momentum, eps, slope, max_pool):
