@@ -76,6 +76,16 @@ def test_cross_entropy_dtypes(module, form, dtype):
     check_cross_entropy(module, BASE, feature_map(BASE, name, dtype, layout or "dense"), weight_dtype=dtype)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("form", ["map", "tokens", "vector"])
+def test_cross_entropy_with_the_librarys_products(module, form, reduction, monkeypatch):
+    if not hasattr(module, "_SMALL"):
+        pytest.skip("a choice of the CPU's kernels")
+    monkeypatch.setattr(module, "_SMALL", 0)
+    for compute_grad in (True, False):
+        check_cross_entropy(module, BASE, feature_map(BASE, form), 0.1, reduction, compute_grad)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 1.0])
 def test_cross_entropy_reductions(module, reduction, smoothing):
