@@ -182,6 +182,12 @@ def test_deviations_of_a_map_far_from_zero(module, layout):
 
 
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
+def test_deviations_of_more_positions_than_a_tile(module, layout):
+    spread = 0.3 + randn(3, 4, 1, 1, seed=2).abs()  # rows of alike deviations would only measure their cancellation
+    check_similarity(module, arrange(2 + spread * randn(3, 4, 66, 63, seed=1), layout))
+
+
+@pytest.mark.parametrize("layout", ["dense", "channels_last"])
 def test_constant_channels_and_rows_have_gradient_zero(module, layout):
     x = randn(5, 6, 10, 9, seed=1)
     x[0] = 0.0
