@@ -197,6 +197,26 @@ def test_constant_channels_and_rows_have_gradient_zero(module, layout):
     assert not got[:2].any() and not got[2, 3].any() and got[2, 4].any()
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -7.7])
+@pytest.mark.parametrize("length", [7, 100, 1000])
+def test_rows_that_rounding_alone_varies_have_gradient_zero(module, length, value):
+    x = randn(5, length, seed=1)
+    x[2] = value
+    x[4] = value
+    x[4, 3] += 2 * torch.finfo(torch.float32).eps * abs(value)
+    got = check_similarity(module, x).cpu()
+    assert not got[2].any() and not got[4].any() and got[0].any()
+
+
+@pytest.mark.parametrize("layout", ["dense", "channels_last"])
+def test_channels_that_rounding_alone_varies_have_gradient_zero(module, layout):
+    x = randn(4, 5, 6, 7, seed=1)
+    x[1, 2] = 1000.0
+    x[1, 2, 3, 4] += 2**-13
+    got = check_similarity(module, arrange(x, layout)).cpu()
+    assert not got[1, 2].any() and got[1, 3].any()
+
+
 # -- repeatability, random cases ------------------------------------------------------------------------------------
 
 def _everything(module):
