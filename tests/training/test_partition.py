@@ -158,13 +158,48 @@ def test_units_are_the_model(models, name, size):
     model = getattr(models, name)(num_classes=5).eval()
     x = randn(2, 3, size, size)
     units = split_blocks(model, 3, input=x)
-    y = x
-    for unit in units:
-        y = unit(y)
-    assert torch.equal(y, model(x))
+    assert torch.equal(in_turn(units, x), model(x))
     own = {id(p) for p in model.parameters()}
     parts = [id(p) for unit in units for p in unit.parameters()]
     assert sorted(own) == sorted(parts)
+
+
+def in_turn(units, x):
+    for unit in units:
+        x = unit(x)
+    return x
+
+
+@pytest.mark.parametrize("name, options", [
+    ("vit", dict(pos_drop_rate=0.2)), ("vit", dict(drop_rate=0.2)), ("vit", dict(patch_drop_rate=0.5)),
+    ("vit", dict(global_pool="avg")), ("vit", dict(global_pool="map")), ("vit", dict(pre_norm=True)),
+    ("deit", dict(drop_rate=0.2)), ("resnet", dict(drop_rate=0.5))])
+def test_units_are_timms_model(models, name, options):
+    """In both modes, whether the model or the units are switched; every parameter belongs to one unit."""
+    timm = pytest.importorskip("timm", reason="timm is not installed").models
+    torch.manual_seed(0)
+    small = dict(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+    model = (timm.resnet18(num_classes=5, **options) if name == "resnet" else
+             timm.vision_transformer.VisionTransformer(**small, num_classes=5, **options) if name == "vit" else
+             timm.deit.VisionTransformerDistilled(**small, num_classes=5, **options))
+    x = randn(4, 3, 16, 16) if name != "resnet" else randn(4, 3, 32, 32)
+    units = nn.ModuleList(split_blocks(model, 3, input=x))
+    assert sorted(map(id, model.parameters())) == sorted(id(p) for unit in units for p in unit.parameters())
+    for switched in (model, units):
+        for mode in (False, True):
+            switched.train(mode)
+            outs = []
+            for run in (lambda: in_turn(units, x), lambda: model.train(mode)(x)):
+                torch.manual_seed(1)
+                outs.append(run())
+            assert torch.equal(*outs)
+            model.train(not mode)  # what the next switch must undo
+
+
+def test_a_timm_model_of_another_kind(models):
+    timm = pytest.importorskip("timm", reason="timm is not installed").models
+    with pytest.raises(TypeError, match="got Eva: write it as an nn.Sequential"):
+        split_blocks(timm.eva.Eva(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2), 2, balance="parts")
 
 
 def sequential():
@@ -183,6 +218,7 @@ def test_overlap():
     units = split_blocks(sequential(), [1, 3], overlap_blocks=1)
     assert [len(u) for u in units] == [2, 3, 2]
     assert units[0][1] is units[1][0] and units[1][2] is units[2][0]
+    assert [len(u) for u in split_blocks(sequential(), [1, 2, 4], overlap_blocks=2)] == [2, 3, 3, 1]  # all of the next
 
 
 def test_saved_bytes_of_a_real_backward():
@@ -196,6 +232,9 @@ def test_saved_bytes_of_a_real_backward():
     (dict(units=9, balance="parts"), ValueError, "units must be at most 5, the parts of the model, got 9"),
     (dict(units=0), ValueError, "units must be at least 1, got 0"),
     (dict(units=[3, 2]), ValueError, "units must be increasing part numbers in [1, 4], got [3, 2]"),
+    (dict(units=[1.5, 3]), TypeError, "units[0] must be an int, got float"),
+    (dict(overlap_blocks=-1), ValueError, "overlap_blocks must be at least 0, got -1"),
+    (dict(overlap_blocks=1.5), TypeError, "overlap_blocks must be an int, got float"),
     (dict(units=2), ValueError, 'input must be an example batch for balance="memory", got None'),
     (dict(balance="time"), ValueError, "balance must be one of 'memory', 'parts', got 'time'"),
     (dict(model=nn.Linear(2, 2)), TypeError,
