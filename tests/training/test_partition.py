@@ -187,13 +187,13 @@ def test_units_are_timms_model(models, name, options):
     assert sorted(map(id, model.parameters())) == sorted(id(p) for unit in units for p in unit.parameters())
     for switched in (model, units):
         for mode in (False, True):
+            model.train(not mode)
             switched.train(mode)
             outs = []
             for run in (lambda: in_turn(units, x), lambda: model.train(mode)(x)):
                 torch.manual_seed(1)
                 outs.append(run())
             assert torch.equal(*outs)
-            model.train(not mode)  # what the next switch must undo
 
 
 def test_a_timm_model_of_another_kind(models):
