@@ -115,7 +115,7 @@ class Offsets:
         return [(p, offset) for p, offset in pairs if offset is not None]
 
     def refresh(self, bp_closure, local_closure, data, *, bp_chunk=8, local_chunk=64, model=None, batch_norm="train",
-                estimate_local_scale=False, estimate_offset_scale=False, max_growth=None):
+                estimate_local_scale=False, estimate_offset_scale=False, max_growth=None, average=None):
         """Recompute the offsets on `data`. Weights, momentum, gradients, buffers and random state stay bit-identical.
 
         Both passes accumulate with opposite signs into one buffer per parameter. A parameter that the global loss does
@@ -139,6 +139,8 @@ class Offsets:
             max_growth (float, optional): a group whose offset's norm exceeds this factor times that of the refresh
                 before (dropped or not) loses its offset until the next refresh, with a warning: the sign of too long a
                 period.
+            average (callable, optional): for data parallelism: makes each of a list of tensors its mean over the ranks
+                and returns their number. The same offsets, estimates and decisions then on every rank.
 
         Raises: ValueError, TypeError naming the argument; RuntimeError where an offset is not finite (all are dropped),
         and in ``torch.inference_mode``.
@@ -167,11 +169,13 @@ class Offsets:
         try:
             with _untouched(model, batch_norm), torch.enable_grad():
                 if estimate_local_scale or estimate_offset_scale:
-                    self._estimate(bp_closure, local_closure, data, bp_chunk, parameters, estimate_local_scale,
-                                   estimate_offset_scale)
+                    self._estimate(bp_closure, local_closure, data, bp_chunk, parameters, average,
+                                   estimate_local_scale, estimate_offset_scale)
                 else:
                     self._accumulate(bp_closure, local_closure, _chunks(data, bp_chunk), _chunks(data, local_chunk),
                                      parameters)
+                    if average is not None:
+                        average([p.grad for p in parameters if p.grad is not None])
             offsets = [(p, p.grad) for p in parameters]
         finally:
             for p, grad in gradients:
@@ -212,7 +216,7 @@ class Offsets:
                 if coefficient != 1:
                     torch._foreach_mul_(grads, coefficient)
 
-    def _estimate(self, bp_closure, local_closure, data, size, parameters, local_scale, offset_scale):
+    def _estimate(self, bp_closure, local_closure, data, size, parameters, average, local_scale, offset_scale):
         """As `_accumulate`, chunk by chunk, with the chunks' inner products, whose spread gives the estimates."""
         if len(data[0]) % size or len(data[0]) == size:
             raise ValueError(f"data must hold at least two whole chunks of bp_chunk={size} to estimate a scale, got "
@@ -228,6 +232,10 @@ class Offsets:
             for mean, grads in zip((total.setdefault(k, {}) for k in ("bp", "local")), both):
                 for p, g in grads.items():
                     mean[p] = mean[p].add_(g, alpha=1 / count) if p in mean else g.div_(count)
+        if average is not None:
+            products = torch.stack(products).to(parameters[0].device)
+            count *= average([products, *(g for mean in total.values() for g in mean.values())])
+            products = products.cpu()
         for i, group in enumerate(self.param_groups):
             biased = _inner_products(total["bp"], total["local"], group["params"])
             noise = (products[i] - biased) / (count - 1)  # of the means over all chunks

@@ -390,6 +390,30 @@ def test_estimated_local_scale():
     assert group["local_scale"] == 0.0  # a local loss that works against the global one
 
 
+@pytest.mark.parametrize("estimates", [{}, dict(estimate_local_scale=True, estimate_offset_scale=True)])
+def test_ranks_together_are_one_batch(estimates):
+    """`average`, with one rank after the other in this process."""
+    nets, (x, y), sent = [Net(), Net(), Net()], batch(3, 32), []
+    optimizers = [sgd(net) for net in nets]
+
+    def keep(tensors):
+        sent.extend(t.clone() for t in tensors)
+        return 1
+
+    def join(tensors):
+        for mine, theirs in zip(tensors, sent, strict=True):
+            mine.add_(theirs).div_(2)
+        return 2
+    for i, (data, average) in enumerate((((x[:16], y[:16]), keep), ((x[16:], y[16:]), join), ((x, y), None))):
+        optimizers[i].refresh(nets[i].bp, nets[i].local, data, bp_chunk=4, average=average, **estimates)
+    _, ours, whole = optimizers
+    for a, b in zip(ours.param_groups, whole.param_groups):
+        assert a["local_scale"] == pytest.approx(b["local_scale"], rel=1e-9)
+        assert a["offset_scale"] == pytest.approx(b["offset_scale"], rel=1e-9)
+    for (_, a), (_, b) in zip(ours.offsets(), whole.offsets(), strict=True):
+        assert (a - b).abs().max() <= 1e-12
+
+
 def test_divergence_guard():
     w = nn.Parameter(torch.ones(3, dtype=D))
     optimizer = OffsetSGD([w], 0.1)
