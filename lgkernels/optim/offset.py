@@ -97,6 +97,13 @@ def _untouched(model, batch_norm):
                 buffer.copy_(value)
 
 
+def _no_float16(device):
+    """Switches off an autocast whose gradients would want a loss scale."""
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 class Offsets:
     """What `OffsetSGD` and `OffsetOptimizer` share: coefficients, and the refresh."""
 
@@ -119,7 +126,8 @@ class Offsets:
         """Recompute the offsets on `data`. Weights, momentum, gradients, buffers and random state stay bit-identical.
 
         Both passes accumulate with opposite signs into one buffer per parameter. A parameter that the global loss does
-        not reach (an auxiliary head) gets no offset.
+        not reach (an auxiliary head) gets no offset. Within float16 autocast it runs in float32, where small gradients
+        need no loss scale.
 
         Args:
             bp_closure (callable): chunk -> the global loss, mean over the chunk, differentiable through all blocks.
@@ -167,7 +175,7 @@ class Offsets:
             self._set_offset(p, None)  # one buffer a parameter, not two
             p.grad = None
         try:
-            with _untouched(model, batch_norm), torch.enable_grad():
+            with _untouched(model, batch_norm), torch.enable_grad(), _no_float16(parameters[0].device.type):
                 if estimate_local_scale or estimate_offset_scale:
                     self._estimate(bp_closure, local_closure, data, bp_chunk, parameters, average,
                                    estimate_local_scale, estimate_offset_scale)

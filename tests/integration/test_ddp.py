@@ -47,8 +47,8 @@ def train(rank, kind, accumulation, wrap):
 
 
 def train_modified(rank, rule, options, wrap):
-    """The same for a BP-modified rule: offsets of this rank's data, averaged; LoCo's units share parameters. In the last
-    refresh rank 1's loss is out of bounds for a guard."""
+    """The same for a BP-modified rule: offsets of this rank's data, averaged; LoCo's units share parameters. In the
+    last refresh rank 1's loss is out of bounds for a guard."""
     torch.manual_seed(0)
     model = nn.Sequential(*(networks.Part(nn.Conv2d(i, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.Tanh()) for i in (1, 6, 6)),
                           networks.Part(nn.Flatten(), nn.Linear(6, 3)))
@@ -65,7 +65,8 @@ def train_modified(rank, rule, options, wrap):
         trainer.step(*batch)
     offsets = {p: offset for optimizer in trainer.optimizers for p, offset in optimizer.offsets()}
     assert "max_growth" not in options or not wrap or len(offsets) < len(list(model.parameters()))
-    return torch.cat([t.detach().flatten() for p in model.parameters() for t in (p, offsets.get(p, torch.zeros_like(p)))])
+    return torch.cat([t.detach().flatten() for p in model.parameters()
+                      for t in (p, offsets.get(p, torch.zeros_like(p)))])
 
 
 CASES = {"local losses": (BlockwiseTrainer, 1), "accumulated": (BlockwiseTrainer, 2),

@@ -414,6 +414,20 @@ def test_ranks_together_are_one_batch(estimates):
         assert (a - b).abs().max() <= 1e-12
 
 
+def test_within_float16_autocast():
+    """In float32: gradients below float16's range count."""
+    net = Net().float()
+    data = batch(1)[0].float(), batch(1)[1]
+    offsets = []
+    for half in (False, True):
+        optimizer = sgd(net)
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            optimizer.refresh(lambda x, y: 1e-7 * net.bp(x, y), None, data)
+        offsets.append(optimizer.offsets())
+    for (_, a), (_, b) in zip(*offsets, strict=True):
+        assert a.any() and torch.equal(a, b)
+
+
 def test_divergence_guard():
     w = nn.Parameter(torch.ones(3, dtype=D))
     optimizer = OffsetSGD([w], 0.1)

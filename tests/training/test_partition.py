@@ -113,6 +113,31 @@ def test_the_plan_is_what_a_step_takes(name):
     assert abs(predicted - measured) <= 0.05 * measured, f"{predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f}"
 
 
+@pytest.mark.parametrize("rule", ["fa", "usf", "frsf", "brsf"])
+def test_the_plan_of_a_converted_model(rule):
+    """The meta device, which has no autocast, runs the feedback layers."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 6), nn.ReLU(), nn.Linear(6, 4))
+    plain = lgkernels.plan(model, (16, 3, 8, 8))
+    converted = lgkernels.plan(lgkernels.convert(model, rule), (16, 3, 8, 8))
+    assert [r.name for r in plain.rows] == [r.name for r in converted.rows]
+    assert 0.9 < converted.rows[0].activations / plain.rows[0].activations < 1.2
+
+
+def test_micro_batches_that_batch_normalisation_refuses():
+    """One value per channel has no variance: no row for it, and no refresh with it."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 8),
+                          nn.BatchNorm1d(8), nn.Linear(8, 4))
+    rows = lgkernels.plan(model, (64, 3, 8, 8), units=(6,)).rows
+    assert [r.name for r in rows][:3] == ["BP", "BP, 32 at a time", "BP, 8 at a time"]
+    last = lgkernels.plan(model, (2, 3, 8, 8), units=(6,)).rows[-1]
+    assert last.exactness == "local losses, offset by BP (2 at a time)"
+
+
+def test_the_plan_of_a_frozen_model():
+    with pytest.raises(ValueError, match="model must have a parameter that requires a gradient, got none"):
+        lgkernels.plan(sequential().requires_grad_(False), (4, 8))
+
+
 def test_our_resnet50_is_the_tables(image):
     """The recipe's network keeps what torchvision's does; needs no torchvision."""
     with torch.device("meta"):
@@ -139,10 +164,33 @@ def test_the_plan_command(models, capsys, tmp_path):
                  str(chart)]) == 0
     text = capsys.readouterr().out
     assert "BP, checkpointed" in text and "memory: 100 MB" in text and chart.stat().st_size > 1000
-    assert main(["plan", "--model", "alexnet"]) == 2
 
 
-@pytest.mark.parametrize("memory, expected", [("8GB", 8e9), ("1.5GiB", 1.5 * 2**30), ("10B", 10.0), (7, 7.0)])
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "alexnet"], "--model must be a ResNet or vision transformer of torchvision, got 'alexnet'"),
+    (["--model", "resnet"], "--model must be a ResNet or vision transformer of torchvision, got 'resnet'"),
+    (["--memory", "8G"], "--memory must be a number of bytes, or a text such as '8GB' or '24GiB', got '8G'"),
+    (["--memory", "nan"], "--memory must be a number of bytes, or a text such as '8GB' or '24GiB', got 'nan'"),
+    (["--batch", "0"], "--batch must be at least 1, got 0"),
+    (["--image", "-1"], "--image must be at least 1, got -1"),
+    (["--classes", "0"], "--classes must be at least 1, got 0"),
+    (["--optimizer-state", "-3"], "--optimizer-state must be at least 0, got -3"),
+    (["--model", "vit_b_16", "--image", "225"], "--model vit_b_16 cannot take --image 225 with --batch 8: Input "
+     "shape indivisible by patch size!"),
+    (["--batch", "1", "--image", "32"], "--model resnet18 cannot take --image 32 with --batch 1: Expected more than 1 "
+     "value per channel when training, got input size torch.Size([1, 512, 1, 1])"),
+    (["--plot", "/nonexistent/x.png"], "--plot /nonexistent/x.png cannot be written: "),
+    (["--plot", "x.unknown"], "--plot x.unknown cannot be written: "),
+])
+def test_wrong_options_of_the_plan_command(models, capsys, arguments, message):
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib")
+    assert main(["plan", "--model", "resnet18", "--batch", "8", "--image", "64", *arguments]) == 2
+    assert message in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("memory, expected", [("8GB", 8e9), ("1.5GiB", 1.5 * 2**30), ("2e3", 2e3), ("10B", 10.0),
+                                              (7, 7.0)])
 def test_memory_units(memory, expected):
     assert planner.parse_memory(memory) == expected
 
