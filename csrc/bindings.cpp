@@ -236,10 +236,14 @@ void bind_local_loss(py::module_& m) {
   m.def("local_scale_shifted", [](const FeatureMap& x, Address shift, Address scale, Address out, int threads) {
     raise_for(local_loss_kernels().scale_shifted(x, at<float>(shift), at<float>(scale), at<void>(out), threads));
   }, Release());
-  m.def("local_logit_loss", [](int64_t batch, int64_t classes, Address logits, Address target, float smoothing,
-                               double divisor, bool none, Address loss, Address grad, int threads) {
-    raise_for(local_loss_kernels().logit_loss(batch, classes, at<float>(logits), at<int64_t>(target), smoothing,
-                                              divisor, none, at<float>(loss), at<float>(grad), threads));
+  m.def("local_logit_loss", [](int64_t batch, int64_t classes, int64_t channels, Address pooled, Address weight,
+                               Address bias, Address logits, Address target, float smoothing, double divisor,
+                               bool none, Address loss, Address grad, Address grad_pooled, float pooled_scale,
+                               int threads) {
+    const lgk::LogitLoss l{batch, classes, channels, at<float>(pooled), at<float>(weight), at<float>(bias),
+                           at<float>(logits), at<int64_t>(target), smoothing, divisor, none, at<float>(loss),
+                           at<float>(grad), at<float>(grad_pooled), pooled_scale};
+    raise_for(local_loss_kernels().logit_loss(l, threads));
   }, Release());
   m.def("local_goodness", [](Address data, int64_t batch, int64_t size, int dtype, Address is_positive,
                              double threshold, double factor, Address loss, Address kappa, Address squares,

@@ -2,32 +2,50 @@
 #pragma once
 #include <cmath>
 
+#include "gemm.h"
 #include "lls_head.h"
 #include "local_loss_maps.h"
 
 namespace lgk::LGK_ISA {
 
-inline int logit_loss(int64_t batch, int64_t classes, const float* logits, const int64_t* target, float smoothing,
-                      double divisor, bool none, float* loss, float* grad, int threads) {
+inline int logit_loss(const LogitLoss& l, int threads) {
   Head h{};
-  h.classes = classes;
-  h.smoothing = smoothing;
-  Scratch rows(none ? 0 : batch, 1), spare(classes, threads);
-  if (!rows || !spare) return 1;
-  float* losses = none ? loss : rows.of(0);
-  const float weight = static_cast<float>(1 / divisor);
-  parallel(batch, batch * classes * 8, threads, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t b = begin; b < end; ++b) {
-      float* g = grad ? grad + b * classes : spare.of(thread);
-      losses[b] = static_cast<float>(row_loss(h, const_cast<float*>(logits) + b * classes, target[b], g));
-      if (grad)
-        for (int64_t c = 0; c < classes; ++c) g[c] *= weight;
+  h.classes = l.classes;
+  h.smoothing = l.smoothing;
+  constexpr int64_t kRows = 4;  // of a piece of work
+  Scratch rows(l.none ? 0 : l.batch, 1), spare(l.classes, threads), products(kRows * l.classes, threads);
+  if (!rows || !spare || !products) return 1;
+  float* losses = l.none ? l.loss : rows.of(0);
+  const float weight = static_cast<float>(1 / l.divisor);
+  const int64_t work = l.batch * l.classes * (8 + (l.pooled ? 2 * l.channels / V : 0));
+  parallel((l.batch + kRows - 1) / kRows, work, threads, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t start = begin * kRows; start < smaller(end * kRows, l.batch); start += kRows) {
+      const int64_t count = smaller(kRows, l.batch - start);
+      float* logits = products.of(thread);
+      if (l.pooled)
+        dots(l.pooled + start * l.channels, l.channels, count, l.weight, l.channels, l.classes, l.channels, logits,
+             l.classes);
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t b = start + r;
+        float *g = l.grad ? l.grad + b * l.classes : spare.of(thread), *v = logits + r * l.classes;
+        if (!l.pooled) std::memcpy(v, l.logits + b * l.classes, l.classes * sizeof *v);
+        if (l.bias)
+          for (int64_t c = 0; c < l.classes; ++c) v[c] += l.bias[c];
+        losses[b] = static_cast<float>(row_loss(h, v, l.target[b], g));
+        if (l.grad)
+          for (int64_t c = 0; c < l.classes; ++c) g[c] *= weight;
+      }
+      if (!l.grad_pooled) continue;
+      float* down = l.grad_pooled + start * l.channels;
+      product(l.grad + start * l.classes, l.classes, 1, count, l.weight, l.channels, l.classes, l.channels, down,
+              l.channels);
+      for (int64_t i = 0; i < count * l.channels; ++i) down[i] *= l.pooled_scale;
     }
   });
-  if (none) return 0;
+  if (l.none) return 0;
   double total = 0;
-  for (int64_t b = 0; b < batch; ++b) total += losses[b];
-  *loss = static_cast<float>(total / divisor);
+  for (int64_t b = 0; b < l.batch; ++b) total += losses[b];
+  *l.loss = static_cast<float>(total / l.divisor);
   return 0;
 }
 

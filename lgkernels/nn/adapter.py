@@ -12,6 +12,9 @@ def factorization(dim, factor=-1):
     """(m, n), m <= n, m * n = dim: the most square split (factor -1), or m (or n) the given divisor; a factor that does
     not divide bounds m. As LyCORIS: 64 = 8 x 8, 768 = 24 x 32, 3072 = 48 x 64."""
     checks.positive_integer("dim", dim)
+    checks.whole_number("factor", factor)
+    if not factor:
+        raise ValueError("factor must be a positive int, or -1 for the most square split, got 0")
     if factor > 0 and dim % factor == 0:
         return min(factor, dim // factor), max(factor, dim // factor)
     bound = dim if factor < 0 else factor
@@ -20,16 +23,36 @@ def factorization(dim, factor=-1):
 
 
 class _Adapter(nn.Module):
-    """What the adapters share: the frozen base, `scale`, merging.
+    """What the adapters share: the frozen base, `scale`, merging. Beside its factors it has the base's attributes.
 
-    ``scale`` is applied once, in ``forward`` and in ``delta`` (hence ``merge``) alike.
+    ``scale`` is applied once, in ``forward`` and in ``delta`` (hence ``merge``) alike. ``state_dict`` knows whether the
+    base is merged.
     """
 
     def __init__(self, base, rank, alpha):
         super().__init__()
         checks.positive_integer("rank", rank)
+        checks.number("alpha", alpha)
         self.base = base.requires_grad_(False)
-        self.rank, self.alpha, self.scale, self.merged = rank, alpha, alpha / rank, False
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
+        self._merged = None  # the factors, in one vector, whose change the base's weight holds
+        for name in base.__constants__:
+            setattr(self, name, getattr(base, name))
+
+    @property
+    def merged(self):
+        """Whether the base's weight holds the change."""
+        return self._merged is not None
+
+    @property
+    def weight(self):
+        """The weight that the layer applies, built in full: who reads a layer's weight (torch's transformer layers in
+        evaluation do) computes what the layer does."""
+        return self.base.weight if self.merged else self.base.weight + self.delta().to(self.base.weight.dtype)
+
+    @property
+    def bias(self):
+        return self.base.bias
 
     def delta(self):
         """The change of the base's weight, built in full: for merging and inspection."""
@@ -40,16 +63,30 @@ class _Adapter(nn.Module):
         """Add ``delta()`` to the base's weight; forward then runs the base alone. Returns self."""
         if not self.merged:
             self.base.weight += self.delta().to(self.base.weight.dtype)
-            self.merged = True
+            self._merged = nn.utils.parameters_to_vector(self.parameters(recurse=False))
         return self
 
     @torch.no_grad()
     def unmerge(self):
-        """Take it off again (the base's weight returns up to rounding). Returns self."""
+        """Take off again what ``merge`` added, whatever the factors are now (the base's weight returns up to rounding).
+        Returns self."""
         if self.merged:
+            own = list(self.parameters(recurse=False))
+            now = [p.clone() for p in own]
+            for p, value in zip(own, self._merged.to(own[0]).split([p.numel() for p in own])):
+                p.copy_(value.view_as(p))
             self.base.weight -= self.delta().to(self.base.weight.dtype)
-            self.merged = False
+            for p, value in zip(own, now):
+                p.copy_(value)
+            self._merged = None
         return self
+
+    def get_extra_state(self):
+        """For ``state_dict``: the merged factors, empty where there are none."""
+        return self.base.weight.new_empty(0) if self._merged is None else self._merged
+
+    def set_extra_state(self, state):
+        self._merged = state.clone() if len(state) else None
 
     def extra_repr(self):
         return f"rank={self.rank}, alpha={self.alpha}, scale={self.scale:g}" + (", merged" if self.merged else "")
@@ -183,8 +220,10 @@ def adapt(model, kind="lora", target=None, *, rank=1, alpha=4.0, train_norm=Fals
         train_head (iterable of str): names of submodules that are not adapted and learn in full.
         options: of the adapter: ``factor``, ``decompose_both``.
 
+    A layer that stands at several places keeps to be one: it is adapted at all of them, if ``target`` picks any.
+
     Returns:
-        the model. Raises: ValueError where nothing was adapted.
+        the model. Raises: TypeError, ValueError naming the argument, before the model changes.
 
     Example:
         >>> import torch, lgkernels.nn as lnn
@@ -199,16 +238,35 @@ def adapt(model, kind="lora", target=None, *, rank=1, alpha=4.0, train_norm=Fals
         target = lambda name, module: any(word in name for word in words)  # noqa: E731
     head = tuple((train_head,) if isinstance(train_head, str) else train_head)
     in_head = lambda name: any(name == h or name.startswith(h + ".") for h in head)  # noqa: E731
-    wrap = [(name, module) for name, module in model.named_modules()
-            if name and type(module) in KINDS[kind] and not in_head(name) and (target is None or target(name, module))]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in head:
+        if name not in modules:
+            raise ValueError(f"train_head must name submodules of model, got {name!r}; it has "
+                             f"{', '.join(n for n, _ in model.named_children()) or 'none'}")
+    places = {}  # of each layer that could be adapted
+    for name, module in modules.items():
+        if isinstance(module, _Adapter):
+            raise ValueError(f"model must not hold adapters yet, got {type(module).__name__} at {name!r}: adapt once, "
+                             "and pick the layers with target")
+        if name and type(module) in KINDS[kind]:
+            places.setdefault(module, []).append(name)
+    wrap = {module: names for module, names in places.items() if not any(map(in_head, names))
+            and (target is None or any(target(name, module) for name in names))}
     if not wrap:
         raise ValueError(f"target must pick at least one of the layers that {kind!r} adapts "
                          f"({', '.join(t.__name__ for t in KINDS[kind])}), got none in {type(model).__name__}")
-    adapters = [(name, KINDS[kind][type(module)](module, rank, alpha, **options)) for name, module in wrap]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    try:
+        adapters = [(names, KINDS[kind][type(module)](module, rank, alpha, **options)) for module, names in wrap.items()]
+    except Exception:
+        for p in learning:  # those before the one that failed have frozen their layers
+            p.requires_grad_(True)
+        raise
     model.requires_grad_(False)
-    for name, adapter in adapters:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapter)
+    for names, adapter in adapters:
+        for name in names:
+            parent, _, child = name.rpartition(".")
+            setattr(modules[parent], child, adapter)
         for parameter_name, parameter in adapter.named_parameters(recurse=False):
             parameter.requires_grad_(True)
     for name, module in model.named_modules():

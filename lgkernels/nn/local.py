@@ -89,10 +89,11 @@ class ForwardForwardLayer(nn.Module):
         """x by its norm, of which the sums of squares of the rows may be known."""
         if kind == "none":
             return x
-        norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim()))) if norm is None else norm
-        norm = (norm if kind == "l2" else norm / x.shape[1:].numel() ** 0.5).to(x.dtype)
+        wide = _local.reference.wide(x)  # a norm or eps that is no float16 must not become inf or 0
+        norm = torch.linalg.vector_norm(wide, dim=tuple(range(1, x.dim()))) if norm is None else norm
+        norm = norm if kind == "l2" else norm / x.shape[1:].numel() ** 0.5
         eps = (1e-4 if kind == "l2" else 1e-8) if self.eps is None else self.eps
-        return x / (norm + eps).view(-1, *[1] * (x.dim() - 1))
+        return (wide / (norm + eps).view(-1, *[1] * (x.dim() - 1))).to(x.dtype)
 
     def normalized(self, x):
         return self._divided(x, self.normalize)

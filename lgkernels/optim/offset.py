@@ -33,6 +33,14 @@ def _losses(result):
     return [result] if isinstance(result, torch.Tensor) else result
 
 
+def _global_losses(result):
+    for loss in _losses(result):
+        if not loss.requires_grad:
+            raise ValueError("bp_closure must return a loss that depends on a parameter, got one without gradient: do "
+                             "not detach it or compute it under torch.no_grad, and freeze no parameter on its way")
+        yield loss
+
+
 def _gradients(result, parameters):
     """{parameter: gradient} of the sum of losses; ``p.grad`` is None again."""
     for loss in _losses(result):
@@ -67,6 +75,7 @@ def _untouched(model, batch_norm):
     """Restores buffers, modes and random state bit for bit."""
     modules = [] if model is None else [m for root in ([model] if isinstance(model, nn.Module) else model)
                                         for m in root.modules()]
+    names = [(m, dict(m._buffers)) for m in modules]  # a forward may put another tensor in a buffer's place
     buffers = [(b, b.clone()) for m in modules for b in m.buffers(recurse=False)]
     modes = [(m, m.training) for m in modules]
     devices = {b.device for b, _ in buffers} | {p.device for m in modules for p in m.parameters(recurse=False)}
@@ -80,12 +89,22 @@ def _untouched(model, batch_norm):
     finally:
         for m, training in modes:
             m.training = training
+        for m, own in names:
+            m._buffers.clear()
+            m._buffers.update(own)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
 
 
-class _Offsets:
+def _no_float16(device):
+    """Switches off an autocast whose gradients would want a loss scale."""
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+class Offsets:
     """What `OffsetSGD` and `OffsetOptimizer` share: coefficients, and the refresh."""
 
     def _offset(self, p):
@@ -103,11 +122,12 @@ class _Offsets:
         return [(p, offset) for p, offset in pairs if offset is not None]
 
     def refresh(self, bp_closure, local_closure, data, *, bp_chunk=8, local_chunk=64, model=None, batch_norm="train",
-                estimate_local_scale=False, estimate_offset_scale=False, max_growth=None):
+                estimate_local_scale=False, estimate_offset_scale=False, max_growth=None, average=None):
         """Recompute the offsets on `data`. Weights, momentum, gradients, buffers and random state stay bit-identical.
 
         Both passes accumulate with opposite signs into one buffer per parameter. A parameter that the global loss does
-        not reach (an auxiliary head) gets no offset.
+        not reach (an auxiliary head) gets no offset. Within float16 autocast it runs in float32, where small gradients
+        need no loss scale.
 
         Args:
             bp_closure (callable): chunk -> the global loss, mean over the chunk, differentiable through all blocks.
@@ -125,9 +145,13 @@ class _Offsets:
                 |b|^2 / (|b|^2 + tr S / B'). Both from the spread of the chunks, all of ``bp_chunk`` samples, and with
                 three more buffers.
             max_growth (float, optional): a group whose offset's norm exceeds this factor times that of the refresh
-                before loses its offset until the next refresh, with a warning: the sign of too long a period.
+                before (dropped or not) loses its offset until the next refresh, with a warning: the sign of too long a
+                period.
+            average (callable, optional): for data parallelism: makes each of a list of tensors its mean over the ranks
+                and returns their number. The same offsets, estimates and decisions then on every rank.
 
-        Raises: ValueError, TypeError naming the argument; RuntimeError where an offset is not finite (all are dropped).
+        Raises: ValueError, TypeError naming the argument; RuntimeError where an offset is not finite (all are dropped),
+        and in ``torch.inference_mode``.
         """
         checks.positive_integer("bp_chunk", bp_chunk)
         checks.positive_integer("local_chunk", local_chunk)
@@ -136,21 +160,30 @@ class _Offsets:
         if not data or any(len(t) != len(data[0]) for t in data) or not len(data[0]):
             raise ValueError("data must be tensors of one and the same length above 0, got lengths "
                              f"{[len(t) for t in data]}")
+        if max_growth is not None:
+            checks.positive("max_growth", max_growth)
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("refresh takes gradients, which torch.inference_mode forbids: call it outside")
         groups = self.param_groups
         parameters = [p for group in groups for p in group["params"] if p.requires_grad]
-        before = [self._norm(group["params"]) for group in groups] if max_growth is not None else None
+        if not parameters:
+            raise ValueError("param_groups must hold a parameter that requires a gradient to refresh its offset, got "
+                             "none: all are frozen")
+        before = [group.pop("dropped_norm", None) or self._norm(group["params"]) for group in groups]
         gradients = [(p, p.grad) for p in parameters]
         for p in parameters:
             self._set_offset(p, None)  # one buffer a parameter, not two
             p.grad = None
         try:
-            with _untouched(model, batch_norm), torch.enable_grad():
+            with _untouched(model, batch_norm), torch.enable_grad(), _no_float16(parameters[0].device.type):
                 if estimate_local_scale or estimate_offset_scale:
-                    self._estimate(bp_closure, local_closure, data, bp_chunk, parameters, estimate_local_scale,
-                                   estimate_offset_scale)
+                    self._estimate(bp_closure, local_closure, data, bp_chunk, parameters, average,
+                                   estimate_local_scale, estimate_offset_scale)
                 else:
                     self._accumulate(bp_closure, local_closure, _chunks(data, bp_chunk), _chunks(data, local_chunk),
                                      parameters)
+                    if average is not None:
+                        average([p.grad for p in parameters if p.grad is not None])
             offsets = [(p, p.grad) for p in parameters]
         finally:
             for p, grad in gradients:
@@ -160,13 +193,13 @@ class _Offsets:
                                "a local one has diverged: try a shorter period or a smaller offset_scale")
         for p, offset in offsets:
             self._set_offset(p, offset)
-        if before is not None:
+        if max_growth is not None:
             self._guard(before, max_growth)
 
     def _accumulate(self, bp_closure, local_closure, bp_chunks, local_chunks, parameters):
         """p.grad <- bp_coef G_bp - local_coef G_loc, for the parameters that the global loss reaches."""
         for weight, chunk in bp_chunks:
-            for loss in _losses(bp_closure(*chunk)):
+            for loss in _global_losses(bp_closure(*chunk)):
                 (loss * weight).backward(inputs=parameters)
         reached = {id(p) for p in parameters if p.grad is not None}
         corrected = []  # groups with a local part: divided by its coefficient now, multiplied afterwards
@@ -174,7 +207,8 @@ class _Offsets:
             grads, coefficient = [p.grad for p in group["params"] if id(p) in reached], self._local_coef(group)
             if not grads:
                 continue
-            local = coefficient != 0 and local_closure is not None
+            # a part so small is lost in rounding, and one over its coefficient may not be finite
+            local = local_closure is not None and abs(coefficient) > 1e-20 * abs(group["bp_coef"])
             factor = group["bp_coef"] / (coefficient if local else 1.0)
             if factor != 1:
                 torch._foreach_mul_(grads, factor)
@@ -190,7 +224,7 @@ class _Offsets:
                 if coefficient != 1:
                     torch._foreach_mul_(grads, coefficient)
 
-    def _estimate(self, bp_closure, local_closure, data, size, parameters, local_scale, offset_scale):
+    def _estimate(self, bp_closure, local_closure, data, size, parameters, average, local_scale, offset_scale):
         """As `_accumulate`, chunk by chunk, with the chunks' inner products, whose spread gives the estimates."""
         if len(data[0]) % size or len(data[0]) == size:
             raise ValueError(f"data must hold at least two whole chunks of bp_chunk={size} to estimate a scale, got "
@@ -199,13 +233,17 @@ class _Offsets:
         # |L|^2, <L, l>, |l|^2 of the gradients: means over the chunks
         products = [torch.zeros(3, dtype=torch.float64) for _ in self.param_groups]
         for _, chunk in _chunks(data, size):
-            both = [_gradients(bp_closure(*chunk), parameters)]
+            both = [_gradients(_global_losses(bp_closure(*chunk)), parameters)]
             both.append({} if local_closure is None else _gradients(local_closure(*chunk), list(both[0])))
             for i, group in enumerate(self.param_groups):
                 products[i] = products[i] + _inner_products(*both, group["params"]) / count
             for mean, grads in zip((total.setdefault(k, {}) for k in ("bp", "local")), both):
                 for p, g in grads.items():
                     mean[p] = mean[p].add_(g, alpha=1 / count) if p in mean else g.div_(count)
+        if average is not None:
+            products = torch.stack(products).to(parameters[0].device)
+            count *= average([products, *(g for mean in total.values() for g in mean.values())])
+            products = products.cpu()
         for i, group in enumerate(self.param_groups):
             biased = _inner_products(total["bp"], total["local"], group["params"])
             noise = (products[i] - biased) / (count - 1)  # of the means over all chunks
@@ -234,11 +272,12 @@ class _Offsets:
                 warnings.warn(f"param_groups[{i}]: the offset grew from {old:.3g} to {new:.3g}, more than "
                               f"{max_growth} times: dropped for this period. A shorter period or a smaller "
                               "offset_scale is stable", stacklevel=3)
+                group["dropped_norm"] = new  # what the next refresh compares with; in state_dict
                 for p in group["params"]:
                     self._set_offset(p, None)
 
 
-class _Joint(_Offsets):
+class _Joint(Offsets):
     """Several optimizers as one, for a refresh."""
 
     def __init__(self, optimizers):
@@ -256,20 +295,24 @@ def refresh_offsets(optimizers, bp_closure, local_closure, data, **options):
     """One refresh for several optimizers, of a block each, say: the arguments of :meth:`OffsetSGD.refresh`."""
     optimizers = list(optimizers)
     for i, optimizer in enumerate(optimizers):
-        if not isinstance(optimizer, _Offsets):
+        if not isinstance(optimizer, Offsets):
             raise TypeError(f"optimizers[{i}] must be an OffsetSGD or OffsetOptimizer, got {type(optimizer).__name__}")
     _Joint(optimizers).refresh(bp_closure, local_closure, data, **options)
 
 
-def _check_coefficients(local_scale, offset_scale, bp_coef, local_coef):
-    for name, value in (("local_scale", local_scale), ("offset_scale", offset_scale), ("bp_coef", bp_coef),
-                        ("local_coef", local_coef)):
-        if not isinstance(value, (int, float)) and not (name == "local_coef" and value is None):
-            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return dict(local_scale=local_scale, offset_scale=offset_scale, bp_coef=bp_coef, local_coef=local_coef)
+def check_group(values, where=""):
+    """The numbers among a group's `values`; `where` names it in messages."""
+    for name in COEFFICIENTS:
+        if name in values and not (name == "local_coef" and values[name] is None):
+            checks.number(where + name, values[name])
+    for name in ("lr", "momentum", "weight_decay"):
+        if name in values:
+            checks.number(where + name, values[name])
+            if values[name] < 0:
+                raise ValueError(f"{where}{name} must be at least 0, got {values[name]}")
 
 
-class OffsetSGD(_Offsets, torch.optim.Optimizer):
+class OffsetSGD(Offsets, torch.optim.Optimizer):
     """SGD, torch's momentum and weight decay, on ``local_scale * grad + offset_scale * offset``.
 
     Args:
@@ -282,7 +325,8 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
 
     The offset enters before momentum: it is the gradient of the linear tilt <offset, w>. Before the first
     ``refresh`` there is none. Offsets are in ``state_dict``. A step is one pass over all tensors of a group, and checks
-    every group before it changes any.
+    every group before it changes any. To clip the modified gradient, call ``step(max_norm=...)``: torch's
+    ``clip_grad_norm_`` sees the local gradient alone.
 
     Raises: ValueError, TypeError naming the argument.
 
@@ -303,11 +347,16 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
         if offset_dtype not in (None, torch.bfloat16):
             raise TypeError(f"offset_dtype must be torch.bfloat16 or None, got {offset_dtype}")
         self.offset_dtype, self._plans = offset_dtype, {}
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
-                                      **_check_coefficients(local_scale, offset_scale, bp_coef, local_coef)))
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, local_scale=local_scale,
+                        offset_scale=offset_scale, bp_coef=bp_coef, local_coef=local_coef)
+        check_group(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group):
+        """As torch's."""
+        if isinstance(param_group, dict):  # else torch's says so
+            check_group(param_group, f"param_groups[{len(self.param_groups)}]: ")
+        super().add_param_group(param_group)
 
     def _offset(self, p):
         return self.state[p].get("offset") if p in self.state else None
@@ -333,64 +382,80 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
         self._plans = {}
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One step over the parameters that have a gradient. `closure`, as torch's, re-evaluates the loss."""
+    def step(self, closure=None, *, max_norm=None):
+        """One step over the parameters that have a gradient. `closure`, as torch's, re-evaluates the loss. `max_norm`:
+        bound on the norm, over all groups, of what momentum gets without weight decay: local gradient plus offset."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = []
+        clip, work = 1.0 if max_norm is None else self._clip(max_norm), []
         for i, group in enumerate(self.param_groups):
             members = [(p, p.grad, self.state[p]) for p in group["params"] if p.grad is not None]
-            memory = self._memory(group, members)
+            factors = [float(group[name]) for name in ("lr", "momentum", "weight_decay")]
+            factors += [float(group[name]) * clip for name in ("local_scale", "offset_scale")]
+            memory = self._memory(factors, members)
             if memory is None or self._plans.get(i, (None,))[0] != memory:
                 self._plans.pop(i, None)
                 for member in members:
                     self._check(i, *member)
-            work.append((i, group, members))
-        for i, group, members in work:  # all were checked before any of them changes
+            work.append((i, factors, members))
+        for i, factors, members in work:  # all were checked before any of them changes
             if i in self._plans:
-                self._run(group, *self._plans[i][1:])
+                self._run(factors, *self._plans[i][1:])
             else:
-                self._plan(i, group, members)
+                self._plan(i, factors, members)
         return loss
 
+    def _clip(self, max_norm):
+        """What torch's clip_grad_norm_ would multiply the modified gradient by."""
+        checks.positive("max_norm", max_norm)
+        norms = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    g, offset = p.grad * group["local_scale"], self._offset(p)
+                    if offset is not None:
+                        g.add_(offset, alpha=group["offset_scale"])
+                    norms.append(torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)))
+        total = torch.stack([n.to(norms[0]) for n in norms]).norm().item() if norms else 0.0
+        return min(max_norm / (total + 1e-6), 1.0)
+
     @staticmethod
-    def _memory(group, members):
+    def _memory(factors, members):
         """Where everything lies: as long as this is the same, the tables of addresses and the checks hold."""
         if torch.compiler.is_compiling() or any(g.layout != torch.strided for _, g, _ in members):
             return None
-        return [(os.environ.get("LGKERNELS_IMPL"), not group["momentum"], not group["offset_scale"])] + [
-            (id(p), p.data_ptr(), g.data_ptr(), g.stride(), g.dtype, id(s.get("momentum_buffer")), id(s.get("offset")))
+        return [(os.environ.get("LGKERNELS_IMPL"), not factors[1], not factors[4])] + [
+            (id(p), p.data_ptr(), p.stride(), g.data_ptr(), g.stride(), g.dtype,
+             *((id(t), t.data_ptr()) for t in (s.get("momentum_buffer"), s.get("offset")) if t is not None))
             for p, g, s in members]
 
     @staticmethod
-    def _run(group, steps, written, _):
-        factors = [float(group[name]) for name in ("lr", "momentum", "weight_decay", "local_scale", "offset_scale")]
+    def _run(factors, steps, written, _):
         for kernels, table, device in steps:
             kernels.run(table, device, *factors)
         _op.changed(written)
 
-    def _plan(self, i, group, members):
+    def _plan(self, i, factors, members):
         """A step, and what the next one can take over from it."""
         kinds, steps, written, kept = {}, [], [], []
         for member in members:  # by device, and by whether the kernels take them
             p = member[0]
             kinds.setdefault((p.device, p.dtype == torch.float32), []).append(member)
-        numbers = [float(group[name]) for name in ("lr", "momentum", "weight_decay", "local_scale", "offset_scale")]
         for (device, _), some in kinds.items():
             params, grads, states = map(list, zip(*some))
             buffers = []
-            if group["momentum"]:
+            if factors[1]:
                 for p, state in zip(params, states):
                     if "momentum_buffer" not in state:
                         state["momentum_buffer"] = torch.zeros_like(p)
                     buffers.append(state["momentum_buffer"])
             offsets = [state.get("offset") for state in states]
             kernels = _op.kernels_for(params, "auto")
-            steps.append((kernels, _op.step(kernels, params, grads, buffers, offsets, *numbers, 1.0), device))
+            steps.append((kernels, _op.step(kernels, params, grads, buffers, offsets, *factors, 1.0), device))
             written, kept = written + params + buffers, kept + offsets
-        memory = self._memory(group, members)
+        memory = self._memory(factors, members)
         if memory is not None and all(table is not None for _, table, _ in steps):
             self._plans[i] = memory, steps, written, kept  # kept: an id belongs to one tensor while that is alive
 
@@ -410,84 +475,3 @@ class OffsetSGD(_Offsets, torch.optim.Optimizer):
             if value.dtype != p.dtype and (name == "momentum_buffer" or value.dtype != torch.bfloat16):
                 raise TypeError(f"param_groups[{index}]: a state's {name} must be {p.dtype} like its parameter, got "
                                 f"{value.dtype} (an offset may be bfloat16)")
-
-
-class OffsetOptimizer(_Offsets):
-    """Any torch optimizer on ``local_scale * grad + offset_scale * offset``; the rest as :class:`OffsetSGD`.
-
-    ``step`` writes the modified gradient to ``p.grad`` and calls the optimizer's. The coefficients stand in
-    its ``param_groups``, where each group may have its own.
-
-    Args:
-        optimizer (torch.optim.Optimizer): e.g. Adam, whose second moments then contain the offset.
-        local_scale, offset_scale, bp_coef, local_coef: as :class:`OffsetSGD`.
-
-    Example:
-        >>> import torch
-        >>> from lgkernels.optim import OffsetOptimizer
-        >>> w = torch.nn.Parameter(torch.ones(1))
-        >>> optimizer = OffsetOptimizer(torch.optim.Adam([w], lr=0.1))
-        >>> optimizer.refresh(lambda x: (w * x).mean(), None, torch.full((16,), 5.0))
-        >>> len(optimizer.offsets())
-        1
-    """
-
-    def __init__(self, optimizer, *, local_scale=1.0, offset_scale=1.0, bp_coef=1.0, local_coef=None):
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        self.optimizer, self._table = optimizer, {}
-        coefficients = _check_coefficients(local_scale, offset_scale, bp_coef, local_coef)
-        optimizer.defaults.update(coefficients)  # of groups that are added later
-        for group in optimizer.param_groups:
-            for name, value in coefficients.items():
-                group.setdefault(name, value)
-
-    @property
-    def param_groups(self):
-        return self.optimizer.param_groups
-
-    @property
-    def state(self):
-        return self.optimizer.state
-
-    def _offset(self, p):
-        return self._table.get(p)
-
-    def _set_offset(self, p, offset):
-        if offset is None:
-            self._table.pop(p, None)
-        else:
-            self._table[p] = offset
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        """Modify the gradients, then step. `closure` is evaluated first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params and group["local_scale"] != 1:
-                torch._foreach_mul_([p.grad for p in params], group["local_scale"])
-            tilted = [(p.grad, self._table[p]) for p in params if p in self._table]
-            if tilted and group["offset_scale"]:
-                torch._foreach_add_(*map(list, zip(*tilted)), alpha=group["offset_scale"])
-        self.optimizer.step()
-        return loss
-
-    def zero_grad(self, set_to_none=True):
-        self.optimizer.zero_grad(set_to_none)
-
-    def state_dict(self):
-        """The optimizer's state, and the offsets in the order of the parameters (None where there is none)."""
-        offsets = [self._offset(p) for group in self.param_groups for p in group["params"]]
-        return {"optimizer": self.optimizer.state_dict(), "offsets": offsets}
-
-    def load_state_dict(self, state):
-        params = [p for group in self.param_groups for p in group["params"]]
-        if len(state["offsets"]) != len(params):
-            raise ValueError(f"state must hold {len(params)} offsets, one per parameter, got {len(state['offsets'])}")
-        self.optimizer.load_state_dict(state["optimizer"])
-        for p, offset in zip(params, state["offsets"]):
-            self._set_offset(p, None if offset is None else offset.to(p.device, p.dtype).clone())

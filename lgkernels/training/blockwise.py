@@ -19,7 +19,7 @@ class BlockwiseTrainer(Trainer):
         optimizer_factory (callable): a block's list of parameters -> its optimizer.
         scheduler_factory (callable, optional): an optimizer -> its learning-rate schedule; see ``scheduler_step``.
         accumulation_steps (int): calls of ``step`` to one optimizer step; each loss is divided by it.
-        clip_grad_norm (float, optional): bound on the gradient norm of each block.
+        clip_grad_norm (float, optional): bound on the gradient norm of each block, offsets added (`OffsetSGD`).
         grad_scaler (torch.amp.GradScaler, optional): for float16. Autocast is the caller's context around ``step``.
 
     Raises: ValueError, TypeError naming the argument.

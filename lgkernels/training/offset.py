@@ -16,9 +16,10 @@ def refresh_trainer(trainer, data, *, loss=F.cross_entropy, **options):
 
     Args:
         trainer (BlockwiseTrainer): in training mode.
-        data (tuple): (x, target), the offset batch; under DistributedDataParallel each rank's own: offsets are averaged.
+        data (tuple): (x, target), the offset batch; under DistributedDataParallel each rank's own: offsets and
+            estimates are those of all ranks' data.
         loss (callable): (output, target) -> scalar, mean over the batch.
-        options: of :meth:`lgkernels.optim.OffsetSGD.refresh` but ``model``.
+        options: of :meth:`lgkernels.optim.OffsetSGD.refresh` but ``model`` and ``average``.
 
     Example:
         >>> import torch, lgkernels.nn as lnn
@@ -51,10 +52,12 @@ def refresh_trainer(trainer, data, *, loss=F.cross_entropy, **options):
             yield value
             del value
 
+    def average(tensors):
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+        return dist.get_world_size()
+
+    parallel = any(isinstance(block, DistributedDataParallel) for block in trainer.blocks)
     optimizers = [optimizer for optimizer in trainer.optimizers if optimizer is not None]
-    refresh_offsets(optimizers, bp, local, data, model=blocks, **options)
-    if any(isinstance(block, DistributedDataParallel) for block in trainer.blocks):
-        for optimizer in optimizers:
-            for _, offset in optimizer.offsets():
-                dist.all_reduce(offset)
-                offset /= dist.get_world_size()
+    refresh_offsets(optimizers, bp, local, data, model=blocks, average=average if parallel else None, **options)

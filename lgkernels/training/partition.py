@@ -39,7 +39,13 @@ def _resnet(m):
     act = m.relu if hasattr(m, "relu") else m.act1
     stem = nn.Sequential(m.conv1, m.bn1, act, m.maxpool)
     pool = m.avgpool if hasattr(m, "avgpool") else m.global_pool
-    head = Stage(lambda s, x: s.fc(torch.flatten(s.pool(x), 1)), pool=pool, fc=m.fc)
+    rate = getattr(m, "drop_rate", 0.0)  # timm's: a dropout that is no module
+
+    def classify(s, x):
+        x = torch.flatten(s.pool(x), 1)
+        # fc's mode is what the model's train() and the unit's both reach
+        return s.fc(nn.functional.dropout(x, rate, s.fc.training) if rate else x)
+    head = Stage(classify, pool=pool, fc=m.fc)
     return [stem, *(block for layer in (m.layer1, m.layer2, m.layer3, m.layer4) for block in layer), head]
 
 
@@ -54,15 +60,32 @@ def _torchvision_vit(m):
     return [first, *m.encoder.layers, last]
 
 
+def _share(m, children, parameters):
+    """`m` with these of its modules and parameters alone: its class's methods and its settings, to call piecemeal."""
+    share = copy.copy(m)
+    share._modules = {name: m._modules[name] for name in children}
+    share._parameters, share._buffers = (m._parameters, m._buffers) if parameters else ({}, {})
+    return share
+
+
+def _is_timm_vit(m):
+    """timm's class, or one derived from it that goes from the embedding to the head as that does."""
+    base = next((c for c in type(m).__mro__ if (c.__module__, c.__name__) == (
+        "timm.models.vision_transformer", "VisionTransformer")), None)
+    return base is not None and type(m).forward_features is base.forward_features
+
+
 def _timm_vit(m):
-    parts = dict(patch_embed=m.patch_embed)
-    first = Stage(lambda s, x: s.owner[0].norm_pre(s.owner[0].patch_drop(s.owner[0]._pos_embed(s.patch_embed(x)))), **parts)
-    first.owner = (m,)  # not a submodule: its blocks belong to other parts
-    for name in ("cls_token", "pos_embed", "reg_token"):
-        if isinstance(getattr(m, name, None), nn.Parameter):
-            first.register_parameter(name, getattr(m, name))
-    last = Stage(lambda s, x: s.owner[0].forward_head(s.norm(x)), norm=m.norm, head=m.head)
-    last.owner = (m,)
+    def embed(s, x):
+        return s.vit.norm_pre(s.vit.patch_drop(s.vit._pos_embed(s.vit.patch_embed(x))))
+
+    def classify(s, x):
+        s.vit.training = s.vit.head.training  # what the model's train() and the unit's both reach
+        return s.vit.forward_head(s.vit.norm(x))
+    names = list(m._modules)
+    after = names.index("blocks")
+    first = Stage(embed, vit=_share(m, names[:after], parameters=True))
+    last = Stage(classify, vit=_share(m, names[after + 1:], parameters=False))
     return [first, *m.blocks, last]
 
 
@@ -78,7 +101,7 @@ def chain(model):
         return _resnet(model)
     if _has(model, "conv_proj", "class_token", "encoder", "heads"):
         return _torchvision_vit(model)
-    if _has(model, "patch_embed", "_pos_embed", "blocks", "norm", "forward_head"):
+    if _is_timm_vit(model):
         return _timm_vit(model)
     raise TypeError(f"model must be an nn.Sequential, or a ResNet or vision transformer of torchvision or timm, got "
                     f"{type(model).__name__}: write it as an nn.Sequential of its parts")
@@ -181,8 +204,9 @@ def split_blocks(model, units=4, *, balance="memory", input=None, overlap_blocks
             the first begin.
         balance (str): ``"memory"``: the largest unit's saved bytes are smallest; ``"parts"``: equally many parts.
         input (Tensor): for ``"memory"``: an example batch; only its shape and dtype are used.
-        overlap_blocks (int): LoCo: every unit but the last also lists the first so many parts of the next one, which
-            both units' losses train. A list of parts can then not simply be applied in sequence.
+        overlap_blocks (int): LoCo: every unit but the last also lists the first so many parts of the next one (all,
+            where it has fewer), which both units' losses train. A list of parts can then not simply be applied in
+            sequence.
 
     Returns:
         list of nn.Sequential: the units. The stem joins the first part with it, the classifier the last.
@@ -197,8 +221,13 @@ def split_blocks(model, units=4, *, balance="memory", input=None, overlap_blocks
         [2, 2, 2]
     """
     checks.choice("balance", balance, ("memory", "parts"))
+    checks.whole_number("overlap_blocks", overlap_blocks)
+    if overlap_blocks < 0:
+        raise ValueError(f"overlap_blocks must be at least 0, got {overlap_blocks}")
     parts = chain(model)
     if isinstance(units, (list, tuple)):
+        for i, start in enumerate(units):
+            checks.whole_number(f"units[{i}]", start)
         starts = [0, *units]
         if sorted(set(starts)) != starts or starts[-1] >= len(parts):
             raise ValueError(f"units must be increasing part numbers in [1, {len(parts) - 1}], got {list(units)}")
@@ -214,5 +243,5 @@ def split_blocks(model, units=4, *, balance="memory", input=None, overlap_blocks
                 raise ValueError('input must be an example batch for balance="memory", got None')
             ends = _balanced(to_meta(nn.ModuleList(parts)), units, input.detach().to("meta"))
     starts = [0, *ends[:-1]]
-    return [nn.Sequential(*parts[a:min(b + (overlap_blocks if b < len(parts) else 0), len(parts))])
-            for a, b in zip(starts, ends)]
+    limits = [*ends[1:], len(parts)]  # where the next unit ends
+    return [nn.Sequential(*parts[a:min(b + overlap_blocks, limit)]) for a, b, limit in zip(starts, ends, limits)]

@@ -14,15 +14,16 @@ RULES = {"local": (1, 1.0), "two views": (2, 2.0), "forward-forward": (2, 7 / 3)
 
 
 def parse_memory(text):
-    """Bytes of "8GB", "24GiB", or a number of bytes."""
-    if isinstance(text, (int, float)):
-        return float(text)
-    for unit in sorted(UNITS, key=len, reverse=True):
-        if text.endswith(unit):
-            try:
-                return float(text[:-len(unit)]) * UNITS[unit]
-            except ValueError:
-                break
+    """Bytes of "8GB", "24GiB", or a number of bytes, above 0."""
+    number, factor = text, 1.0
+    if isinstance(text, str):
+        unit = max((unit for unit in UNITS if text.endswith(unit)), key=len, default="")
+        number, factor = text.removesuffix(unit), UNITS.get(unit, 1.0)
+    try:
+        if float(number) > 0:
+            return float(number) * factor
+    except (TypeError, ValueError):
+        pass
     raise ValueError(f"memory must be a number of bytes, or a text such as '8GB' or '24GiB', got {text!r}")
 
 
@@ -66,8 +67,8 @@ def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, N
     local units by the rules of `RULES`, plain and BP-modified.
 
     Counts saved bytes (distinct storages that autograd keeps, without weights), weights, gradients, optimizer state and
-    offsets. Not counted: workspaces of libraries, the allocator's slack, short-lived temporaries, and the local losses'
-    auxiliary heads.
+    offsets. Not counted: workspaces of libraries, the allocator's slack, short-lived temporaries, the local losses'
+    auxiliary heads, and masks of a dropout inside attention.
 
     Args:
         model (nn.Module): what :func:`lgkernels.training.split_blocks` takes; may lie on the meta device.
@@ -79,7 +80,10 @@ def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, N
         attention (str): ``"flash"`` or ``"eager"``: what attention keeps.
 
     Returns:
-        Plan: ``rows`` (name, peak, activations, compute, exactness, fits); ``print`` shows a table.
+        Plan: ``rows`` (name, peak, activations, compute, exactness, fits); ``print`` shows a table. A mini-batch that
+        batch normalisation cannot train on, one value a channel, has no row.
+
+    Raises: ValueError, TypeError naming the argument.
 
     Example:
         >>> import torch, lgkernels
@@ -92,11 +96,22 @@ def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, N
     x = input.detach().to("meta") if isinstance(input, torch.Tensor) else torch.empty(tuple(input), device="meta")
     model = partition.to_meta(model)
     trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("model must have a parameter that requires a gradient, got none: there is nothing to train")
     weights, gradient = _bytes(model.parameters()) + _bytes(model.buffers()), _bytes(trained)
     fixed = weights + gradient * optimizer_state
     parts, batch = partition.chain(model), len(x)
     norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     result = Plan(memory)
+
+    def kept_by(size):
+        """Bytes that back-propagation keeps of so many samples; None where batch normalisation refuses them."""
+        try:
+            return partition.saved_bytes(parts, torch.empty_like(x[:size]))[0]
+        except ValueError:
+            if norm and size < batch:
+                return None
+            raise
 
     def add(name, activations, rest, compute, exactness):
         peak = activations + rest
@@ -106,8 +121,8 @@ def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, N
         total = partition.saved_bytes(parts, x)[0]
         add("BP", total, fixed + gradient, 1.0, "exact")
         for micro in sorted({batch // 2, batch // 8, 1} - {0}, reverse=True):
-            if micro < batch:
-                kept = partition.saved_bytes(parts, torch.empty_like(x[:micro]))[0]
+            kept = kept_by(micro) if micro < batch else None
+            if kept is not None:
                 add(f"BP, {micro} at a time", kept, fixed + gradient, 1.0,
                     f"batch statistics over {micro}" if norm else "exact")
         each = partition.unit_bytes(parts, x)
@@ -127,7 +142,8 @@ def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, N
                 largest = rows * unit
                 add(f"{rule}, {count} units", largest, fixed + own, work, "local losses")
                 chunk = min(bp_chunk(batch, total, largest), batch)
-                refresh = partition.saved_bytes(parts, torch.empty_like(x[:chunk]))[0]
+                while (refresh := kept_by(chunk)) is None:
+                    chunk += 1
                 # while it refreshes, the offset is the only gradient
                 peak = max(largest + own, refresh)
                 add("BP-modified" + ("" if rule == "local" else f" {rule}") + f", {count} units", peak - own,
@@ -155,18 +171,36 @@ def main(arguments):
         print(f"plan --model needs torchvision, which is not here ({error}); from Python, lgkernels.plan(model, input) "
               "takes any model")
         return 1
-    if not arguments.model.startswith(("resnet", "vit", "wide_resnet", "resnext")) or not hasattr(models, arguments.model):
-        print(f"--model must be a ResNet or vision transformer of torchvision, got {arguments.model!r}")
+    name = arguments.model
+    if not name.startswith(("resnet", "vit", "wide_resnet", "resnext")) or not callable(getattr(models, name, None)):
+        print(f"--model must be a ResNet or vision transformer of torchvision, got {name!r}")
         return 2
-    with torch.device("meta"):
-        options = {"image_size": arguments.image} if arguments.model.startswith("vit") else {}
-        model = getattr(models, arguments.model)(num_classes=arguments.classes, **options)
-    memory = float("inf") if arguments.memory == "inf" else arguments.memory
-    table = plan(model, (arguments.batch, 3, arguments.image, arguments.image), memory,
-                 optimizer_state=arguments.optimizer_state, attention=arguments.attention)
+    for key, least in (("classes", 1), ("batch", 1), ("image", 1), ("optimizer_state", 0)):
+        value = getattr(arguments, key)
+        if value < least:
+            print(f"--{key.replace('_', '-')} must be at least {least}, got {value}")
+            return 2
+    try:
+        memory = parse_memory(arguments.memory)
+    except ValueError as error:
+        print(f"--{error}")
+        return 2
+    try:
+        with torch.device("meta"):
+            options = {"image_size": arguments.image} if name.startswith("vit") else {}
+            model = getattr(models, name)(num_classes=arguments.classes, **options)
+        table = plan(model, (arguments.batch, 3, arguments.image, arguments.image), memory,
+                     optimizer_state=arguments.optimizer_state, attention=arguments.attention)
+    except (ValueError, AssertionError, RuntimeError) as error:  # torch's, of sizes
+        print(f"--model {name} cannot take --image {arguments.image} with --batch {arguments.batch}: {error}")
+        return 2
     print(table)
     if arguments.plot:
-        plot(table, arguments.plot)
+        try:
+            plot(table, arguments.plot)
+        except (ImportError, OSError, ValueError) as error:
+            print(f"--plot {arguments.plot} cannot be written: {error}")
+            return 2
     return 0
 
 

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core import checks
 from ..core.unit import unit_gradient
 from ..nn.convert import feedback_state, load_feedback_state
+from ..optim.offset import Offsets
 
 STATE_VERSION = 1
 
@@ -87,14 +88,18 @@ class Trainer:
             loss.backward(unit_gradient(loss), inputs=parameters)
 
     def _update(self, optimizer, parameters):
+        options = {}
         if self.clip_grad_norm is not None:
             if self.grad_scaler is not None:
                 self.grad_scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+            if isinstance(optimizer, Offsets):
+                options["max_norm"] = self.clip_grad_norm  # its step clips: the offset counts
+            else:
+                nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
         if self.grad_scaler is None:
-            optimizer.step()
+            optimizer.step(**options)
         else:
-            self.grad_scaler.step(optimizer)
+            self.grad_scaler.step(optimizer, **options)
         optimizer.zero_grad(set_to_none=True)
 
     def zero_grad(self):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,8 +46,9 @@ def train(rank, kind, accumulation, wrap):
     return torch.cat([p.detach().flatten() for block in blocks for p in block.parameters()])
 
 
-def train_modified(rank, rule, wrap):
-    """The same for a BP-modified rule: offsets of this rank's data, averaged; LoCo's units share parameters."""
+def train_modified(rank, rule, options, wrap):
+    """The same for a BP-modified rule: offsets of this rank's data, averaged; LoCo's units share parameters. In the
+    last refresh rank 1's loss is out of bounds for a guard."""
     torch.manual_seed(0)
     model = nn.Sequential(*(networks.Part(nn.Conv2d(i, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.Tanh()) for i in (1, 6, 6)),
                           networks.Part(nn.Flatten(), nn.Linear(6, 3)))
@@ -58,15 +60,19 @@ def train_modified(rank, rule, wrap):
     for step in range(STEPS):
         batch = torch.randn(8, 1, 8, 8, generator=generator), torch.randint(0, 3, (8,), generator=generator)
         if step % 2 == 0:
-            refresh_trainer(trainer, batch, bp_chunk=4)
+            factor = 30.0 if rank and step else 1.0
+            refresh_trainer(trainer, batch, bp_chunk=4, loss=lambda *a, f=factor: f * F.cross_entropy(*a), **options)
         trainer.step(*batch)
-    offsets = [offset for optimizer in trainer.optimizers for _, offset in optimizer.offsets()]
-    return torch.cat([t.detach().flatten() for t in (*model.parameters(), *offsets)])
+    offsets = {p: offset for optimizer in trainer.optimizers for p, offset in optimizer.offsets()}
+    assert "max_growth" not in options or not wrap or len(offsets) < len(list(model.parameters()))
+    return torch.cat([t.detach().flatten() for p in model.parameters()
+                      for t in (p, offsets.get(p, torch.zeros_like(p)))])
 
 
 CASES = {"local losses": (BlockwiseTrainer, 1), "accumulated": (BlockwiseTrainer, 2),
          "back-propagation": (BackpropTrainer, 1)}
-MODIFIED = ("loco", "predsim")
+MODIFIED = {"loco": ("loco", {}), "predsim": ("predsim", {}), "guarded": ("predsim", dict(max_growth=3.0)),
+            "estimated": ("predsim", dict(estimate_local_scale=True, estimate_offset_scale=True))}
 
 
 def worker(rank, folder):
@@ -75,8 +81,8 @@ def worker(rank, folder):
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
         stack.callback(dist.destroy_process_group)
         runs = {name: [train(rank, *case, wrap) for wrap in (True, False)] for name, case in CASES.items()}
-        for rule in MODIFIED:
-            runs[rule] = [train_modified(rank, rule, wrap) for wrap in (True, False)]
+        for name, case in MODIFIED.items():
+            runs[name] = [train_modified(rank, *case, wrap) for wrap in (True, False)]
         torch.save(runs, os.path.join(folder, f"{rank}.pt"))
 
 

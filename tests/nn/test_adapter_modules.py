@@ -101,7 +101,67 @@ def test_state_dict_round_trip():
     assert torch.equal(first.eval()(x), second.eval()(x))
 
 
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_state_dict_of_a_merged_model(kind):
+    """Says that it is merged: what loads it neither adds the change twice nor forgets how to take it off."""
+    first, second = (lnn.adapt(network().double(), kind).eval() for _ in range(2))
+    base, x = first[5].base.weight.clone(), randn(2, 6, 7, 7, dtype=torch.float64)
+    shake(first)
+    second.load_state_dict(lnn.merge(first).state_dict())
+    assert torch.equal(second(x), first(x)) and second[5].merged
+    assert_relative("unmerged", lnn.unmerge(second)[5].base.weight, base, 1e-14)
+    first.load_state_dict(second.state_dict())
+    assert not first[5].merged and torch.equal(second(x), first(x))
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr"])
+def test_unmerge_after_the_factors_changed(kind):
+    layer = lnn.adapt(network().double(), kind)[5]
+    base = layer.base.weight.clone()
+    shake(layer)
+    layer.merge()
+    shake(nn.ModuleList(nn.ParameterList([p]) for p in list(layer.parameters())[::-1]))
+    now = [p.clone() for p in layer.parameters(recurse=False)]
+    layer.unmerge()
+    assert_relative("base", layer.base.weight, base, 1e-14)
+    assert all(map(torch.equal, layer.parameters(recurse=False), now))
+
+
+@pytest.mark.parametrize("target", [None, "2"])
+def test_a_layer_at_two_places_stays_one(target):
+    layer = nn.Linear(8, 8)
+    model = lnn.adapt(nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(8, 2)), "lora", target)
+    assert type(model[0]) is lnn.LoRALinear and model[0] is model[2] and model[0].base is layer
+    assert (type(model[3]) is lnn.LoRALinear) == (target is None)
+
+
+def test_in_torchs_transformer_layer():
+    """Which in evaluation reads the weights of its linear layers."""
+    torch.manual_seed(0)
+    model = lnn.adapt(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), "lora")
+    shake(model)
+    x = randn(2, 5, 16)
+    with torch.no_grad():
+        assert_relative("fast path", model.eval()(x), model.train()(x), 1e-5)
+    assert (model.linear1.in_features, model.linear1.bias is model.linear1.base.bias) == (16, True)
+
+
+def test_a_refused_model_is_unchanged():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(2, 2, 3, padding="same"))
+    with pytest.raises(ValueError, match="base must pad"):
+        lnn.adapt(model, "lokr")
+    assert type(model[0]) is nn.Linear and all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("bad, error, message", [
+    (lambda: lnn.adapt(lnn.adapt(network(), "lora"), "lokr"), ValueError,
+     "model must not hold adapters yet, got LoRALinear at '5': adapt once, and pick the layers with target"),
+    (lambda: lnn.adapt(network(), "lora", train_head=["fc"]), ValueError,
+     "train_head must name submodules of model, got 'fc'; it has 0, 1, 2, 3, 4, 5, 6"),
+    (lambda: lnn.adapt(network(), "lora", alpha="x"), TypeError, "alpha must be a number, got str"),
+    (lambda: lnn.adapt(network(), "lora", alpha=float("nan")), ValueError, "alpha must be finite, got nan"),
+    (lambda: lnn.adapt(network(), "lokr", factor=0), ValueError,
+     "factor must be a positive int, or -1 for the most square split, got 0"),
     (lambda: lnn.adapt(network(), "dora"), ValueError, "kind must be one of 'lora', 'lokr', got 'dora'"),
     (lambda: lnn.adapt(network(), "lora", "conv"), ValueError,
      "target must pick at least one of the layers that 'lora' adapts (Linear), got none in Sequential"),

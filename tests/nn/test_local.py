@@ -89,6 +89,17 @@ def test_normalisations_of_forward_forward():
     assert none is x
 
 
+def test_normalisation_in_half_precision():
+    """Neither a norm above float16's range nor an eps below it."""
+    x = torch.stack([torch.full((50000,), 300.0), torch.zeros(50000)]).half()
+    for how, expected in (("l2", 50000 ** -0.5), ("rms", 1.0)):
+        for kind in (dict(normalize=how), dict(normalize="none", normalize_output=how)):
+            layer = lnn.ForwardForwardLayer(nn.Identity(), **kind)
+            for out in (layer.eval()(x), layer.train()(x, torch.tensor([True, False]))[0]):
+                assert out.dtype == torch.float16 and not out[1].any()
+                assert_relative("row", out[0].float(), torch.full((50000,), expected), 1e-3)
+
+
 @pytest.mark.parametrize("kind", ["l2", "rms"])
 def test_a_layer_normalises_its_output_for_the_next(kind):
     """By the loss's own sums of squares; as if the next layer had."""

@@ -207,3 +207,14 @@ def test_bad_convolution(bad, error, message):
     with pytest.raises(error) as caught:
         LF.lokr_conv2d(**arguments)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("full", [False, True])
+def test_convolution_of_an_empty_batch(full, groups):
+    x, weight, w1 = (torch.ones(*s, requires_grad=True) for s in ((0, 16, 9, 11), (8, 16 // groups, 3, 3), (2, 4)))
+    d = 4 // groups
+    w2 = torch.ones(4, d, 3, 3) if full else (torch.ones(4, 2), torch.ones(2, d * 9))
+    y = LF.lokr_conv2d(x, weight, None, 2, 1, 1, groups, w1=w1, w2=w2, scale=2.0)
+    y.sum().backward()
+    assert y.shape == (0, 8, 5, 6) and x.grad.shape == x.shape and not weight.grad.any() and not w1.grad.any()

@@ -76,6 +76,16 @@ def test_cross_entropy_dtypes(module, form, dtype):
     check_cross_entropy(module, BASE, feature_map(BASE, name, dtype, layout or "dense"), weight_dtype=dtype)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("form", ["map", "tokens", "vector"])
+def test_cross_entropy_with_the_librarys_products(module, form, reduction, monkeypatch):
+    if not hasattr(module, "_SMALL"):
+        pytest.skip("a choice of the CPU's kernels")
+    monkeypatch.setattr(module, "_SMALL", 0)
+    for compute_grad in (True, False):
+        check_cross_entropy(module, BASE, feature_map(BASE, form), 0.1, reduction, compute_grad)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 1.0])
 def test_cross_entropy_reductions(module, reduction, smoothing):
@@ -172,6 +182,12 @@ def test_deviations_of_a_map_far_from_zero(module, layout):
 
 
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
+def test_deviations_of_more_positions_than_a_tile(module, layout):
+    spread = 0.3 + randn(3, 4, 1, 1, seed=2).abs()  # rows of alike deviations would only measure their cancellation
+    check_similarity(module, arrange(2 + spread * randn(3, 4, 66, 63, seed=1), layout))
+
+
+@pytest.mark.parametrize("layout", ["dense", "channels_last"])
 def test_constant_channels_and_rows_have_gradient_zero(module, layout):
     x = randn(5, 6, 10, 9, seed=1)
     x[0] = 0.0
@@ -179,6 +195,26 @@ def test_constant_channels_and_rows_have_gradient_zero(module, layout):
     x[2, 3] = 0.3   # a dead channel
     got = check_similarity(module, arrange(x, layout)).cpu()
     assert not got[:2].any() and not got[2, 3].any() and got[2, 4].any()
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, -7.7])
+@pytest.mark.parametrize("length", [7, 100, 1000])
+def test_rows_that_rounding_alone_varies_have_gradient_zero(module, length, value):
+    x = randn(5, length, seed=1)
+    x[2] = value
+    x[4] = value
+    x[4, 3] += 2 * torch.finfo(torch.float32).eps * abs(value)
+    got = check_similarity(module, x).cpu()
+    assert not got[2].any() and not got[4].any() and got[0].any()
+
+
+@pytest.mark.parametrize("layout", ["dense", "channels_last"])
+def test_channels_that_rounding_alone_varies_have_gradient_zero(module, layout):
+    x = randn(4, 5, 6, 7, seed=1)
+    x[1, 2] = 1000.0
+    x[1, 2, 3, 4] += 2**-13
+    got = check_similarity(module, arrange(x, layout)).cpu()
+    assert not got[1, 2].any() and got[1, 3].any()
 
 
 # -- repeatability, random cases ------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """BP-modified local loss: the property tests of the method (numbered as in the specification), and the optimizer's own."""
 import copy
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import lgkernels.functional as LF
 from lgkernels.optim import OffsetOptimizer, OffsetSGD, refresh_due
 from tests.ops.lls_problems import randn, targets
 from tests.tolerances import assert_bit_equal, assert_relative
@@ -165,6 +167,25 @@ def test_6_refresh_leaves_everything_else_alone():
         assert [m.training for m in net.modules()] == modes
 
 
+def test_6_also_buffers_that_forward_replaces():
+    class Peers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4, dtype=D)
+            self.register_buffer("running_mean", torch.zeros(4, dtype=D))
+            self.register_buffer("seen", None)
+
+        def forward(self, x):
+            h = self.layer(x).relu()
+            loss, self.running_mean = LF.peer_normalization_loss(h, self.running_mean)
+            self.seen = torch.ones(1)
+            return loss + h.square().mean()
+    net, data = Peers(), batch(1)
+    buffer = net.running_mean
+    OffsetSGD(net.layer.parameters(), 0.1).refresh(lambda x, y: net(x), lambda x, y: net(x), data, model=net)
+    assert net.running_mean is buffer and not buffer.any() and net.seen is None
+
+
 def test_7_one_block_at_a_time():
     """A local closure that is a generator: its next block runs only after the backward of the one before."""
     net, order = Net(), []
@@ -232,6 +253,87 @@ def test_the_wrapper_takes_groups_that_are_added_later():
     assert q.tolist() == [0.0, 0.0] and p.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("options", [dict(momentum=0.9, weight_decay=0.1), dict(local_scale=0.5, offset_scale=3.0)])
+@pytest.mark.parametrize("max_norm", [0.02, 1e6])
+def test_clipping_bounds_the_sum_of_gradient_and_offset(max_norm, options):
+    """In the step itself; the wrapper and the kernels' optimizer agree with it written out."""
+    nets = [Net(), Net(), Net()]
+    coefficients = {k: options.pop(k, 1.0) for k in ("local_scale", "offset_scale")}
+    optimizers = [sgd(nets[0], **{"momentum": 0.0, **options, **coefficients})]
+    plain = [torch.optim.SGD(net.parameters(), **{"lr": 0.1, **options}) for net in nets[1:]]
+    optimizers.append(OffsetOptimizer(plain[0], **coefficients))
+    for net, optimizer in zip(nets, optimizers):
+        optimizer.refresh(net.bp, net.local, batch(9))
+    table = dict(zip(nets[2].parameters(), map(optimizers[0]._offset, nets[0].parameters())))
+    for i in range(3):
+        for net, optimizer in zip(nets, (*optimizers, plain[1])):
+            optimizer.zero_grad()
+            for loss in net.local(*batch(i)):
+                loss.backward()
+        for p, offset in table.items():
+            p.grad *= coefficients["local_scale"]
+            if offset is not None:
+                p.grad += coefficients["offset_scale"] * offset
+        norm = nn.utils.clip_grad_norm_(nets[2].parameters(), max_norm)
+        assert 0.1 < norm < 1e3
+        plain[1].step()
+        for optimizer in optimizers:
+            optimizer.step(max_norm=max_norm)
+    for net in nets[:2]:
+        for p, q in zip(net.parameters(), nets[2].parameters()):
+            assert_relative("parameter", p, q, 1e-12)
+    with pytest.raises(ValueError, match="max_norm must be greater than 0, got 0"):
+        optimizers[0].step(max_norm=0)
+
+
+def test_the_wrapper_is_an_optimizer():
+    """Schedules, groups of later, a closure that the optimizer calls more than once, copies."""
+    w, q = (nn.Parameter(torch.full((2,), 3.0, dtype=D)) for _ in range(2))
+    wrapper = OffsetOptimizer(torch.optim.SGD([w], lr=1.0), offset_scale=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(wrapper, 1, gamma=0.1)
+    wrapper.add_param_group({"params": [q], "offset_scale": 0.0})
+    wrapper.refresh(lambda x: (w * x).sum() + (q * x).sum(), None, torch.ones(1, dtype=D))
+    twin = copy.deepcopy(wrapper)
+    for optimizer in (wrapper, twin):
+        for group in optimizer.param_groups:
+            group["params"][0].grad = torch.zeros_like(w)
+        optimizer.step()
+    schedule.step()
+    assert w.tolist() == [2.5, 2.5] and q.tolist() == [3.0, 3.0] and wrapper.param_groups[0]["lr"] == 0.1
+    assert twin.param_groups[0]["params"][0].tolist() == w.tolist() and len(twin.offsets()) == 2
+
+    calls, wrapper = [], OffsetOptimizer(torch.optim.LBFGS([w], max_iter=50, tolerance_grad=1e-12))
+    wrapper.refresh(lambda x: (w * x).sum(), None, torch.full((1,), -4.0, dtype=D))
+
+    def closure():
+        calls.append(1)
+        wrapper.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+    wrapper.step(closure)
+    assert len(calls) > 1
+    assert_relative("minimum of w^2 - 4 w", w, torch.full((2,), 2.0, dtype=D), 1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_state_that_moves_in_memory(momentum):
+    """Under the same tensor objects: what the step before noted of addresses and strides is void."""
+    w, q = (nn.Parameter(torch.arange(4.0).reshape(2, 2)) for _ in range(2))
+    ours, rival = OffsetSGD([w], 0.5, momentum), torch.optim.SGD([q], 0.5, momentum)
+
+    grad = torch.arange(4.0).reshape(2, 2)  # at one address
+    for change in ("nothing", "momentum_buffer", "strides"):
+        for p, optimizer in ((w, ours), (q, rival)):
+            if change == "momentum_buffer" and momentum:
+                optimizer.state[p]["momentum_buffer"].data = torch.full((2, 2), 100.0)
+            if change == "strides":
+                p.data = p.data.t()
+            p.grad = grad
+            optimizer.step()
+        assert torch.equal(w, q), change
+
+
 @pytest.mark.parametrize("wrap", [False, True])
 def test_state_dict_holds_the_offsets(wrap):
     def make(net):
@@ -288,6 +390,44 @@ def test_estimated_local_scale():
     assert group["local_scale"] == 0.0  # a local loss that works against the global one
 
 
+@pytest.mark.parametrize("estimates", [{}, dict(estimate_local_scale=True, estimate_offset_scale=True)])
+def test_ranks_together_are_one_batch(estimates):
+    """`average`, with one rank after the other in this process."""
+    nets, (x, y), sent = [Net(), Net(), Net()], batch(3, 32), []
+    optimizers = [sgd(net) for net in nets]
+
+    def keep(tensors):
+        sent.extend(t.clone() for t in tensors)
+        return 1
+
+    def join(tensors):
+        for mine, theirs in zip(tensors, sent, strict=True):
+            mine.add_(theirs).div_(2)
+        return 2
+    for i, (data, average) in enumerate((((x[:16], y[:16]), keep), ((x[16:], y[16:]), join), ((x, y), None))):
+        optimizers[i].refresh(nets[i].bp, nets[i].local, data, bp_chunk=4, average=average, **estimates)
+    _, ours, whole = optimizers
+    for a, b in zip(ours.param_groups, whole.param_groups):
+        assert a["local_scale"] == pytest.approx(b["local_scale"], rel=1e-9)
+        assert a["offset_scale"] == pytest.approx(b["offset_scale"], rel=1e-9)
+    for (_, a), (_, b) in zip(ours.offsets(), whole.offsets(), strict=True):
+        assert (a - b).abs().max() <= 1e-12
+
+
+def test_within_float16_autocast():
+    """In float32: gradients below float16's range count."""
+    net = Net().float()
+    data = batch(1)[0].float(), batch(1)[1]
+    offsets = []
+    for half in (False, True):
+        optimizer = sgd(net)
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            optimizer.refresh(lambda x, y: 1e-7 * net.bp(x, y), None, data)
+        offsets.append(optimizer.offsets())
+    for (_, a), (_, b) in zip(*offsets, strict=True):
+        assert a.any() and torch.equal(a, b)
+
+
 def test_divergence_guard():
     w = nn.Parameter(torch.ones(3, dtype=D))
     optimizer = OffsetSGD([w], 0.1)
@@ -303,6 +443,30 @@ def test_divergence_guard():
     assert not optimizer.offsets() and w.grad is None
 
 
+def test_divergence_guard_at_every_refresh():
+    """Compared with the refresh before, whether that was dropped or not, also after a restart."""
+    w, kept = nn.Parameter(torch.ones(3, dtype=D)), []
+    optimizer = OffsetSGD([w], 0.1)
+    for norm in (1.0, 100.0, 1e4, 1e6, 2e6, 1e8, 1e8):
+        restarted = OffsetSGD([w], 0.1)
+        restarted.load_state_dict(optimizer.state_dict())
+        optimizer = restarted
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.refresh(lambda x: (norm * x.sum() * w).sum(), None, torch.ones(4), max_growth=4)  # noqa: B023
+        kept.append(bool(optimizer.offsets()))
+        assert kept[-1] == (not caught)
+    assert kept == [True, False, False, False, True, False, True]
+
+
+def test_a_tiny_local_scale():
+    """1 / local_scale is no float32: the local part is lost in rounding, the offset is the global gradient."""
+    w = nn.Parameter(torch.ones(2))
+    optimizer = OffsetSGD([w], 0.1, local_scale=1e-39)
+    optimizer.refresh(lambda x: (w * x).sum(), lambda x: w.square().sum(), torch.full((1,), 3.0))
+    assert optimizer.offsets()[0][1].tolist() == [3.0, 3.0]
+
+
 def test_when_to_refresh():
     assert [s for s in range(20) if refresh_due(s, 8)] == [0, 8, 16]
     assert [s for s in range(25) if refresh_due(s, 10, first_period=3)] == [0, 3, 13, 23]
@@ -315,6 +479,27 @@ def test_when_to_refresh():
     (lambda o: o.refresh(None, None, torch.ones(4), bp_chunk=0), ValueError, "bp_chunk must be at least 1, got 0"),
     (lambda o: o.refresh(None, None, (torch.ones(4), torch.ones(3))), ValueError,
      "data must be tensors of one and the same length above 0, got lengths [4, 3]"),
+    (lambda o: OffsetSGD([nn.Parameter(torch.ones(1))], 0.1, local_scale=float("nan")), ValueError,
+     "local_scale must be finite, got nan"),
+    (lambda o: OffsetSGD([{"params": [nn.Parameter(torch.ones(1))], "local_scale": "x"}], 0.1), TypeError,
+     "param_groups[0]: local_scale must be a number, got str"),
+    (lambda o: o.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": -1}), ValueError,
+     "param_groups[1]: lr must be at least 0, got -1"),
+    (lambda o: OffsetOptimizer(o).add_param_group({"params": [nn.Parameter(torch.ones(1))], "bp_coef": "x"}), TypeError,
+     "param_groups[1]: bp_coef must be a number, got str"),
+    (lambda o: o.refresh(lambda x: x.sum(), None, torch.ones(4)), ValueError,
+     "bp_closure must return a loss that depends on a parameter, got one without gradient: do not detach it or compute "
+     "it under torch.no_grad, and freeze no parameter on its way"),
+    (lambda o: o.refresh(lambda x: x.sum(), None, torch.ones(16), estimate_offset_scale=True), ValueError,
+     "bp_closure must return a loss that depends on a parameter, got one without gradient: do not detach it or compute "
+     "it under torch.no_grad, and freeze no parameter on its way"),
+    (lambda o: torch.inference_mode(o.refresh)(None, None, torch.ones(4)), RuntimeError,
+     "refresh takes gradients, which torch.inference_mode forbids: call it outside"),
+    (lambda o: OffsetSGD([nn.Parameter(torch.ones(1), requires_grad=False)], 0.1).refresh(None, None, torch.ones(4)),
+     ValueError, "param_groups must hold a parameter that requires a gradient to refresh its offset, got none: all are "
+     "frozen"),
+    (lambda o: o.refresh(None, None, torch.ones(4), max_growth=0), ValueError,
+     "max_growth must be greater than 0, got 0"),
     (lambda o: o.refresh(None, None, torch.ones(4), batch_norm="frozen"), ValueError,
      "batch_norm must be one of 'train', 'eval', got 'frozen'"),
 ])

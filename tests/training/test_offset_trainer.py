@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import lgkernels.nn as lnn
-from lgkernels.optim import OffsetSGD
+from lgkernels.optim import OffsetOptimizer, OffsetSGD
 from lgkernels.training import BackpropTrainer, BlockwiseTrainer, refresh_trainer
 from tests.ops.lls_problems import randn, targets
 from tests.tolerances import assert_relative
@@ -71,6 +71,25 @@ def test_refresh_touches_nothing_else():
     for block, state in zip(model, before):
         for name, value in block.state_dict().items():
             assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_clipping_counts_the_offset(wrap):
+    def factory(parameters):
+        return OffsetOptimizer(torch.optim.SGD(parameters, 1.0)) if wrap else OffsetSGD(parameters, 1.0)
+    schedule = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)  # noqa: E731
+    for options in (dict(), dict(grad_scaler=torch.amp.GradScaler("cpu")), dict(scheduler_factory=schedule)):
+        trainer = BlockwiseTrainer(blocks(), factory, clip_grad_norm=1e-3, **options)
+        refresh_trainer(trainer, batch(0))
+        before = [p.detach().clone() for group in trainer.parameter_groups for p in group]
+        for optimizer in filter(None, trainer.optimizers):
+            for _, offset in optimizer.offsets():
+                offset.fill_(5.0)
+        trainer.step(*batch(1))
+        moved = iter(before)
+        for group in filter(None, trainer.parameter_groups):
+            norm = torch.cat([(p - next(moved)).flatten() for p in group]).norm().item()
+            assert norm == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_bad_use():

@@ -113,6 +113,31 @@ def test_the_plan_is_what_a_step_takes(name):
     assert abs(predicted - measured) <= 0.05 * measured, f"{predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f}"
 
 
+@pytest.mark.parametrize("rule", ["fa", "usf", "frsf", "brsf"])
+def test_the_plan_of_a_converted_model(rule):
+    """The meta device, which has no autocast, runs the feedback layers."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 6), nn.ReLU(), nn.Linear(6, 4))
+    plain = lgkernels.plan(model, (16, 3, 8, 8))
+    converted = lgkernels.plan(lgkernels.convert(model, rule), (16, 3, 8, 8))
+    assert [r.name for r in plain.rows] == [r.name for r in converted.rows]
+    assert 0.9 < converted.rows[0].activations / plain.rows[0].activations < 1.2
+
+
+def test_micro_batches_that_batch_normalisation_refuses():
+    """One value per channel has no variance: no row for it, and no refresh with it."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 8),
+                          nn.BatchNorm1d(8), nn.Linear(8, 4))
+    rows = lgkernels.plan(model, (64, 3, 8, 8), units=(6,)).rows
+    assert [r.name for r in rows][:3] == ["BP", "BP, 32 at a time", "BP, 8 at a time"]
+    last = lgkernels.plan(model, (2, 3, 8, 8), units=(6,)).rows[-1]
+    assert last.exactness == "local losses, offset by BP (2 at a time)"
+
+
+def test_the_plan_of_a_frozen_model():
+    with pytest.raises(ValueError, match="model must have a parameter that requires a gradient, got none"):
+        lgkernels.plan(sequential().requires_grad_(False), (4, 8))
+
+
 def test_our_resnet50_is_the_tables(image):
     """The recipe's network keeps what torchvision's does; needs no torchvision."""
     with torch.device("meta"):
@@ -139,10 +164,33 @@ def test_the_plan_command(models, capsys, tmp_path):
                  str(chart)]) == 0
     text = capsys.readouterr().out
     assert "BP, checkpointed" in text and "memory: 100 MB" in text and chart.stat().st_size > 1000
-    assert main(["plan", "--model", "alexnet"]) == 2
 
 
-@pytest.mark.parametrize("memory, expected", [("8GB", 8e9), ("1.5GiB", 1.5 * 2**30), ("10B", 10.0), (7, 7.0)])
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "alexnet"], "--model must be a ResNet or vision transformer of torchvision, got 'alexnet'"),
+    (["--model", "resnet"], "--model must be a ResNet or vision transformer of torchvision, got 'resnet'"),
+    (["--memory", "8G"], "--memory must be a number of bytes, or a text such as '8GB' or '24GiB', got '8G'"),
+    (["--memory", "nan"], "--memory must be a number of bytes, or a text such as '8GB' or '24GiB', got 'nan'"),
+    (["--batch", "0"], "--batch must be at least 1, got 0"),
+    (["--image", "-1"], "--image must be at least 1, got -1"),
+    (["--classes", "0"], "--classes must be at least 1, got 0"),
+    (["--optimizer-state", "-3"], "--optimizer-state must be at least 0, got -3"),
+    (["--model", "vit_b_16", "--image", "225"], "--model vit_b_16 cannot take --image 225 with --batch 8: Input "
+     "shape indivisible by patch size!"),
+    (["--batch", "1", "--image", "32"], "--model resnet18 cannot take --image 32 with --batch 1: Expected more than 1 "
+     "value per channel when training, got input size torch.Size([1, 512, 1, 1])"),
+    (["--plot", "/nonexistent/x.png"], "--plot /nonexistent/x.png cannot be written: "),
+    (["--plot", "x.unknown"], "--plot x.unknown cannot be written: "),
+])
+def test_wrong_options_of_the_plan_command(models, capsys, arguments, message):
+    if "--plot" in arguments:
+        pytest.importorskip("matplotlib")
+    assert main(["plan", "--model", "resnet18", "--batch", "8", "--image", "64", *arguments]) == 2
+    assert message in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("memory, expected", [("8GB", 8e9), ("1.5GiB", 1.5 * 2**30), ("2e3", 2e3), ("10B", 10.0),
+                                              (7, 7.0)])
 def test_memory_units(memory, expected):
     assert planner.parse_memory(memory) == expected
 
@@ -158,13 +206,48 @@ def test_units_are_the_model(models, name, size):
     model = getattr(models, name)(num_classes=5).eval()
     x = randn(2, 3, size, size)
     units = split_blocks(model, 3, input=x)
-    y = x
-    for unit in units:
-        y = unit(y)
-    assert torch.equal(y, model(x))
+    assert torch.equal(in_turn(units, x), model(x))
     own = {id(p) for p in model.parameters()}
     parts = [id(p) for unit in units for p in unit.parameters()]
     assert sorted(own) == sorted(parts)
+
+
+def in_turn(units, x):
+    for unit in units:
+        x = unit(x)
+    return x
+
+
+@pytest.mark.parametrize("name, options", [
+    ("vit", dict(pos_drop_rate=0.2)), ("vit", dict(drop_rate=0.2)), ("vit", dict(patch_drop_rate=0.5)),
+    ("vit", dict(global_pool="avg")), ("vit", dict(global_pool="map")), ("vit", dict(pre_norm=True)),
+    ("deit", dict(drop_rate=0.2)), ("resnet", dict(drop_rate=0.5))])
+def test_units_are_timms_model(models, name, options):
+    """In both modes, whether the model or the units are switched; every parameter belongs to one unit."""
+    timm = pytest.importorskip("timm", reason="timm is not installed").models
+    torch.manual_seed(0)
+    small = dict(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+    model = (timm.resnet18(num_classes=5, **options) if name == "resnet" else
+             timm.vision_transformer.VisionTransformer(**small, num_classes=5, **options) if name == "vit" else
+             timm.deit.VisionTransformerDistilled(**small, num_classes=5, **options))
+    x = randn(4, 3, 16, 16) if name != "resnet" else randn(4, 3, 32, 32)
+    units = nn.ModuleList(split_blocks(model, 3, input=x))
+    assert sorted(map(id, model.parameters())) == sorted(id(p) for unit in units for p in unit.parameters())
+    for switched in (model, units):
+        for mode in (False, True):
+            model.train(not mode)
+            switched.train(mode)
+            outs = []
+            for run in (lambda: in_turn(units, x), lambda: model.train(mode)(x)):
+                torch.manual_seed(1)
+                outs.append(run())
+            assert torch.equal(*outs)
+
+
+def test_a_timm_model_of_another_kind(models):
+    timm = pytest.importorskip("timm", reason="timm is not installed").models
+    with pytest.raises(TypeError, match="got Eva: write it as an nn.Sequential"):
+        split_blocks(timm.eva.Eva(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2), 2, balance="parts")
 
 
 def sequential():
@@ -183,6 +266,7 @@ def test_overlap():
     units = split_blocks(sequential(), [1, 3], overlap_blocks=1)
     assert [len(u) for u in units] == [2, 3, 2]
     assert units[0][1] is units[1][0] and units[1][2] is units[2][0]
+    assert [len(u) for u in split_blocks(sequential(), [1, 2, 4], overlap_blocks=2)] == [2, 3, 3, 1]  # all of the next
 
 
 def test_saved_bytes_of_a_real_backward():
@@ -196,6 +280,9 @@ def test_saved_bytes_of_a_real_backward():
     (dict(units=9, balance="parts"), ValueError, "units must be at most 5, the parts of the model, got 9"),
     (dict(units=0), ValueError, "units must be at least 1, got 0"),
     (dict(units=[3, 2]), ValueError, "units must be increasing part numbers in [1, 4], got [3, 2]"),
+    (dict(units=[1.5, 3]), TypeError, "units[0] must be an int, got float"),
+    (dict(overlap_blocks=-1), ValueError, "overlap_blocks must be at least 0, got -1"),
+    (dict(overlap_blocks=1.5), TypeError, "overlap_blocks must be an int, got float"),
     (dict(units=2), ValueError, 'input must be an example batch for balance="memory", got None'),
     (dict(balance="time"), ValueError, "balance must be one of 'memory', 'parts', got 'time'"),
     (dict(model=nn.Linear(2, 2)), TypeError,

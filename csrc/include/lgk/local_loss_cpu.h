@@ -24,6 +24,21 @@ struct Goodness {
   float *loss, *kappa, *squares;  // (), (batch) or null, (batch)
 };
 
+// Cross entropy of logits, or with `pooled` of pooled @ weight^T + bias, whose products are made here: for sizes where
+// calling the library's costs more than the arithmetic.
+struct LogitLoss {
+  int64_t batch, classes, channels;
+  const float *pooled, *weight, *bias;  // (batch, channels) or null; (classes, channels), (classes) or null
+  const float* logits;                  // (batch, classes) where there is no `pooled`
+  const int64_t* target;
+  float smoothing;
+  double divisor;
+  bool none;
+  float *loss, *grad;  // () or, with `none`, (batch); (batch, classes) = (softmax - smoothed one-hot) / divisor, or null
+  float* grad_pooled;  // (batch, channels) = pooled_scale * grad @ weight, or null
+  float pooled_scale;
+};
+
 // One parameter of an optimizer step, `size` float32 values and as many of the others; null where there is none.
 struct OffsetTensor {
   float* param;
@@ -43,9 +58,7 @@ struct LocalLossKernels {
   int (*moments)(const FeatureMap&, float* mean, float* var, int threads);
   // out = (x - shift) * scale, shift (null: 0) and scale (batch, channels), in x's layout, samples dense
   int (*scale_shifted)(const FeatureMap&, const float* shift, const float* scale, void* out, int threads);
-  // loss: () or, with `none`, (batch); grad: (softmax - smoothed one-hot) / divisor, or null
-  int (*logit_loss)(int64_t batch, int64_t classes, const float* logits, const int64_t* target, float smoothing,
-                    double divisor, bool none, float* loss, float* grad, int threads);
+  int (*logit_loss)(const LogitLoss&, int threads);
   int (*goodness)(const Goodness&, int threads);
   int (*offset_sgd)(const OffsetTensor*, int64_t count, const OffsetStep&, int threads);
 };

@@ -97,30 +97,31 @@ def lokr_conv2d(x, weight, bias, stride, padding, dilation, groups, w1, a, b, sc
     full w2, and U empty."""
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous()
     t = F.conv2d(_grouped(x, b.shape[1]), b, None, stride, padding, dilation)
-    t = t.reshape(len(x), groups, w1.shape[1], -1)
+    area = y.shape[2] * y.shape[3]
+    t = t.reshape(len(x), groups, w1.shape[1], b.shape[0] * area)  # no -1 where x may be empty
     u = _mix_groups(w1, t, groups)
     if a is None:
         y.view(u.shape).add_(u, alpha=scale)
         return y, t, t.new_empty(0)
-    planes = y.view(-1, a.shape[0], y.shape[2] * y.shape[3])
-    planes.baddbmm_(a.expand(len(planes), -1, -1), u.view(len(planes), a.shape[1], -1), alpha=scale)
+    planes = y.view(-1, a.shape[0], area)
+    planes.baddbmm_(a.expand(len(planes), -1, -1), u.view(len(planes), a.shape[1], area), alpha=scale)
     return y, t, u
 
 
 def lokr_conv2d_grads(g, x, weight, stride, padding, dilation, groups, w1, a, b, t, u, scale, needs):
     """Gradients of x, weight, bias, w1, a, b; those not needed are empty."""
-    none, g = g.new_empty(0), g.contiguous()
+    none, g, area = g.new_empty(0), g.contiguous(), g.shape[2] * g.shape[3]
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         g, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, list(needs[:3]))
     if a is None:
         v, grad_a = g, none.clone()
     else:
-        planes = g.view(-1, a.shape[0], g.shape[2] * g.shape[3])
+        planes = g.view(-1, a.shape[0], area)
         v = a.t().expand(len(planes), -1, -1) @ planes
         grad_a = none.clone()
         if needs[4]:
-            grad_a = torch.einsum("nbp,nrp->br", planes, u.view(len(planes), a.shape[1], -1)).mul_(scale)
-    v = v.view(len(g), groups, w1.shape[0] // groups, -1)
+            grad_a = torch.einsum("nbp,nrp->br", planes, u.view(len(planes), a.shape[1], area)).mul_(scale)
+    v = v.view(len(g), groups, w1.shape[0] // groups, b.shape[0] * area)
     grad_w1 = none.clone()
     if needs[3]:
         grad_w1 = torch.einsum("ngak,ngck->gac", v, t).reshape(w1.shape).mul_(scale)

@@ -8,6 +8,7 @@ import torch
 from ...core import checks
 from ...random import RandomFeedback
 from .autograd import Formula
+from .op import autocasts
 
 _INTEGERS = (int, torch.SymInt)
 
@@ -38,7 +39,7 @@ def _layer(x, weight, bias):
     if bias is not None:
         checks.floating("bias", bias)
         checks.shape("bias", bias, weight.shape[:1], "one for each output of weight")
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x.device):
         for name, tensor in (("x", x), ("bias", bias)):
             if tensor is not None and tensor.dtype != weight.dtype:
                 raise TypeError(f"{name} must have weight's dtype {_dtype(weight)} (outside of autocast), got "

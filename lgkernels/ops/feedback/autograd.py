@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from ...core import checks, dispatch
 from ...core.guard import first_order_only
-from .op import without_autocast
+from .op import autocasts, without_autocast
 
 _ops = torch.ops.lgkernels
 
@@ -182,7 +182,7 @@ def _cast(tensor, dtype):
 def _prepare(x, weight, bias, packed, formula, impl):
     """`(x, bias, packed, factor, dtype)`: autocast as torch's own layer does; and, where x asks for a gradient, the
     weight's packed signs and the factor that scale="mean_abs" stands for."""
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None
     x, bias = _cast(x, dtype), _cast(bias, dtype)
     factor = None
     if impl != "auto" and not torch.compiler.is_compiling():  # an error now, not in the backward

@@ -19,9 +19,14 @@ for _name in ("direct_forward", "direct_backward_", "feedback_fold"):
     dispatch.register(_name, **{name: f"lgkernels.ops.feedback.{name}" for name in ("reference", "cpu")})
 
 
+def autocasts(device):
+    """Whether autocast is on; the meta device, where memory is planned, has none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(device):
     """Inside an op the dtypes are settled: an ambient autocast must not touch them."""
-    if torch.is_autocast_enabled(device.type):
+    if autocasts(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -60,23 +60,35 @@ def _scale_shifted(x, shift, scale):
 
 # -- pool, linear, cross entropy ----------------------------------------------------------------------------------
 
+_SMALL = 2**22  # multiplications of a product that the loss's own pass takes on: the library's call costs more
+
+
 def local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, compute_grad):
     if not len(h):
         return reference.local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, compute_grad)
     p = h.float() if h.dim() == 2 else _moments(h, False)[1]
-    weight = weight.float()
-    logits = F.linear(p, weight, None if bias is None else bias.float()).contiguous()
-    batch, classes = logits.shape
+    weight, bias = weight.float(), None if bias is None else bias.float()
+    (batch, channels), classes = p.shape, weight.shape[0]
+    positions = h.shape[1] if h.dim() == 3 else h.shape[2:].numel()
     loss = torch.empty((batch,) if reduction == "none" else ())
     grad = torch.empty((batch, classes) if compute_grad else 0)
-    _C.local_logit_loss(batch, classes, logits.data_ptr(), target.data_ptr(), label_smoothing,
+    small = batch * channels * classes <= _SMALL
+    if small:
+        p, weight, bias = p.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+        products = (p.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), 0)
+    else:
+        logits = F.linear(p, weight, bias)
+        products = (0, 0, 0, logits.data_ptr())
+    grad_pooled = torch.empty((batch, channels) if compute_grad and small else 0)
+    _C.local_logit_loss(batch, classes, channels, *products, target.data_ptr(), label_smoothing,
                         batch if reduction == "mean" else 1, reduction == "none", loss.data_ptr(),
-                        grad.data_ptr() if compute_grad else 0, torch.get_num_threads())
+                        grad.data_ptr() if compute_grad else 0, grad_pooled.data_ptr() if compute_grad and small else 0,
+                        1 / max(positions, 1), torch.get_num_threads())
     if not compute_grad:
         return loss, grad, torch.empty(0), torch.empty(0)
-    positions = h.shape[1] if h.dim() == 3 else h.shape[2:].numel()
-    grad_pooled = grad @ weight
-    return loss, p.clone() if p is h else p, grad, grad_pooled if positions == 1 else grad_pooled.div_(positions)
+    if not small:
+        grad_pooled = grad @ weight if positions == 1 else (grad @ weight).div_(positions)
+    return loss, p.clone() if p is h else p, grad, grad_pooled
 
 
 # -- Forward-Forward ----------------------------------------------------------------------------------------------

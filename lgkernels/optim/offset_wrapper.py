@@ -1,0 +1,116 @@
+"""BP-modified local losses with any torch optimizer: a wrapper that adds the offsets to the gradients."""
+import torch
+from torch import nn
+
+from ..core import checks
+from .offset import COEFFICIENTS, Offsets, check_group
+
+
+class OffsetOptimizer(Offsets, torch.optim.Optimizer):
+    """Any torch optimizer on ``local_scale * grad + offset_scale * offset``; the rest as :class:`OffsetSGD`.
+
+    ``step`` writes the modified gradient to ``p.grad`` and calls the optimizer's. The coefficients stand in
+    its ``param_groups``, where each group may have its own. Learning-rate schedules take it as any optimizer.
+
+    Args:
+        optimizer (torch.optim.Optimizer): e.g. Adam, whose second moments then contain the offset. LBFGS: without line
+            search, which would compare losses that lack the offset's share.
+        local_scale, offset_scale, bp_coef, local_coef: as :class:`OffsetSGD`.
+
+    Example:
+        >>> import torch
+        >>> from lgkernels.optim import OffsetOptimizer
+        >>> w = torch.nn.Parameter(torch.ones(1))
+        >>> optimizer = OffsetOptimizer(torch.optim.Adam([w], lr=0.1))
+        >>> optimizer.refresh(lambda x: (w * x).mean(), None, torch.full((16,), 5.0))
+        >>> len(optimizer.offsets())
+        1
+    """
+
+    def __init__(self, optimizer, *, local_scale=1.0, offset_scale=1.0, bp_coef=1.0, local_coef=None):
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        coefficients = dict(local_scale=local_scale, offset_scale=offset_scale, bp_coef=bp_coef, local_coef=local_coef)
+        check_group(coefficients)
+        for i, group in enumerate(optimizer.param_groups):
+            check_group({name: group[name] for name in COEFFICIENTS if name in group}, f"param_groups[{i}]: ")
+        # Not __init__: groups, state and defaults are the inner optimizer's. This makes the hooks.
+        super().__setstate__({"optimizer": optimizer, "_table": {}})
+        optimizer.defaults.update(coefficients)  # of groups that are added later
+        for group in optimizer.param_groups:
+            for name, value in coefficients.items():
+                group.setdefault(name, value)
+
+    def __getstate__(self):
+        return {"optimizer": self.optimizer, "_table": self._table}
+
+    @property
+    def defaults(self):
+        return self.optimizer.defaults
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    @property
+    def state(self):
+        return self.optimizer.state
+
+    def add_param_group(self, param_group):
+        """As torch's, on the optimizer."""
+        if isinstance(param_group, dict):  # else torch's says so
+            check_group({name: param_group[name] for name in COEFFICIENTS if name in param_group},
+                        f"param_groups[{len(self.param_groups)}]: ")
+        self.optimizer.add_param_group(param_group)
+
+    def _offset(self, p):
+        return self._table.get(p)
+
+    def _set_offset(self, p, offset):
+        if offset is None:
+            self._table.pop(p, None)
+        else:
+            self._table[p] = offset
+
+    def step(self, closure=None, *, max_norm=None):
+        """Modify the gradients, then step. `closure` re-evaluates the loss as often as the optimizer asks for it.
+        `max_norm`: bound on the norm of the modified gradients of all groups."""
+        if closure is None:
+            self._modify(max_norm)
+            return self.optimizer.step()
+
+        def modified():
+            with torch.enable_grad():
+                loss = closure()
+            self._modify(max_norm)
+            return loss
+        return self.optimizer.step(modified)
+
+    @torch.no_grad()
+    def _modify(self, max_norm):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params and group["local_scale"] != 1:
+                torch._foreach_mul_([p.grad for p in params], group["local_scale"])
+            tilted = [(p.grad, self._table[p]) for p in params if p in self._table]
+            if tilted and group["offset_scale"]:
+                torch._foreach_add_(*map(list, zip(*tilted)), alpha=group["offset_scale"])
+        if max_norm is not None:
+            checks.positive("max_norm", max_norm)
+            nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], max_norm)
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self):
+        """The optimizer's state, and the offsets in the order of the parameters (None where there is none)."""
+        offsets = [self._offset(p) for group in self.param_groups for p in group["params"]]
+        return {"optimizer": self.optimizer.state_dict(), "offsets": offsets}
+
+    def load_state_dict(self, state):
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(state["offsets"]) != len(params):
+            raise ValueError(f"state must hold {len(params)} offsets, one per parameter, got {len(state['offsets'])}")
+        self.optimizer.load_state_dict(state["optimizer"])
+        for p, offset in zip(params, state["offsets"]):
+            self._set_offset(p, None if offset is None else offset.to(p.device, p.dtype).clone())
