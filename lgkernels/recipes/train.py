@@ -3,6 +3,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import math
 import shlex
 import signal
 import sys
@@ -127,6 +128,7 @@ def _main(given):
     if dataset.image_size != fitting:
         raise UsageError(f"--model {settings['model']} needs images of {fitting} x {fitting}: add --image-size "
                          f"{fitting}")
+    tuning.check_start(settings, dataset)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -219,10 +221,11 @@ def _validate_tuning(settings):
                          f"{settings['pretrain']} and {settings['overlap']}")
     for key in ("local_scale", "offset_scale"):
         try:
-            if settings[key] != "auto":
-                float(settings[key])
+            fits = settings[key] == "auto" or math.isfinite(float(settings[key]))
         except ValueError:
-            raise UsageError(f"--{key.replace('_', '-')} must be a number or auto, got {settings[key]!r}") from None
+            fits = False
+        if not fits:
+            raise UsageError(f"--{key.replace('_', '-')} must be a number or auto, got {settings[key]!r}")
         batch, chunk = settings["offset_batch"], settings["offset_chunk"]
         if settings[key] == "auto" and (batch < 2 or chunk and (batch % chunk or batch == chunk)):
             raise UsageError(f"--{key.replace('_', '-')} auto needs an --offset-batch of at least two whole chunks, got "
