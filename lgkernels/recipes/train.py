@@ -230,6 +230,9 @@ def _validate_tuning(settings):
         if settings[key] == "auto" and (batch < 2 or chunk and (batch % chunk or batch == chunk)):
             raise UsageError(f"--{key.replace('_', '-')} auto needs an --offset-batch of at least two whole chunks, got "
                              f"{batch} in chunks of {chunk or 1}")
+    if "bp-accumulate" in rules and all(settings["batch_size"] % n for n in range(2, tuning.MICRO_BATCHES + 1)):
+        raise UsageError(f"--batch-size must be divisible by a number from 2 to {tuning.MICRO_BATCHES} for bp-accumulate, "
+                         f"got {settings['batch_size']}")
     modified = [rule for rule in rules if rule in tuning.MODIFIED]
     if modified and settings["optimizer"] == "adamw-schedule-free":
         raise UsageError(f"--optimizer adamw-schedule-free takes no offsets ({', '.join(modified)}): use sgd, adam "
