@@ -231,8 +231,8 @@ def _validate_tuning(settings):
             raise UsageError(f"--{key.replace('_', '-')} auto needs an --offset-batch of at least two whole chunks, got "
                              f"{batch} in chunks of {chunk or 1}")
     if "bp-accumulate" in rules and all(settings["batch_size"] % n for n in range(2, tuning.MICRO_BATCHES + 1)):
-        raise UsageError(f"--batch-size must be divisible by a number from 2 to {tuning.MICRO_BATCHES} for bp-accumulate, "
-                         f"got {settings['batch_size']}")
+        raise UsageError(f"--batch-size must be divisible by a number from 2 to {tuning.MICRO_BATCHES} for "
+                         f"bp-accumulate, got {settings['batch_size']}")
     modified = [rule for rule in rules if rule in tuning.MODIFIED]
     if modified and settings["optimizer"] == "adamw-schedule-free":
         raise UsageError(f"--optimizer adamw-schedule-free takes no offsets ({', '.join(modified)}): use sgd, adam "
