@@ -109,6 +109,7 @@ def goodness_and_squares(h, is_positive, threshold, goodness, impl="auto"):
         raise TypeError(f"is_positive must be bool, got {str(is_positive.dtype)[6:]}; pass `label == 1`, say")
     checks.shape("is_positive", is_positive, h.shape[:1], "one entry per row of h")
     checks.choice("goodness", goodness, ("mean", "sum"))
+    checks.number("threshold", threshold)
     checks.same_device(h=h, is_positive=is_positive)
     return _local.goodness(h, is_positive, float(threshold), goodness == "mean", impl)
 

@@ -246,6 +246,8 @@ class InfoProUnit(_LocalHead):
         checks.positive("temperature", temperature)
         if first is not None and not isinstance(first, InfoProUnit):
             raise TypeError(f"first must be an InfoProUnit, got {type(first).__name__}")
+        if not any(weights):
+            raise ValueError(f"weights must not all be 0: nothing would be learnt, got {tuple(weights)}")
         self.weights, self.kind, self.temperature = tuple(weights), loss, temperature
         self._first = (first,)  # a tuple: not a submodule
         self._image = None

@@ -3,6 +3,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import math
 import shlex
 import signal
 import sys
@@ -127,6 +128,7 @@ def _main(given):
     if dataset.image_size != fitting:
         raise UsageError(f"--model {settings['model']} needs images of {fitting} x {fitting}: add --image-size "
                          f"{fitting}")
+    tuning.check_start(settings, dataset)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -219,14 +221,18 @@ def _validate_tuning(settings):
                          f"{settings['pretrain']} and {settings['overlap']}")
     for key in ("local_scale", "offset_scale"):
         try:
-            if settings[key] != "auto":
-                float(settings[key])
+            fits = settings[key] == "auto" or math.isfinite(float(settings[key]))
         except ValueError:
-            raise UsageError(f"--{key.replace('_', '-')} must be a number or auto, got {settings[key]!r}") from None
+            fits = False
+        if not fits:
+            raise UsageError(f"--{key.replace('_', '-')} must be a number or auto, got {settings[key]!r}")
         batch, chunk = settings["offset_batch"], settings["offset_chunk"]
         if settings[key] == "auto" and (batch < 2 or chunk and (batch % chunk or batch == chunk)):
             raise UsageError(f"--{key.replace('_', '-')} auto needs an --offset-batch of at least two whole chunks, got "
                              f"{batch} in chunks of {chunk or 1}")
+    if "bp-accumulate" in rules and all(settings["batch_size"] % n for n in range(2, tuning.MICRO_BATCHES + 1)):
+        raise UsageError(f"--batch-size must be divisible by a number from 2 to {tuning.MICRO_BATCHES} for "
+                         f"bp-accumulate, got {settings['batch_size']}")
     modified = [rule for rule in rules if rule in tuning.MODIFIED]
     if modified and settings["optimizer"] == "adamw-schedule-free":
         raise UsageError(f"--optimizer adamw-schedule-free takes no offsets ({', '.join(modified)}): use sgd, adam "

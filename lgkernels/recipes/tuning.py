@@ -306,6 +306,16 @@ def _adapted(model, kind):
         raise CheckpointError(f"--adapter {kind} does not fit --model: {error}") from None
 
 
+def check_start(settings, dataset):
+    """What is wrong with the given weights or adapter, said before anything is written."""
+    if settings["weights"] or settings["adapter"]:
+        model = network(settings["model"], dataset.channels, dataset.classes)
+        if settings["weights"]:
+            load_weights(model, read_weights(settings["weights"]))
+        if settings["adapter"]:
+            _adapted(model, settings["adapter"])
+
+
 def make_trainer(settings, rule, dataset, weights, factory, **options):
     """The trainer of one of `RULES`, or of bp, on the network of `settings`, from `weights` (None: random ones)."""
     s = settings

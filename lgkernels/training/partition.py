@@ -95,8 +95,8 @@ def chain(model):
 
     Raises: TypeError for any other model.
     """
-    if type(model) is nn.Sequential:
-        return _flat(model)
+    if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
+        return [leaf for child in model for leaf in _flat(child)]
     if _has(model, "conv1", "bn1", "maxpool", "layer1", "layer4", "fc"):
         return _resnet(model)
     if _has(model, "conv_proj", "class_token", "encoder", "heads"):

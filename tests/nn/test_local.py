@@ -126,6 +126,10 @@ def test_decoder_pool_of_predsim(shape, dim, pool, padding):
 
 
 @pytest.mark.parametrize("bad, message", [
+    (lambda: lnn.InfoProUnit(nn.Identity(), 4, 3, 3, weights=(0, 0)),
+     "weights must not all be 0: nothing would be learnt, got (0, 0)"),
+    (lambda: lnn.ForwardForwardLayer(nn.Linear(4, 4), threshold=float("nan"))(torch.ones(1, 4), torch.tensor([True])),
+     "threshold must be finite, got nan"),
     (lambda: lnn.ForwardForwardLayer(nn.Identity(), normalize="max"), "normalize must be one of 'l2', 'rms', 'none', got 'max'"),
     (lambda: lnn.PredSimHead(nn.Identity(), (8,), 5, sim_head="conv"), "sim_head must be one of 'layer', 'identity', got 'conv'"),
     (lambda: lnn.ContrastiveHead(nn.Identity(), 8, loss="triplet"), "loss must be one of 'nt_xent', 'supcon', got 'triplet'"),

@@ -262,6 +262,18 @@ def test_sequential():
     assert units[0][0] is model[0]
 
 
+def test_a_subclass_of_sequential():
+    class Named(nn.Sequential):
+        pass
+
+    class Residual(nn.Sequential):
+        def forward(self, x):
+            return x + super().forward(x)
+    assert [len(u) for u in split_blocks(Named(*sequential()), 2, balance="parts")] == [2, 3]
+    with pytest.raises(TypeError, match="got Residual: write it as an nn.Sequential"):
+        split_blocks(Residual(nn.Linear(4, 4), nn.Linear(4, 4)), 2, balance="parts")
+
+
 def test_overlap():
     units = split_blocks(sequential(), [1, 3], overlap_blocks=1)
     assert [len(u) for u in units] == [2, 3, 2]

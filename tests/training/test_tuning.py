@@ -245,6 +245,9 @@ def test_weights_of_torchvision(tmp_path, kind, size):
     (["--rule", "loco-bpm", "--optimizer", "adamw-schedule-free"], "takes no offsets (loco-bpm): use sgd"),
     (["--rule", "loco", "--contrast", "x"], "--contrast must be one of: nt-xent, supcon, got 'x'"),
     (["--rule", "loco", "--adapter", "x"], "--adapter must be one of: lora, lokr, got 'x'"),
+    (["--rule", "bp-accumulate", "--batch-size", "31"],
+     "--batch-size must be divisible by a number from 2 to 8 for bp-accumulate, got 31"),
+    (["--rule", "loco-bpm", "--local-scale", "nan"], "--local-scale must be a number or auto, got 'nan'"),
     (["--rule", "loco-bpm", "--offset-scale", "x"], "--offset-scale must be a number or auto, got 'x'"),
     (["--rule", "loco-bpm", "--local-scale", "auto", "--offset-batch", "48", "--offset-chunk", "7"],
      "--local-scale auto needs an --offset-batch of at least two whole chunks, got 48 in chunks of 7"),
@@ -256,6 +259,7 @@ def test_bad_arguments(tmp_path, capsys, arguments, message):
     assert command.main(["train", *arguments, "--limit", "256", "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+    assert not any(tmp_path.iterdir())  # no folder of a run that never was
 
 
 def test_presets(tmp_path):
