@@ -15,22 +15,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import lgkernels
+from lgkernels.core.optional import torchvision
 from lgkernels.recipes.readers import DataError, pillow
 
 HEADS = ("head.classification_head.cls_logits", "head.regression_head.bbox_reg")
-
-
-def detection_models():
-    """torchvision.models.detection. A wheel for CUDA imports beside a CPU torch once these operators are declared."""
-    if torch.version.cuda is None:
-        detection_models.library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            try:
-                detection_models.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            except RuntimeError:
-                pass  # it has its own
-    from torchvision.models import detection
-    return detection
 
 
 class Coco(Dataset):
@@ -94,7 +82,7 @@ def main(arguments=None):
     anchors = 9  # of a position
     data = Coco(options.images, options.annotations,
                 len(weights["head.classification_head.cls_logits.bias"]) // anchors if weights else None)
-    model = detection_models().retinanet_resnet50_fpn(
+    model = torchvision().models.detection.retinanet_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=data.classes, min_size=options.size,
         max_size=options.size * 5 // 3)
     if weights:

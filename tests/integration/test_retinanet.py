@@ -57,7 +57,7 @@ def test_weights_whose_labels_are_category_ids(folder):
     example = runpy.run_path(str(EXAMPLE))
     data = example["Coco"](folder, folder / "boxes.json", 9)
     assert [target["labels"].tolist() for _, target in data] == [[7], [3], [7], [3]]
-    model = example["detection_models"]().retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=9)
+    model = example["torchvision"]().models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=9)
     torch.save(model.state_dict(), folder / "published.pth")
     example["main"](["--images", str(folder), "--annotations", str(folder / "boxes.json"), "--size", "64",
                      "--epochs", "1", "--batch-size", "4", "--device", "cpu",

@@ -7,26 +7,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import lgkernels.nn as lnn
+from lgkernels.core import optional
 from tests.nn.test_convert import converted, quiet
 from tests.ops.feedback_common import randn
 
 
 @pytest.fixture(scope="module")
 def torchvision():
-    """torchvision beside a CPU torch: its wheel wants two operators defined (design 9)."""
-    import importlib.util
-    if importlib.util.find_spec("torchvision") is None:
+    try:
+        return optional.torchvision()
+    except ImportError:
         pytest.skip("torchvision is not installed")
-    if torch.version.cuda is None:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-                       "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
-            try:
-                library.define(schema)
-            except RuntimeError:
-                pass  # a torchvision with its own operators
-        globals()["_kept"] = library
-    return pytest.importorskip("torchvision")
 
 
 MODELS = {"resnet18": (20, 1), "alexnet": (7, 1), "vit_b_16": (25, 25)}  # layers converted, layers left alone
