@@ -80,6 +80,10 @@ class _FusedLayer:
         self.plain_forward = module.forward
         module.forward = self.forward
 
+    def __getstate__(self):
+        """Of a copied or pickled model: its layers are plain again, and no optimizer comes with them."""
+        return dict(self.__dict__, optimizer=None)
+
     @property
     def group(self):
         """Looked up at each step: `optimizer.load_state_dict` makes new groups."""
@@ -91,7 +95,7 @@ class _FusedLayer:
 
     def forward(self, x):
         module = self.module
-        if not torch.is_grad_enabled() or not self.weight.requires_grad:
+        if self.optimizer is None or not torch.is_grad_enabled() or not self.weight.requires_grad:
             return self.plain_forward(x)
         if torch.compiler.is_compiling():
             raise RuntimeError(f"layer {self.name!r}: fuse_update is not for torch.compile; compile the other layers")
@@ -194,7 +198,7 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
     other parameters, biases included, are stepped by the optimizer as ever. Until the step the layer's input x and the
     gradient dy of its output are kept in place of dW: M (N + K) elements for N K; the step uses them up, so a second
     one without a backward leaves these weights as they are. Momentum lies in the optimizer's state under its usual
-    key: its ``state_dict`` is that of the plain optimizer.
+    key: its ``state_dict`` is that of the plain optimizer. A copy of the model has plain layers.
 
     Args:
         model (nn.Module): holds the layers. nn.Linear and its subclasses of this package are fused.
@@ -264,6 +268,9 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
         if _hooked(weight):
             raise ValueError(f"the weight of layer {name!r} has hooks for its gradient, which is never formed: exclude "
                              "the layer, or remove the hooks")
+        if isinstance(owner := getattr(vars(module).get("forward"), "__self__", None), _FusedLayer) and (
+                owner.optimizer is None):
+            del module.forward  # of a copied model
         if "forward" in vars(module):
             raise ValueError(f"layer {name!r} has a forward of its own (an earlier fuse_update?): remove it first")
         fused.append((name, module))

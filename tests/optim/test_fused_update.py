@@ -1,6 +1,7 @@
 """The fused step is the plain one; what cannot go with it says so."""
 import copy
 import inspect
+import io
 
 import pytest
 import torch
@@ -143,6 +144,31 @@ def test_a_loaded_optimizer_state_rules_from_then_on():
         optimizer.load_state_dict(state)
         train(m, optimizer, 2, start=2)
     assert_same_weights(plain, model)
+
+
+def _pickled(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled], ids=["deepcopy", "pickle"])
+def test_a_copied_model_is_plain(copied):
+    model, plain = network(), network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fuse_update(model, optimizer, min_weights=1)
+    twin = copied(model)
+    assert all(layer.forward.__self__.optimizer is None for layer in twin if isinstance(layer, nn.Linear))
+    for m in (twin, plain):
+        train(m, torch.optim.SGD(m.parameters(), lr=0.1), 2)
+    assert_same_weights(twin, plain, rtol=0, atol=0)
+    again = torch.optim.SGD(twin.parameters(), lr=0.1)
+    assert fuse_update(twin, again, min_weights=1).layers == ["0", "2", "4"]
+    for m, o in ((twin, again), (plain, torch.optim.SGD(plain.parameters(), lr=0.1))):
+        train(m, o, 2, start=2)
+    assert_same_weights(twin, plain)
+    train(model, optimizer, 1)  # and the first goes on
 
 
 def test_a_weight_that_left_the_optimizer():
