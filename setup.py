@@ -1,10 +1,11 @@
 """Builds the optional native module lgkernels._C with CMake; without it the package is complete in Python and Triton.
 
 Environment:
-  LGKERNELS_BUILD       auto (default) | none | cpu | cuda. auto takes what it can build, an explicit choice fails loudly
+  LGKERNELS_BUILD       auto (default) | none | cpu | cuda. auto takes what can be built, another choice fails loudly
   LGKERNELS_CUDA_ARCHS  e.g. "86" or "80;90a"; "all" for every supported one; default: the devices of this machine
   MAX_JOBS              compilers run at once
 """
+
 import os
 import shutil
 import subprocess
@@ -70,10 +71,18 @@ def build(cuda):
     architectures = os.environ.get("LGKERNELS_CUDA_ARCHS", "native")
     architectures = CUDA_ARCHS if architectures == "all" else architectures.replace(",", ";").replace(" ", ";")
     configure = [
-        cmake, "-S", str(ROOT), "-B", str(directory), "-DCMAKE_BUILD_TYPE=Release", f"-DLGK_WITH_CUDA={cuda}",
-        f"-DLGK_CUDA_ARCHITECTURES={architectures}", f"-DPython_EXECUTABLE={sys.executable}",
+        cmake,
+        "-S",
+        str(ROOT),
+        "-B",
+        str(directory),
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DLGK_WITH_CUDA={cuda}",
+        f"-DLGK_CUDA_ARCHITECTURES={architectures}",
+        f"-DPython_EXECUTABLE={sys.executable}",
         # an isolated build has these at a new place each time, the build directory may be an old one
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *(["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        *(["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
     ]
     known = (directory / "CMakeCache.txt").exists()
     configured = run_logged(configure, log)
@@ -93,7 +102,7 @@ def build(cuda):
 
 @lru_cache(maxsize=1)
 def native_module():
-    """The compiled module, or None where this is to be a pure package. Built once a run, whichever command asks first."""
+    """The compiled module, or None where this is to be a pure package. Built once a run."""
     mode = os.environ.get("LGKERNELS_BUILD", "auto")
     if mode not in MODES:
         sys.exit(f"lgkernels: LGKERNELS_BUILD must be one of {', '.join(MODES)}, got {mode!r}")

@@ -1,4 +1,5 @@
 """Feedback without weight transport: layers, the product with F alone, the fused step, and DFA."""
+
 import pytest
 
 from .bench_lls import Replay

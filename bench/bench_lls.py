@@ -1,4 +1,5 @@
 """LLS: the loss, the fused block and its two passes over memory, and a whole training step."""
+
 import pytest
 
 OPS = ("lls_loss", "lls_block", "norm_act_pool", "grad_preactivation_", "vgg8_step")

@@ -1,4 +1,5 @@
 """Local losses, the step with an offset, and the LoKr adapter."""
+
 import pytest
 
 from .bench_lls import Replay

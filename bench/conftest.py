@@ -1,5 +1,6 @@
 """pytest-benchmark around interleaved rounds: all providers of a case are timed together, A B C, B C A, ..., by the
 first test that needs them; each test then replays its provider's rounds to pytest-benchmark."""
+
 import os
 import statistics
 import subprocess
@@ -21,8 +22,13 @@ def pytest_addoption(parser):
     group.addoption("--seconds", type=float, default=6.0, help="time for the rounds of one case")
     group.addoption("--min-rounds", type=int, default=5)
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out (it needs a compiler)")
-    group.addoption("--save", nargs="?", const="", metavar="PATH",
-                    help="merge results into PATH; default: bench/results/<device>.json")
+    group.addoption(
+        "--save",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="merge results into PATH; default: bench/results/<device>.json",
+    )
     group.addoption("--huge-pages", action="store_true", help="CPU: again in a process with THP_MEM_ALLOC_ENABLE=1")
 
 
@@ -50,8 +56,11 @@ def pytest_generate_tests(metafunc):
     if {"case", "provider"} <= set(metafunc.fixturenames):
         config = metafunc.config
         cases = [case for case in PRESETS[preset(config)] if case.op in metafunc.module.OPS]
-        pairs = [(case, name) for case in cases
-                 for name in providers.names(case, device_of(config), not config.getoption("--no-compile"))]
+        pairs = [
+            (case, name)
+            for case in cases
+            for name in providers.names(case, device_of(config), not config.getoption("--no-compile"))
+        ]
         metafunc.parametrize("case, provider", pairs, ids=[f"{case.name}-{name}" for case, name in pairs])
 
 
@@ -75,8 +84,14 @@ def measure(case, config):
     baseline = samples[problem.baseline]
     for name, times in samples.items():
         seconds = statistics.median(times)
-        row = {"median_ms": seconds * 1e3, "min_ms": min(times) * 1e3, "rounds": len(times),
-               "ratio": timing.ratio(times, baseline), "baseline": problem.baseline, "peak_bytes": sizes[name]}
+        row = {
+            "median_ms": seconds * 1e3,
+            "min_ms": min(times) * 1e3,
+            "rounds": len(times),
+            "ratio": timing.ratio(times, baseline),
+            "baseline": problem.baseline,
+            "peak_bytes": sizes[name],
+        }
         if problem.bytes:
             row["gb_s"] = problem.bytes / seconds / 1e9
             row["fraction_of_copy"] = row["gb_s"] / ceilings(config)["copy_gb_s"]
@@ -109,8 +124,11 @@ def measured(case, provider, request):
         _measured[case] = measure(case, config)
         if config.getoption("--save") is not None:
             device = device_of(config)
-            rows = [{"case": case.name, **asdict(case), "provider": name, "huge_pages": timing.huge_pages(), **entry[0]}
-                    for name, entry in _measured[case].items() if not isinstance(entry, Exception)]
+            rows = [
+                {"case": case.name, **asdict(case), "provider": name, "huge_pages": timing.huge_pages(), **entry[0]}
+                for name, entry in _measured[case].items()
+                if not isinstance(entry, Exception)
+            ]
             report.merge(config.getoption("--save"), timing.environment(device), ceilings(config), rows)
     entry = _measured[case][provider]
     if isinstance(entry, Exception):
@@ -122,6 +140,7 @@ def pytest_sessionfinish(session):
     config = session.config
     if config.getoption("--huge-pages") and not timing.huge_pages():
         arguments = [a for a in config.invocation_params.args if a != "--huge-pages"]
-        status = subprocess.run([sys.executable, "-m", "pytest", *arguments],
-                                env={**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}).returncode
+        status = subprocess.run(
+            [sys.executable, "-m", "pytest", *arguments], env={**os.environ, "THP_MEM_ALLOC_ENABLE": "1"}
+        ).returncode
         session.exitstatus = session.exitstatus or status

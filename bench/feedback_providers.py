@@ -4,6 +4,7 @@ torch Function, `torch.compile` of it, BioTorch where it can be imported, and th
 Builders as in `providers.py`. F = scale * sign(W) (usf), |M| * sign(W) with M kept (frsf) or drawn in each backward
 (brsf), or M alone (fa). Where a provider draws its own M, its dX is not compared.
 """
+
 import importlib
 import math
 
@@ -41,14 +42,18 @@ def names(case, device, compiled):
     if case.op == "feedback_product":
         return ours + ["torch.mm with W"] + lean + ["floor"]
     if case.op == "feedback_step":
-        return [f"{name}, fused update" for name in ours] + ours + ["nn.Linear", "nn.Linear, fused update",
-                                                                    "lean torch", "floor"]
+        return (
+            [f"{name}, fused update" for name in ours]
+            + ours
+            + ["nn.Linear", "nn.Linear, fused update", "lean torch", "floor"]
+        )
     layer = "Linear" if case.op == "feedback_linear" else "Conv2d"
     peer = ["BioTorch"] * (biotorch(layer, case.rule) is not None and device.type == "cpu")
     return ours + [f"nn.{layer}"] + lean + peer + ["floor"]
 
 
 # -- what an expert writes in plain torch -------------------------------------------------------------------------
+
 
 def lean_matrix(weight, rule, magnitude, scale):
     if rule == "fa":
@@ -91,6 +96,7 @@ class LeanConv2d(torch.autograd.Function):
 
 # -- one layer, forward and backward --------------------------------------------------------------------------------
 
+
 def _shapes(case):
     """Of the input and of the weight."""
     if case.size:
@@ -100,8 +106,11 @@ def _shapes(case):
 
 def _layer(case, impl=None, device="cpu"):
     """nn.Linear or nn.Conv2d (impl None), or the rule's layer, with the same weights."""
-    kind, sizes = ("Conv2d", (case.channels, case.out_channels, 3, 1, 1)) if case.size else (
-        "Linear", (case.channels, case.out_channels))
+    kind, sizes = (
+        ("Conv2d", (case.channels, case.out_channels, 3, 1, 1))
+        if case.size
+        else ("Linear", (case.channels, case.out_channels))
+    )
     if impl is None:
         layer = getattr(nn, kind)(*sizes)
     elif case.rule == "fa":
@@ -128,13 +137,13 @@ def _truth(case, x, grad, feedback):
     y.backward(grad)
     layer = F.conv2d if case.size else F.linear
     arguments = (1, 1) if case.size else ()
-    down, = torch.autograd.grad(layer(x, feedback, None, *arguments), x, grad)
+    (down,) = torch.autograd.grad(layer(x, feedback, None, *arguments), x, grad)
     return {"y": y.detach(), "grad_x": down, "grad_weight": plain.weight.grad, "grad_bias": plain.bias.grad}
 
 
 def _step(layer, call, x, grad, result="grad_x", after=lambda: None):
     """A provider: forward and backward. `result` is grad_x's name among the results: another is not compared."""
-    parameters = [p for p in layer.parameters()]
+    parameters = list(layer.parameters())
 
     def run(i):
         x.grad = None
@@ -144,6 +153,7 @@ def _step(layer, call, x, grad, result="grad_x", after=lambda: None):
         y.backward(grad)
         after()
         return {"y": y.detach(), result: x.grad, "grad_weight": layer.weight.grad, "grad_bias": layer.bias.grad}
+
     return run
 
 
@@ -153,8 +163,11 @@ def _layers(case, device, compiled):
     plain = _layer(case, None, device)
     grad = torch.randn(plain(x).shape, generator=torch.Generator().manual_seed(1)).to(device, case.torch_dtype)
     feedback, scale = _feedback(case, device)
-    magnitude = feedback.to(case.torch_dtype) if case.rule == "fa" else (
-        feedback.abs().to(case.torch_dtype) if case.rule == "frsf" else None)
+    magnitude = (
+        feedback.to(case.torch_dtype)
+        if case.rule == "fa"
+        else (feedback.abs().to(case.torch_dtype) if case.rule == "frsf" else None)
+    )
     drawn = "grad_x" if case.rule != "brsf" else "own draw"
     kind = "Conv2d" if case.size else "Linear"
 
@@ -163,19 +176,22 @@ def _layers(case, device, compiled):
         if name.startswith("lgkernels"):
             layer = _layer(case, name.split()[1], device)
             # brSF draws anew after every step; only its first step is compared
-            providers[name] = _step(layer, layer, x, grad,
-                                    after=layer.feedback.advance if case.rule == "brsf" else lambda: None)
+            providers[name] = _step(
+                layer, layer, x, grad, after=layer.feedback.advance if case.rule == "brsf" else lambda: None
+            )
     providers[f"nn.{kind}"] = _step(plain, plain, x, grad, "back-propagated")
     lean = LeanConv2d if case.size else LeanLinear
     layer = _layer(case, None, device)
 
     def call(x, apply=lean.apply):
         return apply(x, layer.weight, layer.bias, magnitude, case.rule, scale)
+
     providers["lean torch"] = _step(layer, call, x, grad, drawn)
     if compiled:
         function = torch.compile(lambda x, w, b, m: lean.apply(x, w, b, m, case.rule, scale), dynamic=False)
         providers["lean torch.compile"] = _step(
-            layer, lambda x: function(x, layer.weight, layer.bias, magnitude), x, grad, drawn)
+            layer, lambda x: function(x, layer.weight, layer.bias, magnitude), x, grad, drawn
+        )
     peer = biotorch(kind, case.rule)
     if peer is not None and device.type == "cpu":
         options = {"type": case.rule, "options": {"init": "xavier", "gradient_clip": False, "constrain_weights": False}}
@@ -186,22 +202,32 @@ def _layers(case, device, compiled):
     # no layer can do without its forward and its weight gradient; dX for nothing is what none can beat
     weight, bias, data = plain.weight.detach(), plain.bias.detach(), x.detach()
     if case.size:
+
         def floor(i):
             F.conv2d(data, weight, bias, 1, 1)
-            _gradients(grad, data, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
-                       [False, True, True])
+            _gradients(
+                grad, data, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, True]
+            )
     else:
+
         def floor(i):
             return {"": (F.linear(data, weight, bias), grad.t() @ data, grad.sum(0))}
+
     providers["floor"] = floor
-    return Problem(providers, f"nn.{kind}", _truth(case, x.detach(), grad, feedback), base._tolerance(case),
-                   flops=6 * grad.numel() * math.prod(w_shape[1:]))
+    return Problem(
+        providers,
+        f"nn.{kind}",
+        _truth(case, x.detach(), grad, feedback),
+        base._tolerance(case),
+        flops=6 * grad.numel() * math.prod(w_shape[1:]),
+    )
 
 
 feedback_linear = feedback_conv2d = _layers
 
 
 # -- the product with F alone ---------------------------------------------------------------------------------------
+
 
 def feedback_product(case, device, compiled):
     weight = _layer(case, None, device).weight.detach()
@@ -222,17 +248,25 @@ def feedback_product(case, device, compiled):
 
     def lean(weight, magnitude):
         return grad @ lean_matrix(weight, case.rule, magnitude, scale)
+
     providers["lean torch"] = lambda i: {result: lean(weight, magnitude)}
     if compiled:
         function = torch.compile(lean, dynamic=False)
         providers["lean torch.compile"] = lambda i: {result: function(weight, magnitude)}
     providers["floor"] = lambda i: {"": weight.sum()}  # it has to read the weight (FA has not)
     size = weight.numel() * weight.element_size()
-    return Problem(providers, "torch.mm with W", {"grad_x": grad.double() @ feedback}, base._tolerance(case),
-                   bytes=size if case.rule != "fa" and case.batch <= 64 else 0, flops=2 * grad.numel() * case.channels)
+    return Problem(
+        providers,
+        "torch.mm with W",
+        {"grad_x": grad.double() @ feedback},
+        base._tolerance(case),
+        bytes=size if case.rule != "fa" and case.batch <= 64 else 0,
+        flops=2 * grad.numel() * case.channels,
+    )
 
 
 # -- forward, backward and SGD with momentum ---------------------------------------------------------------------------
+
 
 def feedback_step(case, device, compiled):
     """The learning rate is 0, so that any step can be compared with the first."""
@@ -254,6 +288,7 @@ def feedback_step(case, device, compiled):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return {"grad_x" if impl else "own": x.grad}
+
         return run
 
     providers = {}
@@ -269,15 +304,19 @@ def feedback_step(case, device, compiled):
         F.linear(x.detach(), weight)
         weight.mul_(1.0)
         buffer.mul_(1.0)
+
     providers["floor"] = floor
     return Problem(providers, "nn.Linear", {"grad_x": grad.double() @ feedback}, base._tolerance(case))
 
 
 # -- DFA: a whole training step of VGG8 ------------------------------------------------------------------------------
 
+
 def dfa_step(case, device, compiled):
-    x, target = base._random((case.batch, case.channels, case.size, case.size), case, device, 1)[0], base._target(
-        case, device)
+    x, target = (
+        base._random((case.batch, case.channels, case.size, case.size), case, device, 1)[0],
+        base._target(case, device),
+    )
 
     def step(trainer, network, **options):
         torch.manual_seed(5)

@@ -6,6 +6,7 @@ bench:local (ceilings, then every case by CUDA-graph replay). Each part saves it
 ends; a second run does what is missing or has failed, `--only build,test,bench:lls` does those again. Benches go to
 DIR/<device>.json, what passed tests/gpu to lgkernels/core/verified.json. A table comes last.
 """
+
 import argparse
 import json
 import os
@@ -22,21 +23,41 @@ from . import report, timing
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 540.0  # seconds in all
-LIMITS = {"build": 180.0, "test": 270.0, "test:feedback": 270.0, "test:local": 150.0, "bench:lls": 240.0,
-          "bench:feedback": 180.0, "bench:local": 120.0}
+LIMITS = {
+    "build": 180.0,
+    "test": 270.0,
+    "test:feedback": 270.0,
+    "test:local": 150.0,
+    "bench:lls": 240.0,
+    "bench:feedback": 180.0,
+    "bench:local": 120.0,
+}
 BACKENDS = ("triton", "cuda")
-OPS = {"test": ("lls_loss", "lls_block"),
-       "test:feedback": ("feedback_product", "feedback_matrix", "feedback_rows", "feedback_pack_signs",
-                         "feedback_update_"),
-       "test:local": ("local_cross_entropy", "goodness", "similarity", "offset_sgd_")}
+OPS = {
+    "test": ("lls_loss", "lls_block"),
+    "test:feedback": (
+        "feedback_product",
+        "feedback_matrix",
+        "feedback_rows",
+        "feedback_pack_signs",
+        "feedback_update_",
+    ),
+    "test:local": ("local_cross_entropy", "goodness", "similarity", "offset_sgd_"),
+}
 
 
 def run(command, limit, log, **environment):
     """(exit status, None if it ran out of time; last lines of its output), the whole output in `log`."""
     print("$", " ".join(command), flush=True)
     with open(log, "w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env={**os.environ, **environment})
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **environment},
+        )
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -49,11 +70,19 @@ def run(command, limit, log, **environment):
 
 
 def build(out, limit):
-    capability = "%d%d" % torch.cuda.get_device_capability()
-    environment = {} if "LGKERNELS_CUDA_ARCHS" in os.environ else {
-        "LGKERNELS_CUDA_ARCHS": "90a" if capability == "90" else capability}
-    status, tail = run([sys.executable, "setup.py", "build_ext", "--inplace"], limit, out / "build.log",
-                       LGKERNELS_BUILD="cuda", **environment)
+    capability = "{}{}".format(*torch.cuda.get_device_capability())
+    environment = (
+        {}
+        if "LGKERNELS_CUDA_ARCHS" in os.environ
+        else {"LGKERNELS_CUDA_ARCHS": "90a" if capability == "90" else capability}
+    )
+    status, tail = run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        limit,
+        out / "build.log",
+        LGKERNELS_BUILD="cuda",
+        **environment,
+    )
     return {"ok": status == 0, "status": status, "tail": tail}
 
 
@@ -77,33 +106,71 @@ def passed_backends(junit, ops):
 
 def tests(name, selection):
     """The part that runs tests/gpu with `selection`, arguments of pytest."""
+
     def part(out, limit):
         file = name.replace(":", "_")
         junit = out / f"{file}.xml"
         junit.unlink(missing_ok=True)
-        status, tail = run([sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", *selection,
-                            f"--junitxml={junit}"], limit, out / f"{file}.log")
+        status, tail = run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "tests/gpu",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                *selection,
+                f"--junitxml={junit}",
+            ],
+            limit,
+            out / f"{file}.log",
+        )
         passed = passed_backends(junit, OPS[name]) if junit.exists() else {}
         return {"ok": status == 0, "status": status, "tail": tail, "passed": passed}
+
     return part
 
 
 def bench(family):
     """The part that times bench/bench_<family>.py."""
+
     def part(out, limit):
         environment = timing.environment(torch.device("cuda"))
         results = out / f"{report.slug(environment['device'])}.json"
-        status, tail = run([sys.executable, "-m", "pytest", f"bench/bench_{family}.py", "-q", "--preset", "gpu",
-                            "--seconds", "2", "-p", "no:cacheprovider", "--save", str(results)], limit,
-                           out / f"bench_{family}.log")
+        status, tail = run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                f"bench/bench_{family}.py",
+                "-q",
+                "--preset",
+                "gpu",
+                "--seconds",
+                "2",
+                "-p",
+                "no:cacheprovider",
+                "--save",
+                str(results),
+            ],
+            limit,
+            out / f"bench_{family}.log",
+        )
         return {"ok": status == 0, "status": status, "tail": tail, "results": results.name}
+
     return part
 
 
-PARTS = {"build": build, "test": tests("test", ["-k", "not feedback and not local and not offset"]),
-         "test:feedback": tests("test:feedback", ["-k", "feedback"]),
-         "test:local": tests("test:local", ["-k", "local or offset"]),
-         "bench:lls": bench("lls"), "bench:feedback": bench("feedback"), "bench:local": bench("local")}
+PARTS = {
+    "build": build,
+    "test": tests("test", ["-k", "not feedback and not local and not offset"]),
+    "test:feedback": tests("test:feedback", ["-k", "feedback"]),
+    "test:local": tests("test:local", ["-k", "local or offset"]),
+    "bench:lls": bench("lls"),
+    "bench:feedback": bench("feedback"),
+    "bench:local": bench("local"),
+}
 
 
 def chosen(text):
@@ -119,8 +186,10 @@ def _results(out, state):
 
 
 def table(out, state):
-    lines = [f"{state['environment']['device']}, " + ", ".join(
-        f"{k} {v}" for k, v in state["environment"].items() if k != "device")]
+    lines = [
+        f"{state['environment']['device']}, "
+        + ", ".join(f"{k} {v}" for k, v in state["environment"].items() if k != "device")
+    ]
     for name in PARTS:
         part = state.get(name)
         if part:
@@ -132,8 +201,11 @@ def table(out, state):
         lines.append("copy {copy_gb_s:.0f} GB/s, matmul {matmul_tflop_s:.0f} TFLOP/s".format(**data["ceilings"]))
         for name, rows in report.cases(data["rows"]).items():
             lines.append(name)
-            lines += [f"  {provider:28} {row['median_ms']:9.4f} ms  {row['ratio']:6.2f} x {row['baseline']:6} "
-                      f"{row['peak_bytes'] / 1e6:8.0f} MB  " + report.rates(row) for provider, row in rows.items()]
+            lines += [
+                f"  {provider:28} {row['median_ms']:9.4f} ms  {row['ratio']:6.2f} x {row['baseline']:6} "
+                f"{row['peak_bytes'] / 1e6:8.0f} MB  " + report.rates(row)
+                for provider, row in rows.items()
+            ]
     return "\n".join(lines)
 
 
@@ -143,8 +215,11 @@ def main(arguments=None):
     parser.add_argument("--only", type=chosen, metavar=",".join(PARTS), help="do these parts, done before or not")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("gpu_check needs a CUDA device, and torch.cuda.is_available() is False. "
-              "On a CPU: python -m pytest -q, and python -m pytest bench -q", file=sys.stderr)
+        print(
+            "gpu_check needs a CUDA device, and torch.cuda.is_available() is False. "
+            "On a CPU: python -m pytest -q, and python -m pytest bench -q",
+            file=sys.stderr,
+        )
         return 2
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

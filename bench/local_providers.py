@@ -4,6 +4,7 @@ lean closed-form torch version, `torch.compile` of it, LyCORIS where it can be i
 Builders as in `providers.py`. A feature map stands for a block's output: it is not a leaf, and what would consume its
 gradient costs nothing, so a gradient that is one value a channel is not written out.
 """
+
 import math
 
 import torch
@@ -19,14 +20,20 @@ from . import providers as base
 from .providers import Problem
 
 OPS = ("local_cross_entropy", "local_goodness", "local_similarity", "offset_step", "lokr_linear")
-_OP = {"local_cross_entropy": "local_cross_entropy", "local_goodness": "goodness", "local_similarity": "similarity",
-       "offset_step": "offset_sgd_", "lokr_linear": "lokr_linear"}
+_OP = {
+    "local_cross_entropy": "local_cross_entropy",
+    "local_goodness": "goodness",
+    "local_similarity": "similarity",
+    "offset_step": "offset_sgd_",
+    "lokr_linear": "lokr_linear",
+}
 
 
 def lycoris():
     """LyCORIS' module, or None where it isn't installed (`pip install lycoris-lora==4.1.3`)."""
     try:
         from lycoris.modules.lokr import LokrModule
+
         return LokrModule
     except ImportError:
         return None
@@ -38,13 +45,18 @@ def names(case, device, compiled):
     if case.op == "offset_step":
         best = "lgkernels cpu" if "lgkernels cpu" in ours else ours[-1]
         return [n for n in ours if n != "lgkernels reference" or len(ours) == 1] + [
-            f"{best}, bfloat16 offsets", "add, SGD foreach", "add, SGD fused", "floor"]
+            f"{best}, bfloat16 offsets",
+            "add, SGD foreach",
+            "add, SGD fused",
+            "floor",
+        ]
     if case.op == "lokr_linear":
         return ours + ["frozen nn.Linear", "eager"] + ["LyCORIS"] * (lycoris() is not None and device.type == "cpu")
     return ours + ["eager", "lean torch"] + ["lean torch.compile"] * compiled + ["floor"]
 
 
 # -- losses of a feature map ----------------------------------------------------------------------------------------
+
 
 def _losses(case, device, compiled, ours, eager, lean, shared=(), floor=None):
     """`ours(h, impl)` and `eager(h)` return a loss, `lean(h)` the loss and the gradients of h and of `shared`."""
@@ -60,7 +72,8 @@ def _losses(case, device, compiled, ours, eager, lean, shared=(), floor=None):
     providers = {}
     for name in names(case, device, False):
         if name.startswith("lgkernels"):
-            providers[name] = lambda i, impl=name.split()[1]: differentiated(ours(inner, impl))
+            impl = name.split()[1]
+            providers[name] = lambda i, impl=impl: differentiated(ours(inner, impl))
     providers["eager"] = lambda i: differentiated(eager(inner))
     detached = h.detach()
     providers["lean torch"] = lambda i: results(lean(detached))
@@ -91,8 +104,16 @@ def local_cross_entropy(case, device, compiled):
 
     def eager(h, w=weight):
         return F.cross_entropy(h.to(w.dtype).mean((2, 3)) @ w.t(), target)
-    return _losses(case, device, compiled, lambda h, impl: LF.local_cross_entropy(h, weight, None, target, impl=impl),
-                   eager, lean, (weight,))
+
+    return _losses(
+        case,
+        device,
+        compiled,
+        lambda h, impl: LF.local_cross_entropy(h, weight, None, target, impl=impl),
+        eager,
+        lean,
+        (weight,),
+    )
 
 
 def _copied(case, device):
@@ -102,6 +123,7 @@ def _copied(case, device):
     def floor(i):
         h.sum()
         return {"": torch.empty_like(h).copy_(h)}
+
     return floor
 
 
@@ -120,8 +142,16 @@ def local_goodness(case, device, compiled):
     def eager(h):
         g = (h if h.dtype == torch.float64 else h.float()).pow(2).mean((1, 2, 3))
         return F.softplus(torch.where(positive, threshold - g, g - threshold)).mean()
-    return _losses(case, device, compiled, lambda h, impl: LF.goodness_loss(
-        h, positive, threshold=threshold, impl=impl), eager, lean, floor=_copied(case, device))
+
+    return _losses(
+        case,
+        device,
+        compiled,
+        lambda h, impl: LF.goodness_loss(h, positive, threshold=threshold, impl=impl),
+        eager,
+        lean,
+        floor=_copied(case, device),
+    )
 
 
 def local_similarity(case, device, compiled):
@@ -139,21 +169,38 @@ def local_similarity(case, device, compiled):
     def eager(h):
         features = (h if h.dtype == torch.float64 else h.float()).flatten(2).std(2)
         return F.mse_loss(matrix(features), matrix(F.one_hot(target, case.classes).to(features.dtype)))
-    return _losses(case, device, compiled, lambda h, impl: LF.similarity_matching_loss(
-        h, target, num_classes=case.classes, impl=impl), eager, lean, floor=_copied(case, device))
+
+    return _losses(
+        case,
+        device,
+        compiled,
+        lambda h, impl: LF.similarity_matching_loss(h, target, num_classes=case.classes, impl=impl),
+        eager,
+        lean,
+        floor=_copied(case, device),
+    )
 
 
 # -- the optimizer step -----------------------------------------------------------------------------------------------
 
+
 def _resnet50_shapes():
     """Of the 161 parameters of torchvision's ResNet-50."""
+
     def norm(width):
         return [(width,), (width,)]
+
     shapes, width = [(64, 3, 7, 7), *norm(64)], 64
     for planes, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for i in range(blocks):
-            shapes += [(planes, width, 1, 1), *norm(planes), (planes, planes, 3, 3), *norm(planes),
-                       (4 * planes, planes, 1, 1), *norm(4 * planes)]
+            shapes += [
+                (planes, width, 1, 1),
+                *norm(planes),
+                (planes, planes, 3, 3),
+                *norm(planes),
+                (4 * planes, planes, 1, 1),
+                *norm(4 * planes),
+            ]
             if i == 0:
                 shapes += [(4 * planes, width, 1, 1), *norm(4 * planes)]
             width = 4 * planes
@@ -189,9 +236,21 @@ def offset_step(case, device, compiled):
                 optimizer.step()
             else:
                 with torch.no_grad():
-                    torch.ops.lgkernels.offset_sgd_([p.data for p in made], [p.grad for p in made], buffers, tilt, 0.0,
-                                                    0.9, 0.0, 1.0, 1.0, 1.0, impl)
+                    torch.ops.lgkernels.offset_sgd_(
+                        [p.data for p in made],
+                        [p.grad for p in made],
+                        buffers,
+                        tilt,
+                        0.0,
+                        0.9,
+                        0.0,
+                        1.0,
+                        1.0,
+                        1.0,
+                        impl,
+                    )
             return {"momentum": buffers[0]}
+
         return step
 
     def rival(**how):
@@ -206,6 +265,7 @@ def offset_step(case, device, compiled):
             optimizer.step()
             first[0] = optimizer.state[made[0]]["momentum_buffer"].clone() if first[0] is None else first[0]
             return {"momentum": first[0]}
+
         return step
 
     providers = {}
@@ -218,11 +278,13 @@ def offset_step(case, device, compiled):
     count = sum(math.prod(s) for s in shapes)
     source, out = (torch.zeros(2 * count, device=device) for _ in range(2))
     providers["floor"] = lambda i: {"": out.add_(source)}  # as the step: 16 bytes a parameter read, 8 written in place
-    return Problem(providers, "add, SGD fused", {"momentum": 10 * (grads[0] + offsets[0]).double()}, 2e-2,
-                   bytes=24 * count)
+    return Problem(
+        providers, "add, SGD fused", {"momentum": 10 * (grads[0] + offsets[0]).double()}, 2e-2, bytes=24 * count
+    )
 
 
 # -- LoKr -------------------------------------------------------------------------------------------------------------
+
 
 def lokr_linear(case, device, compiled):
     torch.manual_seed(3)
@@ -244,10 +306,12 @@ def lokr_linear(case, device, compiled):
     providers = {}
     for name in names(case, device, False):
         if name.startswith("lgkernels"):
-            providers[name] = lambda i, impl=name.split()[1]: ours(x, *factors, impl)
+            impl = name.split()[1]
+            providers[name] = lambda i, impl=impl: ours(x, *factors, impl)
     providers["frozen nn.Linear"] = lambda i: {"": run(layer(x), [x])}
-    providers["eager"] = lambda i: run(F.linear(x, layer.weight + 4.0 * torch.kron(
-        adapted.w1, adapted.w2_a @ adapted.w2_b), layer.bias), [x, *factors])
+    providers["eager"] = lambda i: run(
+        F.linear(x, layer.weight + 4.0 * torch.kron(adapted.w1, adapted.w2_a @ adapted.w2_b), layer.bias), [x, *factors]
+    )
     if lycoris() is not None and device.type == "cpu":
         host = nn.Linear(case.channels, case.out_channels)
         host.load_state_dict(layer.state_dict())

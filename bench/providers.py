@@ -4,6 +4,7 @@ version, `torch.compile` of it, back-propagation for whole steps, and the floor 
 A builder `op(case, device, compiled)` returns a `Problem`. A provider is called with the number of the input copy
 and returns its results by name; the harness compares those of copy 0 with `truth` before it times anything.
 """
+
 import contextlib
 import math
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ def backends(op, device, dtype):
 def builder(op):
     """The function that makes a case's `Problem`."""
     from . import feedback_providers, local_providers
+
     for family in (feedback_providers, local_providers):
         if op in family.OPS:
             return getattr(family, op)
@@ -52,6 +54,7 @@ def builder(op):
 def names(case, device, compiled):
     """Providers of a case, in the order of its tables (known without building anything)."""
     from . import feedback_providers, local_providers
+
     for family in (feedback_providers, local_providers):
         if case.op in family.OPS:
             return family.names(case, device, compiled)
@@ -60,15 +63,23 @@ def names(case, device, compiled):
     if case.op == "vgg8_step":
         ours = [b for b in ours if b != "reference"] or ours
         return [f"lgkernels {b}" for b in ours] + [
-            "eager LLS, basis cached", "bp", "bp, LeakyReLU in place", "bp, accumulation in 2", "bp, checkpointing"]
+            "eager LLS, basis cached",
+            "bp",
+            "bp, LeakyReLU in place",
+            "bp, accumulation in 2",
+            "bp, checkpointing",
+        ]
     ours = [f"lgkernels {b}" for b in ours]
     if case.op in ("norm_act_pool", "grad_preactivation_"):
         return ours + ["torch.compile"] * compiled + ["floor"]
     eager = ["eager, basis cached"] + ["eager, official"] * cpu + ["lean torch"] + ["lean torch.compile"] * compiled
     if case.op == "lls_loss":
         return ours + eager + ["floor"]
-    other = [] if case.channels_last else ["lgkernels cpu, channels_last"] * ("lgkernels cpu" in ours) + [
-        "floor, channels_last"]
+    other = (
+        []
+        if case.channels_last
+        else ["lgkernels cpu, channels_last"] * ("lgkernels cpu" in ours) + ["floor, channels_last"]
+    )
     return ours + eager + ["bp layer", "floor"] + other
 
 
@@ -101,6 +112,7 @@ def _tolerance(case):
 
 # -- the authors' formulas ---------------------------------------------------------------------------------------
 
+
 def official_basis(rows, dim, device):
     frequency = torch.linspace(50, 512, rows, device=device)
     return torch.sign(torch.sin(frequency.unsqueeze(1) * torch.arange(dim, device=device).unsqueeze(0)))
@@ -116,6 +128,7 @@ def official_loss(activation, target, phi, pool, modulation=None):
 
 
 # -- what an expert writes in plain torch: closed-form gradients, few passes, in place where that is allowed ---------
+
 
 def lean_head(x, target, phi, modulation=None):
     """(loss, grad_x, grad_modulation) of latents x (B, d)."""
@@ -174,13 +187,16 @@ def lean_block(x, target, weight, bias, gamma, beta, phi, pool, max_pool):
     grad = _per_bin(grad, a, pool)
     grad = torch.where(_tiles(a, pool) > 0, grad, grad * SLOPE).reshape(a.shape)
     dz, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
-        grad, z, gamma, None, None, mean, rstd, True, 1e-5, [True, True, True])
-    grad_weight = _weight_gradient(dz, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
-                                   [False, True, False])[1]
+        grad, z, gamma, None, None, mean, rstd, True, 1e-5, [True, True, True]
+    )
+    grad_weight = _weight_gradient(dz, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])[
+        1
+    ]
     return F.max_pool2d(a, 2) if max_pool else a, loss, grad_weight, grad_gamma, grad_beta
 
 
 # -- lls_loss, forward and backward ------------------------------------------------------------------------------
+
 
 def lls_loss(case, device, compiled):
     shape = (case.batch, case.channels) + ((case.size, case.size) if case.size else ())
@@ -190,7 +206,7 @@ def lls_loss(case, device, compiled):
     activations = _random(shape, case, device, copies, requires_grad=True)
     target, modulation = _target(case, device), None
     if case.modulation == "matrix":
-        modulation = (0.1 * torch.randn(case.classes, case.classes, generator=torch.Generator().manual_seed(2)))
+        modulation = 0.1 * torch.randn(case.classes, case.classes, generator=torch.Generator().manual_seed(2))
         modulation = modulation.to(device).requires_grad_()
     phi = LF.lls_basis(case.classes, dim, device=device)
 
@@ -199,19 +215,31 @@ def lls_loss(case, device, compiled):
         return dict(zip(("loss", "grad", "grad_modulation"), (loss.detach(), *torch.autograd.grad(loss, inputs))))
 
     def ours(impl):
-        return lambda i: gradients(LF.lls_loss(
-            activations[i], target, modulation, num_classes=case.classes, pool_size=case.pool,
-            temperature=TEMPERATURE, impl=impl), activations[i])
+        return lambda i: gradients(
+            LF.lls_loss(
+                activations[i],
+                target,
+                modulation,
+                num_classes=case.classes,
+                pool_size=case.pool,
+                temperature=TEMPERATURE,
+                impl=impl,
+            ),
+            activations[i],
+        )
 
     def lean(i, apply=LeanLoss.apply):
         return gradients(apply(activations[i], target, phi, case.pool, modulation), activations[i])
 
     providers = {f"lgkernels {impl}": ours(impl) for impl in backends("lls_loss", device, case.torch_dtype)}
     providers["eager, basis cached"] = lambda i: gradients(
-        official_loss(activations[i], target, phi, case.pool, modulation), activations[i])
+        official_loss(activations[i], target, phi, case.pool, modulation), activations[i]
+    )
     if device.type == "cpu":  # other devices' linspace and sine give other signs, so other gradients
-        providers["eager, official"] = lambda i: gradients(official_loss(
-            activations[i], target, official_basis(case.classes, dim, device), case.pool, modulation), activations[i])
+        providers["eager, official"] = lambda i: gradients(
+            official_loss(activations[i], target, official_basis(case.classes, dim, device), case.pool, modulation),
+            activations[i],
+        )
     providers["lean torch"] = lean
     if compiled:
         function = torch.compile(lambda a, m: LeanLoss.apply(a, target, phi, case.pool, m), dynamic=False)
@@ -224,18 +252,40 @@ def lls_loss(case, device, compiled):
         providers["floor"] = lambda i: {"": (activations[i].detach() @ floor_phi.t(), g @ floor_phi)}
     wide = activations[0].detach().double().requires_grad_()
     wide_modulation = None if modulation is None else modulation.detach().double().requires_grad_()
-    truth = gradients(LF.lls_loss(wide, target, wide_modulation, num_classes=case.classes, pool_size=case.pool,
-                                  temperature=TEMPERATURE), wide, wide_modulation)
-    return Problem(providers, "floor", truth, _tolerance(case), copies, bytes=2 * size if case.size else 0,
-                   flops=0 if case.size else 4 * case.batch * dim * case.classes)
+    truth = gradients(
+        LF.lls_loss(
+            wide, target, wide_modulation, num_classes=case.classes, pool_size=case.pool, temperature=TEMPERATURE
+        ),
+        wide,
+        wide_modulation,
+    )
+    return Problem(
+        providers,
+        "floor",
+        truth,
+        _tolerance(case),
+        copies,
+        bytes=2 * size if case.size else 0,
+        flops=0 if case.size else 4 * case.batch * dim * case.classes,
+    )
 
 
 # -- the fused block, forward, local loss and all gradients --------------------------------------------------------
 
+
 def _block_module(case, device, impl="auto"):
     torch.manual_seed(3)
-    block = lnn.LLSConvBlock(case.channels, case.out_channels, 3, padding=1, num_classes=case.classes,
-                             pool_size=case.pool, temperature=TEMPERATURE, max_pool=case.max_pool, impl=impl)
+    block = lnn.LLSConvBlock(
+        case.channels,
+        case.out_channels,
+        3,
+        padding=1,
+        num_classes=case.classes,
+        pool_size=case.pool,
+        temperature=TEMPERATURE,
+        max_pool=case.max_pool,
+        impl=impl,
+    )
     with torch.no_grad():
         block.norm.weight.uniform_(0.5, 1.5)
         block.norm.bias.uniform_(-0.5, 0.5)
@@ -263,6 +313,7 @@ def lls_block(case, device, compiled):
                 out, loss = block(inputs[i], target)
             loss.backward()
             return _gradients(block, loss, out)
+
         return run
 
     def eager(basis):
@@ -275,6 +326,7 @@ def lls_block(case, device, compiled):
             loss = official_loss(a, target, basis(), case.pool)
             loss.backward()
             return _gradients(block, loss, F.max_pool2d(a.detach(), 2) if case.max_pool else a)
+
         return run
 
     def bp_layer():
@@ -287,6 +339,7 @@ def lls_block(case, device, compiled):
                 out = block(x)
             out.backward(grad)
             x.grad = None
+
         return run
 
     def floor(inputs):
@@ -296,6 +349,7 @@ def lls_block(case, device, compiled):
         def run(i):
             z = F.conv2d(inputs[i], weight, None, 1, 1)
             _weight_gradient(z, inputs[i], weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
+
         return run
 
     plain = _block_module(case, device)
@@ -305,13 +359,16 @@ def lls_block(case, device, compiled):
     providers["eager, basis cached"] = eager(lambda: phi)
     if device.type == "cpu":
         providers["eager, official"] = eager(
-            lambda: official_basis(case.classes, case.out_channels * case.pool**2, device))
+            lambda: official_basis(case.classes, case.out_channels * case.pool**2, device)
+        )
     providers["lean torch"] = lambda i: dict(
-        zip(names, lean_block(xs[i], target, *arguments, phi, case.pool, case.max_pool)))
+        zip(names, lean_block(xs[i], target, *arguments, phi, case.pool, case.max_pool))
+    )
     if compiled:
         function = torch.compile(lean_block, dynamic=False)
         providers["lean torch.compile"] = lambda i: dict(
-            zip(names, function(xs[i], target, *arguments, phi, case.pool, case.max_pool)))
+            zip(names, function(xs[i], target, *arguments, phi, case.pool, case.max_pool))
+        )
     providers["bp layer"], providers["floor"] = bp_layer(), floor(xs)
     if not case.channels_last:
         last = [x.contiguous(memory_format=torch.channels_last) for x in xs]
@@ -321,11 +378,18 @@ def lls_block(case, device, compiled):
     wide = _block_module(case, device, "reference").to(case.torch_dtype).double()
     out, loss = wide(xs[0].double(), target)
     loss.backward()
-    return Problem(providers, "floor", _gradients(wide, loss, out), _tolerance(case), copies,
-                   flops=4 * case.batch * case.size**2 * case.channels * case.out_channels * 9)
+    return Problem(
+        providers,
+        "floor",
+        _gradients(wide, loss, out),
+        _tolerance(case),
+        copies,
+        flops=4 * case.batch * case.size**2 * case.channels * case.out_channels * 9,
+    )
 
 
 # -- its two passes over memory ------------------------------------------------------------------------------------
+
 
 def _pass_inputs(case, device):
     shape = (case.batch, case.channels, case.size, case.size)
@@ -355,8 +419,10 @@ def norm_act_pool(case, device, compiled):
     def run(function):
         return lambda i: dict(zip(names, function(zs[i], *channel, *arguments)))
 
-    providers = {f"lgkernels {impl}": run(dispatch.backend("lls_block", impl, device, case.torch_dtype).norm_act_pool)
-                 for impl in backends("lls_block", device, case.torch_dtype)}
+    providers = {
+        f"lgkernels {impl}": run(dispatch.backend("lls_block", impl, device, case.torch_dtype).norm_act_pool)
+        for impl in backends("lls_block", device, case.torch_dtype)
+    }
     if compiled:
         providers["torch.compile"] = run(torch.compile(reference.norm_act_pool, dynamic=False))
     moved = size + size // (4 if case.max_pool else 1) + 12 * case.batch * case.channels * case.pool**2
@@ -376,9 +442,10 @@ def grad_preactivation_(case, device, compiled):
         mine = [z.clone() for z in zs]  # overwritten: the first call is the one that is compared
         return lambda i: {"z": function(mine[i], *channel, *arguments)}
 
-    providers = {f"lgkernels {impl}": run(
-        dispatch.backend("lls_block", impl, device, case.torch_dtype).grad_preactivation_)
-        for impl in backends("lls_block", device, case.torch_dtype)}
+    providers = {
+        f"lgkernels {impl}": run(dispatch.backend("lls_block", impl, device, case.torch_dtype).grad_preactivation_)
+        for impl in backends("lls_block", device, case.torch_dtype)
+    }
     if compiled:
         providers["torch.compile"] = run(torch.compile(reference.grad_preactivation_, dynamic=False))
     moved = 2 * size + 4 * grad_latents.numel()
@@ -389,6 +456,7 @@ def grad_preactivation_(case, device, compiled):
 
 
 # -- a whole training step of VGG8 ---------------------------------------------------------------------------------
+
 
 class _Eager(nn.Module):
     """A fused block's parameters under the authors' layer: basis cached, no `.item()`."""
@@ -445,6 +513,7 @@ def vgg8_step(case, device, compiled):
         def run(i):
             with _autocast(case, device):
                 return {"losses": trainer.step(batch, target)}
+
         return run
 
     def bp(parts=1, wrap=None):
@@ -455,6 +524,7 @@ def vgg8_step(case, device, compiled):
             with _autocast(case, device):
                 for part, labels in batches:
                     trainer.step(part, labels)
+
         return run
 
     ours = [b for b in backends("lls_block", device, case.torch_dtype) if b != "reference"] or ["reference"]

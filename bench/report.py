@@ -3,6 +3,7 @@
 `--readme` also puts a short table into README.md, between its two bench marks. `--verified GPU_CHECK.json` also writes
 lgkernels/core/verified.json: which backends passed tests/gpu, and where.
 """
+
 import argparse
 import json
 import os
@@ -83,9 +84,11 @@ def losses(rows):
             if ours and others:
                 best, rival = (min(group, key=lambda r: r[field]) for group in (ours, others))
                 if rival[field] < best[field]:
-                    found.append(f"{TITLES[best['op']]}, {_shape(best)}: {rival['provider']} takes "
-                                 f"{_number(rival[field] * scale)} {unit}, {best['provider']} "
-                                 f"{_number(best[field] * scale)} {unit}.")
+                    found.append(
+                        f"{TITLES[best['op']]}, {_shape(best)}: {rival['provider']} takes "
+                        f"{_number(rival[field] * scale)} {unit}, {best['provider']} "
+                        f"{_number(best[field] * scale)} {unit}."
+                    )
     return found
 
 
@@ -101,10 +104,15 @@ def rates(row):
 def markdown(data):
     environment, ceilings = data["environment"], data["ceilings"]
     versions = ", ".join(f"{k} {v}" for k, v in environment.items() if k != "device" and v is not None)
-    lines = [f"# {environment['device']}", "", versions + f"; copy {ceilings['copy_gb_s']:.0f} GB/s, matmul "
-             f"{ceilings['matmul_tflop_s']:.3g} TFLOP/s ({ceilings['matmul_dtype']}).", "",
-             "Medians over interleaved rounds; a ratio is the median over the rounds of a provider's time divided by "
-             "the baseline's in the same round. Peak memory is what a call holds beyond its inputs and parameters."]
+    lines = [
+        f"# {environment['device']}",
+        "",
+        versions + f"; copy {ceilings['copy_gb_s']:.0f} GB/s, matmul "
+        f"{ceilings['matmul_tflop_s']:.3g} TFLOP/s ({ceilings['matmul_dtype']}).",
+        "",
+        "Medians over interleaved rounds; a ratio is the median over the rounds of a provider's time divided by "
+        "the baseline's in the same round. Peak memory is what a call holds beyond its inputs and parameters.",
+    ]
     plain = [row for row in data["rows"] if not row["huge_pages"]]
     huge = cases(row for row in data["rows"] if row["huge_pages"])
     for op, title in TITLES.items():
@@ -117,11 +125,21 @@ def markdown(data):
             pages = huge.get(name, {})
             header = ["provider", "ms", f"/ {baseline}", "rate", "peak MB"]
             header += ["ms, huge pages", f"/ {baseline}"] if pages else []
-            lines += ["", f"**{_shape(next(iter(providers.values())))}**", "",
-                      "| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+            lines += [
+                "",
+                f"**{_shape(next(iter(providers.values())))}**",
+                "",
+                "| " + " | ".join(header) + " |",
+                "|" + " --- |" * len(header),
+            ]
             for provider, row in sorted(providers.items(), key=lambda item: item[1]["median_ms"]):
-                cells = [provider, _number(row["median_ms"]), f"{row['ratio']:.2f}", rates(row),
-                         _number(row["peak_bytes"] / 1e6)]
+                cells = [
+                    provider,
+                    _number(row["median_ms"]),
+                    f"{row['ratio']:.2f}",
+                    rates(row),
+                    _number(row["peak_bytes"] / 1e6),
+                ]
                 if pages:
                     other = pages.get(provider)
                     cells += [_number(other["median_ms"]), f"{other['ratio']:.2f}"] if other else ["", ""]
@@ -132,16 +150,27 @@ def markdown(data):
 
 def summary(data):
     """One row a case: our fastest provider, and the ratios to the baseline of its rivals."""
-    groups = {"lean torch": ("lean torch",), "torch.compile": ("lean torch.compile", "torch.compile"),
-              "eager, BioTorch": ("eager, basis cached", "eager LLS, basis cached", "BioTorch", "eager", "add, SGD foreach"),
-              "BP": ("bp layer", "bp", "nn.Linear", "nn.Conv2d", "torch.mm with W")}
-    lines = [f"{data['environment']['device']}, torch {data['environment']['torch']}. Time / baseline:", "",
-             "| case | baseline | lgkernels | " + " | ".join(groups) + " | MB: lgkernels, eager, BP |",
-             "|---|---|---|" + "---|" * (len(groups) + 1)]
+    groups = {
+        "lean torch": ("lean torch",),
+        "torch.compile": ("lean torch.compile", "torch.compile"),
+        "eager, BioTorch": ("eager, basis cached", "eager LLS, basis cached", "BioTorch", "eager", "add, SGD foreach"),
+        "BP": ("bp layer", "bp", "nn.Linear", "nn.Conv2d", "torch.mm with W"),
+    }
+    lines = [
+        f"{data['environment']['device']}, torch {data['environment']['torch']}. Time / baseline:",
+        "",
+        "| case | baseline | lgkernels | " + " | ".join(groups) + " | MB: lgkernels, eager, BP |",
+        "|---|---|---|" + "---|" * (len(groups) + 1),
+    ]
     for providers in cases(row for row in data["rows"] if not row["huge_pages"]).values():
         # a channels_last row is left out: its own floor is another one, and stands in the full table
-        ours = [row for name, row in providers.items() if name.startswith("lgkernels") and name != REFERENCE
-                and not name.endswith((", channels_last", "bfloat16 offsets"))]
+        ours = [
+            row
+            for name, row in providers.items()
+            if name.startswith("lgkernels")
+            and name != REFERENCE
+            and not name.endswith((", channels_last", "bfloat16 offsets"))
+        ]
         if not ours and "frozen nn.Linear" in providers:  # adapters have no other
             ours = [providers[REFERENCE]]
         if not ours:
@@ -149,28 +178,40 @@ def summary(data):
         best = min(ours, key=lambda row: row["median_ms"])
         rivals = [next((providers[name] for name in names if name in providers), None) for names in groups.values()]
         memory = [_number(row["peak_bytes"] / 1e6) if row else "" for row in (best, *rivals[2:])]
-        lines.append(f"| {TITLES[best['op']].split(',')[0].split(':')[0]} {_shape(best)} | {best['baseline']} | "
-                     f"**{best['ratio']:.2f}** ({_number(best['median_ms'])} ms) | "
-                     + " | ".join(f"{row['ratio']:.2f}" if row else "" for row in rivals) + f" | {', '.join(filter(None, memory))} |")
+        lines.append(
+            f"| {TITLES[best['op']].split(',')[0].split(':')[0]} {_shape(best)} | {best['baseline']} | "
+            f"**{best['ratio']:.2f}** ({_number(best['median_ms'])} ms) | "
+            + " | ".join(f"{row['ratio']:.2f}" if row else "" for row in rivals)
+            + f" | {', '.join(filter(None, memory))} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def plot(data, path):
     """Horizontal bars: time relative to the baseline, one panel a case; the reference, no rival, is left out."""
     import matplotlib
+
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
+
     matplotlib.rcParams["svg.hashsalt"] = "bench"  # the same results give the same file
     selected = cases(row for row in data["rows"] if not row["huge_pages"] and row["provider"] != REFERENCE)
     heights = [len(providers) + 1.5 for providers in selected.values()]
-    figure, axes = plt.subplots(len(selected), 1, figsize=(8, 0.28 * sum(heights)), squeeze=False, layout="constrained",
-                                gridspec_kw={"height_ratios": heights})
+    figure, axes = plt.subplots(
+        len(selected),
+        1,
+        figsize=(8, 0.28 * sum(heights)),
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw={"height_ratios": heights},
+    )
     for axis, providers in zip(axes[:, 0], selected.values()):
         ordered = sorted(providers.values(), key=lambda row: -row["ratio"])
         colours = ["#1f77b4" if row["provider"].startswith("lgkernels") else "#bbbbbb" for row in ordered]
         bars = axis.barh([row["provider"] for row in ordered], [row["ratio"] for row in ordered], color=colours)
-        axis.bar_label(bars, [f"{row['ratio']:.2f}  ({_number(row['median_ms'])} ms)" for row in ordered], padding=3,
-                       fontsize=7)
+        axis.bar_label(
+            bars, [f"{row['ratio']:.2f}  ({_number(row['median_ms'])} ms)" for row in ordered], padding=3, fontsize=7
+        )
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set_title(f"{TITLES[ordered[0]['op']]}: {_shape(ordered[0])}".replace("`", ""), fontsize=8, loc="left")
         axis.set_xlim(0, 1.25 * ordered[0]["ratio"])
@@ -187,11 +228,17 @@ def write_verified(check, results):
     passed = {op: backends for part in check.values() for op, backends in part.get("passed", {}).items()}
     table = json.loads(VERIFIED.read_text()) if VERIFIED.exists() else {}
     for op, backends in passed.items():
+
         def milliseconds(backend, op=op):
-            times = [row["median_ms"] / providers["floor"]["median_ms"] for providers in cases(results["rows"]).values()
-                     if "floor" in providers for row in [providers.get(f"lgkernels {backend}")]
-                     if row and row["op"] == op]
+            times = [
+                row["median_ms"] / providers["floor"]["median_ms"]
+                for providers in cases(results["rows"]).values()
+                if "floor" in providers
+                for row in [providers.get(f"lgkernels {backend}")]
+                if row and row["op"] == op
+            ]
             return sum(times) / len(times) if times else float("inf")
+
         table.setdefault(op, {})[architecture] = sorted(backends, key=milliseconds)
     write_json(VERIFIED, table)
 

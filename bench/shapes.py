@@ -1,4 +1,5 @@
 """What is measured: cases by preset. `smoke` is tiny (CI), `cpu` and `gpu` hold the shapes of the README's tables."""
+
 from dataclasses import dataclass
 
 import torch

@@ -1,4 +1,5 @@
 """Timing in interleaved rounds, peak memory, and the ceilings of this machine."""
+
 import gc
 import math
 import os
@@ -16,19 +17,29 @@ def environment(device):
     info = {"torch": torch.__version__, "python": platform.python_version()}
     try:
         import triton
+
         info["triton"] = triton.__version__
     except ImportError:
         info["triton"] = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return {"device": properties.name, "capability": "sm_%d%d" % torch.cuda.get_device_capability(device),
-                "memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda, **info}
+        return {
+            "device": properties.name,
+            "capability": "sm_{}{}".format(*torch.cuda.get_device_capability(device)),
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+            **info,
+        }
     from lgkernels.core import native
+
     module = native.native()
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {"device": f"CPU {model.group(1) if model else platform.processor()}, {torch.get_num_threads()} threads",
-            "native": module.cpu_level() if module else None, **info}
+    return {
+        "device": f"CPU {model.group(1) if model else platform.processor()}, {torch.get_num_threads()} threads",
+        "native": module.cpu_level() if module else None,
+        **info,
+    }
 
 
 def slug(name):
@@ -106,7 +117,7 @@ def interleaved(timers, seconds, min_rounds=3, max_rounds=200):
     gc.disable()
     try:
         for i in range(min(max(rounds, min_rounds), max_rounds)):
-            for name in names[i % len(names):] + names[:i % len(names)]:
+            for name in names[i % len(names) :] + names[: i % len(names)]:
                 samples[name].append(timers[name]())
     finally:
         if collecting:
@@ -132,6 +143,7 @@ def peak_memory(function, device):
         del result
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
+
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function(0)
     del result
@@ -162,5 +174,8 @@ def ceilings(device, small=False):
     """What this machine can do at most: copying memory, and a library matmul."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     megabytes, size = (4, 128) if small else (1024, 8192) if device.type == "cuda" else (256, 1024)
-    return {"copy_gb_s": copy_bandwidth(device, megabytes) / 1e9,
-            "matmul_tflop_s": matmul_rate(device, dtype, size) / 1e12, "matmul_dtype": str(dtype)[6:]}
+    return {
+        "copy_gb_s": copy_bandwidth(device, megabytes) / 1e9,
+        "matmul_tflop_s": matmul_rate(device, dtype, size) / 1e12,
+        "matmul_dtype": str(dtype)[6:],
+    }

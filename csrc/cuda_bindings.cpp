@@ -25,13 +25,21 @@ using Addresses = std::array<Address, 4>;
 using Shape = std::array<int64_t, 8>;
 
 template <typename T>
-T* pointer(Address address) { return reinterpret_cast<T*>(address); }
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
 float* floats(Address address) { return pointer<float>(address); }
 
 // (batch, channels, height, width, pool rows, pool columns, channels_last, dtype code)
 lgk::Image image(const Shape& v) {
-  return {v[0], static_cast<int>(v[1]), static_cast<int>(v[2]), static_cast<int>(v[3]), static_cast<int>(v[4]),
-          static_cast<int>(v[5]), v[6] != 0, static_cast<int>(v[7])};
+  return {v[0],
+          static_cast<int>(v[1]),
+          static_cast<int>(v[2]),
+          static_cast<int>(v[3]),
+          static_cast<int>(v[4]),
+          static_cast<int>(v[5]),
+          v[6] != 0,
+          static_cast<int>(v[7])};
 }
 
 // Addresses of mean, rstd, gamma, beta
@@ -54,9 +62,20 @@ void bind_feedback(py::module_& m) {
                        std::tuple<Address, int, int64_t> magnitude, Address state, int law, double law_scale,
                        std::optional<double> low, float scale, bool sign_plus) {
         const lgk::Range range = low ? lgk::range_from(*low, law_scale) : lgk::signed_range(law_scale);
-        return FeedbackMatrix{rows, columns, std::get<1>(weight), value, pointer<void>(std::get<0>(weight)),
-                              pointer<void>(std::get<0>(magnitude)), std::get<2>(weight), std::get<2>(magnitude),
-                              std::get<1>(magnitude), law, pointer<int64_t>(state), range, scale, sign_plus};
+        return FeedbackMatrix{rows,
+                              columns,
+                              std::get<1>(weight),
+                              value,
+                              pointer<void>(std::get<0>(weight)),
+                              pointer<void>(std::get<0>(magnitude)),
+                              std::get<2>(weight),
+                              std::get<2>(magnitude),
+                              std::get<1>(magnitude),
+                              law,
+                              pointer<int64_t>(state),
+                              range,
+                              scale,
+                              sign_plus};
       }));
   m.def("feedback_matrix", [](const FeedbackMatrix& f, Address index, Address out, int dtype, Address stream) {
     return lgk::feedback_matrix(f, pointer<int64_t>(index), pointer<void>(out), dtype, pointer<void>(stream));
@@ -99,28 +118,28 @@ void bind_local_loss(py::module_& m) {
                                     floats(partial), floats(squares), floats(kappa), floats(loss),
                                     pointer<void>(stream));
   });
-  m.def("local_loss_scale", [](Shape4 shape, Address x, Address mean, Address factor, Address scale, Address out,
-                               Address stream) {
-    return lgk::local_loss_scale(planes(shape), pointer<void>(x), floats(mean), floats(factor), floats(scale),
-                                 pointer<void>(out), pointer<void>(stream));
-  });
-  m.def("local_loss_cross_entropy", [](int64_t batch, int64_t classes, float label_smoothing, float grad_scale,
-                                       bool compute_grad, Address target, Address logits, Address losses,
-                                       Address stream) {
-    return lgk::local_loss_cross_entropy(batch, classes, label_smoothing, grad_scale, compute_grad,
-                                         pointer<int64_t>(target), floats(logits), floats(losses),
-                                         pointer<void>(stream));
-  });
-  m.def("local_loss_normalize_rows", [](int64_t batch, int64_t features, int dtype, Address x, Address rows,
-                                        Address norms, Address stream) {
-    return lgk::local_loss_normalize_rows(batch, features, dtype, pointer<void>(x), floats(rows), floats(norms),
-                                          pointer<void>(stream));
-  });
-  m.def("local_loss_match_rows", [](int64_t batch, float same, float other, Address target, Address products,
-                                    Address losses, Address stream) {
-    return lgk::local_loss_match_rows(batch, same, other, pointer<int64_t>(target), floats(products), floats(losses),
-                                      pointer<void>(stream));
-  });
+  m.def("local_loss_scale",
+        [](Shape4 shape, Address x, Address mean, Address factor, Address scale, Address out, Address stream) {
+          return lgk::local_loss_scale(planes(shape), pointer<void>(x), floats(mean), floats(factor), floats(scale),
+                                       pointer<void>(out), pointer<void>(stream));
+        });
+  m.def("local_loss_cross_entropy",
+        [](int64_t batch, int64_t classes, float label_smoothing, float grad_scale, bool compute_grad, Address target,
+           Address logits, Address losses, Address stream) {
+          return lgk::local_loss_cross_entropy(batch, classes, label_smoothing, grad_scale, compute_grad,
+                                               pointer<int64_t>(target), floats(logits), floats(losses),
+                                               pointer<void>(stream));
+        });
+  m.def("local_loss_normalize_rows",
+        [](int64_t batch, int64_t features, int dtype, Address x, Address rows, Address norms, Address stream) {
+          return lgk::local_loss_normalize_rows(batch, features, dtype, pointer<void>(x), floats(rows), floats(norms),
+                                                pointer<void>(stream));
+        });
+  m.def("local_loss_match_rows",
+        [](int64_t batch, float same, float other, Address target, Address products, Address losses, Address stream) {
+          return lgk::local_loss_match_rows(batch, same, other, pointer<int64_t>(target), floats(products),
+                                            floats(losses), pointer<void>(stream));
+        });
   m.def("local_loss_rows_grad", [](std::array<int64_t, 3> shape, float factor, Address grad, Address rows,
                                    Address norms, Address deviation, Address mean, Address out, Address stream) {
     return lgk::local_loss_rows_grad(shape[0], shape[1], shape[2], factor, floats(grad), floats(rows), floats(norms),
@@ -151,9 +170,8 @@ void bind_cuda(py::module_& m) {
   m.def("lls_batch_stats_splits", [](Shape shape) { return lgk::lls_batch_stats_splits(image(shape)); });
   m.def("lls_batch_stats", [](Shape shape, Address z, Address bias, Address running_mean, Address running_var,
                               float momentum, float eps, Address mean, Address rstd, Address scratch, Address stream) {
-    return lgk::lls_batch_stats(image(shape), pointer<void>(z), floats(bias), floats(running_mean),
-                                floats(running_var), momentum, eps, floats(mean), floats(rstd), floats(scratch),
-                                pointer<void>(stream));
+    return lgk::lls_batch_stats(image(shape), pointer<void>(z), floats(bias), floats(running_mean), floats(running_var),
+                                momentum, eps, floats(mean), floats(rstd), floats(scratch), pointer<void>(stream));
   });
   m.def("lls_norm_act_pool", [](Shape shape, Addresses parameters, float slope, Address z, bool max_pool, Address out,
                                 Address latents, Address s1, Address s2, Address stream) {
@@ -163,8 +181,9 @@ void bind_cuda(py::module_& m) {
   py::class_<lgk::ModulationGrad>(m, "LlsModulationGrad")
       .def(py::init([](int64_t batch, int rows, int classes, bool vector, Address similarity, Address grad_logits,
                        Address scale, bool scale_per_row, Address grad) {
-        return lgk::ModulationGrad{batch, rows, classes, vector, floats(similarity), floats(grad_logits),
-                                   floats(scale), scale_per_row, floats(grad)};
+        return lgk::ModulationGrad{
+            batch,         rows,          classes,     vector, floats(similarity), floats(grad_logits),
+            floats(scale), scale_per_row, floats(grad)};
       }));
   py::class_<lgk::Finish>(m, "LlsFinish")
       .def(py::init([] { return lgk::Finish{}; }))
@@ -176,19 +195,18 @@ void bind_cuda(py::module_& m) {
                              Address area, Address grad_gamma, Address grad_beta, Address grad_bias,
                              const lgk::Finish& finish, Address stream) {
     return lgk::lls_norm_grads(batch, channels, bins, floats(grad_latents), floats(s1), floats(s2), floats(area),
-                               floats(grad_gamma), floats(grad_beta), floats(grad_bias), finish,
-                               pointer<void>(stream));
+                               floats(grad_gamma), floats(grad_beta), floats(grad_bias), finish, pointer<void>(stream));
   });
   m.def("lls_grad_preactivation", [](Shape shape, Addresses parameters, float slope, Address z, Address grad_latents,
                                      Address grad_gamma, Address grad_beta, float scale, Address stream) {
     return lgk::lls_grad_preactivation(image(shape), norm(parameters, slope), pointer<void>(z), floats(grad_latents),
                                        floats(grad_gamma), floats(grad_beta), scale, pointer<void>(stream));
   });
-  m.def("lls_expand_grad", [](Shape shape, Address grad_latents, Address scale, bool scale_per_row, Address out,
-                              Address stream) {
-    return lgk::lls_expand_grad(image(shape), floats(grad_latents), floats(scale), scale_per_row, pointer<void>(out),
-                                pointer<void>(stream));
-  });
+  m.def("lls_expand_grad",
+        [](Shape shape, Address grad_latents, Address scale, bool scale_per_row, Address out, Address stream) {
+          return lgk::lls_expand_grad(image(shape), floats(grad_latents), floats(scale), scale_per_row,
+                                      pointer<void>(out), pointer<void>(stream));
+        });
   m.def("lls_linear_norm_act_pool", [](int64_t batch, int features, int pool, int dtype, Addresses parameters,
                                        float slope, Address z, Address out, Address latents, Address stream) {
     return lgk::lls_linear_norm_act_pool(batch, features, pool, dtype, norm(parameters, slope), pointer<void>(z),
@@ -207,17 +225,22 @@ void bind_cuda(py::module_& m) {
       .def(py::init([](int64_t batch, int dim, int rows, int classes, bool packed_basis, int modulation, int loss,
                        int reduction, float temperature, float label_smoothing, float eps, float basis_scale,
                        bool normalize, bool zero_gradient_below_eps, bool compute_grad, int64_t ignore_index) {
-        return lgk::Head{batch, dim, rows, classes, packed_basis, modulation, loss, reduction, temperature,
-                         label_smoothing, eps, basis_scale, normalize, zero_gradient_below_eps, compute_grad,
-                         ignore_index};
+        return lgk::Head{batch,        dim,
+                         rows,         classes,
+                         packed_basis, modulation,
+                         loss,         reduction,
+                         temperature,  label_smoothing,
+                         eps,          basis_scale,
+                         normalize,    zero_gradient_below_eps,
+                         compute_grad, ignore_index};
       }));
   m.def("lls_head_scratch", &lgk::lls_head_scratch);
   m.def("lls_head", [](const lgk::Head& head, Address x, Address target, Address modulation, Address basis,
                        Address loss, Address row_loss, Address grad_latents, Address similarity, Address grad_logits,
                        Address scratch, Address stream) {
     return lgk::lls_head(head, floats(x), pointer<int64_t>(target), floats(modulation), pointer<void>(basis),
-                         floats(loss), floats(row_loss), floats(grad_latents), floats(similarity),
-                         floats(grad_logits), floats(scratch), pointer<void>(stream));
+                         floats(loss), floats(row_loss), floats(grad_latents), floats(similarity), floats(grad_logits),
+                         floats(scratch), pointer<void>(stream));
   });
   m.def("lls_modulation_grad", [](const lgk::ModulationGrad& problem, Address stream) {
     return lgk::lls_modulation_grad(problem, pointer<void>(stream));

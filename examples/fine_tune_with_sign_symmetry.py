@@ -1,7 +1,8 @@
 """A network trained by back-propagation, converted, and fine-tuned without weight transport:
 
-    python examples/fine_tune_with_sign_symmetry.py [usf|frsf|brsf]
+python examples/fine_tune_with_sign_symmetry.py [usf|frsf|brsf]
 """
+
 import sys
 
 import torch
@@ -21,7 +22,7 @@ def train(model, images, epochs, lr, seed):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()
     for _ in range(epochs):
-        for indices in torch.randperm(count, generator=generator)[:count // BATCH * BATCH].split(BATCH):
+        for indices in torch.randperm(count, generator=generator)[: count // BATCH * BATCH].split(BATCH):
             x, target = images.training_batch(indices, generator)
             optimizer.zero_grad()
             F.cross_entropy(model(x), target).backward()

@@ -6,6 +6,7 @@
 that torchvision publishes, with COCO's category ids as labels; `--backbone` one of its ResNet-50. The last layers of
 both heads, class and box, have the exact gradient.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -35,8 +36,10 @@ class Coco(Dataset):
         ids = [category["id"] for category in categories]
         self.classes = classes or len(ids)
         if self.classes < len(ids) or self.classes > len(ids) and not 0 <= min(ids) <= max(ids) < self.classes:
-            raise DataError(f"{annotations} has {len(ids)} categories with ids up to {max(ids)}: they do not go with "
-                            f"weights of {self.classes} classes")
+            raise DataError(
+                f"{annotations} has {len(ids)} categories with ids up to {max(ids)}: they do not go with "
+                f"weights of {self.classes} classes"
+            )
         label = {k: k if self.classes > len(ids) else i for i, k in enumerate(ids)}
         boxes = {}
         for entry in content["annotations"]:
@@ -80,11 +83,18 @@ def main(arguments=None):
     torch.manual_seed(0)
     weights = torch.load(options.weights, weights_only=True) if options.weights else None
     anchors = 9  # of a position
-    data = Coco(options.images, options.annotations,
-                len(weights["head.classification_head.cls_logits.bias"]) // anchors if weights else None)
+    data = Coco(
+        options.images,
+        options.annotations,
+        len(weights["head.classification_head.cls_logits.bias"]) // anchors if weights else None,
+    )
     model = torchvision().models.detection.retinanet_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=data.classes, min_size=options.size,
-        max_size=options.size * 5 // 3)
+        weights=None,
+        weights_backbone=None,
+        num_classes=data.classes,
+        min_size=options.size,
+        max_size=options.size * 5 // 3,
+    )
     if weights:
         model.load_state_dict(weights)
     if options.backbone:
@@ -99,8 +109,10 @@ def main(arguments=None):
     for epoch in range(options.epochs):
         total = 0.0
         for images, targets in loader:
-            losses = model([image.to(options.device) for image in images],
-                           [{key: t.to(options.device) for key, t in target.items()} for target in targets])
+            losses = model(
+                [image.to(options.device) for image in images],
+                [{key: t.to(options.device) for key, t in target.items()} for target in targets],
+            )
             loss = sum(losses.values())
             optimizer.zero_grad()
             loss.backward()

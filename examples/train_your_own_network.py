@@ -1,8 +1,9 @@
 """Your own network, block by block, with local losses; one process, or several with DDP:
 
-    python examples/train_your_own_network.py
-    torchrun --nproc-per-node 2 examples/train_your_own_network.py
+python examples/train_your_own_network.py
+torchrun --nproc-per-node 2 examples/train_your_own_network.py
 """
+
 import os
 
 import torch

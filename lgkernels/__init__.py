@@ -1,4 +1,5 @@
 """Fused kernels for training neural networks without (full) back-propagation."""
+
 import importlib
 
 __version__ = "0.1.0"

@@ -1,4 +1,5 @@
 """`python -m lgkernels <command>`. Each command imports what it needs only when it runs."""
+
 import argparse
 import importlib
 import os

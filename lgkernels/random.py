@@ -18,6 +18,7 @@ with `low`: float64 of the float32 numbers scale - low and low, rounded at the e
 sign are bit-equal in every backend (`csrc/include/lgk/philox.h`, `ops/common/philox.py`), normal
 within 4 ulp of the value computed here. `LAW_VERSION` changes with any of this.
 """
+
 import math
 
 import numpy as np
@@ -87,9 +88,10 @@ def random_rows(state, index, cols, law="uniform", scale=1.0, low=None, *, first
     at_once = max(1, _BLOCKS_AT_ONCE // max(blocks, 1))
     for start in range(0, rows, at_once):
         stop = min(start + at_once, rows)
-        words = torch.stack(torch.broadcast_tensors(
-            *philox(block, index[start:stop].unsqueeze(1), step, stream, *key)), -1)
-        out[start:stop] = law_values(words, law, scale, low).flatten(1)[:, skip:skip + cols]
+        words = torch.stack(
+            torch.broadcast_tensors(*philox(block, index[start:stop].unsqueeze(1), step, stream, *key)), -1
+        )
+        out[start:stop] = law_values(words, law, scale, low).flatten(1)[:, skip : skip + cols]
     return out
 
 
@@ -133,7 +135,9 @@ class RandomFeedback(torch.nn.Module):
         self.law, self.scale, self.low = law, float(scale), None if low is None else float(low)
         self.seed, self.stream = int(seed) - 2**64 if seed >= 2**63 else int(seed), int(stream)
         with torch.inference_mode(False):  # a state made under inference mode could not advance outside of it
-            self.register_buffer("state", torch.tensor([self.seed, self.stream, 0], dtype=torch.int64), persistent=False)
+            self.register_buffer(
+                "state", torch.tensor([self.seed, self.stream, 0], dtype=torch.int64), persistent=False
+            )
 
     def materialize(self, shape, device=None, dtype=None, *, offset=(0, 0)):
         """The tensor of `shape` on `device` (default: the state's) in `dtype` (default float32; rounded once).
@@ -148,8 +152,10 @@ class RandomFeedback(torch.nn.Module):
         rows, cols = shape[0], math.prod(shape[1:])
         row, col = offset
         if row < 0 or col < 0 or row + rows > 2**32 or col + cols > 2**32:
-            raise ValueError(f"offset must keep rows and columns within [0, 2**32), got {tuple(offset)} for a "
-                             f"({rows}, {cols}) matrix")
+            raise ValueError(
+                f"offset must keep rows and columns within [0, 2**32), got {tuple(offset)} for a "
+                f"({rows}, {cols}) matrix"
+            )
         state = self.state if device is None else self.state.to(device)
         return random_matrix(state, rows, cols, self.law, self.scale, self.low, offset=offset, dtype=dtype).view(shape)
 

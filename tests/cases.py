@@ -1,4 +1,5 @@
 """What every family is tried over: sizes, dtypes, subsets of requires_grad, and seeded random cases."""
+
 import itertools
 import random
 
@@ -24,10 +25,12 @@ def subsets(names):
 
 def label(case):
     """A short test id: `B3-C7-M-cosine`."""
+
     def word(name, value):
         if isinstance(value, bool):
             return name if value else f"no_{name}"
         return str(value).replace("torch.", "") if isinstance(value, (str, torch.dtype)) else f"{name}{value}"
+
     return "-".join(word(name, value) for name, value in case.items())
 
 

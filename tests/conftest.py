@@ -3,6 +3,7 @@
 A backend is a module with the functions of a family's `reference.py`. The environment variable
 LGKERNELS_TEST_BACKENDS (comma separated) names those that must be there: a missing one then fails instead of skipping.
 """
+
 import contextlib
 import functools
 import importlib
@@ -37,10 +38,15 @@ def pytest_collection_modifyitems(config, items):
     """The Triton interpreter takes milliseconds a program: its large cases run with LGKERNELS_TEST_ALL=1 only."""
     if os.environ.get("LGKERNELS_TEST_ALL") == "1" or os.environ.get("TRITON_INTERPRET") != "1":
         return
+
     def is_long(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        return (params.get("backend") == "triton" and isinstance(params.get("case"), dict)
-                and _programs(params["case"]) > 300)
+        return (
+            params.get("backend") == "triton"
+            and isinstance(params.get("case"), dict)
+            and _programs(params["case"]) > 300
+        )
+
     dropped = [item for item in items if is_long(item)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
@@ -52,11 +58,12 @@ def pytest_report_header():
     return ["backends: " + "; ".join(lines), f"torch threads: {torch.get_num_threads()}"]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def unavailable(name):
     """Why a backend cannot run here, or None."""
     if name == "cpu":
         from lgkernels.core.native import native, native_error
+
         if native() is None:
             return f"the native module is not built ({native_error()})"
     if name == "triton" and importlib.util.find_spec("triton") is None:
@@ -70,7 +77,7 @@ def unavailable(name):
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def backend_module(family, name):
     """The module that implements `family` on `name`."""
     module = {"triton": "triton_kernels", "cuda-simt": "cuda"}.get(name, name)
@@ -88,6 +95,7 @@ def running(name):
         return
     from lgkernels.core import native
     from tests.simt import executor
+
     native.override_cuda(executor.module())
     try:
         yield "cuda"
@@ -121,6 +129,7 @@ def language_is_replaced_once():
         return
     import triton.language as tl
     from triton.runtime import interpreter
+
     replace, seen = interpreter._patch_lang, set()  # what has been replaced since the launch; empty outside of one
 
     def replace_once(function):
@@ -133,6 +142,7 @@ def language_is_replaced_once():
             restore = scope.restore
             scope.restore = lambda: (seen.clear(), restore())
         return scope
+
     interpreter._patch_lang = replace_once
 
 
@@ -146,6 +156,7 @@ def _poisoned(allocate):
             elif tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
                 tensor.fill_(torch.iinfo(tensor.dtype).max - 3)
         return tensor
+
     return wrapper
 
 
@@ -158,10 +169,13 @@ def poison(request, monkeypatch):
     # group was made): not while some are replaced. Imported here, because the compiler imports Triton, after
     # pytest_configure has chosen the interpreter.
     import torch._dynamo
+
     torch.utils._device._device_constructors()
     torch._dynamo.trace_rules.get_torch_obj_rule_map()
     torch._dynamo.trace_rules.get_tensor_method()
-    for owner, names in ((torch, ("empty", "empty_like", "empty_strided")),
-                         (torch.Tensor, ("new_empty", "new_empty_strided"))):
+    for owner, names in (
+        (torch, ("empty", "empty_like", "empty_strided")),
+        (torch.Tensor, ("new_empty", "new_empty_strided")),
+    ):
         for name in names:
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))

@@ -1,4 +1,5 @@
 """The six memory layouts in which every tensor argument is tried: same values, other strides."""
+
 import torch
 
 LAYOUTS = ("dense", "transposed", "sliced", "expanded", "offset", "channels_last")

@@ -1,4 +1,5 @@
 """The bench suite runs: every case at a tiny size, the report, and the GPU command's answer where there is no GPU."""
+
 import json
 import os
 import subprocess
@@ -21,8 +22,22 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "cpu.json"
-    done = run("pytest", "bench", "-q", "--preset", "smoke", "--seconds", "0", "--min-rounds", "2", "--no-compile",
-               "--save", str(path), "-p", "no:cacheprovider")
+    done = run(
+        "pytest",
+        "bench",
+        "-q",
+        "--preset",
+        "smoke",
+        "--seconds",
+        "0",
+        "--min-rounds",
+        "2",
+        "--no-compile",
+        "--save",
+        str(path),
+        "-p",
+        "no:cacheprovider",
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     return path
 
@@ -30,10 +45,15 @@ def results(tmp_path_factory):
 def test_every_case_is_checked_and_timed(results):
     from bench import providers
     from bench.shapes import PRESETS
+
     rows = json.loads(results.read_text())["rows"]
     cpu = torch.device("cpu")
-    expected = {(case.name, name) for case in PRESETS["smoke"] for name in providers.names(case, cpu, False)
-                if not name.startswith("lgkernels triton")}  # this process may interpret Triton, the bench's does not
+    expected = {
+        (case.name, name)
+        for case in PRESETS["smoke"]
+        for name in providers.names(case, cpu, False)
+        if not name.startswith("lgkernels triton")
+    }  # this process may interpret Triton, the bench's does not
     assert {(row["case"], row["provider"]) for row in rows} == expected
     assert {case.op for preset in PRESETS.values() for case in preset} == {row["op"] for row in rows}
     for row in rows:
@@ -43,6 +63,7 @@ def test_every_case_is_checked_and_timed(results):
 
 def test_report(results):
     from bench import report
+
     assert report.main([str(results)]) == 0
     text = results.with_suffix(".md").read_text()
     assert "VGG8 training step" in text and "## Where we lose" in text and "| floor |" in text
@@ -51,12 +72,30 @@ def test_report(results):
 
 def test_report_names_every_loss():
     from bench.report import losses
-    row = dict(case="a", op="lls_loss", batch=1, channels=2, out_channels=0, size=0, pool=2, classes=3, modulation=None,
-               max_pool=False, dtype="float32", channels_last=False, peak_bytes=1000)
-    rows = [{**row, "provider": "lgkernels cpu", "median_ms": 2.0}, {**row, "provider": "floor", "median_ms": 1.0},
-            {**row, "provider": "lean torch", "median_ms": 1.5, "peak_bytes": 2000}]
-    assert losses(rows) == ["`lls_loss`, forward and backward, (1, 2), P=2, 3 classes: lean torch takes 1.5 ms, "
-                            "lgkernels cpu 2 ms."]
+
+    row = dict(
+        case="a",
+        op="lls_loss",
+        batch=1,
+        channels=2,
+        out_channels=0,
+        size=0,
+        pool=2,
+        classes=3,
+        modulation=None,
+        max_pool=False,
+        dtype="float32",
+        channels_last=False,
+        peak_bytes=1000,
+    )
+    rows = [
+        {**row, "provider": "lgkernels cpu", "median_ms": 2.0},
+        {**row, "provider": "floor", "median_ms": 1.0},
+        {**row, "provider": "lean torch", "median_ms": 1.5, "peak_bytes": 2000},
+    ]
+    assert losses(rows) == [
+        "`lls_loss`, forward and backward, (1, 2), P=2, 3 classes: lean torch takes 1.5 ms, lgkernels cpu 2 ms."
+    ]
     rows[2]["median_ms"] = 2.5
     assert losses(rows) == []
 
@@ -64,6 +103,7 @@ def test_report_names_every_loss():
 def test_wrong_results_are_not_timed():
     from bench.conftest import compare
     from bench.providers import Problem
+
     problem = Problem({}, "floor", {"grad": torch.ones(4)})
     compare({"grad": torch.ones(4), "other": torch.zeros(1)}, problem)
     with pytest.raises(AssertionError, match="grad: relative error 1.00e-03, allowed 1e-04"):
@@ -76,12 +116,16 @@ def test_gpu_check_without_a_gpu(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--out", "x", "--only", "build,nonsense"], "unknown part 'nonsense'; expected some of build,test,"),
-    ([], "the following arguments are required: --out"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out", "x", "--only", "build,nonsense"], "unknown part 'nonsense'; expected some of build,test,"),
+        ([], "the following arguments are required: --out"),
+    ],
+)
 def test_gpu_check_arguments(arguments, message, capsys):
     from bench import gpu_check
+
     with pytest.raises(SystemExit, match="2"):
         gpu_check.main(arguments)
     assert message in capsys.readouterr().err
@@ -90,6 +134,7 @@ def test_gpu_check_arguments(arguments, message, capsys):
 def test_gpu_check_reads_test_outcomes(tmp_path, monkeypatch):
     from bench import report
     from bench.gpu_check import OPS, passed_backends
+
     path = tmp_path / "tests.xml"
     path.write_text("""<testsuites><testsuite>
         <testcase classname="gpu.test_lls" name="test_lls_loss[triton-a]"/>
@@ -109,20 +154,27 @@ def test_gpu_check_reads_test_outcomes(tmp_path, monkeypatch):
     assert feedback == {op: ["cuda"] for op in OPS["test:feedback"]}
 
     monkeypatch.setattr(report, "VERIFIED", tmp_path / "verified.json")
-    check = {"environment": {"capability": "sm_90"}, "build": {}, "test": {"passed": passed},
-             "test:feedback": {"passed": feedback}}
+    check = {
+        "environment": {"capability": "sm_90"},
+        "build": {},
+        "test": {"passed": passed},
+        "test:feedback": {"passed": feedback},
+    }
     row = {"case": "a", "op": "lls_loss", "huge_pages": False}
     times = {"lgkernels triton": 3.0, "lgkernels cuda": 2.0, "floor": 1.0}
     report.write_verified(check, {"rows": [{**row, "provider": name, "median_ms": t} for name, t in times.items()]})
     assert json.loads(report.VERIFIED.read_text()) == {
-        "lls_loss": {"sm_90": ["cuda", "triton"]}, "lls_block": {"sm_90": []},
-        **{op: {"sm_90": ["cuda"]} for op in OPS["test:feedback"]}}
+        "lls_loss": {"sm_90": ["cuda", "triton"]},
+        "lls_block": {"sm_90": []},
+        **{op: {"sm_90": ["cuda"]} for op in OPS["test:feedback"]},
+    }
 
 
 def test_gpu_check_knows_every_op_that_has_a_gpu_kernel():
-    import lgkernels.functional  # noqa: F401  registers the ops
+    import lgkernels.functional
     import lgkernels.optim  # noqa: F401
     from bench.gpu_check import OPS
     from lgkernels.core import dispatch
+
     checked = [op for ops in OPS.values() for op in ops]
     assert sorted(checked) == [op for op in dispatch.registered_ops() if "cuda" in dispatch._ops[op]]

@@ -2,6 +2,7 @@
 
 The golden file is rewritten (only when `LAW_VERSION` changes) as tests/golden/random/README.md says.
 """
+
 import copy
 import ctypes
 import io
@@ -26,8 +27,11 @@ GOLDEN = ROOT / "tests" / "golden" / "random" / f"philox_v{LAW_VERSION}.npz"
 PUBLISHED = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-     (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
 ]
 
 # name: (seed, stream, step, law, scale, low, rows, cols, offset)
@@ -46,6 +50,7 @@ CASES = {
 
 
 # -- an independent version: NumPy, unsigned 64-bit words, one element at a time -----------------------------------
+
 
 def numpy_philox(counter, key):
     c, k = [np.asarray(w, np.uint64) for w in counter], [np.asarray(w, np.uint64) for w in key]
@@ -109,6 +114,7 @@ def feedback(name):
 
 # -- words ---------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("counter, key, expected", PUBLISHED)
 def test_published_vectors(counter, key, expected):
     assert tuple(numpy_philox(counter, key)) == expected
@@ -126,6 +132,7 @@ def test_words_equal_numpy_over_the_whole_range():
 
 
 # -- the four laws, per backend ------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_golden_file(name):
@@ -164,8 +171,24 @@ extern "C" void words(const uint32_t* c, const uint32_t* k, uint32_t* out) {
 }
 """)
     fma = ["-mfma"] if "fma" in Path("/proc/cpuinfo").read_text() else [] if Path("/proc/cpuinfo").exists() else []
-    subprocess.run([compiler, "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-ffp-contract=fast", *fma,
-                    f"-I{ROOT / 'csrc' / 'include'}", "-o", folder / "philox.so", folder / "philox.cpp"], check=True)
+    subprocess.run(
+        [
+            compiler,
+            "-std=c++17",
+            "-O2",
+            "-Wall",
+            "-Werror",
+            "-shared",
+            "-fPIC",
+            "-ffp-contract=fast",
+            *fma,
+            f"-I{ROOT / 'csrc' / 'include'}",
+            "-o",
+            folder / "philox.so",
+            folder / "philox.cpp",
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(folder / "philox.so"))
 
 
@@ -185,11 +208,19 @@ def test_header(header, name):
     matrix = np.empty((rows, (last - first + 1) * v), np.float32)
     for row in range(rows):
         for block in range(first, last + 1):
-            header.values(state, index, ctypes.c_double(scale), ctypes.c_double(low or 0.0), low is not None,
-                          ctypes.c_uint32(row + offset[0]), ctypes.c_uint32(block), buffer)
-            matrix[row, (block - first) * v:(block - first + 1) * v] = buffer
+            header.values(
+                state,
+                index,
+                ctypes.c_double(scale),
+                ctypes.c_double(low or 0.0),
+                low is not None,
+                ctypes.c_uint32(row + offset[0]),
+                ctypes.c_uint32(block),
+                buffer,
+            )
+            matrix[row, (block - first) * v : (block - first + 1) * v] = buffer
     skip = offset[1] % v
-    assert_law_equal(matrix[:, skip:skip + cols].copy(), numpy_matrix(*CASES[name]), law)
+    assert_law_equal(matrix[:, skip : skip + cols].copy(), numpy_matrix(*CASES[name]), law)
 
 
 TRITON_PROGRAM = """
@@ -283,15 +314,17 @@ def test_triton(triton_results, name):
 
 # -- RandomFeedback ------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("law", VALUES_PER_CALL)
-@pytest.mark.parametrize("rows, cols, offset", [
-    (3, 7, (0, 0)), (1, 1, (4, 131)), (5, 128, (2, 64)), (0, 4, (0, 0)), (4, 0, (0, 0))])
+@pytest.mark.parametrize(
+    "rows, cols, offset", [(3, 7, (0, 0)), (1, 1, (4, 131)), (5, 128, (2, 64)), (0, 4, (0, 0)), (4, 0, (0, 0))]
+)
 def test_a_slice_is_the_matrix_of_the_slice(law, rows, cols, offset, monkeypatch):
     one = RandomFeedback(3, 4, law, 0.5)
     whole = one.materialize((9, 300))
     row, col = offset
     monkeypatch.setattr(lgk_random, "_BLOCKS_AT_ONCE", 2)
-    assert torch.equal(one.materialize((rows, cols), offset=offset), whole[row:row + rows, col:col + cols])
+    assert torch.equal(one.materialize((rows, cols), offset=offset), whole[row : row + rows, col : col + cols])
 
 
 def test_shapes_map_to_rows_and_flattened_rest():
@@ -376,15 +409,21 @@ def test_moments(law, std):
 BAD = [
     (dict(seed=1.0), TypeError, "seed must be an int, got float"),
     (dict(seed=True), TypeError, "seed must be an int, got bool"),
-    (dict(seed=2**64), ValueError,
-     r"seed must be an integer in \[-9223372036854775808, 18446744073709551616\), got 18446744073709551616"),
+    (
+        dict(seed=2**64),
+        ValueError,
+        r"seed must be an integer in \[-9223372036854775808, 18446744073709551616\), got 18446744073709551616",
+    ),
     (dict(stream=-1), ValueError, r"stream must be an integer in \[0, 4294967296\), got -1"),
     (dict(law="cauchy"), ValueError, "law must be one of 'uniform', 'normal', 'uniform8', 'sign', got 'cauchy'"),
     (dict(scale="kaiming"), TypeError, "scale must be a number, got str"),
     (dict(scale=float("nan")), ValueError, "scale must be finite, got nan"),
     (dict(scale=0.0), ValueError, "scale must be greater than 0, got 0"),
-    (dict(law="sign", low=0.0), ValueError,
-     r"low must be None for law='sign' \(uniform laws alone have a low end\), got 0.0"),
+    (
+        dict(law="sign", low=0.0),
+        ValueError,
+        r"low must be None for law='sign' \(uniform laws alone have a low end\), got 0.0",
+    ),
     (dict(scale=0.5, low=0.5), ValueError, "low must be below scale=0.5, got 0.5"),
     (dict(low=float("inf")), ValueError, "low must be finite, got inf"),
 ]
@@ -396,13 +435,20 @@ def test_bad_arguments(arguments, error, message):
         RandomFeedback(**{"seed": 0, **arguments})
 
 
-@pytest.mark.parametrize("shape, arguments, error, message", [
-    ((), {}, ValueError, r"shape must have at least one dimension and none negative, got \(\)"),
-    ((2, -1), {}, ValueError, r"shape must have .* got \(2, -1\)"),
-    ((2, 2), dict(dtype=torch.int64), TypeError, "dtype must be a floating-point dtype, got torch.int64"),
-    ((2, 2), dict(offset=(2**32 - 1, 0)), ValueError,
-     r"offset must keep rows and columns within \[0, 2\*\*32\), got \(4294967295, 0\) for a \(2, 2\) matrix"),
-])
+@pytest.mark.parametrize(
+    "shape, arguments, error, message",
+    [
+        ((), {}, ValueError, r"shape must have at least one dimension and none negative, got \(\)"),
+        ((2, -1), {}, ValueError, r"shape must have .* got \(2, -1\)"),
+        ((2, 2), dict(dtype=torch.int64), TypeError, "dtype must be a floating-point dtype, got torch.int64"),
+        (
+            (2, 2),
+            dict(offset=(2**32 - 1, 0)),
+            ValueError,
+            r"offset must keep rows and columns within \[0, 2\*\*32\), got \(4294967295, 0\) for a \(2, 2\) matrix",
+        ),
+    ],
+)
 def test_bad_materialize(shape, arguments, error, message):
     with pytest.raises(error, match=message):
         RandomFeedback(0).materialize(shape, **arguments)

@@ -6,6 +6,7 @@ truth is the float64 reference on the same inputs, torch the same formula in pla
 K the length of the longest sum behind one entry, eps that of the output's dtype, and scale the largest entry of the
 truth (of each row, where rows differ by orders of magnitude). Every error is an absolute maximum.
 """
+
 import math
 
 import torch
@@ -14,13 +15,7 @@ SAME_DTYPE_FACTOR = 1.5
 C = 2.0
 
 # golden/lls/README.md, relative to the largest absolute entry; sines and the float32 loss are absolute
-GOLDEN = {
-    "float64": 1e-10,
-    "float32_gradient": 1e-5,
-    "float32_loss": 3e-6,
-    "sine": 1.2e-7,
-    "half_gradient": 2e-2,
-}
+GOLDEN = {"float64": 1e-10, "float32_gradient": 1e-5, "float32_loss": 3e-6, "sine": 1.2e-7, "half_gradient": 2e-2}
 
 
 def _scale(truth, per_row):
@@ -43,7 +38,8 @@ def assert_accurate(name, got, torch_same_dtype, truth, length, *, per_row=False
     if not torch.isfinite(truth).all():
         special = ~torch.isfinite(truth)
         assert torch.equal(got64[special].nan_to_num(nan=-7.0), truth[special].nan_to_num(nan=-7.0)), (
-            f"{name}: not the reference's inf or nan where it has one")
+            f"{name}: not the reference's inf or nan where it has one"
+        )
         got64, torch64, truth = (t.masked_fill(special, 0) for t in (got64, torch64, truth))
     assert torch.isfinite(got64).all(), f"{name}: {(~torch.isfinite(got64)).sum()} entries are nan or inf"
     scale = _scale(truth, per_row)
@@ -55,8 +51,10 @@ def assert_accurate(name, got, torch_same_dtype, truth, length, *, per_row=False
         rival = rival.max()
     bound = SAME_DTYPE_FACTOR * rival + C * torch.finfo(rounding or got.dtype).eps * math.sqrt(max(length, 1)) * scale
     excess = (own - bound).max()
-    assert excess <= 0, (f"{name}: error {own.max():.3e}, bound {bound.max():.3e} "
-                         f"(torch's own error {rival.max():.3e}, largest entry {scale.max():.3e})")
+    assert excess <= 0, (
+        f"{name}: error {own.max():.3e}, bound {bound.max():.3e} "
+        f"(torch's own error {rival.max():.3e}, largest entry {scale.max():.3e})"
+    )
 
 
 def assert_relative(name, got, expected, tolerance):
@@ -72,7 +70,8 @@ def assert_relative(name, got, expected, tolerance):
 def assert_bit_equal(name, got, expected):
     """Same dtype, shape and bits (nan equals nan, 0 does not equal -0)."""
     assert got.dtype == expected.dtype and got.shape == expected.shape, (
-        f"{name}: {got.dtype} {tuple(got.shape)}, expected {expected.dtype} {tuple(expected.shape)}")
+        f"{name}: {got.dtype} {tuple(got.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
+    )
     got, expected = (t.detach().cpu().clone(memory_format=torch.contiguous_format) for t in (got, expected))
     if got.dim() == 0:
         got, expected = got.reshape(1), expected.reshape(1)

@@ -134,18 +134,19 @@ inline int direct_backward(const DirectBlock& block, const float* given, const F
     for (int64_t group = begin; group < end; ++group) {
       const int64_t from = group * together, to = smaller(from + together, channels);
       const int64_t col = from * out_area / kGroup * kGroup, columns = rounded(to * out_area - col, kGroup);
-      if (!given)
-        signal_columns(f, packed.of(0), depth, batch, col, columns, rows.of(thread), signals.of(thread));
+      if (!given) signal_columns(f, packed.of(0), depth, batch, col, columns, rows.of(thread), signals.of(thread));
       for (int64_t c = from; c < to; ++c) {
         const Unit unit = unit_of(block, c);
         double sum_grad = 0, sum_product = 0;
         for (int64_t b = 0; b < batch; ++b) {
           const float* z = block.z + (b * channels + c) * area;
-          const float* delta = given ? given + (b * channels + c) * out_area
-                                     : signals.of(thread) + b * columns + c * out_area - col;
+          const float* delta =
+              given ? given + (b * channels + c) * out_area : signals.of(thread) + b * columns + c * out_area - col;
           PlaneGradient plane{unit};
-          if (block.max_pool) plane.pooled(z, height, width, delta, grads.of(thread) + b * area);
-          else plane.plain(z, area, delta, grads.of(thread) + b * area);
+          if (block.max_pool)
+            plane.pooled(z, height, width, delta, grads.of(thread) + b * area);
+          else
+            plane.plain(z, area, delta, grads.of(thread) + b * area);
           sum_grad += sum(plane.sum);
           sum_product += sum(plane.product);
         }

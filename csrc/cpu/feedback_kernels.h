@@ -7,7 +7,7 @@
 
 namespace lgk::LGK_ISA {
 
-extern const FeedbackKernels feedback = {matrix, product, rows, fold, pack_signs, sgd_update,
-                                         direct_forward, direct_backward};
+extern const FeedbackKernels feedback = {matrix,     product,    rows,           fold,
+                                         pack_signs, sgd_update, direct_forward, direct_backward};
 
 }  // namespace lgk::LGK_ISA

@@ -143,8 +143,8 @@ LGK_INLINE vu sign_bits(const uint32_t* words, int64_t j) {
 LGK_INLINE vf in_range(vf u, const Range& r) {
   if (!r.has_low) return (2.f * u - 1.f) * r.scale;
   if (r.low == 0.f) return u * r.span;
-  return __builtin_convertvector(__builtin_convertvector(u, vd) * static_cast<double>(r.span) +
-                                     static_cast<double>(r.low), vf);
+  return __builtin_convertvector(
+      __builtin_convertvector(u, vd) * static_cast<double>(r.span) + static_cast<double>(r.low), vf);
 }
 
 LGK_INLINE vf unit(vu word) { return (to_float(word >> 9) + 0.5f) * 0x1p-23f; }
@@ -176,8 +176,8 @@ LGK_INLINE void sin_cos(vf angle, vf* sine, vf* cosine) {
   const vf r = ((angle - n * 1.5703125f) - n * 4.837512969970703125e-4f) - n * 7.54978995489188216e-8f;
   const vf z = r * r;
   const vf s = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * r + r;
-  const vf c = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z -
-               0.5f * z + 1.f;
+  const vf c =
+      ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z - 0.5f * z + 1.f;
   const vi odd = -(quarter & 1);
   const vu sine_sign = bits<vu>((quarter & 2) << 30), cosine_sign = bits<vu>(((quarter + 1) & 2) << 30);
   *sine = bits<vf>(bits<vu>(odd ? c : s) ^ sine_sign);
@@ -195,7 +195,8 @@ LGK_INLINE vf square_root(vf x) {
 #endif
 }
 
-template <int PART> struct Interleave {  // lanes of a and b in turn, from the first or the second half
+template <int PART>
+struct Interleave {  // lanes of a and b in turn, from the first or the second half
   static constexpr int lane(int l) { return l % 2 * V + l / 2 + PART * (V / 2); }
 };
 
@@ -285,8 +286,7 @@ LGK_INLINE void for_row(const Feedback& f, int64_t row, int64_t col, int64_t n, 
     for (int64_t j = 0; j < n; j += V) put(j, value(j));
   } else if (f.weight.dtype == kPackedSigns) {
     const uint32_t* words = at<uint32_t>(f.weight, row, col / 32);
-    for (int64_t j = 0; j < n; j += V)
-      put(j, signed_value(j, bits<vf>(bits<vu>(splat(1.f)) | sign_bits(words, j))));
+    for (int64_t j = 0; j < n; j += V) put(j, signed_value(j, bits<vf>(bits<vu>(splat(1.f)) | sign_bits(words, j))));
   } else {
     for_dtype(f.weight.dtype, [&](auto type) {
       const auto* weight = at<decltype(type)>(f.weight, row, col);

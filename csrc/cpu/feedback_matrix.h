@@ -30,8 +30,7 @@ inline int rows(const Feedback& f, const int64_t* index, int64_t count, void* ou
       alignas(64) float buffer[kSegment];
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = i / segments, col = i % segments * kSegment;
-        write_segment(f, index ? index[row] : row, col, streamed, buffer,
-                      static_cast<T*>(out) + row * f.columns + col);
+        write_segment(f, index ? index[row] : row, col, streamed, buffer, static_cast<T*>(out) + row * f.columns + col);
       }
       if (streamed) stream_fence();
     });

@@ -10,12 +10,12 @@
 
 namespace lgk::LGK_ISA {
 
-constexpr int64_t kBatch = 512;              // rows of grad for which F is made once
-constexpr int64_t kSums = 192 * 1024;        // floats of the output that stay in the second-level cache meanwhile
-constexpr int64_t kPacked = 1 << 22;         // floats of grad packed at a time
-constexpr int kBlock = V == 16 ? 8 : 4;      // rows of grad in a register tile
-constexpr int kTile = 2;                     // vectors of columns in it
-constexpr int64_t kGroup = 128;              // columns that go one way together; panels are whole groups
+constexpr int64_t kBatch = 512;          // rows of grad for which F is made once
+constexpr int64_t kSums = 192 * 1024;    // floats of the output that stay in the second-level cache meanwhile
+constexpr int64_t kPacked = 1 << 22;     // floats of grad packed at a time
+constexpr int kBlock = V == 16 ? 8 : 4;  // rows of grad in a register tile
+constexpr int kTile = 2;                 // vectors of columns in it
+constexpr int64_t kGroup = 128;          // columns that go one way together; panels are whole groups
 static_assert(kGroup % (kTile * V) == 0 && kSegment / kGroup <= 32, "groups are whole tiles and bits of a word");
 
 inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -132,7 +132,7 @@ inline uint32_t pack_columns(const Matrix& weight, int64_t row, int64_t col, int
 }
 
 inline uint32_t pack_columns_of_bits(const Matrix& weight, int64_t row, int64_t col, int64_t rows, int64_t n,
-                                 int64_t width, uint32_t* words) {
+                                     int64_t width, uint32_t* words) {
   for (int64_t j = 0; j < width; j += V) {
     __m512i word = {};
     if (j < n)

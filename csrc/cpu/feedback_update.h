@@ -5,9 +5,9 @@
 
 namespace lgk::LGK_ISA {
 
-constexpr int kUpdateRows = 4;                     // of the weight in a register tile
-constexpr int kUpdateTile = V == 16 ? 4 : 2;       // vectors of columns in it
-constexpr int64_t kPanelBytes = 256 * 1024;        // of x in the cache: (batch, panel) floats
+constexpr int kUpdateRows = 4;                // of the weight in a register tile
+constexpr int kUpdateTile = V == 16 ? 4 : 2;  // vectors of columns in it
+constexpr int64_t kPanelBytes = 256 * 1024;   // of x in the cache: (batch, panel) floats
 
 // rows [0, batch) of columns [col, col + n) of x, or of grad, as dense floats with rows of `width`, zero-padded
 template <class T>
@@ -39,8 +39,8 @@ struct Step {
 
 // Tile (ROWS, kUpdateTile * V) of the weight at w; x (batch, width) and g (batch, kUpdateRows) are packed.
 template <int ROWS, class T>
-inline void update_tile(const Step& step, int64_t batch, const float* g, const float* x, int64_t width, int64_t n,
-                        T* w, int64_t weight_stride, T* buffer, int64_t buffer_stride) {
+inline void update_tile(const Step& step, int64_t batch, const float* g, const float* x, int64_t width, int64_t n, T* w,
+                        int64_t weight_stride, T* buffer, int64_t buffer_stride) {
   vf acc[ROWS][kUpdateTile] = {};
   for (int64_t m = 0; m < batch; ++m) {
     vf right[kUpdateTile];

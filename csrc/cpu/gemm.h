@@ -27,18 +27,22 @@ inline void dots_block(const float* a, int64_t lda, const float* b, int64_t ldb,
 }
 
 // out (rows, columns) = a (rows, depth) @ b (columns, depth)^T
-inline void dots(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t columns,
-                 int64_t depth, float* out, int64_t ldo) {
+inline void dots(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t columns, int64_t depth,
+                 float* out, int64_t ldo) {
   for (int64_t m = 0; m < rows;) {
     const bool wide = m + kRowBlock <= rows;
     int64_t n = 0;
     for (; n + 4 <= columns; n += 4) {
-      if (wide) dots_block<kRowBlock, 4>(a + m * lda, lda, b + n * ldb, ldb, depth, out + m * ldo + n, ldo);
-      else dots_block<1, 4>(a + m * lda, lda, b + n * ldb, ldb, depth, out + m * ldo + n, ldo);
+      if (wide)
+        dots_block<kRowBlock, 4>(a + m * lda, lda, b + n * ldb, ldb, depth, out + m * ldo + n, ldo);
+      else
+        dots_block<1, 4>(a + m * lda, lda, b + n * ldb, ldb, depth, out + m * ldo + n, ldo);
     }
     for (; n < columns; ++n) {
-      if (wide) dots_block<kRowBlock, 1>(a + m * lda, lda, b + n * ldb, ldb, depth, out + m * ldo + n, ldo);
-      else dots_block<1, 1>(a + m * lda, lda, b + n * ldb, ldb, depth, out + m * ldo + n, ldo);
+      if (wide)
+        dots_block<kRowBlock, 1>(a + m * lda, lda, b + n * ldb, ldb, depth, out + m * ldo + n, ldo);
+      else
+        dots_block<1, 1>(a + m * lda, lda, b + n * ldb, ldb, depth, out + m * ldo + n, ldo);
     }
     m += wide ? kRowBlock : 1;
   }
@@ -61,21 +65,24 @@ inline void rows_block(const float* a, int64_t row_stride, int64_t depth_stride,
 }
 
 // out (rows, columns) = a (rows, depth) @ b (depth, columns); element (i, k) of a at i * row_stride + k * depth_stride
-inline void product(const float* a, int64_t row_stride, int64_t depth_stride, int64_t rows, const float* b,
-                    int64_t ldb, int64_t depth, int64_t columns, float* out, int64_t ldo) {
+inline void product(const float* a, int64_t row_stride, int64_t depth_stride, int64_t rows, const float* b, int64_t ldb,
+                    int64_t depth, int64_t columns, float* out, int64_t ldo) {
   for (int64_t m = 0; m < rows;) {
     const bool wide = m + kRowBlock <= rows;
     const float* left = a + m * row_stride;
     int64_t n = 0;
     for (; n + 4 * V <= columns; n += 4 * V) {
-      if (wide) rows_block<kRowBlock, 4>(left, row_stride, depth_stride, b + n, ldb, depth, out + m * ldo + n, ldo, V);
-      else rows_block<1, 4>(left, row_stride, depth_stride, b + n, ldb, depth, out + m * ldo + n, ldo, V);
+      if (wide)
+        rows_block<kRowBlock, 4>(left, row_stride, depth_stride, b + n, ldb, depth, out + m * ldo + n, ldo, V);
+      else
+        rows_block<1, 4>(left, row_stride, depth_stride, b + n, ldb, depth, out + m * ldo + n, ldo, V);
     }
     for (; n < columns; n += V) {
       const int64_t tail = columns - n < V ? columns - n : V;
       if (wide)
         rows_block<kRowBlock, 1>(left, row_stride, depth_stride, b + n, ldb, depth, out + m * ldo + n, ldo, tail);
-      else rows_block<1, 1>(left, row_stride, depth_stride, b + n, ldb, depth, out + m * ldo + n, ldo, tail);
+      else
+        rows_block<1, 1>(left, row_stride, depth_stride, b + n, ldb, depth, out + m * ldo + n, ldo, tail);
     }
     m += wide ? kRowBlock : 1;
   }

@@ -222,8 +222,10 @@ inline void pool_plane(const Pooling<T>& p, int64_t plane, const RowLanes& lanes
         if (kNorm) {
           const vf d = unit.centred(v), u = unit.affine(d), lambda = unit.lambda(u);
           v = u * lambda;
-          if (p.max_pool) store_some(activated + at, v, n);
-          else store_some(p.out + plane * area + at, v, n);
+          if (p.max_pool)
+            store_some(activated + at, v, n);
+          else
+            store_some(p.out + plane * area + at, v, n);
           if (kSums) total1 += lambda, total2 += lambda * d;
         }
         total += v;
@@ -274,9 +276,12 @@ struct RowWriter {
   static int64_t scratch(int64_t width) { return (3 * width + V) * V; }
 
   RowWriter(const Pooling<T>& pooling, int64_t b, int64_t c, float* memory)
-      : p(pooling), n(smaller(V, p.a.channels - c)), width(p.max_pool ? p.a.width / 2 : p.a.width),
+      : p(pooling),
+        n(smaller(V, p.a.channels - c)),
+        width(p.max_pool ? p.a.width / 2 : p.a.width),
         area(width * (p.max_pool ? p.a.height / 2 : p.a.height)),
-        out(p.out + (p.out_channels_last ? b * area * p.a.channels + c : (b * p.a.channels + c) * area)), rows(memory),
+        out(p.out + (p.out_channels_last ? b * area * p.a.channels + c : (b * p.a.channels + c) * area)),
+        rows(memory),
         held(memory + 2 * p.a.width * V) {}
 
   // where row h of `a` is to be put
@@ -287,8 +292,7 @@ struct RowWriter {
       if (h % 2 == 0) return;
       const float *top = rows, *bottom = rows + p.a.width * V;
       for (int64_t w = 0; w < width; ++w, top += 2 * V, bottom += 2 * V)
-        store(held + (holding + w) * V,
-              wins(load(bottom + V), wins(load(bottom), wins(load(top + V), load(top)))));
+        store(held + (holding + w) * V, wins(load(bottom + V), wins(load(bottom), wins(load(top + V), load(top)))));
     }
     if (p.out_channels_last) {
       for (int64_t w = 0; w < width; ++w) store_some(out + (written + w) * p.a.channels, load(held + w * V), n);
@@ -326,8 +330,10 @@ inline void pool_channels(const Pooling<T>& p, int64_t b, int64_t c, float* scra
         if (kNorm) {
           const vf d = unit.centred(v), u = unit.affine(d), lambda = unit.lambda(u);
           v = u * lambda;
-          if (direct) store_some(p.out + b * height * width * channels + c + at, v, n);
-          else store(row + w * V, v);
+          if (direct)
+            store_some(p.out + b * height * width * channels + c + at, v, n);
+          else
+            store(row + w * V, v);
           if (kSums) total1 += lambda, total2 += lambda * d;
         }
         total += v;
@@ -358,8 +364,10 @@ inline int pool(const Pooling<T>& p, int threads) {
   const int64_t items = p.a.batch * (p.a.channels_last ? groups : p.a.channels);
   parallel(items, elements(p.a), threads, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin; i < end; ++i)
-      if (p.a.channels_last) pool_channels<T, kNorm, kSums>(p, i / groups, i % groups * V, scratch.of(thread));
-      else pool_plane<T, kNorm, kSums>(p, i, lanes, scratch.of(thread));
+      if (p.a.channels_last)
+        pool_channels<T, kNorm, kSums>(p, i / groups, i % groups * V, scratch.of(thread));
+      else
+        pool_plane<T, kNorm, kSums>(p, i, lanes, scratch.of(thread));
   });
   return 0;
 }

@@ -13,8 +13,10 @@ inline void over_plane(T* z, const Axis& rows, const Axis& columns, const RowLan
     for (int64_t w = 0; w < lanes.width; w += V) {
       const vi segment = lanes.segment[w / V];
       vf g = {};
-      if (lanes.few) g = look_up(load_some(of_row, columns.segments), segment);
-      else for (int l = 0; l < V; ++l) g[l] = of_row[segment[l]];
+      if (lanes.few)
+        g = look_up(load_some(of_row, columns.segments), segment);
+      else
+        for (int l = 0; l < V; ++l) g[l] = of_row[segment[l]];
       const int64_t n = smaller(V, lanes.width - w);
       for (int64_t h = rows.bound[s] / lanes.rows; h < rows.bound[s + 1] / lanes.rows; ++h)
         f(z + h * lanes.width + w, n, g);
@@ -23,8 +25,8 @@ inline void over_plane(T* z, const Axis& rows, const Axis& columns, const RowLan
 }
 
 template <class T, class F>
-inline void over_channels(T* z, int64_t channels, int64_t n, const Axis& rows, const Axis& columns,
-                          const vf* segments, const F& f) {
+inline void over_channels(T* z, int64_t channels, int64_t n, const Axis& rows, const Axis& columns, const vf* segments,
+                          const F& f) {
   for (int64_t s = 0; s < rows.segments; ++s)
     for (int64_t h = rows.bound[s]; h < rows.bound[s + 1]; ++h)
       for (int64_t t = 0; t < columns.segments; ++t) {

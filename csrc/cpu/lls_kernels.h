@@ -18,9 +18,10 @@ inline int head(const Head& h, int threads) { return run_head(h, TableProducts{h
 #endif
 
 extern const LlsKernels kernels = {
-    LGK_LEVEL,     kPackedSigns,  latents,         expand_grad,
-    batch_stats,   norm_act_pool, norm_grads,      grad_preactivation,
-    linear_grad_preactivation, head,          modulation_grad, to_channels_last,
+    LGK_LEVEL,   kPackedSigns,       latents,
+    expand_grad, batch_stats,        norm_act_pool,
+    norm_grads,  grad_preactivation, linear_grad_preactivation,
+    head,        modulation_grad,    to_channels_last,
 };
 
 }  // namespace lgk::LGK_ISA

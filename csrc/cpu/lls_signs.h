@@ -11,11 +11,10 @@ namespace lgk::LGK_ISA {
 
 // Lane i: the sum of x[0..3] in which term t is negated when bit t of i is set.
 LGK_INLINE __m512 signed_sums(const float* x) {
-  alignas(64) static const float sign[4][16] = {
-      {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1},
-      {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1},
-      {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1},
-      {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1}};
+  alignas(64) static const float sign[4][16] = {{1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1},
+                                                {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1},
+                                                {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1},
+                                                {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1}};
   const __m512 low = _mm512_fmadd_ps(_mm512_set1_ps(x[1]), _mm512_load_ps(sign[1]),
                                      _mm512_mul_ps(_mm512_set1_ps(x[0]), _mm512_load_ps(sign[0])));
   const __m512 high = _mm512_fmadd_ps(_mm512_set1_ps(x[3]), _mm512_load_ps(sign[3]),
@@ -71,10 +70,14 @@ inline void sign_samples(const float* x, int64_t ldx, int64_t depth, bool skip_f
     const uint32_t* at = words + begin / 32 * stride;
     for (int64_t r = 0; r < rows;) {
       const int64_t left = rows - r;
-      if (left > 48) sign_block<B, 4>(sums, groups, at + r, stride, begin > 0, out + r, ldo, left), r += 64;
-      else if (left > 32) sign_block<B, 3>(sums, groups, at + r, stride, begin > 0, out + r, ldo, left), r += 48;
-      else if (left > 16) sign_block<B, 2>(sums, groups, at + r, stride, begin > 0, out + r, ldo, left), r += 32;
-      else sign_block<B, 1>(sums, groups, at + r, stride, begin > 0, out + r, ldo, left), r += 16;
+      if (left > 48)
+        sign_block<B, 4>(sums, groups, at + r, stride, begin > 0, out + r, ldo, left), r += 64;
+      else if (left > 32)
+        sign_block<B, 3>(sums, groups, at + r, stride, begin > 0, out + r, ldo, left), r += 48;
+      else if (left > 16)
+        sign_block<B, 2>(sums, groups, at + r, stride, begin > 0, out + r, ldo, left), r += 32;
+      else
+        sign_block<B, 1>(sums, groups, at + r, stride, begin > 0, out + r, ldo, left), r += 16;
     }
   }
 }
@@ -86,8 +89,7 @@ inline void sign_product(const float* x, int64_t ldx, int64_t count, int64_t dep
   int64_t b = 0;
   for (; b + 4 <= count; b += 4)
     sign_samples<4>(x + b * ldx, ldx, depth, skip_first, words, stride, out + b * ldo, ldo, rows);
-  for (; b < count; ++b)
-    sign_samples<1>(x + b * ldx, ldx, depth, skip_first, words, stride, out + b * ldo, ldo, rows);
+  for (; b < count; ++b) sign_samples<1>(x + b * ldx, ldx, depth, skip_first, words, stride, out + b * ldo, ldo, rows);
 }
 
 // Products with the square basis; Head::signs is sign_layouts' result.

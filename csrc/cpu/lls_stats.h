@@ -52,8 +52,7 @@ inline void channels_last_stats(const T* z, int64_t count, int64_t channels, int
   Moments moments[kGroups];
   for (int64_t g = 0; g < groups; ++g) {
     vf shift = {};
-    for (int64_t r = 0; r < probe; ++r)
-      shift += load_some(z + r * channels + c + g * V, smaller(V, wide - g * V));
+    for (int64_t r = 0; r < probe; ++r) shift += load_some(z + r * channels + c + g * V, smaller(V, wide - g * V));
     moments[g].start(shift / static_cast<float>(probe));
   }
   for (int64_t run = 0; run < count; run += Moments::kRun)
@@ -118,8 +117,8 @@ inline int batch_stats(const Activation& a, const float* bias, float* running_me
 }
 
 inline int norm_grads(int64_t batch, int64_t channels, int64_t bins, const float* grad, const float* s1,
-                      const float* s2, const float* area, float* grad_gamma, float* grad_beta,
-                      float* grad_bias, int threads) {
+                      const float* s2, const float* area, float* grad_gamma, float* grad_beta, float* grad_bias,
+                      int threads) {
   parallel(channels, batch * channels * bins, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t c = begin; c < end; ++c) {
       double gamma = 0, beta = 0;

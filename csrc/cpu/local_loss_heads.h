@@ -58,8 +58,7 @@ inline int goodness(const Goodness& g, int threads) {
     parallel(g.batch * pieces, g.batch * g.size, threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t low = i % pieces * kPiece;
-        partial.of(0)[i] =
-            sum(run_sum<true>(x + i / pieces * g.size + low, smaller(kPiece, g.size - low), 0.f));
+        partial.of(0)[i] = sum(run_sum<true>(x + i / pieces * g.size + low, smaller(kPiece, g.size - low), 0.f));
       }
     });
     return 0;

@@ -134,7 +134,9 @@ LGK_INLINE void stream(float* p, vf v) {
 #endif
 }
 template <class T>
-LGK_INLINE void stream(T* p, vf v) { store(p, v); }
+LGK_INLINE void stream(T* p, vf v) {
+  store(p, v);
+}
 
 LGK_INLINE void stream_fence() {
 #ifdef __SSE2__
@@ -170,10 +172,20 @@ LGK_INLINE vf shuffle(vf a, vf b) {
   return shuffle_lanes<Pick>(a, b, std::make_index_sequence<V>());
 }
 
-template <int S> struct UpperLeft { static constexpr int lane(int l) { return l & S ? V + l - S : l; } };
-template <int S> struct LowerRight { static constexpr int lane(int l) { return l & S ? V + l : l + S; } };
-struct Even { static constexpr int lane(int l) { return 2 * l; } };
-struct Odd { static constexpr int lane(int l) { return 2 * l + 1; } };
+template <int S>
+struct UpperLeft {
+  static constexpr int lane(int l) { return l & S ? V + l - S : l; }
+};
+template <int S>
+struct LowerRight {
+  static constexpr int lane(int l) { return l & S ? V + l : l + S; }
+};
+struct Even {
+  static constexpr int lane(int l) { return 2 * l; }
+};
+struct Odd {
+  static constexpr int lane(int l) { return 2 * l + 1; }
+};
 
 // Transposes V x V in registers: blocks of S x S off the diagonal change places, S = V/2 ... 1.
 template <int S = V / 2>

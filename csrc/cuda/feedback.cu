@@ -21,9 +21,8 @@ LGK_DEVICE Place warp_place(int64_t column_tiles) {
   return Place{tile / column_tiles * kWarpRows, tile % column_tiles * kWarpColumns};
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
-write_matrix(FeedbackMatrix f, const int64_t* __restrict__ index, int64_t column_tiles, void* __restrict__ out,
-             int dtype) {
+__global__ void __launch_bounds__(kThreads, 2) write_matrix(FeedbackMatrix f, const int64_t* __restrict__ index,
+                                                            int64_t column_tiles, void* __restrict__ out, int dtype) {
   LGK_DYNAMIC_SHARED(uint32_t, shared);  // (warps, kTile)
   const Place place = warp_place(column_tiles);
   if (place.row >= f.rows) return;  // the whole warp
@@ -54,7 +53,7 @@ write_matrix(FeedbackMatrix f, const int64_t* __restrict__ index, int64_t column
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
-pack_signs(FeedbackMatrix f, int64_t column_tiles, int64_t words, uint32_t* __restrict__ out) {
+    pack_signs(FeedbackMatrix f, int64_t column_tiles, int64_t words, uint32_t* __restrict__ out) {
   const Place place = warp_place(column_tiles);
   if (place.row >= f.rows) return;  // the whole warp
   const int lane = threadIdx.x % 32;

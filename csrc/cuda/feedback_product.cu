@@ -47,7 +47,7 @@ LGK_DEVICE void load_grad(const Operand& grad, int64_t first_m, int64_t m, int64
 // Grid (column_blocks * ceil(m / kRows), splits): blocks of the same columns run side by side, so that W comes from the
 // L2 cache for all but the first. out: (m, columns), or with several splits their float32 sums without the scale.
 __global__ void __launch_bounds__(kThreads, 2)
-product(FeedbackMatrix f, Operand grad, int64_t m, Split split, void* __restrict__ out, int dtype) {
+    product(FeedbackMatrix f, Operand grad, int64_t m, Split split, void* __restrict__ out, int dtype) {
   LGK_DYNAMIC_SHARED(float, shared);  // (kChunk, kRows) of grad; (warps, kTile) to make tiles, then for the sums
   float* const sums = shared + kChunk * kRows;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -119,8 +119,8 @@ product(FeedbackMatrix f, Operand grad, int64_t m, Split split, void* __restrict
 
 // out[i] = scale * sum over the splits of partial[split, i], four elements a thread.
 __global__ void __launch_bounds__(kThreads, 2)
-sum_splits(const float* __restrict__ partial, int splits, int64_t elements, float scale, void* __restrict__ out,
-           int dtype) {
+    sum_splits(const float* __restrict__ partial, int splits, int64_t elements, float scale, void* __restrict__ out,
+               int dtype) {
   const int64_t k = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kLaneColumns;
   if (k >= elements) return;
   const RowReader parts = row_reader(partial, kFloat32, elements, 0, k, elements);

@@ -9,10 +9,10 @@
 namespace lgk {
 namespace {
 
-constexpr int kBlockColumns = kWarpColumns;     // of W; each warp spans them all
+constexpr int kBlockColumns = kWarpColumns;  // of W; each warp spans them all
 constexpr int kThreadRows = 8;
 constexpr int kBlockRows = kWarps * kThreadRows;
-constexpr int kBatch = 32;                      // rows m that lie in shared memory
+constexpr int kBatch = 32;  // rows m that lie in shared memory
 
 struct Rows {
   void* data;
@@ -30,8 +30,8 @@ LGK_DEVICE float step_of(const SgdStep& s, float sum, float weight, const Rows& 
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
-sgd_update(SgdStep s, int64_t m, int64_t n, int64_t k, int64_t column_blocks, Operand grad, Operand x, Rows weight,
-           Rows velocity) {
+    sgd_update(SgdStep s, int64_t m, int64_t n, int64_t k, int64_t column_blocks, Operand grad, Operand x, Rows weight,
+               Rows velocity) {
   LGK_DYNAMIC_SHARED(float, shared);  // (kBatch, kBlockRows) of grad, (kBatch, kBlockColumns) of x
   float* const shared_x = shared + kBatch * kBlockRows;
   const int lane = threadIdx.x % 32, own_row = threadIdx.x / 32 * kThreadRows;
@@ -59,8 +59,7 @@ sgd_update(SgdStep s, int64_t m, int64_t n, int64_t k, int64_t column_blocks, Op
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll
-          for (int c = 0; c < kLaneColumns; ++c)
-            sum[r + i][c] = fmaf(left.element[i], right.element[c], sum[r + i][c]);
+          for (int c = 0; c < kLaneColumns; ++c) sum[r + i][c] = fmaf(left.element[i], right.element[c], sum[r + i][c]);
       }
     }
   }
@@ -71,8 +70,7 @@ sgd_update(SgdStep s, int64_t m, int64_t n, int64_t k, int64_t column_blocks, Op
   const int rows = static_cast<int>(min(n - row, int64_t{kThreadRows}));
   const RowReader weights = row_reader(weight.data, weight.dtype, weight.stride, row, column, k);
   RowReader velocities{};
-  if (velocity.data != nullptr)
-    velocities = row_reader(velocity.data, velocity.dtype, velocity.stride, row, column, k);
+  if (velocity.data != nullptr) velocities = row_reader(velocity.data, velocity.dtype, velocity.stride, row, column, k);
 #pragma unroll
   for (int r = 0; r < kThreadRows; ++r) {
     if (r >= rows) break;

@@ -12,7 +12,7 @@
 namespace lgk {
 namespace {
 
-constexpr int kManySamples = 4;      // samples of a block when there are enough of them to fill the GPU
+constexpr int kManySamples = 4;  // samples of a block when there are enough of them to fill the GPU
 constexpr int64_t kManyRows = 1024;
 constexpr int64_t kMaxBlocks = 1024;
 
@@ -59,18 +59,18 @@ struct HeadOutputs {
 // SAMPLES rows a block; the basis is read once for all of them. `workspace` holds what does not fit into shared memory.
 template <int SAMPLES, bool PACKED>
 __global__ void __launch_bounds__(kThreads, 2)
-head(Head p, bool stage_x, const float* __restrict__ x, const int64_t* __restrict__ target,
-     const float* __restrict__ modulation, const void* __restrict__ basis, HeadOutputs out, float* workspace) {
+    head(Head p, bool stage_x, const float* __restrict__ x, const int64_t* __restrict__ target,
+         const float* __restrict__ modulation, const void* __restrict__ basis, HeadOutputs out, float* workspace) {
   [[maybe_unused]] constexpr int kUnroll = SAMPLES == 1 ? 4 : 1;
   LGK_DYNAMIC_SHARED(float, shared);  // reduce (kWarps); s, z, g_s of each sample unless in `workspace`; x if staged
   float* const reduce = shared;
   const int sample_floats = 2 * p.rows + p.classes;
-  float* const work = workspace == nullptr ? shared + kWarps
-                                           : workspace + int64_t{blockIdx.x} * SAMPLES * sample_floats;
+  float* const work =
+      workspace == nullptr ? shared + kWarps : workspace + int64_t{blockIdx.x} * SAMPLES * sample_floats;
   float* const staged = shared + kWarps + (workspace == nullptr ? SAMPLES * sample_floats : 0);
-  float* const s = work;                            // (SAMPLES, rows)
-  float* const grad_s = work + SAMPLES * p.rows;    // (SAMPLES, rows)
-  float* const z = grad_s + SAMPLES * p.rows;       // (SAMPLES, classes)
+  float* const s = work;                          // (SAMPLES, rows)
+  float* const grad_s = work + SAMPLES * p.rows;  // (SAMPLES, rows)
+  float* const z = grad_s + SAMPLES * p.rows;     // (SAMPLES, classes)
   const float* const table = static_cast<const float*>(basis);
   const uint32_t* const signs = static_cast<const uint32_t*>(basis);
   const int words = (p.dim + 31) / 32, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -165,7 +165,8 @@ head(Head p, bool stage_x, const float* __restrict__ x, const int64_t* __restric
 #pragma unroll
     for (int r = 0; r < SAMPLES; ++r) {
       float partial = 0.0f;
-      for (int k = threadIdx.x; k < p.rows; k += kThreads) partial = fmaf(grad_s[r * p.rows + k], s[r * p.rows + k], partial);
+      for (int k = threadIdx.x; k < p.rows; k += kThreads)
+        partial = fmaf(grad_s[r * p.rows + k], s[r * p.rows + k], partial);
       rho[r] = block_sum(partial, reduce);
     }
     for (int j = threadIdx.x; j < p.dim; j += kThreads) {
@@ -202,7 +203,7 @@ head(Head p, bool stage_x, const float* __restrict__ x, const int64_t* __restric
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
-reduce_loss(Head p, const int64_t* __restrict__ target, const float* __restrict__ row_loss, float* loss) {
+    reduce_loss(Head p, const int64_t* __restrict__ target, const float* __restrict__ row_loss, float* loss) {
   LGK_DYNAMIC_SHARED(float, reduce);
   sum_losses(p.batch, p.reduction == kMean, p.ignore_index, target, row_loss, loss, reduce);
 }
@@ -229,8 +230,7 @@ Plan plan(const Head& p) {
   return best;
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
-modulation_grad(ModulationGrad problem) {
+__global__ void __launch_bounds__(kThreads, 2) modulation_grad(ModulationGrad problem) {
   LGK_DYNAMIC_SHARED(float, shared);
   modulation_tile(problem, blockIdx.x, shared);
 }

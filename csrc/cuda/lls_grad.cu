@@ -33,7 +33,7 @@ LGK_DEVICE float grad_z(const Channel& p, const Gradient& g, float slope, float 
 // channels_last, bins that do not overlap: the gradient of the activation is one number a bin and channel.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-grad_preactivation_nhwc(Image s, Norm norm, LatentGrad grad, bool aligned, T* __restrict__ z) {
+    grad_preactivation_nhwc(Image s, Norm norm, LatentGrad grad, bool aligned, T* __restrict__ z) {
   constexpr int V = kVector<T>;
   const int tiles = ceil_div(s.channels, static_cast<int>(blockDim.x) * V);
   const int tile = blockIdx.x % tiles, cell = blockIdx.x / tiles;
@@ -79,7 +79,7 @@ grad_preactivation_nhwc(Image s, Norm norm, LatentGrad grad, bool aligned, T* __
 // NCHW, bins that do not overlap and are whole 16-byte vectors.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-grad_preactivation_nchw(Image s, Norm norm, LatentGrad grad, int lanes_x, int64_t items, T* __restrict__ z) {
+    grad_preactivation_nchw(Image s, Norm norm, LatentGrad grad, int lanes_x, int64_t items, T* __restrict__ z) {
   constexpr int V = kVector<T>;
   const int64_t item = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (item >= items) return;
@@ -118,8 +118,8 @@ grad_preactivation_nchw(Image s, Norm norm, LatentGrad grad, int lanes_x, int64_
 // scale * unpool(grad_latents), with `scale` one float or, with scale_per_row, one a sample.
 template <typename T, bool BLOCK>
 __global__ void __launch_bounds__(kThreads, 2)
-unpool_grad(Image s, bool even, Norm norm, LatentGrad grad, const float* __restrict__ scale, bool scale_per_row,
-            bool aligned, T* __restrict__ values) {
+    unpool_grad(Image s, bool even, Norm norm, LatentGrad grad, const float* __restrict__ scale, bool scale_per_row,
+                bool aligned, T* __restrict__ values) {
   constexpr int V = kVector<T>;
   // Dimensions from the inside: (channels, width, height) or (width, height, channels).
   const int inner = s.channels_last ? s.channels : s.width, middle = s.channels_last ? s.width : s.height;
@@ -153,8 +153,8 @@ unpool_grad(Image s, bool even, Norm norm, LatentGrad grad, const float* __restr
 }
 
 template <typename T, bool BLOCK>
-int launch_unpool_grad(const Image& s, const Norm& norm, const LatentGrad& grad, const float* scale,
-                       bool scale_per_row, void* values, void* stream) {
+int launch_unpool_grad(const Image& s, const Norm& norm, const LatentGrad& grad, const float* scale, bool scale_per_row,
+                       void* values, void* stream) {
   constexpr int V = kVector<T>;
   const int inner = s.channels_last ? s.channels : s.width;
   const int64_t lines = s.batch * s.height * (s.channels_last ? s.width : s.channels);
@@ -167,10 +167,10 @@ int launch_unpool_grad(const Image& s, const Norm& norm, const LatentGrad& grad,
 // Block (columns, rows of the batch) on `block_channels` channels, so that a thread's columns share a channel. The
 // blocks behind the last channel finish the head.
 __global__ void __launch_bounds__(kThreads, 2)
-norm_grads(int64_t batch, int channels, int bins, int block_channels, const float* __restrict__ grad_latents,
-           const float* __restrict__ s1, const float* __restrict__ s2, const float* __restrict__ area,
-           float* __restrict__ grad_gamma, float* __restrict__ grad_beta, float* __restrict__ grad_bias,
-           Finish finish) {
+    norm_grads(int64_t batch, int channels, int bins, int block_channels, const float* __restrict__ grad_latents,
+               const float* __restrict__ s1, const float* __restrict__ s2, const float* __restrict__ area,
+               float* __restrict__ grad_gamma, float* __restrict__ grad_beta, float* __restrict__ grad_bias,
+               Finish finish) {
   LGK_DYNAMIC_SHARED(float, partial);  // (2, blockDim.y, blockDim.x)
   const int blocks = ceil_div(channels, block_channels);
   if (static_cast<int>(blockIdx.x) >= blocks) {

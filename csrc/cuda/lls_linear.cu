@@ -1,7 +1,8 @@
 // LLS linear block, z (batch, features): everything is small enough for the L2 cache, so the kernels are plain.
 //
 //   xhat, u, a, lambda as in lls_norm.cu; latents (batch, pool): mean of a over each bin of the features
-//   dgamma = sum over the batch of g_u xhat, dbeta = of g_u, with g_u = lambda unpool(grad_latents); dz as in lls_grad.cu
+//   dgamma = sum over the batch of g_u xhat, dbeta = of g_u, with g_u = lambda unpool(grad_latents); dz as in
+//   lls_grad.cu
 #include "lgk/lls_finish.h"
 
 namespace lgk {
@@ -10,8 +11,8 @@ namespace {
 // One thread a latent: it also writes the activations that its bin owns.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-linear_norm_act_pool(int64_t batch, int features, int pool, Norm norm, const T* __restrict__ z, T* __restrict__ out,
-                     float* __restrict__ latents) {
+    linear_norm_act_pool(int64_t batch, int features, int pool, Norm norm, const T* __restrict__ z, T* __restrict__ out,
+                         float* __restrict__ latents) {
   const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (index >= batch * pool) return;
   const int64_t row = index / pool * features;
@@ -27,12 +28,13 @@ linear_norm_act_pool(int64_t batch, int features, int pool, Norm norm, const T* 
   latents[index] = sum / static_cast<float>(bin.end - bin.begin);
 }
 
-// Block (features, rows of the batch): sums over the batch, then dz. The blocks behind the last feature finish the head.
+// Block (features, rows of the batch): sums over the batch, then dz. The blocks behind the last feature finish the
+// head.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-linear_grad_preactivation(int64_t batch, int features, int pool, Norm norm, T* __restrict__ z,
-                          const float* __restrict__ grad_latents, float scale, float* __restrict__ grad_gamma,
-                          float* __restrict__ grad_beta, float* __restrict__ grad_bias, Finish finish) {
+    linear_grad_preactivation(int64_t batch, int features, int pool, Norm norm, T* __restrict__ z,
+                              const float* __restrict__ grad_latents, float scale, float* __restrict__ grad_gamma,
+                              float* __restrict__ grad_beta, float* __restrict__ grad_bias, Finish finish) {
   LGK_DYNAMIC_SHARED(float, partial);  // (2, blockDim.y, blockDim.x)
   const int blocks = ceil_div(features, static_cast<int>(blockDim.x));
   if (static_cast<int>(blockIdx.x) >= blocks) {

@@ -33,7 +33,8 @@ struct BinOutputs {
   float *latents, *s1, *s2;
 };
 
-LGK_DEVICE void write_bin(const BinOutputs& out, const Norm& norm, int c, int64_t index, const BinSums& sums, int area) {
+LGK_DEVICE void write_bin(const BinOutputs& out, const Norm& norm, int c, int64_t index, const BinSums& sums,
+                          int area) {
   const Channel p = channel(norm, c);
   out.latents[index] = fmaf(p.gain, sums.centred, p.beta * sums.lambda) / static_cast<float>(area);
   if (out.s1 == nullptr) return;
@@ -46,7 +47,8 @@ LGK_DEVICE void write_bin(const BinOutputs& out, const Norm& norm, int c, int64_
 // UNIT x UNIT positions make one position of `out` (2: max-pool). Block (channel vectors, positions).
 template <typename T, int UNIT>
 __global__ void __launch_bounds__(kThreads, 2)
-norm_act_pool_nhwc(Image s, Norm norm, bool aligned, const T* __restrict__ z, T* __restrict__ out, BinOutputs bins) {
+    norm_act_pool_nhwc(Image s, Norm norm, bool aligned, const T* __restrict__ z, T* __restrict__ out,
+                       BinOutputs bins) {
   constexpr int V = kVector<T>;
   LGK_DYNAMIC_SHARED(float, partial);  // (2, blockDim.y, V, blockDim.x)
   const int tile_channels = blockDim.x * V, tiles = ceil_div(s.channels, tile_channels);
@@ -92,8 +94,8 @@ norm_act_pool_nhwc(Image s, Norm norm, bool aligned, const T* __restrict__ z, T*
         for (int q = start; q < start + kInFlight; ++q) {
           const int u = UNIT == 1 ? q : 0, row = h[u] + q / kSide % UNIT, column = w[u] + q % kSide;
           if (row >= s.height || column >= s.width) continue;
-          const bool in_bin = UNIT == 1 || (row >= rows.begin && row < rows.end && column >= columns.begin &&
-                                            column < columns.end);
+          const bool in_bin =
+              UNIT == 1 || (row >= rows.begin && row < rows.end && column >= columns.begin && column < columns.end);
 #pragma unroll
           for (int v = 0; v < V; ++v) {
             const float a = activate(p[v], norm.slope, to_float(pack[q - start].element[v]), in_bin, sums[v]);
@@ -132,8 +134,8 @@ norm_act_pool_nhwc(Image s, Norm norm, bool aligned, const T* __restrict__ z, T*
 // lanes_x lanes side by side in a row, 32 / lanes_x rows at a time.
 template <typename T, int UNIT, bool WHOLE>
 __global__ void __launch_bounds__(kThreads, 2)
-norm_act_pool_nchw(Image s, Norm norm, bool aligned, int lanes_x, int64_t items, const T* __restrict__ z,
-                   T* __restrict__ out, BinOutputs bins) {
+    norm_act_pool_nchw(Image s, Norm norm, bool aligned, int lanes_x, int64_t items, const T* __restrict__ z,
+                       T* __restrict__ out, BinOutputs bins) {
   constexpr int V = kVector<T>, kSlots = WHOLE ? 1 : V;
   LGK_DYNAMIC_SHARED(float, shared);  // for each warp (2, lanes_y, vectors * kSlots)
   const int64_t item = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
@@ -206,8 +208,7 @@ norm_act_pool_nchw(Image s, Norm norm, bool aligned, int lanes_x, int64_t items,
         total.centred += partial[(lanes_y + row) * slots + slot];
       }
     }
-    write_bin(bins, norm, c, item * s.pool_columns + j, total,
-              (rows.end - rows.begin) * (columns.end - columns.begin));
+    write_bin(bins, norm, c, item * s.pool_columns + j, total, (rows.end - rows.begin) * (columns.end - columns.begin));
   }
 }
 
@@ -236,8 +237,8 @@ int launch_norm_act_pool(const Image& s, const Norm& norm, const T* z, T* out, c
     LGK_LAUNCH((norm_act_pool_nchw<T, UNIT, true>), grid, block, warps * warp_bytes, stream, s, norm, aligned, lanes_x,
                items, z, out, bins);
   } else {
-    LGK_LAUNCH((norm_act_pool_nchw<T, UNIT, false>), grid, block, warps * warp_bytes, stream, s, norm, aligned,
-               lanes_x, items, z, out, bins);
+    LGK_LAUNCH((norm_act_pool_nchw<T, UNIT, false>), grid, block, warps * warp_bytes, stream, s, norm, aligned, lanes_x,
+               items, z, out, bins);
   }
   return launch_status();
 }
@@ -251,8 +252,9 @@ int lls_norm_act_pool(const Image& image, const Norm& norm, const void* z, bool 
   return with_dtype(image.dtype, [&](auto element) {
     using T = decltype(element);
     const BinOutputs bins{latents, s1, s2};
-    return max_pool ? launch_norm_act_pool<T, 2>(image, norm, static_cast<const T*>(z), static_cast<T*>(out), bins, stream)
-                    : launch_norm_act_pool<T, 1>(image, norm, static_cast<const T*>(z), static_cast<T*>(out), bins, stream);
+    return max_pool
+               ? launch_norm_act_pool<T, 2>(image, norm, static_cast<const T*>(z), static_cast<T*>(out), bins, stream)
+               : launch_norm_act_pool<T, 1>(image, norm, static_cast<const T*>(z), static_cast<T*>(out), bins, stream);
   });
 }
 

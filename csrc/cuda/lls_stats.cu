@@ -8,9 +8,9 @@ namespace {
 LGK_DEVICE Moments warp_merge(Moments value) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2)
-    value = merge(value, Moments{__shfl_down_sync(kAllLanes, value.count, step),
-                                 __shfl_down_sync(kAllLanes, value.mean, step),
-                                 __shfl_down_sync(kAllLanes, value.m2, step)});
+    value = merge(value,
+                  Moments{__shfl_down_sync(kAllLanes, value.count, step), __shfl_down_sync(kAllLanes, value.mean, step),
+                          __shfl_down_sync(kAllLanes, value.m2, step)});
   return value;  // in lane 0
 }
 
@@ -27,8 +27,8 @@ LGK_DEVICE void write_partial(float* partial, int splits, int channels, int spli
 // Block (channel vectors, rows) on tile blockIdx.x of the channels and split blockIdx.y of the rows (b, h, w).
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-partial_moments_nhwc(int64_t rows, int64_t rows_per_split, int channels, bool aligned, const T* __restrict__ z,
-                     float* partial) {
+    partial_moments_nhwc(int64_t rows, int64_t rows_per_split, int channels, bool aligned, const T* __restrict__ z,
+                         float* partial) {
   constexpr int V = kVector<T>;
   LGK_DYNAMIC_SHARED(float, shared);  // (3, blockDim.y, V, blockDim.x)
   const int c0 = (blockIdx.x * blockDim.x + threadIdx.x) * V;
@@ -82,8 +82,8 @@ partial_moments_nhwc(int64_t rows, int64_t rows_per_split, int channels, bool al
 // Block (vectors of a plane, planes) on channel blockIdx.x and split blockIdx.y of the batch.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-partial_moments_nchw(int64_t batch, int64_t batch_per_split, int channels, int64_t plane, bool aligned,
-                     const T* __restrict__ z, float* partial) {
+    partial_moments_nchw(int64_t batch, int64_t batch_per_split, int channels, int64_t plane, bool aligned,
+                         const T* __restrict__ z, float* partial) {
   constexpr int V = kVector<T>;
   LGK_DYNAMIC_SHARED(float, shared);  // (3, warps)
   const int c = blockIdx.x;
@@ -135,8 +135,8 @@ LGK_DEVICE float interpolate(float from, float to, float weight) {
 
 // One warp a channel: merges the splits, writes mean and rstd, moves the running statistics.
 __global__ void __launch_bounds__(kThreads, 2)
-finish_moments(int splits, int channels, const float* __restrict__ partial, const float* __restrict__ bias,
-               float* running_mean, float* running_var, float momentum, float eps, float* mean, float* rstd) {
+    finish_moments(int splits, int channels, const float* __restrict__ partial, const float* __restrict__ bias,
+                   float* running_mean, float* running_var, float momentum, float eps, float* mean, float* rstd) {
   const int c = blockIdx.x * blockDim.y + threadIdx.y;
   if (c >= channels) return;  // the whole warp
   const int64_t plane = int64_t{splits} * channels;

@@ -9,7 +9,7 @@ namespace lgk {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLoads = 4;     // 16-byte loads of a thread in flight
+constexpr int kLoads = 4;      // 16-byte loads of a thread in flight
 constexpr int kTileLanes = 8;  // side by side along the channels: 128 bytes
 
 // -- statistics: Value merges over threads, Running is one thread's -----------------------------------------------
@@ -35,7 +35,9 @@ struct Sum {
     LGK_DEVICE float value(float, float) const { return sum; }
   };
   template <typename T>
-  LGK_DEVICE float origin(const T*, int64_t, int64_t) const { return 0.0f; }
+  LGK_DEVICE float origin(const T*, int64_t, int64_t) const {
+    return 0.0f;
+  }
   LGK_DEVICE void write(int64_t plane, int split, float, float total) const {
     out[split * planes + plane] = total / count;
   }
@@ -69,9 +71,8 @@ struct Deviation {
 
 // Block (group of a plane, planes) on split blockIdx.y of the positions.
 template <typename T, typename Statistic>
-__global__ void __launch_bounds__(kThreads, 2)
-reduce_planes(Statistic statistic, int64_t planes, int64_t positions, int64_t per_split, bool aligned,
-              const T* __restrict__ x) {
+__global__ void __launch_bounds__(kThreads, 2) reduce_planes(Statistic statistic, int64_t planes, int64_t positions,
+                                                             int64_t per_split, bool aligned, const T* __restrict__ x) {
   constexpr int V = kVector<T>;
   using Value = typename Statistic::Value;
   LGK_DYNAMIC_SHARED(float, shared);
@@ -116,9 +117,8 @@ reduce_planes(Statistic statistic, int64_t planes, int64_t positions, int64_t pe
 
 // Block (channel vectors, positions) on a tile of a sample's channels.
 template <typename T, typename Statistic>
-__global__ void __launch_bounds__(kThreads, 2)
-reduce_channels(Statistic statistic, int64_t positions, int channels, int tiles, bool aligned,
-                const T* __restrict__ x) {
+__global__ void __launch_bounds__(kThreads, 2) reduce_channels(Statistic statistic, int64_t positions, int channels,
+                                                               int tiles, bool aligned, const T* __restrict__ x) {
   constexpr int V = kVector<T>;
   using Value = typename Statistic::Value;
   LGK_DYNAMIC_SHARED(float, shared);
@@ -169,9 +169,9 @@ reduce_channels(Statistic statistic, int64_t positions, int channels, int tiles,
 // Block (group of a plane, planes) on split blockIdx.y of the positions.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-scale_planes(int64_t planes, int64_t positions, int64_t per_split, bool aligned, const T* __restrict__ x,
-             const float* __restrict__ mean, const float* __restrict__ factor, const float* __restrict__ scale,
-             T* __restrict__ out) {
+    scale_planes(int64_t planes, int64_t positions, int64_t per_split, bool aligned, const T* __restrict__ x,
+                 const float* __restrict__ mean, const float* __restrict__ factor, const float* __restrict__ scale,
+                 T* __restrict__ out) {
   constexpr int V = kVector<T>;
   const int64_t plane = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
   if (plane >= planes) return;
@@ -199,9 +199,9 @@ scale_planes(int64_t planes, int64_t positions, int64_t per_split, bool aligned,
 // Block (channel vectors, positions) on a tile of a sample's channels.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-scale_channels(int64_t positions, int channels, int tiles, bool aligned, const T* __restrict__ x,
-               const float* __restrict__ mean, const float* __restrict__ factor, const float* __restrict__ scale,
-               T* __restrict__ out) {
+    scale_channels(int64_t positions, int channels, int tiles, bool aligned, const T* __restrict__ x,
+                   const float* __restrict__ mean, const float* __restrict__ factor, const float* __restrict__ scale,
+                   T* __restrict__ out) {
   constexpr int V = kVector<T>;
   const int64_t sample = blockIdx.x / tiles, base = sample * positions * channels;
   const int c = (blockIdx.x % tiles * blockDim.x + threadIdx.x) * V;
@@ -238,9 +238,9 @@ struct Layout {
   int64_t splits, per_split;
 };
 
-constexpr int64_t kBlocks = 2048;                             // fill a large GPU a few times
+constexpr int64_t kBlocks = 2048;  // fill a large GPU a few times
 constexpr int64_t kTiles = 256;
-constexpr int64_t kSplit = int64_t{kThreads} * kLoads * 8;    // smallest part, in elements: whole vectors of each dtype
+constexpr int64_t kSplit = int64_t{kThreads} * kLoads * 8;  // smallest part, in elements: whole vectors of each dtype
 
 Layout layout(const Planes& s, int vector, bool may_split) {
   const int64_t vectors = ceil_div<int64_t>(s.positions, vector);
@@ -291,8 +291,8 @@ int reduce(const Planes& s, const Statistic& statistic, const void* x, void* str
 
 // One block: sums the splits of each row, then loss and kappa.
 __global__ void __launch_bounds__(kThreads, 2)
-goodness_loss(int64_t batch, int splits, float threshold, float factor, const float* __restrict__ partial,
-              const uint8_t* __restrict__ is_positive, float* squares, float* kappa, float* loss) {
+    goodness_loss(int64_t batch, int splits, float threshold, float factor, const float* __restrict__ partial,
+                  const uint8_t* __restrict__ is_positive, float* squares, float* kappa, float* loss) {
   LGK_DYNAMIC_SHARED(float, shared);  // (warps)
   float sum = 0.0f;
   for (int64_t b = threadIdx.x; b < batch; b += kThreads) {
@@ -302,8 +302,7 @@ goodness_loss(int64_t batch, int splits, float threshold, float factor, const fl
     const float sign = is_positive[b] ? 1.0f : -1.0f;
     const float margin = sign * (threshold - factor * square);
     sum += fmaxf(margin, 0.0f) + log1pf(expf(-fabsf(margin)));
-    if (kappa != nullptr)
-      kappa[b] = sign * (-2.0f * factor / static_cast<float>(batch)) / (1.0f + expf(-margin));
+    if (kappa != nullptr) kappa[b] = sign * (-2.0f * factor / static_cast<float>(batch)) / (1.0f + expf(-margin));
   }
   sum = warp_sum(sum);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr float kEpsNorm = 1e-8f;                 // reference.py, EPS_NORM
+constexpr float kEpsNorm = 1e-8f;                  // reference.py, EPS_NORM
 constexpr float kRounding = 8.0f * 1.1920929e-7f;  // what rounding leaves of a constant
 
 int row_threads(int64_t length) { return std::max(power_of_two_from(ceil_div<int64_t>(length, 4), kThreads), 32); }
@@ -52,8 +52,8 @@ LGK_DEVICE float block_max(float value, float* shared) {
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
-cross_entropy(int64_t classes, float label_smoothing, float grad_scale, bool compute_grad,
-              const int64_t* __restrict__ target, float* logits, float* losses) {
+    cross_entropy(int64_t classes, float label_smoothing, float grad_scale, bool compute_grad,
+                  const int64_t* __restrict__ target, float* logits, float* losses) {
   LGK_DYNAMIC_SHARED(float, shared);
   float* const row = logits + blockIdx.x * classes;
   const int64_t label = target[blockIdx.x];
@@ -79,7 +79,7 @@ cross_entropy(int64_t classes, float label_smoothing, float grad_scale, bool com
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-normalize_rows(int64_t features, const T* __restrict__ x, float* __restrict__ rows, float* norms) {
+    normalize_rows(int64_t features, const T* __restrict__ x, float* __restrict__ rows, float* norms) {
   LGK_DYNAMIC_SHARED(float, shared);
   const int64_t first = blockIdx.x * features;
   Sums sums{0.0f, 0.0f, 0.0f};
@@ -104,8 +104,8 @@ normalize_rows(int64_t features, const T* __restrict__ x, float* __restrict__ ro
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
-match_rows(int64_t batch, float same, float other, const int64_t* __restrict__ target, float* products,
-           float* losses) {
+    match_rows(int64_t batch, float same, float other, const int64_t* __restrict__ target, float* products,
+               float* losses) {
   LGK_DYNAMIC_SHARED(float, shared);
   float* const row = products + blockIdx.x * batch;
   const int64_t label = target[blockIdx.x];
@@ -121,9 +121,9 @@ match_rows(int64_t batch, float same, float other, const int64_t* __restrict__ t
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
-rows_grad(int64_t features, float positions, float factor, const float* __restrict__ grad,
-          const float* __restrict__ rows, const float* __restrict__ norms, const float* __restrict__ deviation,
-          const float* __restrict__ mean, float* __restrict__ out) {
+    rows_grad(int64_t features, float positions, float factor, const float* __restrict__ grad,
+              const float* __restrict__ rows, const float* __restrict__ norms, const float* __restrict__ deviation,
+              const float* __restrict__ mean, float* __restrict__ out) {
   LGK_DYNAMIC_SHARED(float, shared);
   const int64_t first = blockIdx.x * features;
   const float norm = norms[blockIdx.x];
@@ -150,8 +150,8 @@ constexpr size_t kShared = 3 * kWarps * sizeof(float);
 
 }  // namespace
 
-int local_loss_cross_entropy(int64_t batch, int64_t classes, float label_smoothing, float grad_scale,
-                             bool compute_grad, const int64_t* target, float* logits, float* losses, void* stream) {
+int local_loss_cross_entropy(int64_t batch, int64_t classes, float label_smoothing, float grad_scale, bool compute_grad,
+                             const int64_t* target, float* logits, float* losses, void* stream) {
   if (batch == 0) return 0;
   LGK_LAUNCH(cross_entropy, dim3(batch), dim3(row_threads(classes)), kShared, stream, classes, label_smoothing,
              grad_scale, compute_grad, target, logits, losses);
@@ -169,8 +169,8 @@ int local_loss_normalize_rows(int64_t batch, int64_t features, int dtype, const 
   });
 }
 
-int local_loss_match_rows(int64_t batch, float same, float other, const int64_t* target, float* products,
-                          float* losses, void* stream) {
+int local_loss_match_rows(int64_t batch, float same, float other, const int64_t* target, float* products, float* losses,
+                          void* stream) {
   if (batch == 0) return 0;
   LGK_LAUNCH(match_rows, dim3(batch), dim3(row_threads(batch)), kShared, stream, batch, same, other, target, products,
              losses);

@@ -11,8 +11,8 @@ namespace lgk {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLane = 4;                       // elements of a 16-byte access
-constexpr int kLoads = 2;                      // of each of the four tensors in flight
+constexpr int kLane = 4;   // elements of a 16-byte access
+constexpr int kLoads = 2;  // of each of the four tensors in flight
 constexpr int kChunk = 4 * kThreads * kLane * kLoads;
 
 struct Table {  // at most 4 KiB, which every driver takes as an argument
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kThreads, 2) offset_step(const OffsetFactors s
       float weight[kLane], velocity[kLane];
 #pragma unroll
       for (int i = 0; i < kLane; ++i) {
-        const float sum = fmaf(s.weight_decay, w[q].element[i],
-                               fmaf(s.offset_scale, offset[q][i], s.grad_scale * g[q].element[i]));
+        const float sum =
+            fmaf(s.weight_decay, w[q].element[i], fmaf(s.offset_scale, offset[q][i], s.grad_scale * g[q].element[i]));
         velocity[i] = t.velocity == nullptr ? sum : fmaf(s.momentum, v[q].element[i], sum);
         weight[i] = fmaf(-s.lr, velocity[i], w[q].element[i]);
       }

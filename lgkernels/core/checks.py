@@ -1,4 +1,5 @@
 """Argument checks. Every message names the argument, what was got and what was expected."""
+
 import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,7 +26,9 @@ def floating(name, value, dtypes=FLOATING):
 def integer(name, value):
     tensor(name, value)
     if value.dtype not in INTEGER:
-        raise TypeError(f"{name} must hold integers (int64, int32, ...), got {str(value.dtype)[6:]}; class indices are expected")
+        raise TypeError(
+            f"{name} must hold integers (int64, int32, ...), got {str(value.dtype)[6:]}; class indices are expected"
+        )
 
 
 def dims(name, value, allowed, meaning):
@@ -47,7 +50,9 @@ def same_device(**tensors):
         if first is None:
             first_name, first = name, value.device
         elif value.device != first:
-            raise ValueError(f"{name} must be on {first} like {first_name}, got {value.device}; move it with .to({str(first)!r})")
+            raise ValueError(
+                f"{name} must be on {first} like {first_name}, got {value.device}; move it with .to({str(first)!r})"
+            )
 
 
 def positive_integer(name, value):
@@ -97,7 +102,10 @@ def between(name, value, low, high):
 
 
 def class_indices(name, value, num_classes, ignore_index=None):
-    """Range check of class indices (`ignore_index` allowed, where there is one); reads the tensor, so callers run it on CPU tensors (or under LGKERNELS_CHECK=1)."""
+    """Range check of class indices (`ignore_index` allowed, where there is one).
+
+    It reads the tensor, so callers run it on CPU tensors, or under LGKERNELS_CHECK=1.
+    """
     if value.numel() == 0:
         return
     if value.device.type == "cpu":

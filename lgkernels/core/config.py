@@ -5,18 +5,17 @@ Candidates that need more shared memory than the architecture has are dropped, t
 tuning at run time. Under TRITON_INTERPRET=1 the architecture is "interpret": a program costs about a millisecond there,
 whatever its size, so blocks are as large as the data.
 """
+
 from functools import lru_cache
 
 import torch
-
-from .dispatch import interpreting
 
 # Shared memory that one block may use, bytes.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 # Elementwise passes: elements of a tile. With sixteen elements a thread enough loads are in flight, and three float32
 # accumulators of that size still fit the registers.
-_TILES = {arch: 2048 for arch in SHARED_MEMORY}
+_TILES = dict.fromkeys(SHARED_MEMORY, 2048)
 
 # Matrix products: (three block sizes, warps, stages), largest first. M samples, K basis rows, D latents, N columns.
 _SIMILARITY = ((16, 64, 32, 4, 3), (16, 32, 32, 4, 3), (16, 16, 64, 4, 3))
@@ -106,8 +105,13 @@ def _head(sizes, dtype, arch):
     batch, dim, rows, classes = sizes
     if arch == "interpret":
         batch = min(batch, 64)
-        return {"BLOCK_B": batch, "BLOCK_K": rows, "BLOCK_C": classes,
-                "BLOCK_D": max(min(dim, (1 << 18) // (batch * rows)), 32), "num_warps": 1}
+        return {
+            "BLOCK_B": batch,
+            "BLOCK_K": rows,
+            "BLOCK_C": classes,
+            "BLOCK_D": max(min(dim, (1 << 18) // (batch * rows)), 32),
+            "num_warps": 1,
+        }
     block_d = max(min(dim, 2048 // rows, 128), 32)
     return {"BLOCK_B": 1, "BLOCK_K": rows, "BLOCK_C": classes, "BLOCK_D": block_d, "num_warps": 4}
 
@@ -153,8 +157,13 @@ def _latent_grad(sizes, dtype, arch):
 def _modulation_grad(sizes, dtype, arch):
     batch, rows, classes = sizes
     if arch == "interpret":
-        return {"BLOCK_B": min(batch, 128), "BLOCK_K": min(rows, 256), "BLOCK_C": min(classes, 256), "num_warps": 1,
-                "num_stages": 1}
+        return {
+            "BLOCK_B": min(batch, 128),
+            "BLOCK_K": min(rows, 256),
+            "BLOCK_C": min(classes, 256),
+            "num_warps": 1,
+            "num_stages": 1,
+        }
     b, k, c, warps, stages = _first(_MODULATION_GRAD, arch, lambda b, k, c: (k <= rows and c <= classes) or k == 16)
     return {"BLOCK_B": b, "BLOCK_K": k, "BLOCK_C": c, "num_warps": warps, "num_stages": stages}
 
@@ -162,8 +171,11 @@ def _modulation_grad(sizes, dtype, arch):
 def _finish_head(sizes, dtype, arch):
     """The modulation's gradient inside another kernel: small tiles, which leave that kernel its registers."""
     smallest = _MODULATION_GRAD[-1][:3]
-    return _modulation_grad(sizes, dtype, arch) if arch == "interpret" else dict(
-        zip(("BLOCK_B", "BLOCK_K", "BLOCK_C"), smallest))
+    return (
+        _modulation_grad(sizes, dtype, arch)
+        if arch == "interpret"
+        else dict(zip(("BLOCK_B", "BLOCK_K", "BLOCK_C"), smallest))
+    )
 
 
 def _norm_grads(sizes, dtype, arch):
@@ -192,8 +204,14 @@ def _feedback_product(sizes, dtype, arch):
     if v > 1 and block_m <= 32:
         block_n = 16  # random values pass through shared memory: smaller tiles leave room for more programs
     # Without a limit of its own the assembler aims at a round number of programs and spills eight bytes to meet it.
-    return {"BLOCK_M": block_m, "BLOCK_N": max(min(n, block_n), 16), "BLOCK_K": block_k, "num_warps": warps,
-            "num_stages": stages, "maxnreg": 168 if block_m <= 32 else 255}
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": max(min(n, block_n), 16),
+        "BLOCK_K": block_k,
+        "num_warps": warps,
+        "num_stages": stages,
+        "maxnreg": 168 if block_m <= 32 else 255,
+    }
 
 
 def _feedback_update(sizes, dtype, arch):
@@ -248,15 +266,32 @@ def _offset_sgd(sizes, dtype, arch):
 
 
 _SELECT = {
-    "norm_act_pool": _tile, "grad_preactivation": _tile, "expand_grad": _tile, "batch_stats": _moments,
-    "linear_pool": _rows, "linear_expand": _rows, "linear_grad": _rows,
-    "head": _head, "wide_head": _wide_head, "similarity": _similarity, "logits": _product, "loss_rows": _loss_rows, "grad_similarity": _product,
-    "feedback_matrix": _feedback_matrix, "feedback_product": _feedback_product, "feedback_sum": _feedback_sum,
+    "norm_act_pool": _tile,
+    "grad_preactivation": _tile,
+    "expand_grad": _tile,
+    "batch_stats": _moments,
+    "linear_pool": _rows,
+    "linear_expand": _rows,
+    "linear_grad": _rows,
+    "head": _head,
+    "wide_head": _wide_head,
+    "similarity": _similarity,
+    "logits": _product,
+    "loss_rows": _loss_rows,
+    "grad_similarity": _product,
+    "feedback_matrix": _feedback_matrix,
+    "feedback_product": _feedback_product,
+    "feedback_sum": _feedback_sum,
     "feedback_update": _feedback_update,
-    "latent_grad": _latent_grad, "modulation_grad": _modulation_grad, "norm_grads": _norm_grads,
+    "latent_grad": _latent_grad,
+    "modulation_grad": _modulation_grad,
+    "norm_grads": _norm_grads,
     "finish_head": _finish_head,
-    "local_sums": _local_reduction, "local_scale": _local_map, "local_deviation": _local_reduction,
-    "local_rows": _local_rows, "offset_sgd": _offset_sgd,
+    "local_sums": _local_reduction,
+    "local_scale": _local_map,
+    "local_deviation": _local_reduction,
+    "local_rows": _local_rows,
+    "offset_sgd": _offset_sgd,
 }
 
 

@@ -1,4 +1,5 @@
 """`python -m lgkernels info`: what is here, what each op would use and why, and a self-test."""
+
 import importlib
 import importlib.metadata
 import importlib.util
@@ -45,9 +46,13 @@ def gather():
         "devices": {str(device): describe(device) for device in devices()},
         "native": native_module(),
         "environment": environment(),
-        "ops": [dict(zip(("op", "device", "dtype", "backend", "reason"), (op, str(device), str(dtype)[6:], *chosen)))
-                for op in dispatch.registered_ops() for device in devices() for dtype in DTYPES
-                for chosen in [in_effect(op, device, dtype)]],
+        "ops": [
+            dict(zip(("op", "device", "dtype", "backend", "reason"), (op, str(device), str(dtype)[6:], *chosen)))
+            for op in dispatch.registered_ops()
+            for device in devices()
+            for dtype in DTYPES
+            for chosen in [in_effect(op, device, dtype)]
+        ],
     }
 
 
@@ -68,16 +73,25 @@ def versions():
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
-    return {"lgkernels": lgkernels.__version__, "torch": torch.__version__, "triton": installed("triton"),
-            "numpy": installed("numpy"), "python": platform.python_version(), "system": platform.platform()}
+
+    return {
+        "lgkernels": lgkernels.__version__,
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "numpy": installed("numpy"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
 
 
 def describe(device):
     if device.type == "cpu":
         return f"{processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads"
     properties = torch.cuda.get_device_properties(device)
-    return (f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB, "
-            f"{properties.multi_processor_count} multiprocessors")
+    return (
+        f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB, "
+        f"{properties.multi_processor_count} multiprocessors"
+    )
 
 
 def processor():
@@ -91,8 +105,11 @@ def processor():
 def native_module():
     module = native.native()
     if module is None:
-        return {"present": False, "reason": native.native_error(),
-                "hint": "reinstall with LGKERNELS_BUILD=cpu to see why it can't be built"}
+        return {
+            "present": False,
+            "reason": native.native_error(),
+            "hint": "reinstall with LGKERNELS_BUILD=cpu to see why it can't be built",
+        }
     found = {"present": True, "version": module.version, "cpu_level": module.cpu_level(), "cuda": module.has_cuda}
     if module.has_cuda:
         runtime, driver = module.cuda_runtime_version(), module.cuda_driver_version()
@@ -100,8 +117,10 @@ def native_module():
         if not driver:
             found["warning"] = "no CUDA driver here: the native CUDA kernels can't run"
         elif driver // 1000 < runtime // 1000:
-            found["warning"] = (f"the driver serves CUDA {cuda_version(driver)}, the native kernels were built with "
-                                f"{cuda_version(runtime)}: update the driver, or use impl=\"triton\"")
+            found["warning"] = (
+                f"the driver serves CUDA {cuda_version(driver)}, the native kernels were built with "
+                f'{cuda_version(runtime)}: update the driver, or use impl="triton"'
+            )
     return found
 
 
@@ -110,10 +129,14 @@ def cuda_version(number):
 
 
 def environment():
-    names = sorted(set(DEFAULTS) | {name for name in os.environ if name.startswith("LGKERNELS_")}
-                   | {"TRITON_INTERPRET", "THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS"})
-    return {name: os.environ.get(name, f"(unset: {DEFAULTS[name]})" if name in DEFAULTS else "(unset)")
-            for name in names}
+    names = sorted(
+        set(DEFAULTS)
+        | {name for name in os.environ if name.startswith("LGKERNELS_")}
+        | {"TRITON_INTERPRET", "THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS"}
+    )
+    return {
+        name: os.environ.get(name, f"(unset: {DEFAULTS[name]})" if name in DEFAULTS else "(unset)") for name in names
+    }
 
 
 def selftest():
@@ -128,9 +151,16 @@ def selftest():
                 for backend in dispatch.BACKENDS:
                     if dispatch.unavailable(op, backend, device, dtype) is None:
                         error = attempt(cases[op], backend, device, dtype, truth)
-                        rows.append({"op": op, "device": str(device), "dtype": str(dtype)[6:], "backend": backend,
-                                     "passed": error <= SELFTEST_TOLERANCE[dtype] if isinstance(error, float)
-                                     else False, "error": error})
+                        rows.append(
+                            {
+                                "op": op,
+                                "device": str(device),
+                                "dtype": str(dtype)[6:],
+                                "backend": backend,
+                                "passed": error <= SELFTEST_TOLERANCE[dtype] if isinstance(error, float) else False,
+                                "error": error,
+                            }
+                        )
     return rows
 
 
@@ -140,8 +170,10 @@ def attempt(case, backend, device, dtype, truth):
         results = case(backend, device, dtype)
     except Exception as error:  # a self-test reports whatever a broken backend raises
         return f"{type(error).__name__}: {error}"
-    errors = [float((result.detach().cpu().double() - true).norm() / true.norm())
-              for result, true in zip(results, truth, strict=True)]
+    errors = [
+        float((result.detach().cpu().double() - true).norm() / true.norm())
+        for result, true in zip(results, truth, strict=True)
+    ]
     return max(errors) if all(error == error for error in errors) else float("inf")
 
 
@@ -156,6 +188,9 @@ def as_text(report):
         lines += ["", "self-test (relative error against the float64 reference)"]
         for row in report["selftest"]:
             error = f"{row['error']:.1e}" if isinstance(row["error"], float) else row["error"]
-            lines.append("  {verdict} {op:<19} {device:<7} {dtype:<9} {backend:<10} {error}".format(
-                verdict="PASS" if row["passed"] else "FAIL", **row | {"error": error}))
+            lines.append(
+                "  {verdict} {op:<19} {device:<7} {dtype:<9} {backend:<10} {error}".format(
+                    verdict="PASS" if row["passed"] else "FAIL", **row | {"error": error}
+                )
+            )
     return "\n".join(lines)

@@ -4,6 +4,7 @@ A family registers its backends once: `register("lls_loss", reference="...", cpu
 are imported when first used. On CUDA devices `auto` takes only what `core/verified.json` says has passed
 `tests/gpu`: first on this architecture, then on any; else the reference.
 """
+
 import importlib
 import importlib.util
 import json
@@ -35,7 +36,7 @@ def architecture(device):
     """`"sm_86"` for a CUDA device, else the device type."""
     if device.type != "cuda":
         return device.type
-    return "sm_%d%d" % torch.cuda.get_device_capability(device)
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,5 @@
 """A second derivative either exists or raises by name; it is never silently wrong."""
+
 import torch
 
 
@@ -12,7 +13,8 @@ class _FirstOrderOnly(torch.autograd.Function):
     def backward(ctx, _):
         raise NotImplementedError(
             f"{ctx.name} has no second derivative, and its backward, built with create_graph=True, was differentiated. "
-            "Write this loss in plain torch where you need one")
+            "Write this loss in plain torch where you need one"
+        )
 
 
 def first_order_only(name, grad, *inputs):

@@ -1,4 +1,5 @@
 """The optional native module `lgkernels._C`, loaded at first use."""
+
 import importlib.util
 import os
 import warnings
@@ -33,8 +34,11 @@ def _warn_if_outdated(module):
     folders = (sources, sources / "cpu", sources / "include/lgk") if sources.is_dir() else ()
     newest = max((entry.stat().st_mtime for folder in folders for entry in os.scandir(folder)), default=0.0)
     if newest > os.stat(module).st_mtime:
-        warnings.warn("lgkernels._C is older than its sources in csrc/: build it again with "
-                      "`pip install -e .` (or `python setup.py build_ext --inplace`)", stacklevel=3)
+        warnings.warn(
+            "lgkernels._C is older than its sources in csrc/: build it again with "
+            "`pip install -e .` (or `python setup.py build_ext --inplace`)",
+            stacklevel=3,
+        )
 
 
 def native():

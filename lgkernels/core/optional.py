@@ -1,4 +1,5 @@
 """Optional packages that need a little help to be imported."""
+
 import torch
 
 _schemas = []  # kept alive: a library's definitions go with it
@@ -12,13 +13,16 @@ def torchvision():
     """
     if torch.version.cuda is None and not _schemas:
         library = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-                       "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
+        for schema in (
+            "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        ):
             try:
                 library.define(schema)
             except RuntimeError:
                 pass  # declared already
         _schemas.append(library)
     import torchvision
-    import torchvision.models  # noqa: F401
+    import torchvision.models
+
     return torchvision

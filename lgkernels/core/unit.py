@@ -3,6 +3,7 @@
 Whoever receives it can tell that nothing scales it, which on a GPU would else take a synchronisation or, to be safe, a
 multiplication by it.
 """
+
 from functools import lru_cache
 
 import torch

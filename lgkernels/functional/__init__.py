@@ -1,4 +1,5 @@
 """The public functions, a module a family."""
+
 from . import adapter, feedback, lls, local_loss
 from .adapter import *  # noqa: F403
 from .feedback import *  # noqa: F403

@@ -1,4 +1,5 @@
 """Adapters: check the arguments, then call the family's autograd entry."""
+
 from ..core import checks
 from ..ops.adapter import autograd as _adapter
 
@@ -97,8 +98,10 @@ def lokr_conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
     checks.dims("weight", weight, (4,), "(out, in / groups, kh, kw)")
     checks.positive_integer("groups", groups)
     if x.shape[1] != weight.shape[1] * groups:
-        raise ValueError(f"x must have {weight.shape[1] * groups} channels (columns of weight * groups), got shape "
-                         f"{checks.shape_of(x)}")
+        raise ValueError(
+            f"x must have {weight.shape[1] * groups} channels (columns of weight * groups), got shape "
+            f"{checks.shape_of(x)}"
+        )
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     padding = _pair("padding", padding, low=0)
     _bias(bias, weight)
@@ -143,8 +146,9 @@ def _factors(w1, w2, window):
     for name, value in (("w1", w1), ("w2", w2)):
         parts = value if isinstance(value, (tuple, list)) else (value,)
         if len(parts) > 2:
-            raise ValueError(f"{name} must be a tensor or a pair, got {len(parts)} tensors: the Tucker form is not "
-                             "supported")
+            raise ValueError(
+                f"{name} must be a tensor or a pair, got {len(parts)} tensors: the Tucker form is not supported"
+            )
         for part in parts:
             checks.floating(name, part)
         if len(parts) == 2:
@@ -168,5 +172,7 @@ def _factors(w1, w2, window):
 def _kronecker_shapes(w1, a, b, out, width):
     rows = b.shape[0] if a is None else a.shape[0]
     if w1.shape[0] * rows != out or w1.shape[1] * b.shape[1] != width:
-        raise ValueError(f"w1 and w2 must give a ({out}, {width}) Kronecker product, got ({w1.shape[0]}, {w1.shape[1]}) "
-                         f"and ({rows}, {b.shape[1]})")
+        raise ValueError(
+            f"w1 and w2 must give a ({out}, {width}) Kronecker product, got ({w1.shape[0]}, {w1.shape[1]}) "
+            f"and ({rows}, {b.shape[1]})"
+        )

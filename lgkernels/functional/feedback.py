@@ -1,10 +1,17 @@
 """Feedback without weight transport: check the arguments, then call the family's autograd entry."""
+
 from ..core import checks
 from ..ops.feedback import arguments as _arguments
 from ..ops.feedback import autograd as _feedback
 
-__all__ = ["feedback_conv2d", "feedback_linear", "feedback_projection", "sign_symmetric_conv2d",
-           "sign_symmetric_linear", "target_projection"]
+__all__ = [
+    "feedback_conv2d",
+    "feedback_linear",
+    "feedback_projection",
+    "sign_symmetric_conv2d",
+    "sign_symmetric_linear",
+    "target_projection",
+]
 
 
 def feedback_linear(x, weight, bias=None, *, feedback, impl="auto"):
@@ -75,8 +82,9 @@ def feedback_conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, group
     return y if batched else y.squeeze(0)
 
 
-def sign_symmetric_linear(x, weight, bias=None, *, scale=1.0, magnitude=None, sign_zero="zero", packed_signs=False,
-                          impl="auto"):
+def sign_symmetric_linear(
+    x, weight, bias=None, *, scale=1.0, magnitude=None, sign_zero="zero", packed_signs=False, impl="auto"
+):
     r"""Linear layer with sign-symmetric feedback: the error goes down through the signs of the weight.
 
     .. math::
@@ -117,8 +125,21 @@ def sign_symmetric_linear(x, weight, bias=None, *, scale=1.0, magnitude=None, si
     return _feedback.linear(x, weight, bias, formula, **source, impl=impl)
 
 
-def sign_symmetric_conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, scale=1.0,
-                          magnitude=None, sign_zero="zero", packed_signs=False, impl="auto"):
+def sign_symmetric_conv2d(
+    x,
+    weight,
+    bias=None,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    *,
+    scale=1.0,
+    magnitude=None,
+    sign_zero="zero",
+    packed_signs=False,
+    impl="auto",
+):
     r"""Convolution with sign-symmetric feedback: dX is the input gradient of the convolution with F instead of W.
 
     Args:

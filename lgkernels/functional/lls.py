@@ -1,4 +1,5 @@
 """Local Learning Signals: check the arguments, then call the family's autograd entry."""
+
 from ..core import checks, dispatch
 from ..ops.lls import autograd as _lls
 from ..ops.lls import basis as _basis
@@ -49,9 +50,26 @@ def lls_basis(rows, dim, *, waveform="square", min_freq=50.0, max_freq=512.0, de
     return _basis.table(rows, dim, waveform, min_freq, max_freq, device).clone()
 
 
-def lls_loss(activation, target, modulation=None, *, num_classes, pool_size, waveform="square", temperature=0.5,
-             label_smoothing=0.0, normalize=True, eps=1e-12, zero_gradient_below_eps=False, basis=None,
-             basis_scale=1.0, loss="cross_entropy", ignore_index=-100, reduction="mean", impl="auto"):
+def lls_loss(
+    activation,
+    target,
+    modulation=None,
+    *,
+    num_classes,
+    pool_size,
+    waveform="square",
+    temperature=0.5,
+    label_smoothing=0.0,
+    normalize=True,
+    eps=1e-12,
+    zero_gradient_below_eps=False,
+    basis=None,
+    basis_scale=1.0,
+    loss="cross_entropy",
+    ignore_index=-100,
+    reduction="mean",
+    impl="auto",
+):
     r"""Local loss of LLS, LLS-M and LLS-MxM: the layer's pooled activation against a fixed periodic basis.
 
     .. math::
@@ -120,7 +138,9 @@ def lls_loss(activation, target, modulation=None, *, num_classes, pool_size, wav
     if loss != "cross_entropy" and label_smoothing:
         raise ValueError(f"label_smoothing must be 0 with loss={loss!r}, got {label_smoothing}")
     if 0 in activation.shape[1:]:
-        raise ValueError(f"activation must have no empty dimension but the batch, got shape {checks.shape_of(activation)}")
+        raise ValueError(
+            f"activation must have no empty dimension but the batch, got shape {checks.shape_of(activation)}"
+        )
     dim = _lls.op.latent_size(activation.shape, pool_size)
     if basis is not None:
         checks.floating("basis", basis)
@@ -131,14 +151,34 @@ def lls_loss(activation, target, modulation=None, *, num_classes, pool_size, wav
         checks.floating("modulation", modulation)
         checks.dims("modulation", modulation, (1, 2), "(num_classes,) or (K, num_classes)")
         if modulation.shape[-1] != num_classes or not modulation.shape[0]:
-            raise ValueError(f"modulation must be (num_classes,) or (K, num_classes) with num_classes={num_classes}, "
-                             f"got shape {checks.shape_of(modulation)}")
+            raise ValueError(
+                f"modulation must be (num_classes,) or (K, num_classes) with num_classes={num_classes}, "
+                f"got shape {checks.shape_of(modulation)}"
+            )
     if basis is not None:
         rows = modulation.shape[0] if modulation is not None else num_classes
         if basis.shape[0] != rows:
-            raise ValueError(f"basis must have {rows} rows ("
-                             f"{'those of modulation' if modulation is not None else 'num_classes'}), got {basis.shape[0]}")
+            raise ValueError(
+                f"basis must have {rows} rows ("
+                f"{'those of modulation' if modulation is not None else 'num_classes'}), got {basis.shape[0]}"
+            )
     checks.same_device(activation=activation, target=target, modulation=modulation, basis=basis)
-    return _lls.lls_loss(activation, target, modulation, basis, waveform, num_classes, pool_size, float(temperature),
-                         float(label_smoothing), normalize, float(eps), zero_gradient_below_eps, float(basis_scale),
-                         loss, ignore_index, reduction, impl)
+    return _lls.lls_loss(
+        activation,
+        target,
+        modulation,
+        basis,
+        waveform,
+        num_classes,
+        pool_size,
+        float(temperature),
+        float(label_smoothing),
+        normalize,
+        float(eps),
+        zero_gradient_below_eps,
+        float(basis_scale),
+        loss,
+        ignore_index,
+        reduction,
+        impl,
+    )

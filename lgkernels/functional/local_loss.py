@@ -1,12 +1,22 @@
 """Local losses: check the arguments, then call the family's autograd entry."""
+
 import torch
 import torch.nn.functional as F
 
 from ..core import checks, dispatch
 from ..ops.local_loss import autograd as _local
 
-__all__ = ["goodness_loss", "info_nce_loss", "local_cross_entropy", "nt_xent_loss", "overlay_label",
-           "peer_normalization_loss", "prediction_similarity_loss", "similarity_matching_loss", "supcon_loss"]
+__all__ = [
+    "goodness_loss",
+    "info_nce_loss",
+    "local_cross_entropy",
+    "nt_xent_loss",
+    "overlay_label",
+    "peer_normalization_loss",
+    "prediction_similarity_loss",
+    "similarity_matching_loss",
+    "supcon_loss",
+]
 
 
 def _rows(name, value, h, meaning):
@@ -56,8 +66,10 @@ def local_cross_entropy(h, weight, bias, target, *, label_smoothing=0.0, reducti
     checks.dims("weight", weight, (2,), "(num_classes, C)")
     channels = h.shape[1] if h.dim() == 4 else h.shape[-1]
     if weight.shape[1] != channels or not weight.shape[0]:
-        raise ValueError(f"weight must be (num_classes, {channels}) for h of shape {checks.shape_of(h)}, "
-                         f"got shape {checks.shape_of(weight)}")
+        raise ValueError(
+            f"weight must be (num_classes, {channels}) for h of shape {checks.shape_of(h)}, "
+            f"got shape {checks.shape_of(weight)}"
+        )
     if bias is not None:
         checks.floating("bias", bias)
         checks.shape("bias", bias, weight.shape[:1], "one entry per row of weight")
@@ -99,7 +111,7 @@ def goodness_loss(h, is_positive, *, threshold=2.0, goodness="mean", impl="auto"
 
 
 def goodness_and_squares(h, is_positive, threshold, goodness, impl="auto"):
-    """`(loss, squares (B,))`: the loss's reduction, the rows' sums of squares, normalises the next layer's input too."""
+    """`(loss, squares (B,))`: the rows' sums of squares also normalise the next layer's input."""
     checks.floating("h", h)
     if h.dim() < 2:
         raise ValueError(f"h must be (B, ...) with at least 2 dimensions, got shape {checks.shape_of(h)}")
@@ -177,8 +189,10 @@ def overlay_label(x, label, *, num_classes, value=None, impl="auto"):
     checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
     entries = x.shape[1:].numel() if x.dim() == 2 else x.shape[2] * x.shape[3]
     if num_classes > entries:
-        raise ValueError(f"num_classes must be at most {entries}, the entries that x of shape {checks.shape_of(x)} "
-                         f"offers, got {num_classes}")
+        raise ValueError(
+            f"num_classes must be at most {entries}, the entries that x of shape {checks.shape_of(x)} "
+            f"offers, got {num_classes}"
+        )
     _rows("label", label, x, "one class index per row of x")
     checks.same_device(x=x, label=label)
     label = _local.op.class_indices("label", label, num_classes)
@@ -233,8 +247,12 @@ def similarity_matching_loss(h, target, sim_weight=None, *, num_classes, use_std
     if sim_weight is not None:
         checks.floating("sim_weight", sim_weight)
         n = h.shape[1]
-        checks.shape("sim_weight", sim_weight, (n, n, 3, 3) if h.dim() == 4 else (n, n),
-                     "convolution with padding 1" if h.dim() == 4 else "linear layer")
+        checks.shape(
+            "sim_weight",
+            sim_weight,
+            (n, n, 3, 3) if h.dim() == 4 else (n, n),
+            "convolution with padding 1" if h.dim() == 4 else "linear layer",
+        )
         checks.same_device(h=h, target=target, sim_weight=sim_weight)
         if not torch.is_autocast_enabled(h.device.type):
             sim_weight = sim_weight.to(h.dtype)
@@ -243,9 +261,21 @@ def similarity_matching_loss(h, target, sim_weight=None, *, num_classes, use_std
     return _local.similarity(x, target, num_classes, bool(use_std), impl)
 
 
-def prediction_similarity_loss(h, target, sim_weight, decoder_weight, decoder_bias=None, *, num_classes, beta=0.99,
-                               use_std=True, pool_kernel=1, pool_padding=0, impl="auto"):
-    r"""Nokland and Eidnes' predsim: :math:`(1 - \beta)\,` cross entropy of a linear decoder :math:`+\; \beta\,` similarity.
+def prediction_similarity_loss(
+    h,
+    target,
+    sim_weight,
+    decoder_weight,
+    decoder_bias=None,
+    *,
+    num_classes,
+    beta=0.99,
+    use_std=True,
+    pool_kernel=1,
+    pool_padding=0,
+    impl="auto",
+):
+    r"""Nokland and Eidnes' predsim: :math:`(1 - \beta)\,` cross entropy of a decoder :math:`+\; \beta\,` similarity.
 
     Args:
         h, target, sim_weight, num_classes, use_std: as :func:`similarity_matching_loss`.
@@ -275,8 +305,10 @@ def prediction_similarity_loss(h, target, sim_weight, decoder_weight, decoder_bi
     checks.between("beta", beta, 0.0, 1.0)
     pools = pool_kernel not in (1, (1, 1)) or pool_padding not in (0, (0, 0))
     if pools and h.dim() == 2:
-        raise ValueError(f"pool_kernel must be 1 and pool_padding 0 for h of shape {checks.shape_of(h)}, "
-                         f"got {pool_kernel} and {pool_padding}")
+        raise ValueError(
+            f"pool_kernel must be 1 and pool_padding 0 for h of shape {checks.shape_of(h)}, "
+            f"got {pool_kernel} and {pool_padding}"
+        )
     checks.floating("decoder_weight", decoder_weight)
     pooled = (F.avg_pool2d(h, pool_kernel, padding=pool_padding) if pools else h).flatten(1)
     checks.shape("decoder_weight", decoder_weight, (num_classes, pooled.shape[1]), "classes, pooled and flattened h")
@@ -323,11 +355,13 @@ def nt_xent_loss(z, *, temperature=0.1, normalize=True, impl="auto"):
     return _local.contrastive(z, labels, z.shape[0], float(temperature), 1.0, bool(normalize), impl)
 
 
-def supcon_loss(z, target=None, *, temperature=0.07, base_temperature=None, contrast_mode="all", normalize=True,
-                impl="auto"):
+def supcon_loss(
+    z, target=None, *, temperature=0.07, base_temperature=None, contrast_mode="all", normalize=True, impl="auto"
+):
     r"""Supervised contrastive loss: every anchor against all other rows, its class (or its other views) as positives.
 
-    .. math:: L = \frac{T / T_0}{A} \sum_i \Big(\log \sum_{j \ne i} e^{S_{ij}} - \frac{1}{|P_i|} \sum_{p \in P_i} S_{ip}\Big)
+    .. math::
+        L = \frac{T / T_0}{A} \sum_i \Big(\log \sum_{j \ne i} e^{S_{ij}} - \frac{1}{|P_i|} \sum_{p \in P_i} S_{ip}\Big)
 
     with :math:`S = q q^T / T`, q the normalised rows. An anchor without positives contributes 0 and stays in the mean.
 
@@ -403,14 +437,18 @@ def info_nce_loss(query, keys, *, negatives, temperature=1.0, impl="auto"):
     _not_empty("query", query)
     checks.floating("keys", keys)
     if keys.dim() != 2 or keys.shape[1] != query.shape[1] or keys.shape[0] < query.shape[0]:
-        raise ValueError(f"keys must be (M, {query.shape[1]}) with M >= {query.shape[0]} (row i is the positive of "
-                         f"query i), got shape {checks.shape_of(keys)}")
+        raise ValueError(
+            f"keys must be (M, {query.shape[1]}) with M >= {query.shape[0]} (row i is the positive of "
+            f"query i), got shape {checks.shape_of(keys)}"
+        )
     if keys.dtype != query.dtype:
         raise TypeError(f"keys must be {str(query.dtype)[6:]} like query, got {str(keys.dtype)[6:]}")
     checks.integer("negatives", negatives)
     if negatives.dim() != 2 or negatives.shape[0] != query.shape[0]:
-        raise ValueError(f"negatives must be ({query.shape[0]}, n): row numbers of keys for each query, "
-                         f"got shape {checks.shape_of(negatives)}")
+        raise ValueError(
+            f"negatives must be ({query.shape[0]}, n): row numbers of keys for each query, "
+            f"got shape {checks.shape_of(negatives)}"
+        )
     checks.positive("temperature", temperature)
     checks.same_device(query=query, keys=keys, negatives=negatives)
     return _local.info_nce(query, keys, negatives, float(temperature), impl)

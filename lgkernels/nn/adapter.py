@@ -1,4 +1,5 @@
 """Adapters around frozen layers: LoRA and LoKr, factorised."""
+
 import math
 
 import torch
@@ -149,8 +150,10 @@ class _LoKr(_Adapter):
 
     def factors(self):
         """w1 and w2 as :func:`lgkernels.functional.lokr_linear` takes them."""
-        return (self.w1 if hasattr(self, "w1") else (self.w1_a, self.w1_b),
-                self.w2 if hasattr(self, "w2") else (self.w2_a, self.w2_b))
+        return (
+            self.w1 if hasattr(self, "w1") else (self.w1_a, self.w1_b),
+            self.w2 if hasattr(self, "w2") else (self.w2_a, self.w2_b),
+        )
 
     def delta(self):
         w1, w2 = (w[0] @ w[1] if isinstance(w, tuple) else w for w in self.factors())
@@ -161,8 +164,8 @@ class _LoKr(_Adapter):
 class LoKrLinear(_LoKr):
     """A frozen `nn.Linear` and a Kronecker-factored change, :func:`lgkernels.functional.lokr_linear`.
 
-    The weight (out, in) splits into w1 (out1, in1) and w2 (out2, in2) by :func:`factorization`; w2 = A B of ``rank``, or
-    full where the rank reaches half of its larger side; w1 alike with ``decompose_both``, else full. scale =
+    The weight (out, in) splits into w1 (out1, in1) and w2 (out2, in2) by :func:`factorization`; w2 = A B of ``rank``,
+    or full where the rank reaches half of its larger side; w1 alike with ``decompose_both``, else full. scale =
     alpha / rank, 1 if both are full. B (or a full w2) starts at 0: the layer starts as its base.
 
     Example:
@@ -187,21 +190,27 @@ class LoKrConv2d(_LoKr):
 
     def __init__(self, base, rank=1, alpha=4.0, *, factor=-1, decompose_both=False):
         if base.padding_mode != "zeros" or isinstance(base.padding, str):
-            raise ValueError(f"base must pad with zeros by a number, got padding_mode={base.padding_mode!r}, "
-                             f"padding={base.padding!r}")
+            raise ValueError(
+                f"base must pad with zeros by a number, got padding_mode={base.padding_mode!r}, "
+                f"padding={base.padding!r}"
+            )
         if base.groups != 1 and factorization(base.out_channels, factor)[0] % base.groups:
-            raise ValueError(f"base must have groups that divide {factorization(base.out_channels, factor)[0]} (the rows "
-                             f"of w1), got {base.groups}")
-        super().__init__(base, rank, alpha, factor, decompose_both, base.out_channels, base.weight.shape[1],
-                         tuple(base.kernel_size))
+            raise ValueError(
+                f"base must have groups that divide {factorization(base.out_channels, factor)[0]} (the rows "
+                f"of w1), got {base.groups}"
+            )
+        super().__init__(
+            base, rank, alpha, factor, decompose_both, base.out_channels, base.weight.shape[1], tuple(base.kernel_size)
+        )
 
     def forward(self, x):
         if self.merged:
             return self.base(x)
         w1, w2 = self.factors()
         b = self.base
-        return LF.lokr_conv2d(x, b.weight, b.bias, b.stride, b.padding, b.dilation, b.groups, w1=w1, w2=w2,
-                              scale=self.scale)
+        return LF.lokr_conv2d(
+            x, b.weight, b.bias, b.stride, b.padding, b.dilation, b.groups, w1=w1, w2=w2, scale=self.scale
+        )
 
 
 KINDS = {"lora": {nn.Linear: LoRALinear}, "lokr": {nn.Linear: LoKrLinear, nn.Conv2d: LoKrConv2d}}
@@ -241,23 +250,34 @@ def adapt(model, kind="lora", target=None, *, rank=1, alpha=4.0, train_norm=Fals
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in head:
         if name not in modules:
-            raise ValueError(f"train_head must name submodules of model, got {name!r}; it has "
-                             f"{', '.join(n for n, _ in model.named_children()) or 'none'}")
+            raise ValueError(
+                f"train_head must name submodules of model, got {name!r}; it has "
+                f"{', '.join(n for n, _ in model.named_children()) or 'none'}"
+            )
     places = {}  # of each layer that could be adapted
     for name, module in modules.items():
         if isinstance(module, _Adapter):
-            raise ValueError(f"model must not hold adapters yet, got {type(module).__name__} at {name!r}: adapt once, "
-                             "and pick the layers with target")
+            raise ValueError(
+                f"model must not hold adapters yet, got {type(module).__name__} at {name!r}: adapt once, "
+                "and pick the layers with target"
+            )
         if name and type(module) in KINDS[kind]:
             places.setdefault(module, []).append(name)
-    wrap = {module: names for module, names in places.items() if not any(map(in_head, names))
-            and (target is None or any(target(name, module) for name in names))}
+    wrap = {
+        module: names
+        for module, names in places.items()
+        if not any(map(in_head, names)) and (target is None or any(target(name, module) for name in names))
+    }
     if not wrap:
-        raise ValueError(f"target must pick at least one of the layers that {kind!r} adapts "
-                         f"({', '.join(t.__name__ for t in KINDS[kind])}), got none in {type(model).__name__}")
+        raise ValueError(
+            f"target must pick at least one of the layers that {kind!r} adapts "
+            f"({', '.join(t.__name__ for t in KINDS[kind])}), got none in {type(model).__name__}"
+        )
     learning = [p for p in model.parameters() if p.requires_grad]
     try:
-        adapters = [(names, KINDS[kind][type(module)](module, rank, alpha, **options)) for module, names in wrap.items()]
+        adapters = [
+            (names, KINDS[kind][type(module)](module, rank, alpha, **options)) for module, names in wrap.items()
+        ]
     except Exception:
         for p in learning:  # those before the one that failed have frozen their layers
             p.requires_grad_(True)
@@ -267,7 +287,7 @@ def adapt(model, kind="lora", target=None, *, rank=1, alpha=4.0, train_norm=Fals
         for name in names:
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, adapter)
-        for parameter_name, parameter in adapter.named_parameters(recurse=False):
+        for parameter in adapter.parameters(recurse=False):
             parameter.requires_grad_(True)
     for name, module in model.named_modules():
         if in_head(name) or train_norm and "Norm" in type(module).__name__:

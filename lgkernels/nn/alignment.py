@@ -1,9 +1,9 @@
 """Instruments: how far a layer's feedback is from its weight."""
+
 import math
 
 import torch
 
-from ..ops.feedback import autograd as _feedback
 from .feedback import _FeedbackLayer
 
 _ELEMENTS_AT_ONCE = 1 << 20
@@ -17,7 +17,7 @@ def _products(layer):
     total = torch.zeros(3, dtype=torch.float64, device=weight.device)
     for start in range(0, weight.shape[0], at_once):
         feedback = layer.feedback_rows(start, min(start + at_once, weight.shape[0])).double()
-        w = weight[start:start + at_once].double()
+        w = weight[start : start + at_once].double()
         total += torch.stack(((w * feedback).sum(), w.square().sum(), feedback.square().sum()))
     return total.tolist()
 
@@ -69,5 +69,8 @@ def weight_ratio(model):
         >>> round(lnn.weight_ratio(layer)[""], 4)
         0.7071
     """
-    return {name: math.sqrt(feedback / weight) if weight else math.nan
-            for name, layer in _layers(model) for _, weight, feedback in [_products(layer)]}
+    return {
+        name: math.sqrt(feedback / weight) if weight else math.nan
+        for name, layer in _layers(model)
+        for _, weight, feedback in [_products(layer)]
+    }

@@ -1,4 +1,5 @@
 """The last block of a locally trained network."""
+
 import torch
 import torch.nn.functional as F
 from torch import nn

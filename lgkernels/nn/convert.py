@@ -1,4 +1,5 @@
 """Whole models under another feedback rule and back; their random state as data; brSF's redraw."""
+
 import fnmatch
 import zlib
 
@@ -18,7 +19,7 @@ from .feedback import (
 RULES = ("bp", "fa", "usf", "frsf", "brsf", "signed_init")
 _CLASSES = {"fa": {nn.Linear: FeedbackAlignmentLinear, nn.Conv2d: FeedbackAlignmentConv2d}}
 _CLASSES.update({rule: {nn.Linear: SignSymmetricLinear, nn.Conv2d: SignSymmetricConv2d} for rule in RULES[2:]})
-_OPTIONS = {rule: ("scale", "law", "sign_zero", "packed_signs", "impl") for rule in RULES[2:]}
+_OPTIONS = dict.fromkeys(RULES[2:], ("scale", "law", "sign_zero", "packed_signs", "impl"))
 _OPTIONS["signed_init"] += ("signs",)
 _OPTIONS["fa"] = ("feedback_init", "law", "impl")
 _PLAIN = {layer: plain for classes in _CLASSES.values() for plain, layer in classes.items()}
@@ -38,8 +39,14 @@ def _name(name, root):
 
 
 def _matches(patterns, name, module):
-    return any(isinstance(module, p) if isinstance(p, type) else fnmatch.fnmatchcase(name, p) if isinstance(p, str)
-               else p(name, module) for p in patterns)
+    return any(
+        isinstance(module, p)
+        if isinstance(p, type)
+        else fnmatch.fnmatchcase(name, p)
+        if isinstance(p, str)
+        else p(name, module)
+        for p in patterns
+    )
 
 
 def _patterns(argument, patterns):
@@ -48,8 +55,10 @@ def _patterns(argument, patterns):
     patterns = tuple(patterns) if isinstance(patterns, (list, tuple, set)) else (patterns,)
     for p in patterns:
         if not isinstance(p, (str, type)) and not callable(p):
-            raise TypeError(f"{argument} must hold name patterns, module classes or functions (name, module) -> bool, "
-                            f"got {type(p).__name__}")
+            raise TypeError(
+                f"{argument} must hold name patterns, module classes or functions (name, module) -> bool, "
+                f"got {type(p).__name__}"
+            )
     return patterns
 
 
@@ -128,15 +137,22 @@ def convert(model, rule, *, last_layer="bp", include=None, exclude=None, seed=0,
         raise TypeError(f"options must be empty with rule='bp', got {sorted(options)}")
     unknown = sorted(set(options) - set(_OPTIONS.get(rule, options)))
     if unknown:
-        raise TypeError(f"options of rule={rule!r} must be among {', '.join(_OPTIONS[rule])}, got "
-                        f"{', '.join(unknown)}: all else of a layer stays as it is, its stream is a hash of its name")
+        raise TypeError(
+            f"options of rule={rule!r} must be among {', '.join(_OPTIONS[rule])}, got "
+            f"{', '.join(unknown)}: all else of a layer stays as it is, its stream is a hash of its name"
+        )
     if rule == "signed_init" and options.get("signs") not in ("formula", "weight"):
-        raise ValueError("signs must be 'formula' (for a network not yet trained: its weights take the signs of a "
-                         "formula) or 'weight' (weights stay, their signs are kept in one bit each) with "
-                         f"rule='signed_init', got {options.get('signs')!r}")
+        raise ValueError(
+            "signs must be 'formula' (for a network not yet trained: its weights take the signs of a "
+            "formula) or 'weight' (weights stay, their signs are kept in one bit each) with "
+            f"rule='signed_init', got {options.get('signs')!r}"
+        )
     parents = {child: parent for parent in model.modules() for child in parent.children()}
-    layers = [(name, module) for name, module in model.named_modules()
-              if _plain_class(module) and not _never_called(module, parents.get(module))]
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if _plain_class(module) and not _never_called(module, parents.get(module))
+    ]
     last = layers[-1][1] if layers and last_layer == "bp" and rule != "bp" and layers[-1][1] is not model else None
     chosen, left, back = [], [], []
     for name, module in model.named_modules():
@@ -155,8 +171,10 @@ def convert(model, rule, *, last_layer="bp", include=None, exclude=None, seed=0,
         if reason is not None:
             left.append((name, module, reason))
         elif "forward" in vars(module) and _plain_class(module):
-            raise ValueError(f"layer {name!r} has a forward of its own, set on the instance, that convert does not "
-                             "know: undo it first (fuse_update's by .remove(); convert, then fuse), or exclude it")
+            raise ValueError(
+                f"layer {name!r} has a forward of its own, set on the instance, that convert does not "
+                "know: undo it first (fuse_update's by .remove(); convert, then fuse), or exclude it"
+            )
     _try(rule, chosen, seed, options)
     for module in back:
         _change(module, "bp", {})
@@ -170,9 +188,11 @@ def convert(model, rule, *, last_layer="bp", include=None, exclude=None, seed=0,
 def _try(rule, chosen, seed, options):
     """The options on one-weight layers first: an error leaves the model as it was."""
     options = {name: value for name, value in options.items() if name != "signs"}
-    for plain, build in ((nn.Linear, lambda layer: layer(1, 1, **options, **settings)),
-                         (nn.Conv2d, lambda layer: layer(1, 1, 1, **options, **settings))):
-        settings = dict(seed=seed, device="cpu") if rule == "fa" else dict(rule=rule, seed=seed, device="cpu")
+    options.update(seed=seed, device="cpu", **({} if rule == "fa" else {"rule": rule}))
+    for plain, build in (
+        (nn.Linear, lambda layer: layer(1, 1, **options)),
+        (nn.Conv2d, lambda layer: layer(1, 1, 1, **options)),
+    ):
         if rule != "bp" and any(_plain_class(module) is plain for _, module in chosen):
             build(_CLASSES[rule][plain])
 
@@ -192,19 +212,24 @@ def _summary(rule, chosen, left):
         lines[0] += ", redrawn by lgkernels.nn.redraw_after(optimizer, model)"
     lines += [f"  {name or '(model)'}  {type(module).__name__}({module.extra_repr()})" for name, module in chosen]
     if left:
-        lines += ["left alone"] + [f"  {name or '(model)'}  {type(module).__name__}: {reason}"
-                                   for name, module, reason in left]
+        lines += ["left alone"] + [
+            f"  {name or '(model)'}  {type(module).__name__}: {reason}" for name, module, reason in left
+        ]
     return "\n".join(lines)
 
 
 # -- random state -----------------------------------------------------------------------------------------------
 
+
 def _holders(model):
     """(name, module) of everything in the model that has feedback of its own to remember."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return {_name(name, model): module for name, module in model.named_modules()
-            if isinstance(module, RandomFeedback) or getattr(module, "frozen_signs", None) is not None}
+    return {
+        _name(name, model): module
+        for name, module in model.named_modules()
+        if isinstance(module, RandomFeedback) or getattr(module, "frozen_signs", None) is not None
+    }
 
 
 def feedback_state(model):
@@ -225,8 +250,9 @@ def feedback_state(model):
     for name, holder in _holders(model).items():
         if isinstance(holder, RandomFeedback):
             seed, stream, step = holder.state.tolist()
-            feedback[name] = dict(seed=seed, stream=stream, step=step, law=holder.law, scale=holder.scale,
-                                  low=holder.low)
+            feedback[name] = dict(
+                seed=seed, stream=stream, step=step, law=holder.law, scale=holder.scale, low=holder.low
+            )
         else:
             feedback[name] = {"frozen_signs": holder.frozen_signs.cpu().clone()}
     return {"law_version": LAW_VERSION, "feedback": feedback}
@@ -248,24 +274,32 @@ def load_feedback_state(model, state):
     """
     holders = _holders(model)
     if state is None:
-        raise ValueError(f"state must be a dict from feedback_state, got None: resumed without it, the {len(holders)} "
-                         "random feedbacks of this model would be others than those it was trained with")
+        raise ValueError(
+            f"state must be a dict from feedback_state, got None: resumed without it, the {len(holders)} "
+            "random feedbacks of this model would be others than those it was trained with"
+        )
     if not isinstance(state, dict) or set(state) != {"law_version", "feedback"}:
         got = sorted(state) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"state must be a dict from feedback_state, got {got}")
     if state["law_version"] != LAW_VERSION:
-        raise ValueError(f"state must have law version {LAW_VERSION}, got {state['law_version']}: its random matrices "
-                         "are made by another formula")
+        raise ValueError(
+            f"state must have law version {LAW_VERSION}, got {state['law_version']}: its random matrices "
+            "are made by another formula"
+        )
     saved = state["feedback"]
     if set(saved) != set(holders):
-        raise ValueError(f"state must have the model's feedbacks; only in state: {sorted(set(saved) - set(holders))}, "
-                         f"only in the model: {sorted(set(holders) - set(saved))}")
+        raise ValueError(
+            f"state must have the model's feedbacks; only in state: {sorted(set(saved) - set(holders))}, "
+            f"only in the model: {sorted(set(holders) - set(saved))}"
+        )
     for name, holder in holders.items():
         expected, got = (_kind(holder), saved[name])
         differing = [key for key in expected if key not in got or _value(got[key]) != _value(expected[key])]
         if differing:
-            raise ValueError(f"state must have the model's feedback at {name!r}, got {differing[0]}="
-                             f"{_value(got.get(differing[0]))}, the model has {_value(expected[differing[0]])}")
+            raise ValueError(
+                f"state must have the model's feedback at {name!r}, got {differing[0]}="
+                f"{_value(got.get(differing[0]))}, the model has {_value(expected[differing[0]])}"
+            )
         needed = ("seed", "stream", "step") if isinstance(holder, RandomFeedback) else ("frozen_signs",)
         if missing := [key for key in needed if key not in got]:
             raise ValueError(f"state must have {', '.join(needed)} at {name!r}, got none of {', '.join(missing)}")
@@ -290,6 +324,7 @@ def _value(saved):
 
 
 # -- brSF ---------------------------------------------------------------------------------------------------------
+
 
 def redraw_after(optimizer, model):
     """brSF: draw new magnitudes for the model's "brsf" layers after every step of `optimizer`.
@@ -329,4 +364,5 @@ def redraw_after(optimizer, model):
         for layer in layers:
             if isinstance(layer, _FeedbackLayer) and layer.rule == "brsf":  # not converted again since
                 layer.feedback.advance(skipped)
+
     return optimizer.register_step_post_hook(redraw)

@@ -1,4 +1,5 @@
 """Where the signal of DFA, sDFA and DRTP enters a network."""
+
 import copy
 import math
 
@@ -12,10 +13,10 @@ from ..random import VALUES_PER_CALL, RandomFeedback
 
 # Bound of the uniform law for N neurons, and its low end: the initialisations of the published codes.
 INITS = {
-    "nokland": (lambda n: 1 / math.sqrt(n), None),   # U(-1/sqrt(N), 1/sqrt(N))
-    "kaiming": (lambda n: math.sqrt(6 / n), None),   # ChFrenkel's: U(-sqrt(6/N), sqrt(6/N))
-    "lighton": (lambda n: 1 / math.sqrt(n), None),   # U(-1, 1) / sqrt(N of the widest layer), see max_features
-    "lls": (lambda n: 1e-4, 0.0),                    # U(0, 1e-4): all positive, as in the code of the LLS authors
+    "nokland": (lambda n: 1 / math.sqrt(n), None),  # U(-1/sqrt(N), 1/sqrt(N))
+    "kaiming": (lambda n: math.sqrt(6 / n), None),  # ChFrenkel's: U(-sqrt(6/N), sqrt(6/N))
+    "lighton": (lambda n: 1 / math.sqrt(n), None),  # U(-1, 1) / sqrt(N of the widest layer), see max_features
+    "lls": (lambda n: 1e-4, 0.0),  # U(0, 1e-4): all positive, as in the code of the LLS authors
 }
 
 
@@ -55,8 +56,9 @@ class DirectFeedback(nn.Module):
         True
     """
 
-    def __init__(self, init="nokland", *, law="uniform", seed=0, stream=0, max_features=None, feedback=None,
-                 impl="auto"):
+    def __init__(
+        self, init="nokland", *, law="uniform", seed=0, stream=0, max_features=None, feedback=None, impl="auto"
+    ):
         super().__init__()
         if isinstance(init, str):
             checks.choice("init", init, tuple(INITS))
@@ -110,11 +112,14 @@ class DirectFeedback(nn.Module):
         r"""error (B, C), or (B, T, C) for tokens, projected to shape and dtype of `activation` (B, [T,] \*shape)."""
         tokens = error.dim() - 1
         if error.shape[:-1] != activation.shape[:tokens]:
-            raise ValueError(f"activation must have one row for each of the error's {tuple(error.shape[:-1])}, got "
-                             f"shape {checks.shape_of(activation)}")
+            raise ValueError(
+                f"activation must have one row for each of the error's {tuple(error.shape[:-1])}, got "
+                f"shape {checks.shape_of(activation)}"
+            )
         shape = tuple(activation.shape[tokens:])
-        delta = LF.feedback_projection(error.reshape(-1, error.shape[-1]).to(activation.dtype), self._feedback(shape),
-                                       shape, impl=self.impl)
+        delta = LF.feedback_projection(
+            error.reshape(-1, error.shape[-1]).to(activation.dtype), self._feedback(shape), shape, impl=self.impl
+        )
         return delta.view(activation.shape)
 
     @torch.no_grad()
@@ -122,7 +127,7 @@ class DirectFeedback(nn.Module):
         """The rows of B for class indices (B,), or target (B, C) @ B, like `activation`."""
         if target.is_floating_point():
             return self.signal(target, activation)
-        shape = tuple(activation.shape[target.dim():])
+        shape = tuple(activation.shape[target.dim() :])
         delta = LF.target_projection(target.reshape(-1), self._feedback(shape), shape, impl=self.impl)
         return delta.view(activation.shape).to(activation.dtype)
 

@@ -1,4 +1,5 @@
 """Linear and Conv2d whose error goes down through something other than their weight: FA and sign-symmetry."""
+
 import math
 
 import torch
@@ -17,19 +18,23 @@ RULES = ("usf", "frsf", "brsf", "signed_init")
 def scale_of(scale, shape):
     """The number that a scale's name stands for, for a weight of `shape` (out, in / groups, *kernel).
 
-        kaiming          1 / sqrt(3 fan_in)             BioTorch, any init but xavier; the std of torch's own init
-        xavier           sqrt(2 / (fan_in + fan_out))   BioTorch, init "xavier"
-        inv_sqrt_fan_in  1 / sqrt(fan_in)               willwx, linear layers
-        he_fan_out       sqrt(2 / fan_out)              willwx, convolutions
-        he_fan_in        sqrt(2 / fan_in)               ChFrenkel, FA
+    kaiming          1 / sqrt(3 fan_in)             BioTorch, any init but xavier; the std of torch's own init
+    xavier           sqrt(2 / (fan_in + fan_out))   BioTorch, init "xavier"
+    inv_sqrt_fan_in  1 / sqrt(fan_in)               willwx, linear layers
+    he_fan_out       sqrt(2 / fan_out)              willwx, convolutions
+    he_fan_in        sqrt(2 / fan_in)               ChFrenkel, FA
     """
     if not isinstance(scale, str):
         return _arguments.positive_number("scale", scale, "a name or a number")
     checks.choice("scale", scale, SCALES)
     fan_in, fan_out = max(math.prod(shape[1:]), 1), max(shape[0] * math.prod(shape[2:]), 1)
-    return {"kaiming": 1 / math.sqrt(3 * fan_in), "xavier": math.sqrt(2 / (fan_in + fan_out)),
-            "inv_sqrt_fan_in": 1 / math.sqrt(fan_in), "he_fan_out": math.sqrt(2 / fan_out),
-            "he_fan_in": math.sqrt(2 / fan_in)}[scale]
+    return {
+        "kaiming": 1 / math.sqrt(3 * fan_in),
+        "xavier": math.sqrt(2 / (fan_in + fan_out)),
+        "inv_sqrt_fan_in": 1 / math.sqrt(fan_in),
+        "he_fan_out": math.sqrt(2 / fan_out),
+        "he_fan_in": math.sqrt(2 / fan_in),
+    }[scale]
 
 
 def _law(scale, law):
@@ -65,18 +70,26 @@ class _FeedbackLayer:
     def _random(self):
         """The fields of Formula and the tensors of the layer's random values."""
         random = self.feedback
-        for name, state in (("feedback", None if random is None else random.state), ("frozen_signs", self.frozen_signs)):
+        for name, state in (
+            ("feedback", None if random is None else random.state),
+            ("frozen_signs", self.frozen_signs),
+        ):
             if state is not None and state.device != self.weight.device:
                 self._follow(name, state)
-        return ({}, {}) if random is None else (dict(law=random.law, law_scale=random.scale, low=random.low),
-                                                {"state": random.state})
+        return (
+            ({}, {})
+            if random is None
+            else (dict(law=random.law, law_scale=random.scale, low=random.low), {"state": random.state})
+        )
 
     @torch.no_grad()
     def _follow(self, name, state):
         """Weights that `load_state_dict(..., assign=True)` put into a model on the meta device leave buffers there."""
         if name != "feedback" or not state.is_meta:
-            raise ValueError(f"{name} must be on {self.weight.device} like weight, got {state.device}: move the whole "
-                             "layer, or convert the model once its weights are there")
+            raise ValueError(
+                f"{name} must be on {self.weight.device} like weight, got {state.device}: move the whole "
+                "layer, or convert the model once its weights are there"
+            )
         self.feedback.to_empty(device=self.weight.device)
         self.feedback.reset_parameters()
 
@@ -117,30 +130,53 @@ class _Conv2dForward:
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         formula, tensors = self._formula()
-        input, geometry, batched = _arguments.conv2d(input, weight, bias, self.stride, padding, self.dilation,
-                                                     self.groups)
+        input, geometry, batched = _arguments.conv2d(
+            input, weight, bias, self.stride, padding, self.dilation, self.groups
+        )
         output = _feedback.conv2d(input, weight, bias, *geometry, formula, **tensors, impl=self.impl)
         return output if batched else output.squeeze(0)
 
 
 class _SignSymmetric(_FeedbackLayer):
-    def _set_rule(self, rule="usf", scale="kaiming", law=None, sign_zero="zero", packed_signs=False, *, seed=0,
-                  stream=0, impl="auto", signs="formula"):
+    def _set_rule(
+        self,
+        rule="usf",
+        scale="kaiming",
+        law=None,
+        sign_zero="zero",
+        packed_signs=False,
+        *,
+        seed=0,
+        stream=0,
+        impl="auto",
+        signs="formula",
+    ):
         """Choose the rule; "signed_init" with signs="weight" keeps the signs that the weight has, one bit each."""
         checks.choice("rule", rule, RULES)
         checks.choice("sign_zero", sign_zero, ("zero", "plus"))
         if packed_signs and sign_zero != "plus":
-            raise ValueError("sign_zero must be 'plus' with packed_signs=True (one bit cannot hold sign(0) = 0), got "
-                             f"{sign_zero!r}")
+            raise ValueError(
+                f"sign_zero must be 'plus' with packed_signs=True (one bit cannot hold sign(0) = 0), got {sign_zero!r}"
+            )
         if rule == "signed_init" and (packed_signs or scale == "mean_abs"):
-            raise ValueError("packed_signs must be False and scale a fixed one with rule='signed_init' (it does not "
-                             f"read the weight), got packed_signs={packed_signs}, scale={scale!r}")
+            raise ValueError(
+                "packed_signs must be False and scale a fixed one with rule='signed_init' (it does not "
+                f"read the weight), got packed_signs={packed_signs}, scale={scale!r}"
+            )
         if law is not None and rule not in ("frsf", "brsf"):
             raise ValueError(f"law must be None with rule={rule!r} (it has no random magnitudes), got {law!r}")
         number = "mean_abs" if scale == "mean_abs" else scale_of(scale, self.weight.shape)
         law = _law(scale, law) if rule in ("frsf", "brsf") else None
-        self._set(seed=seed, stream=stream, impl=impl, rule=rule, scale=scale, sign_zero=sign_zero,
-                  packed_signs=packed_signs, factor=number)
+        self._set(
+            seed=seed,
+            stream=stream,
+            impl=impl,
+            rule=rule,
+            scale=scale,
+            sign_zero=sign_zero,
+            packed_signs=packed_signs,
+            factor=number,
+        )
         if law is not None:
             low = 0.0 if law.startswith("uniform") else None
             if scale == "mean_abs":  # magnitudes of mean 1, times mean|W|
@@ -163,8 +199,10 @@ class _SignSymmetric(_FeedbackLayer):
         weight) and before training, call it again: with other signs than the weight's the rule is mere FA.
         """
         if self.rule != "signed_init" or self.feedback is None:
-            raise ValueError(f"sign_weight is for rule='signed_init' with signs by formula, got rule={self.rule!r}"
-                             f"{'' if self.rule != 'signed_init' else ', signs of the weight'}")
+            raise ValueError(
+                f"sign_weight is for rule='signed_init' with signs by formula, got rule={self.rule!r}"
+                f"{'' if self.rule != 'signed_init' else ', signs of the weight'}"
+            )
         if not self.weight.is_meta:
             self._random()  # its state is beside the weight from here on
             self.weight.copysign_(self.feedback.materialize(self.weight.shape, dtype=self.weight.dtype))
@@ -177,8 +215,12 @@ class _SignSymmetric(_FeedbackLayer):
     def _formula(self):
         law, tensors = self._random()
         if self.rule != "signed_init":
-            return _feedback.Formula("packed" if self.packed_signs else "weight", scale=self.factor,
-                                     sign_plus=self.sign_zero == "plus", **law), tensors
+            return _feedback.Formula(
+                "packed" if self.packed_signs else "weight",
+                scale=self.factor,
+                sign_plus=self.sign_zero == "plus",
+                **law,
+            ), tensors
         if self.frozen_signs is None:
             return _feedback.Formula(**law), tensors
         return _feedback.Formula("packed", scale=self.factor, sign_plus=True), {"packed": self.frozen_signs}
@@ -237,8 +279,23 @@ class SignSymmetricLinear(_LinearForward, _SignSymmetric, nn.Linear):
         (['bias', 'weight'], torch.Size([2, 4]))
     """
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, rule="usf", scale="kaiming",
-                 law=None, sign_zero="zero", packed_signs=False, seed=0, stream=0, impl="auto"):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        rule="usf",
+        scale="kaiming",
+        law=None,
+        sign_zero="zero",
+        packed_signs=False,
+        seed=0,
+        stream=0,
+        impl="auto",
+    ):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._set_rule(rule, scale, law, sign_zero, packed_signs, seed=seed, stream=stream, impl=impl)
 
@@ -258,11 +315,32 @@ class SignSymmetricConv2d(_Conv2dForward, _SignSymmetric, nn.Conv2d):
         torch.Size([2, 8, 8, 8])
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True,
-                 padding_mode="zeros", device=None, dtype=None, *, rule="usf", scale="kaiming", law=None,
-                 sign_zero="zero", packed_signs=False, seed=0, stream=0, impl="auto"):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
-                         device, dtype)
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        bias=True,
+        padding_mode="zeros",
+        device=None,
+        dtype=None,
+        *,
+        rule="usf",
+        scale="kaiming",
+        law=None,
+        sign_zero="zero",
+        packed_signs=False,
+        seed=0,
+        stream=0,
+        impl="auto",
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
         self._set_rule(rule, scale, law, sign_zero, packed_signs, seed=seed, stream=stream, impl=impl)
 
 
@@ -286,8 +364,20 @@ class FeedbackAlignmentLinear(_LinearForward, _FeedbackAlignment, nn.Linear):
         True
     """
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, feedback_init="kaiming",
-                 law=None, seed=0, stream=0, impl="auto"):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        feedback_init="kaiming",
+        law=None,
+        seed=0,
+        stream=0,
+        impl="auto",
+    ):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._set_rule(feedback_init, law, seed=seed, stream=stream, impl=impl)
 
@@ -306,9 +396,27 @@ class FeedbackAlignmentConv2d(_Conv2dForward, _FeedbackAlignment, nn.Conv2d):
         torch.Size([8, 4, 4])
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True,
-                 padding_mode="zeros", device=None, dtype=None, *, feedback_init="kaiming", law=None, seed=0, stream=0,
-                 impl="auto"):
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
-                         device, dtype)
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        bias=True,
+        padding_mode="zeros",
+        device=None,
+        dtype=None,
+        *,
+        feedback_init="kaiming",
+        law=None,
+        seed=0,
+        stream=0,
+        impl="auto",
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
         self._set_rule(feedback_init, law, seed=seed, stream=stream, impl=impl)

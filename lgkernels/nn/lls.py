@@ -1,4 +1,5 @@
 """LLS modules: the fused convolutional and linear blocks, and a head for any block of the user's."""
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,8 +22,9 @@ def _modulation_parameter(kind, num_classes, reduced_rows, factory):
 
 
 def _has_hooks(module):
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _runs_as_written(module, original):
@@ -43,8 +45,24 @@ def _check_head(num_classes, pool_size, reduced_rows, waveform, temperature, lab
 class _LLSBlock(nn.Module):
     """What the two fused blocks share: everything behind the layer."""
 
-    def __init__(self, layer, norm, *, num_classes, pool_size, modulation, reduced_rows, waveform, temperature,
-                 label_smoothing, activation, negative_slope, max_pool, impl, factory):
+    def __init__(
+        self,
+        layer,
+        norm,
+        *,
+        num_classes,
+        pool_size,
+        modulation,
+        reduced_rows,
+        waveform,
+        temperature,
+        label_smoothing,
+        activation,
+        negative_slope,
+        max_pool,
+        impl,
+        factory,
+    ):
         super().__init__()
         _check_head(num_classes, pool_size, reduced_rows, waveform, temperature, label_smoothing, impl)
         checks.choice("activation", activation, _ACTIVATIONS)
@@ -66,30 +84,63 @@ class _LLSBlock(nn.Module):
         checks.same_device(x=x, target=target, weight=getattr(self.layer, "weight", None))
         if not self._fuses():
             activation = self._activation(x.detach())
-            loss = LF.lls_loss(activation, target, self.modulation, num_classes=self.num_classes,
-                               pool_size=self.pool_size, waveform=self.waveform, temperature=self.temperature,
-                               label_smoothing=self.label_smoothing, impl=self.impl)
+            loss = LF.lls_loss(
+                activation,
+                target,
+                self.modulation,
+                num_classes=self.num_classes,
+                pool_size=self.pool_size,
+                waveform=self.waveform,
+                temperature=self.temperature,
+                label_smoothing=self.label_smoothing,
+                impl=self.impl,
+            )
             return self._pooled(activation).detach(), loss
         if self.max_pool and min(self._output_size(x)) < 2:
-            raise ValueError(f"max_pool needs a feature map of at least 2 x 2, got one of {self._output_size(x)} from "
-                             f"x of shape {checks.shape_of(x)}")
+            raise ValueError(
+                f"max_pool needs a feature map of at least 2 x 2, got one of {self._output_size(x)} from "
+                f"x of shape {checks.shape_of(x)}"
+            )
         norm = self.norm
         momentum = 0.0 if norm.momentum is None else norm.momentum
         if norm.track_running_stats and norm.momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked + 1)  # cumulative average, as torch: reads a device value
         result = _lls.lls_block(
-            x, self.layer.weight, self.layer.bias, norm.weight, norm.bias, self.modulation, norm.running_mean,
-            norm.running_var, target,
-            (self.waveform, *self._geometry(), momentum, norm.eps, self.negative_slope, self.max_pool,
-             self.num_classes, self.pool_size, self.temperature, self.label_smoothing), self.impl)
+            x,
+            self.layer.weight,
+            self.layer.bias,
+            norm.weight,
+            norm.bias,
+            self.modulation,
+            norm.running_mean,
+            norm.running_var,
+            target,
+            (
+                self.waveform,
+                *self._geometry(),
+                momentum,
+                norm.eps,
+                self.negative_slope,
+                self.max_pool,
+                self.num_classes,
+                self.pool_size,
+                self.temperature,
+                self.label_smoothing,
+            ),
+            self.impl,
+        )
         if norm.track_running_stats:
             norm.num_batches_tracked.add_(1)
         return result
 
     def _fuses(self):
         """False where the layer or the norm has become something that the kernels do not compute."""
-        return (self.norm.training and self.norm.weight is not None and self._plain_layer()
-                and _runs_as_written(self.norm, nn.BatchNorm2d))
+        return (
+            self.norm.training
+            and self.norm.weight is not None
+            and self._plain_layer()
+            and _runs_as_written(self.norm, nn.BatchNorm2d)
+        )
 
     def _activation(self, x):
         return F.leaky_relu(self.norm(self.layer(x)), self.negative_slope)
@@ -99,10 +150,12 @@ class _LLSBlock(nn.Module):
 
     def extra_repr(self):
         modulation = None if self.modulation is None else tuple(self.modulation.shape)
-        return (f"num_classes={self.num_classes}, pool_size={self.pool_size}, modulation={modulation}, "
-                f"waveform={self.waveform!r}, temperature={self.temperature}, "
-                f"label_smoothing={self.label_smoothing}, activation={self.activation!r}, "
-                f"negative_slope={self.negative_slope}, max_pool={self.max_pool}")
+        return (
+            f"num_classes={self.num_classes}, pool_size={self.pool_size}, modulation={modulation}, "
+            f"waveform={self.waveform!r}, temperature={self.temperature}, "
+            f"label_smoothing={self.label_smoothing}, activation={self.activation!r}, "
+            f"negative_slope={self.negative_slope}, max_pool={self.max_pool}"
+        )
 
 
 class LLSConvBlock(_LLSBlock):
@@ -141,22 +194,57 @@ class LLSConvBlock(_LLSBlock):
         (torch.Size([4, 8, 8, 8]), False, torch.Size([8, 3, 3, 3]))
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, bias=True, *, num_classes,
-                 pool_size, modulation=None, reduced_rows=20, waveform="square", temperature=0.5, label_smoothing=0.0,
-                 activation="leaky_relu", negative_slope=0.01, max_pool=False, impl="auto", device=None, dtype=None):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        bias=True,
+        *,
+        num_classes,
+        pool_size,
+        modulation=None,
+        reduced_rows=20,
+        waveform="square",
+        temperature=0.5,
+        label_smoothing=0.0,
+        activation="leaky_relu",
+        negative_slope=0.01,
+        max_pool=False,
+        impl="auto",
+        device=None,
+        dtype=None,
+    ):
         factory = {"device": device, "dtype": dtype}
         layer = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias, **factory)
         super().__init__(
-            layer, nn.BatchNorm2d(out_channels, **factory), num_classes=num_classes, pool_size=pool_size,
-            modulation=modulation, reduced_rows=reduced_rows, waveform=waveform, temperature=temperature,
-            label_smoothing=label_smoothing, activation=activation, negative_slope=negative_slope, max_pool=max_pool,
-            impl=impl, factory=factory)
+            layer,
+            nn.BatchNorm2d(out_channels, **factory),
+            num_classes=num_classes,
+            pool_size=pool_size,
+            modulation=modulation,
+            reduced_rows=reduced_rows,
+            waveform=waveform,
+            temperature=temperature,
+            label_smoothing=label_smoothing,
+            activation=activation,
+            negative_slope=negative_slope,
+            max_pool=max_pool,
+            impl=impl,
+            factory=factory,
+        )
         self.in_channels = in_channels
 
     def _plain_layer(self):
         layer = self.layer
-        return (_runs_as_written(layer, nn.Conv2d) and layer.dilation == (1, 1) and layer.groups == 1
-                and layer.padding_mode == "zeros")
+        return (
+            _runs_as_written(layer, nn.Conv2d)
+            and layer.dilation == (1, 1)
+            and layer.groups == 1
+            and layer.padding_mode == "zeros"
+        )
 
     def _geometry(self):
         padding = self.layer.padding
@@ -168,8 +256,9 @@ class LLSConvBlock(_LLSBlock):
 
     def _output_size(self, x):
         stride, padding = self._geometry()
-        return tuple((n + 2 * p - k) // s + 1
-                     for n, p, k, s in zip(x.shape[2:], padding, self.layer.kernel_size, stride))
+        return tuple(
+            (n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], padding, self.layer.kernel_size, stride)
+        )
 
     def _check_input(self, x):
         checks.floating("x", x)
@@ -197,15 +286,42 @@ class LLSLinearBlock(_LLSBlock):
         (torch.Size([4, 8]), torch.Size([]))
     """
 
-    def __init__(self, in_features, out_features, bias=True, *, num_classes, pool_size, modulation=None,
-                 reduced_rows=20, waveform="square", temperature=0.5, label_smoothing=0.0, activation="leaky_relu",
-                 negative_slope=0.01, impl="auto", device=None, dtype=None):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        *,
+        num_classes,
+        pool_size,
+        modulation=None,
+        reduced_rows=20,
+        waveform="square",
+        temperature=0.5,
+        label_smoothing=0.0,
+        activation="leaky_relu",
+        negative_slope=0.01,
+        impl="auto",
+        device=None,
+        dtype=None,
+    ):
         factory = {"device": device, "dtype": dtype}
         super().__init__(
-            nn.Linear(in_features, out_features, bias=bias, **factory), nn.BatchNorm1d(out_features, **factory),
-            num_classes=num_classes, pool_size=pool_size, modulation=modulation, reduced_rows=reduced_rows,
-            waveform=waveform, temperature=temperature, label_smoothing=label_smoothing, activation=activation,
-            negative_slope=negative_slope, max_pool=False, impl=impl, factory=factory)
+            nn.Linear(in_features, out_features, bias=bias, **factory),
+            nn.BatchNorm1d(out_features, **factory),
+            num_classes=num_classes,
+            pool_size=pool_size,
+            modulation=modulation,
+            reduced_rows=reduced_rows,
+            waveform=waveform,
+            temperature=temperature,
+            label_smoothing=label_smoothing,
+            activation=activation,
+            negative_slope=negative_slope,
+            max_pool=False,
+            impl=impl,
+            factory=factory,
+        )
         self.in_features = in_features
 
     def _plain_layer(self):
@@ -240,8 +356,19 @@ class LLSHead(nn.Module):
         torch.Size([8, 6])
     """
 
-    def __init__(self, block, *, num_classes, pool_size, modulation=None, reduced_rows=20, waveform="square",
-                 temperature=0.5, label_smoothing=0.0, impl="auto"):
+    def __init__(
+        self,
+        block,
+        *,
+        num_classes,
+        pool_size,
+        modulation=None,
+        reduced_rows=20,
+        waveform="square",
+        temperature=0.5,
+        label_smoothing=0.0,
+        impl="auto",
+    ):
         super().__init__()
         _check_head(num_classes, pool_size, reduced_rows, waveform, temperature, label_smoothing, impl)
         self.block = block
@@ -255,9 +382,17 @@ class LLSHead(nn.Module):
         if target is None or not self.training:
             return self.block(x)
         out = self.block(x.detach())
-        loss = LF.lls_loss(out, target, self.modulation, num_classes=self.num_classes, pool_size=self.pool_size,
-                           waveform=self.waveform, temperature=self.temperature,
-                           label_smoothing=self.label_smoothing, impl=self.impl)
+        loss = LF.lls_loss(
+            out,
+            target,
+            self.modulation,
+            num_classes=self.num_classes,
+            pool_size=self.pool_size,
+            waveform=self.waveform,
+            temperature=self.temperature,
+            label_smoothing=self.label_smoothing,
+            impl=self.impl,
+        )
         return out.detach(), loss
 
     def extra_repr(self):

@@ -1,4 +1,5 @@
 """Blocks with a local loss: `forward(x, target)` -> `(out.detach(), loss)`, for `training.BlockwiseTrainer`."""
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -52,8 +53,9 @@ class LocalClassifier(_LocalHead):
         self.label_smoothing = label_smoothing
 
     def loss(self, out, target):
-        return LF.local_cross_entropy(out, self.head.weight, self.head.bias, target,
-                                      label_smoothing=self.label_smoothing)
+        return LF.local_cross_entropy(
+            out, self.head.weight, self.head.bias, target, label_smoothing=self.label_smoothing
+        )
 
 
 class ForwardForwardLayer(nn.Module):
@@ -151,8 +153,11 @@ class PredSimHead(_LocalHead):
         self.padding = [k // 2 if n % k else 0 for n, k in zip(shape[1:], self.pool)]
         self.sim = None
         if sim_head == "layer":
-            self.sim = (nn.Conv2d(shape[0], shape[0], 3, padding=1, bias=False) if len(shape) == 3 else
-                        nn.Linear(shape[0], shape[0], bias=False))
+            self.sim = (
+                nn.Conv2d(shape[0], shape[0], 3, padding=1, bias=False)
+                if len(shape) == 3
+                else nn.Linear(shape[0], shape[0], bias=False)
+            )
         self.decoder = nn.Linear(features, num_classes)
         nn.init.zeros_(self.decoder.weight)
 
@@ -160,8 +165,16 @@ class PredSimHead(_LocalHead):
         out = out.mean(1) if out.dim() == 3 else out
         pool = dict(pool_kernel=tuple(self.pool), pool_padding=tuple(self.padding)) if out.dim() == 4 else {}
         return LF.prediction_similarity_loss(
-            out, target, None if self.sim is None else self.sim.weight, self.decoder.weight, self.decoder.bias,
-            num_classes=self.num_classes, beta=self.beta, use_std=self.use_std, **pool)
+            out,
+            target,
+            None if self.sim is None else self.sim.weight,
+            self.decoder.weight,
+            self.decoder.bias,
+            num_classes=self.num_classes,
+            beta=self.beta,
+            use_std=self.use_std,
+            **pool,
+        )
 
 
 class ContrastiveHead(_LocalHead):
@@ -186,8 +199,11 @@ class ContrastiveHead(_LocalHead):
         super().__init__(block)
         checks.choice("loss", loss, ("nt_xent", "supcon"))
         checks.positive("temperature", temperature)
-        self.projection = nn.Linear(channels, dim) if not hidden else nn.Sequential(
-            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        self.projection = (
+            nn.Linear(channels, dim)
+            if not hidden
+            else nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        )
         self.kind, self.temperature = loss, temperature
 
     def loss(self, out, target):
@@ -213,7 +229,8 @@ def infopro_weights(units, first, last):
 class InfoProUnit(_LocalHead):
     r"""A unit of InfoPro: keep what reconstructs the image, and what tells the class.
 
-    .. math:: L = \lambda_1\, \mathrm{BCE}(\mathrm{decoder}(h),\; \mathrm{image}) + \lambda_2\, L_y(\mathrm{aux}(h),\; y)
+    .. math::
+        L = \lambda_1\, \mathrm{BCE}(\mathrm{decoder}(h),\; \mathrm{image}) + \lambda_2\, L_y(\mathrm{aux}(h),\; y)
 
     Decoder: bilinear to the image's size, 3x3 convolution to 12 channels, normalised, ReLU, 3x3 convolution, sigmoid.
     aux ("1c2f"): 3x3 convolution of stride 2, normalised, ReLU, average pool, linear, ReLU, linear; L_y: the supervised
@@ -239,8 +256,21 @@ class InfoProUnit(_LocalHead):
         torch.Size([4, 8, 2, 2])
     """
 
-    def __init__(self, block, channels, num_classes, image_channels, *, weights=(1.0, 1.0), loss="supcon",
-                 temperature=0.07, width=128, first=None, mean=0.0, std=1.0):
+    def __init__(
+        self,
+        block,
+        channels,
+        num_classes,
+        image_channels,
+        *,
+        weights=(1.0, 1.0),
+        loss="supcon",
+        temperature=0.07,
+        width=128,
+        first=None,
+        mean=0.0,
+        std=1.0,
+    ):
         super().__init__(block)
         checks.choice("loss", loss, ("supcon", "cross_entropy"))
         checks.positive("temperature", temperature)
@@ -256,13 +286,23 @@ class InfoProUnit(_LocalHead):
         self.register_buffer("std", pixels(std), persistent=False)
         self.decoder = self.aux = None
         if weights[0]:
-            self.decoder = nn.Sequential(nn.Conv2d(channels, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(),
-                                         nn.Conv2d(12, image_channels, 3, padding=1))
+            self.decoder = nn.Sequential(
+                nn.Conv2d(channels, 12, 3, padding=1),
+                nn.BatchNorm2d(12),
+                nn.ReLU(),
+                nn.Conv2d(12, image_channels, 3, padding=1),
+            )
         if weights[1]:
             self.aux = nn.Sequential(
-                nn.Conv2d(channels, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
-                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, width), nn.ReLU(),
-                nn.Linear(width, width if loss == "supcon" else num_classes))
+                nn.Conv2d(channels, channels, 3, 2, 1, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(channels, width),
+                nn.ReLU(),
+                nn.Linear(width, width if loss == "supcon" else num_classes),
+            )
 
     def forward(self, x, target=None):
         if self.training and target is not None and self._first[0] is None:
@@ -281,7 +321,10 @@ class InfoProUnit(_LocalHead):
             total = total + self.weights[0] * F.binary_cross_entropy_with_logits(logits.float(), pixels.float())
         if self.aux is not None:
             z = self.aux(out)
-            value = (LF.supcon_loss(z, target, temperature=self.temperature) if self.kind == "supcon" else
-                     F.cross_entropy(z.float(), target.long()))
+            value = (
+                LF.supcon_loss(z, target, temperature=self.temperature)
+                if self.kind == "supcon"
+                else F.cross_entropy(z.float(), target.long())
+            )
             total = total + self.weights[1] * value
         return total

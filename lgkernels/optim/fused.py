@@ -4,6 +4,7 @@ The layer's backward is its own (back-propagation, feedback alignment, sign-symm
 behind it keeps the two factors of dW = dy^T x where `weight.grad` would lie. `optimizer.step()` finds them there. So
 nothing moves before it, and whoever wants the gradient in between is refused in time.
 """
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -36,7 +37,8 @@ class _Factors(torch.Tensor):
         raise RuntimeError(
             f"the gradient of a fused layer's weight was asked for ({_name(function)}), but "
             f"it is never formed: {_HELP}. Gradient clipping by global norm, a GradScaler and zero_grad(set_to_none="
-            "False) do not go with it: leave them out, or undo it with .remove()")
+            "False) do not go with it: leave them out, or undo it with .remove()"
+        )
 
     def __repr__(self):
         return "factors of a gradient (fuse_update)"
@@ -57,14 +59,17 @@ class _After(torch.autograd.Function):
         # a graph that was retained does, in another backward. What was meant for this one is kept in this one alone.
         layer, factors, task = ctx.layer, (grad, *ctx.saved_tensors), _current_backward()
         if torch.is_grad_enabled():
-            raise RuntimeError(f"layer {layer.name!r} met a backward with create_graph=True: a second derivative needs "
-                               f"the weight in the graph, where it is not: {_HELP}. Exclude the layer, or undo it with "
-                               ".remove()")
+            raise RuntimeError(
+                f"layer {layer.name!r} met a backward with create_graph=True: a second derivative needs "
+                f"the weight in the graph, where it is not: {_HELP}. Exclude the layer, or undo it with "
+                ".remove()"
+            )
 
         def accumulate(*_):
             handle.remove()
             if _current_backward() == task:
                 layer.receive(*factors)
+
         handle = ctx.next_functions[2][0].register_hook(accumulate)
         return grad, None, None, None
 
@@ -90,8 +95,10 @@ class _FusedLayer:
         for group in self.optimizer.param_groups:
             if any(p is self.weight for p in group["params"]):
                 return group
-        raise RuntimeError(f"the weight of layer {self.name!r} is no longer in the optimizer: undo fuse_update with "
-                           ".remove() before its parameters change")
+        raise RuntimeError(
+            f"the weight of layer {self.name!r} is no longer in the optimizer: undo fuse_update with "
+            ".remove() before its parameters change"
+        )
 
     def forward(self, x):
         module = self.module
@@ -100,11 +107,15 @@ class _FusedLayer:
         if torch.compiler.is_compiling():
             raise RuntimeError(f"layer {self.name!r}: fuse_update is not for torch.compile; compile the other layers")
         if getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
-            raise RuntimeError(f"layer {self.name!r} runs inside DistributedDataParallel, which exchanges gradients "
-                               f"that fuse_update never forms: {_HELP}. Exclude it, or undo it with .remove()")
+            raise RuntimeError(
+                f"layer {self.name!r} runs inside DistributedDataParallel, which exchanges gradients "
+                f"that fuse_update never forms: {_HELP}. Exclude it, or undo it with .remove()"
+            )
         if module.weight is not self.weight:
-            raise RuntimeError(f"layer {self.name!r}: its weight is not the parameter that fuse_update found (FSDP, or "
-                               "a module moved after it): shard or move first, and leave FSDP's layers out")
+            raise RuntimeError(
+                f"layer {self.name!r}: its weight is not the parameter that fuse_update found (FSDP, or "
+                "a module moved after it): shard or move first, and leave FSDP's layers out"
+            )
         # The weight enters detached: the layer's backward then makes dX and db, and no dW.
         module._parameters["weight"] = self.weight.detach()
         try:
@@ -120,7 +131,8 @@ class _FusedLayer:
         if weight.grad is not None:
             raise RuntimeError(
                 f"layer {self.name!r} got a second gradient before optimizer.step(), gradient accumulation or a layer "
-                f"used twice in one forward: {_HELP}. Exclude the layer, or undo it with .remove()")
+                f"used twice in one forward: {_HELP}. Exclude the layer, or undo it with .remove()"
+            )
         factors = weight.new_zeros(()).expand_as(weight).as_subclass(_Factors)
         factors.factors = [(t, t._version) for t in (grad, x)]
         weight.grad = factors
@@ -140,20 +152,34 @@ class _FusedLayer:
                 buffer = state["momentum_buffer"] = torch.zeros_like(weight)
                 dampening = 0.0
         torch.ops.lgkernels.feedback_update_(
-            weight, buffer, grad, x, float(group["lr"]), momentum, dampening, group["weight_decay"],
-            group.get("nesterov", False), isinstance(self.optimizer, BatchManhattan),
-            -1.0 if group.get("maximize") else 1.0, "auto")
+            weight,
+            buffer,
+            grad,
+            x,
+            float(group["lr"]),
+            momentum,
+            dampening,
+            group["weight_decay"],
+            group.get("nesterov", False),
+            isinstance(self.optimizer, BatchManhattan),
+            -1.0 if group.get("maximize") else 1.0,
+            "auto",
+        )
         weight.grad = None
 
     def refuse(self):
         if not isinstance(self.weight.grad, _Factors):
             return
         if _hooked(self.weight):
-            raise RuntimeError(f"the weight of layer {self.name!r} has hooks for its gradient: {_HELP}. Exclude the "
-                               "layer, or remove the hooks")
+            raise RuntimeError(
+                f"the weight of layer {self.name!r} has hooks for its gradient: {_HELP}. Exclude the "
+                "layer, or remove the hooks"
+            )
         if any(t._version != was for t, was in self.weight.grad.factors):
-            raise RuntimeError(f"the input of layer {self.name!r}, or the gradient of its output, was written to "
-                               "between the backward and optimizer.step(), which reads them: step first")
+            raise RuntimeError(
+                f"the input of layer {self.name!r}, or the gradient of its output, was written to "
+                "between the backward and optimizer.step(), which reads them: step first"
+            )
 
     def drop_factors(self):
         if isinstance(self.weight.grad, _Factors):
@@ -170,8 +196,10 @@ class FusedUpdate:
 
     def _step(self, optimizer, arguments, keywords):
         if any(argument is not None for argument in (*arguments[1:], *keywords.values())):
-            raise RuntimeError("optimizer.step() must have no closure with fuse_update, whose steps come before it: "
-                               "call it after the backward, or undo it with .remove()")
+            raise RuntimeError(
+                "optimizer.step() must have no closure with fuse_update, whose steps come before it: "
+                "call it after the backward, or undo it with .remove()"
+            )
         for layer in self._fused:
             layer.refuse()
         for layer in self._fused:
@@ -227,18 +255,26 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
         FusedUpdate(0)
     """
     if _current_backward is None:
-        raise RuntimeError("fuse_update needs torch._C._current_graph_task_id, which this torch "
-                           f"({torch.__version__}) does not have: use the plain optimizer")
+        raise RuntimeError(
+            "fuse_update needs torch._C._current_graph_task_id, which this torch "
+            f"({torch.__version__}) does not have: use the plain optimizer"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if type(optimizer) is not torch.optim.SGD and not isinstance(optimizer, BatchManhattan):
-        raise TypeError("optimizer must be torch.optim.SGD or lgkernels.optim.BatchManhattan, got "
-                        f"{type(optimizer).__name__}")
+        raise TypeError(
+            f"optimizer must be torch.optim.SGD or lgkernels.optim.BatchManhattan, got {type(optimizer).__name__}"
+        )
     for module in model.modules():
-        if isinstance(module, DistributedDataParallel) or "FSDP" in type(module).__name__ or any(
-                "FSDP" in base.__name__ for base in type(module).__mro__):
-            raise ValueError(f"model must not be wrapped in {type(module).__name__}: ranks exchange gradients that "
-                             "fuse_update never stores")
+        if (
+            isinstance(module, DistributedDataParallel)
+            or "FSDP" in type(module).__name__
+            or any("FSDP" in base.__name__ for base in type(module).__mro__)
+        ):
+            raise ValueError(
+                f"model must not be wrapped in {type(module).__name__}: ranks exchange gradients that "
+                "fuse_update never stores"
+            )
     stepped = {p for group in optimizer.param_groups for p in group["params"]}
     if any(group.get("no_sign_change") for group in optimizer.param_groups):
         raise ValueError("optimizer must not have no_sign_change=True: the fused pass does not hold signs")
@@ -247,10 +283,11 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name in (*(include or ()), *exclude):
         if name not in linear:
-            raise ValueError(f"include and exclude take names of linear layers ({', '.join(linear) or 'none here'}), "
-                             f"got {name!r}")
+            raise ValueError(
+                f"include and exclude take names of linear layers ({', '.join(linear) or 'none here'}), got {name!r}"
+            )
     users = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for _, module in model.named_modules(remove_duplicate=False):
         for p in module.parameters(recurse=False):
             users.setdefault(p, set()).add(module)
     fused = []
@@ -262,19 +299,29 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
         if weight not in stepped or len(users.get(weight, ())) > 1 or not weight.is_contiguous():
             if include is None:
                 continue
-            reason = ("is not among the optimizer's parameters" if weight not in stepped else
-                      "is shared with another module" if weight.is_contiguous() else "is not contiguous")
+            reason = (
+                "is not among the optimizer's parameters"
+                if weight not in stepped
+                else "is shared with another module"
+                if weight.is_contiguous()
+                else "is not contiguous"
+            )
             raise ValueError(f"include: the weight of layer {name!r} {reason}")
         if _hooked(weight):
-            raise ValueError(f"the weight of layer {name!r} has hooks for its gradient, which is never formed: exclude "
-                             "the layer, or remove the hooks")
+            raise ValueError(
+                f"the weight of layer {name!r} has hooks for its gradient, which is never formed: exclude "
+                "the layer, or remove the hooks"
+            )
         if isinstance(owner := getattr(vars(module).get("forward"), "__self__", None), _FusedLayer) and (
-                owner.optimizer is None):
+            owner.optimizer is None
+        ):
             del module.forward  # of a copied model
         if "forward" in vars(module):
             raise ValueError(f"layer {name!r} has a forward of its own (an earlier fuse_update?): remove it first")
         fused.append((name, module))
     if not fused:
-        raise ValueError("model has no linear layer to fuse: none of at least "
-                         f"min_weights={min_weights} weights that the optimizer steps")
+        raise ValueError(
+            "model has no linear layer to fuse: none of at least "
+            f"min_weights={min_weights} weights that the optimizer steps"
+        )
     return FusedUpdate([_FusedLayer(*entry, optimizer) for entry in fused], optimizer)

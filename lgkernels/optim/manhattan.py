@@ -1,4 +1,5 @@
 """Batch Manhattan: steps of the sign of the mini-batch gradient."""
+
 import math
 
 import torch
@@ -42,8 +43,9 @@ class BatchManhattan(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, momentum=0.0, weight_decay=0.0, *, no_sign_change=False):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
-                                      no_sign_change=no_sign_change))
+        super().__init__(
+            params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, no_sign_change=no_sign_change)
+        )
 
     def add_param_group(self, param_group):
         group = {**self.defaults, **param_group}
@@ -56,8 +58,10 @@ class BatchManhattan(torch.optim.Optimizer):
         if group["no_sign_change"]:
             for p in group["params"]:
                 if p.dtype == torch.float16 and p.dim() > 1:
-                    raise ValueError("no_sign_change keeps weights of +-1e-10, which float16 rounds to 0: use float32 "
-                                     f"or bfloat16 weights, got float16 of shape {tuple(p.shape)}")
+                    raise ValueError(
+                        "no_sign_change keeps weights of +-1e-10, which float16 rounds to 0: use float32 "
+                        f"or bfloat16 weights, got float16 of shape {tuple(p.shape)}"
+                    )
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -7,6 +7,7 @@ Source: Ren, Li, "BP-modified local loss" (ICLR 2025). There is no public code: 
 parameter, averaged over small mini-batches and reused for a period is known; where exactly the two factors stand, and
 that the offset enters before momentum, is our reconstruction, so each of the four coefficients is a setting.
 """
+
 import contextlib
 import os
 import warnings
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core import checks
-from ..ops.offset import op as _op  # noqa: F401  registers the op
+from ..ops.offset import op as _op
 
 COEFFICIENTS = ("local_scale", "offset_scale", "bp_coef", "local_coef")
 
@@ -36,8 +37,10 @@ def _losses(result):
 def _global_losses(result):
     for loss in _losses(result):
         if not loss.requires_grad:
-            raise ValueError("bp_closure must return a loss that depends on a parameter, got one without gradient: do "
-                             "not detach it or compute it under torch.no_grad, and freeze no parameter on its way")
+            raise ValueError(
+                "bp_closure must return a loss that depends on a parameter, got one without gradient: do "
+                "not detach it or compute it under torch.no_grad, and freeze no parameter on its way"
+            )
         yield loss
 
 
@@ -56,8 +59,10 @@ def _inner_products(a, b, parameters):
     """float64 tensor: |a|^2, <a, b>, |b|^2 over the parameters of a; what b lacks is 0."""
     sums = torch.zeros(3, dtype=torch.float64)
     for p in parameters:
-        pairs = [(x[p].double().flatten(), y[p].double().flatten()) if p in x and p in y else None
-                 for x, y in ((a, a), (a, b), (b, b))]
+        pairs = [
+            (x[p].double().flatten(), y[p].double().flatten()) if p in x and p in y else None
+            for x, y in ((a, a), (a, b), (b, b))
+        ]
         sums += torch.tensor([0.0 if pair is None else torch.dot(*pair).item() for pair in pairs], dtype=torch.float64)
     return sums
 
@@ -66,15 +71,18 @@ def _chunks(data, size):
     """(weight, tensors) of consecutive chunks: the weights are the chunks' shares of the batch."""
     batch = len(data[0])
     for start in range(0, batch, size):
-        part = tuple(t[start:start + size] for t in data)
+        part = tuple(t[start : start + size] for t in data)
         yield len(part[0]) / batch, part
 
 
 @contextlib.contextmanager
 def _untouched(model, batch_norm):
     """Restores buffers, modes and random state bit for bit."""
-    modules = [] if model is None else [m for root in ([model] if isinstance(model, nn.Module) else model)
-                                        for m in root.modules()]
+    modules = (
+        []
+        if model is None
+        else [m for root in ([model] if isinstance(model, nn.Module) else model) for m in root.modules()]
+    )
     names = [(m, dict(m._buffers)) for m in modules]  # a forward may put another tensor in a buffer's place
     buffers = [(b, b.clone()) for m in modules for b in m.buffers(recurse=False)]
     modes = [(m, m.training) for m in modules]
@@ -121,8 +129,21 @@ class Offsets:
         pairs = [(p, self._offset(p)) for group in self.param_groups for p in group["params"]]
         return [(p, offset) for p, offset in pairs if offset is not None]
 
-    def refresh(self, bp_closure, local_closure, data, *, bp_chunk=8, local_chunk=64, model=None, batch_norm="train",
-                estimate_local_scale=False, estimate_offset_scale=False, max_growth=None, average=None):
+    def refresh(
+        self,
+        bp_closure,
+        local_closure,
+        data,
+        *,
+        bp_chunk=8,
+        local_chunk=64,
+        model=None,
+        batch_norm="train",
+        estimate_local_scale=False,
+        estimate_offset_scale=False,
+        max_growth=None,
+        average=None,
+    ):
         """Recompute the offsets on `data`. Weights, momentum, gradients, buffers and random state stay bit-identical.
 
         Both passes accumulate with opposite signs into one buffer per parameter. A parameter that the global loss does
@@ -158,8 +179,9 @@ class Offsets:
         checks.choice("batch_norm", batch_norm, ("train", "eval"))
         data = (data,) if isinstance(data, torch.Tensor) else tuple(data)
         if not data or any(len(t) != len(data[0]) for t in data) or not len(data[0]):
-            raise ValueError("data must be tensors of one and the same length above 0, got lengths "
-                             f"{[len(t) for t in data]}")
+            raise ValueError(
+                f"data must be tensors of one and the same length above 0, got lengths {[len(t) for t in data]}"
+            )
         if max_growth is not None:
             checks.positive("max_growth", max_growth)
         if torch.is_inference_mode_enabled():
@@ -167,8 +189,10 @@ class Offsets:
         groups = self.param_groups
         parameters = [p for group in groups for p in group["params"] if p.requires_grad]
         if not parameters:
-            raise ValueError("param_groups must hold a parameter that requires a gradient to refresh its offset, got "
-                             "none: all are frozen")
+            raise ValueError(
+                "param_groups must hold a parameter that requires a gradient to refresh its offset, got "
+                "none: all are frozen"
+            )
         before = [group.pop("dropped_norm", None) or self._norm(group["params"]) for group in groups]
         gradients = [(p, p.grad) for p in parameters]
         for p in parameters:
@@ -177,11 +201,20 @@ class Offsets:
         try:
             with _untouched(model, batch_norm), torch.enable_grad(), _no_float16(parameters[0].device.type):
                 if estimate_local_scale or estimate_offset_scale:
-                    self._estimate(bp_closure, local_closure, data, bp_chunk, parameters, average,
-                                   estimate_local_scale, estimate_offset_scale)
+                    self._estimate(
+                        bp_closure,
+                        local_closure,
+                        data,
+                        bp_chunk,
+                        parameters,
+                        average,
+                        estimate_local_scale,
+                        estimate_offset_scale,
+                    )
                 else:
-                    self._accumulate(bp_closure, local_closure, _chunks(data, bp_chunk), _chunks(data, local_chunk),
-                                     parameters)
+                    self._accumulate(
+                        bp_closure, local_closure, _chunks(data, bp_chunk), _chunks(data, local_chunk), parameters
+                    )
                     if average is not None:
                         average([p.grad for p in parameters if p.grad is not None])
             offsets = [(p, p.grad) for p in parameters]
@@ -189,8 +222,10 @@ class Offsets:
             for p, grad in gradients:
                 p.grad = grad
         if not all(torch.isfinite(o).all() for _, o in offsets if o is not None):
-            raise RuntimeError("refresh: an offset is not finite; training goes on without offsets. The global loss or "
-                               "a local one has diverged: try a shorter period or a smaller offset_scale")
+            raise RuntimeError(
+                "refresh: an offset is not finite; training goes on without offsets. The global loss or "
+                "a local one has diverged: try a shorter period or a smaller offset_scale"
+            )
         for p, offset in offsets:
             self._set_offset(p, offset)
         if max_growth is not None:
@@ -227,8 +262,10 @@ class Offsets:
     def _estimate(self, bp_closure, local_closure, data, size, parameters, average, local_scale, offset_scale):
         """As `_accumulate`, chunk by chunk, with the chunks' inner products, whose spread gives the estimates."""
         if len(data[0]) % size or len(data[0]) == size:
-            raise ValueError(f"data must hold at least two whole chunks of bp_chunk={size} to estimate a scale, got "
-                             f"{len(data[0])} samples")
+            raise ValueError(
+                f"data must hold at least two whole chunks of bp_chunk={size} to estimate a scale, got "
+                f"{len(data[0])} samples"
+            )
         count, total = len(data[0]) // size, {}
         # |L|^2, <L, l>, |l|^2 of the gradients: means over the chunks
         products = [torch.zeros(3, dtype=torch.float64) for _ in self.param_groups]
@@ -269,9 +306,12 @@ class Offsets:
         for i, (group, old) in enumerate(zip(self.param_groups, before)):
             new = self._norm(group["params"])
             if old and new > max_growth * old:
-                warnings.warn(f"param_groups[{i}]: the offset grew from {old:.3g} to {new:.3g}, more than "
-                              f"{max_growth} times: dropped for this period. A shorter period or a smaller "
-                              "offset_scale is stable", stacklevel=3)
+                warnings.warn(
+                    f"param_groups[{i}]: the offset grew from {old:.3g} to {new:.3g}, more than "
+                    f"{max_growth} times: dropped for this period. A shorter period or a smaller "
+                    "offset_scale is stable",
+                    stacklevel=3,
+                )
                 group["dropped_norm"] = new  # what the next refresh compares with; in state_dict
                 for p in group["params"]:
                     self._set_offset(p, None)
@@ -342,13 +382,31 @@ class OffsetSGD(Offsets, torch.optim.Optimizer):
         tensor([0.5000])
     """
 
-    def __init__(self, params, lr, momentum=0, weight_decay=0, *, local_scale=1.0, offset_scale=1.0, bp_coef=1.0,
-                 local_coef=None, offset_dtype=None):
+    def __init__(
+        self,
+        params,
+        lr,
+        momentum=0,
+        weight_decay=0,
+        *,
+        local_scale=1.0,
+        offset_scale=1.0,
+        bp_coef=1.0,
+        local_coef=None,
+        offset_dtype=None,
+    ):
         if offset_dtype not in (None, torch.bfloat16):
             raise TypeError(f"offset_dtype must be torch.bfloat16 or None, got {offset_dtype}")
         self.offset_dtype, self._plans = offset_dtype, {}
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, local_scale=local_scale,
-                        offset_scale=offset_scale, bp_coef=bp_coef, local_coef=local_coef)
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            local_scale=local_scale,
+            offset_scale=offset_scale,
+            bp_coef=bp_coef,
+            local_coef=local_coef,
+        )
         check_group(defaults)
         super().__init__(params, defaults)
 
@@ -427,9 +485,17 @@ class OffsetSGD(Offsets, torch.optim.Optimizer):
         if torch.compiler.is_compiling() or any(g.layout != torch.strided for _, g, _ in members):
             return None
         return [(os.environ.get("LGKERNELS_IMPL"), not factors[1], not factors[4])] + [
-            (id(p), p.data_ptr(), p.stride(), g.data_ptr(), g.stride(), g.dtype,
-             *((id(t), t.data_ptr()) for t in (s.get("momentum_buffer"), s.get("offset")) if t is not None))
-            for p, g, s in members]
+            (
+                id(p),
+                p.data_ptr(),
+                p.stride(),
+                g.data_ptr(),
+                g.stride(),
+                g.dtype,
+                *((id(t), t.data_ptr()) for t in (s.get("momentum_buffer"), s.get("offset")) if t is not None),
+            )
+            for p, g, s in members
+        ]
 
     @staticmethod
     def _run(factors, steps, written, _):
@@ -462,16 +528,22 @@ class OffsetSGD(Offsets, torch.optim.Optimizer):
     @staticmethod
     def _check(index, p, grad, state):
         if grad.layout != torch.strided:
-            raise TypeError(f"param_groups[{index}]: a gradient is sparse ({grad.layout}); OffsetSGD takes dense "
-                            "gradients: make the layer's gradient dense (sparse=False)")
+            raise TypeError(
+                f"param_groups[{index}]: a gradient is sparse ({grad.layout}); OffsetSGD takes dense "
+                "gradients: make the layer's gradient dense (sparse=False)"
+            )
         for name in ("offset", "momentum_buffer"):
             value = state.get(name)
             if value is None:
                 continue
             if value.shape != p.shape or value.device != p.device:
-                raise ValueError(f"param_groups[{index}]: a state's {name} must have its parameter's shape "
-                                 f"{tuple(p.shape)} and device {p.device}, got {tuple(value.shape)} on {value.device}: "
-                                 "load a state_dict of this model")
+                raise ValueError(
+                    f"param_groups[{index}]: a state's {name} must have its parameter's shape "
+                    f"{tuple(p.shape)} and device {p.device}, got {tuple(value.shape)} on {value.device}: "
+                    "load a state_dict of this model"
+                )
             if value.dtype != p.dtype and (name == "momentum_buffer" or value.dtype != torch.bfloat16):
-                raise TypeError(f"param_groups[{index}]: a state's {name} must be {p.dtype} like its parameter, got "
-                                f"{value.dtype} (an offset may be bfloat16)")
+                raise TypeError(
+                    f"param_groups[{index}]: a state's {name} must be {p.dtype} like its parameter, got "
+                    f"{value.dtype} (an offset may be bfloat16)"
+                )

@@ -1,4 +1,5 @@
 """BP-modified local losses with any torch optimizer: a wrapper that adds the offsets to the gradients."""
+
 import torch
 from torch import nn
 
@@ -59,8 +60,10 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
     def add_param_group(self, param_group):
         """As torch's, on the optimizer."""
         if isinstance(param_group, dict):  # else torch's says so
-            check_group({name: param_group[name] for name in COEFFICIENTS if name in param_group},
-                        f"param_groups[{len(self.param_groups)}]: ")
+            check_group(
+                {name: param_group[name] for name in COEFFICIENTS if name in param_group},
+                f"param_groups[{len(self.param_groups)}]: ",
+            )
         self.optimizer.add_param_group(param_group)
 
     def _offset(self, p):
@@ -84,6 +87,7 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
                 loss = closure()
             self._modify(max_norm)
             return loss
+
         return self.optimizer.step(modified)
 
     @torch.no_grad()

@@ -1,4 +1,5 @@
 """Augmentation on whole batches, with a generator that the caller seeds. Draws happen on the CPU."""
+
 import math
 
 import torch
@@ -20,7 +21,7 @@ def random_crop(images, size, padding, generator):
 
 def center_crop(images, size):
     top, left = ((n - size) // 2 for n in images.shape[2:])
-    return images[:, :, top:top + size, left:left + size]
+    return images[:, :, top : top + size, left : left + size]
 
 
 def random_flip(images, generator):
@@ -46,6 +47,9 @@ def random_erase(images, probability, generator, scale=(0.02, 0.33), ratio=(0.3,
     left = (torch.rand(batch, 1, generator=generator) * (width - w + 1)).floor()
     chosen = (torch.rand(batch, 1, generator=generator) < probability) & fits.any(1, keepdim=True)
     row, column = torch.arange(height), torch.arange(width)
-    inside = (((row >= top) & (row < top + h)).unsqueeze(2) & ((column >= left) & (column < left + w)).unsqueeze(1)
-              & chosen.unsqueeze(2))
+    inside = (
+        ((row >= top) & (row < top + h)).unsqueeze(2)
+        & ((column >= left) & (column < left + w)).unsqueeze(1)
+        & chosen.unsqueeze(2)
+    )
     return images.masked_fill(inside.unsqueeze(1), 0)

@@ -1,4 +1,5 @@
 """A tree of dicts, lists, numbers and tensors as one safetensors file, written at once or not at all."""
+
 import hashlib
 import json
 import os
@@ -44,12 +45,13 @@ def _flatten(node, key, tensors):
         return {type(node).__name__: [_flatten(v, f"{key}.{i}", tensors) for i, v in enumerate(node)]}
     if node is None or isinstance(node, (bool, int, float, str)):
         return {"value": node}
-    raise TypeError("a checkpoint holds dicts, lists, numbers, strings and tensors, got "
-                    f"{type(node).__name__} at {key}")
+    raise TypeError(
+        f"a checkpoint holds dicts, lists, numbers, strings and tensors, got {type(node).__name__} at {key}"
+    )
 
 
 def _restore(node, tensors):
-    (kind, value), = node.items()
+    ((kind, value),) = node.items()
     if kind == "tensor":
         return tensors[value]
     if kind == "dict":
@@ -71,6 +73,7 @@ def _digest(tree, tensors):
 def save(path, tree):
     """Write `tree` to `path` atomically, with a digest of everything in it."""
     from safetensors.torch import save as serialize
+
     tensors = {}
     text = json.dumps(_flatten(tree, "state", tensors))
     metadata = {"format": FORMAT, "tree": text, "digest": _digest(text, tensors)}
@@ -80,6 +83,7 @@ def save(path, tree):
 def load(path):
     """The tree that `save` wrote. Raises CheckpointError for anything else; nothing in the file is executed."""
     from safetensors import SafetensorError, safe_open
+
     if not Path(path).is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
@@ -89,8 +93,9 @@ def load(path):
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {path} is corrupt or cut short ({error})") from None
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of this program (format {metadata.get('format')!r}, "
-                              f"expected {FORMAT!r})")
+        raise CheckpointError(
+            f"{path} is no checkpoint of this program (format {metadata.get('format')!r}, expected {FORMAT!r})"
+        )
     if _digest(metadata.get("tree", ""), tensors) != metadata.get("digest"):
         raise CheckpointError(f"checkpoint {path} is corrupt: its contents do not match their digest")
     return _restore(json.loads(metadata["tree"]), tensors)

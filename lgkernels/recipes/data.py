@@ -1,4 +1,5 @@
 """The data sets of the command: what they are called, where they lie, how they are normalised and augmented."""
+
 from collections import namedtuple
 from pathlib import Path
 
@@ -23,13 +24,22 @@ SOURCES = {
     "cifar10": Source("CIFAR-10", _CIFAR, _CIFAR_RECIPES, True),
     "cifar10-jpeg": Source("CIFAR-10, JPEG copy", _CIFAR, _CIFAR_RECIPES, True),
     "cifar100": Source("CIFAR-100", _CIFAR, _CIFAR_RECIPES, True),
-    "imagenette": Source("Imagenette", _IMAGENET, {"basic": Recipe(132, 128, 0, True, 0.0),
-                                                   "full": Recipe(160, 128, 0, True, 0.2)}, True),
-    "tiny-imagenet": Source("Tiny ImageNet", _IMAGENET, {"basic": Recipe(64, 64, None, True, 0.0),
-                                                         "full": Recipe(64, 64, None, True, 0.2)}, True),
+    "imagenette": Source(
+        "Imagenette", _IMAGENET, {"basic": Recipe(132, 128, 0, True, 0.0), "full": Recipe(160, 128, 0, True, 0.2)}, True
+    ),
+    "tiny-imagenet": Source(
+        "Tiny ImageNet",
+        _IMAGENET,
+        {"basic": Recipe(64, 64, None, True, 0.0), "full": Recipe(64, 64, None, True, 0.2)},
+        True,
+    ),
     "vww": Source("Visual Wake Words", _IMAGENET, {"basic": Recipe(132, 128, 0, True, 0.0)}, True),
-    "image-folder": Source("image folder", _IMAGENET, {"basic": Recipe(132, 128, 0, True, 0.0),
-                                                       "full": Recipe(132, 128, 0, True, 0.2)}, True),
+    "image-folder": Source(
+        "image folder",
+        _IMAGENET,
+        {"basic": Recipe(132, 128, 0, True, 0.0), "full": Recipe(132, 128, 0, True, 0.2)},
+        True,
+    ),
 }
 
 
@@ -56,8 +66,10 @@ class Dataset:
     def test_batches(self, batch_size):
         images, labels = self.test
         for indices in torch.arange(len(labels)).split(batch_size):
-            yield (self._resized(self._normalize(augment.center_crop(images[indices], self.recipe.size))),
-                   labels[indices])
+            yield (
+                self._resized(self._normalize(augment.center_crop(images[indices], self.recipe.size))),
+                labels[indices],
+            )
 
     def _resized(self, batch):
         if batch.shape[-1] == self.image_size:
@@ -116,13 +128,16 @@ def load(name, folder=None, augmentation="basic"):
         if len(images) != len(labels) or not len(labels):
             raise DataError(f"{name}: {len(images)} {part} images and {len(labels)} labels, expected as many, and some")
         if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise DataError(f"{name}: {part} labels must lie in [0, {classes - 1}], got {int(labels.min())} to "
-                            f"{int(labels.max())}")
+            raise DataError(
+                f"{name}: {part} labels must lie in [0, {classes - 1}], got {int(labels.min())} to {int(labels.max())}"
+            )
     return Dataset(title, *splits, classes, source.statistics, recipe)
 
 
 def _embedded():
     path = Path(__file__).parent / "assets" / "fashion_mnist_12k.npz"
     with np.load(path, allow_pickle=False) as file:
-        return [(torch.from_numpy(file[f"x_{part}"]).unsqueeze(1), torch.from_numpy(file[f"y_{part}"].astype(np.int64)))
-                for part in ("train", "test")]
+        return [
+            (torch.from_numpy(file[f"x_{part}"]).unsqueeze(1), torch.from_numpy(file[f"y_{part}"].astype(np.int64)))
+            for part in ("train", "test")
+        ]

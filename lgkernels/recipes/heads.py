@@ -3,6 +3,7 @@
 Both draw a (C, hidden) matrix from 0.1 N(0, 1), pool it along its second dimension to the size d of the latents, and
 do not normalise the latents. Source: the authors' code ("LLS_Random", "LocalLosses").
 """
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,8 +24,15 @@ class RandomBasisHead(nn.Module):
         if target is None or not self.training:
             return self.block(x)
         out = self.block(x.detach())
-        loss = LF.lls_loss(out, target, num_classes=self.num_classes, pool_size=self.pool_size, basis=self.basis,
-                           normalize=False, temperature=self.temperature)
+        loss = LF.lls_loss(
+            out,
+            target,
+            num_classes=self.num_classes,
+            pool_size=self.pool_size,
+            basis=self.basis,
+            normalize=False,
+            temperature=self.temperature,
+        )
         return out.detach(), loss
 
 

@@ -1,4 +1,5 @@
 """How feedback and weights relate over the epochs: FA's weights turn towards it, sign-symmetry starts there."""
+
 import math
 
 from torch import nn
@@ -12,14 +13,17 @@ def of(blocks):
     """Both measures of every converted layer, for an epoch's record: name -> layer -> value (None where undefined)."""
     model = nn.Sequential(*blocks)
     measured = {"alignment": lnn.alignment(model), "weight_ratio": lnn.weight_ratio(model)}
-    return {name: {layer: value if math.isfinite(value) else None for layer, value in values.items()}
-            for name, values in measured.items()}
+    return {
+        name: {layer: value if math.isfinite(value) else None for layer, value in values.items()}
+        for name, values in measured.items()
+    }
 
 
 def draw(path, title, histories):
     """Both measures over epochs, a line a layer, a row of plots a rule; False if no rule has any."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     histories = {rule: history for rule, history in histories.items() if history and "alignment" in history[0]}
     if not histories:
         return False

@@ -1,4 +1,5 @@
 """One rule's training run: epochs, evaluation, and a state that continues bit for bit."""
+
 import contextlib
 import hashlib
 import math
@@ -26,6 +27,7 @@ def optimizer_factory(name, lr):
     """Callable: parameters -> optimizer, with the settings of the LLS paper where it has any."""
     if name == "adamw-schedule-free":
         from schedulefree import AdamWScheduleFree
+
         return lambda parameters: AdamWScheduleFree(parameters, lr=lr, betas=(0.9, 0.999))
     if name == "sgd":
         return lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9)
@@ -53,8 +55,9 @@ def make_trainer(settings, rule, dataset, weights=None):
         factory = optimizer_factory(settings["optimizer"], learning_rate(settings, rule))
         scaler = torch.amp.GradScaler(settings["device"]) if settings["amp"] == "fp16" else None
         return tuning.make_trainer(settings, rule, dataset, weights, factory, grad_scaler=scaler)
-    blocks = models.build(settings["model"], rule, in_channels=dataset.channels, num_classes=dataset.classes,
-                          seed=settings["seed"])
+    blocks = models.build(
+        settings["model"], rule, in_channels=dataset.channels, num_classes=dataset.classes, seed=settings["seed"]
+    )
     blocks = [block.to(settings["device"]) for block in blocks]
     device = torch.device(settings["device"])
     scaler = torch.amp.GradScaler(device.type) if settings["amp"] == "fp16" else None
@@ -97,9 +100,18 @@ class Run:
         return self.epoch >= self.settings["epochs"]
 
     def state_dict(self):
-        return {"rule": self.rule, "trainer": self.trainer.state_dict(), "epoch": self.epoch, "batch": self.batch,
-                "history": self.history, "losses": self.losses, "correct": self.correct, "seconds": self.seconds,
-                "refresh_seconds": self.refresh_seconds, "rng": torch.get_rng_state()}
+        return {
+            "rule": self.rule,
+            "trainer": self.trainer.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "history": self.history,
+            "losses": self.losses,
+            "correct": self.correct,
+            "seconds": self.seconds,
+            "refresh_seconds": self.refresh_seconds,
+            "rng": torch.get_rng_state(),
+        }
 
     def load_state_dict(self, state):
         if state["rule"] != self.rule:
@@ -132,8 +144,9 @@ class Run:
     def batch_at(self, order, i, purpose="augment"):
         """Training batch `i` of this epoch on the device."""
         size = self.settings["batch_size"]
-        x, target = self.dataset.training_batch(order[i * size:(i + 1) * size],
-                                                seeded(self.settings["seed"], purpose, self.epoch, i))
+        x, target = self.dataset.training_batch(
+            order[i * size : (i + 1) * size], seeded(self.settings["seed"], purpose, self.epoch, i)
+        )
         return x.to(self.device), target.to(self.device)
 
     def _epoch(self, progress, stopping):
@@ -167,14 +180,18 @@ class Run:
         """Refresh the offsets on the epoch's batches from `start` on."""
         count = -(-self.settings["offset_batch"] // self.settings["batch_size"])
         batches = [self.batch_at(order, (start + i) % self.batches) for i in range(count)]
-        data = [torch.cat(tensors)[:self.settings["offset_batch"]] for tensors in zip(*batches)]
+        data = [torch.cat(tensors)[: self.settings["offset_batch"]] for tensors in zip(*batches)]
         # float16 without its scaling would lose small gradients: rare enough a pass for float32
         with contextlib.nullcontext() if self.settings["amp"] == "fp16" else autocast(self.settings):
-            refresh_trainer(self.trainer, data, bp_chunk=self.trainer.offset_chunk,
-                            local_chunk=self.settings["batch_size"],
-                            estimate_local_scale=self.settings["local_scale"] == "auto",
-                            estimate_offset_scale=self.settings["offset_scale"] == "auto",
-                            max_growth=self.settings["offset_growth"])
+            refresh_trainer(
+                self.trainer,
+                data,
+                bp_chunk=self.trainer.offset_chunk,
+                local_chunk=self.settings["batch_size"],
+                estimate_local_scale=self.settings["local_scale"] == "auto",
+                estimate_offset_scale=self.settings["offset_scale"] == "auto",
+                max_growth=self.settings["offset_growth"],
+            )
 
     def live(self):
         """Training accuracy and loss of the classifier so far in this epoch (waits for the device)."""
@@ -183,8 +200,13 @@ class Run:
     @torch.no_grad()
     def _evaluate(self):
         accuracy, _ = self.live()
-        record = {"rule": self.rule, "epoch": self.epoch + 1, "train_accuracy": accuracy,
-                  "losses": [_finite(v) for v in (self.losses / self.batch).tolist()], "train_seconds": self.seconds}
+        record = {
+            "rule": self.rule,
+            "epoch": self.epoch + 1,
+            "train_accuracy": accuracy,
+            "losses": [_finite(v) for v in (self.losses / self.batch).tolist()],
+            "train_seconds": self.seconds,
+        }
         if self.rule in tuning.MODIFIED:
             record["refresh_seconds"] = self.refresh_seconds
         order = self._order("recalibrate")
@@ -199,8 +221,11 @@ class Run:
                 loss += F.cross_entropy(logits, target, reduction="sum")
                 seen += len(target)
         record.update(test_accuracy=correct.item() / seen, test_loss=_finite(loss.item() / seen))
-        self.weights = {f"{i}.{name}": tensor.detach().cpu().clone() for i, block in enumerate(self.trainer.blocks)
-                        for name, tensor in block.state_dict().items()}
+        self.weights = {
+            f"{i}.{name}": tensor.detach().cpu().clone()
+            for i, block in enumerate(self.trainer.blocks)
+            for name, tensor in block.state_dict().items()
+        }
         self.trainer.train()
         if self.rule in models.FEEDBACK_RULES:
             record.update(instruments.of(self.trainer.blocks))

@@ -1,4 +1,5 @@
 """What a training step costs: time, side by side for all rules, and peak memory."""
+
 import contextlib
 import os
 import statistics
@@ -10,6 +11,7 @@ import torch
 
 def step_times(steps, device, *, budget=8.0, rounds=12):
     """Median seconds of each callable in `steps` (name -> callable), taken in turn so that all meet the same noise."""
+
     def timed(step):
         start = time.perf_counter()
         step()
@@ -54,8 +56,9 @@ def state_bytes(trainer):
     """Bytes of parameters, buffers, and the optimizers' state, offsets included."""
     tensors = {id(t): t for block in trainer.blocks for t in (*block.parameters(), *block.buffers())}
     for optimizer in filter(None, trainer.optimizers):
-        tensors |= {id(t): t for state in optimizer.state.values() for t in state.values()
-                    if isinstance(t, torch.Tensor)}
+        tensors |= {
+            id(t): t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)
+        }
         for _, offset in getattr(optimizer, "offsets", list)():
             tensors[id(offset)] = offset
     return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -6,6 +6,7 @@ heads before they are pooled to the size of the latents. Source: the authors' co
 
 `NETWORKS`, as functions, for the rules without local heads: see `networks`.
 """
+
 import math
 from collections import namedtuple
 
@@ -23,18 +24,65 @@ Linear = namedtuple("Linear", "features pool hidden", defaults=(2048,))
 Model = namedtuple("Model", "layers reduced_rows")
 
 MODELS = {
-    "smallconv": Model((Conv(32, 4, 512, max_pool=True), Conv(64, 2, 256, max_pool=True), Conv(128, 2, 512), Pool(2),
-                        Linear(512, 512, 512)), 20),
-    "smallconvl": Model((Conv(96, 4, 1536, max_pool=True), Conv(192, 2, 768, max_pool=True), Conv(512, 2), Pool(2),
-                         Linear(1024, 2048)), 20),  # 1024 features pooled to 2048: each is repeated, as published
-    "vgg8": Model((Conv(128, 4), Conv(256, 2, max_pool=True), Conv(256, 2), Conv(256, 2, max_pool=True),
-                   Conv(512, 2, max_pool=True), Conv(512, 2), Pool(2), Linear(1024, 1024)), 100),
-    "vgg11": Model((Conv(64, 4, max_pool=True), Conv(128, 2, max_pool=True), Conv(256, 2),
-                    Conv(256, 2, max_pool=True), Conv(512, 2), Conv(512, 2, max_pool=True), Conv(512, 2),
-                    Conv(512, 2), Pool(8), Linear(4096, 2048), Linear(4096, 2048)), 100),
-    "mobilenetv1": Model((Conv(32, 8, stride=2), Separable(64, 4), Separable(128, 4, stride=2), Separable(128, 4),
-                          Separable(256, 2, stride=2), Separable(256, 2), Separable(512, 2, stride=2),
-                          *[Separable(512, 2)] * 5, Separable(1024, 1, stride=2), Separable(1024, 1), Pool(1)), 20),
+    "smallconv": Model(
+        (
+            Conv(32, 4, 512, max_pool=True),
+            Conv(64, 2, 256, max_pool=True),
+            Conv(128, 2, 512),
+            Pool(2),
+            Linear(512, 512, 512),
+        ),
+        20,
+    ),
+    "smallconvl": Model(
+        (Conv(96, 4, 1536, max_pool=True), Conv(192, 2, 768, max_pool=True), Conv(512, 2), Pool(2), Linear(1024, 2048)),
+        20,
+    ),  # 1024 features pooled to 2048: each is repeated, as published
+    "vgg8": Model(
+        (
+            Conv(128, 4),
+            Conv(256, 2, max_pool=True),
+            Conv(256, 2),
+            Conv(256, 2, max_pool=True),
+            Conv(512, 2, max_pool=True),
+            Conv(512, 2),
+            Pool(2),
+            Linear(1024, 1024),
+        ),
+        100,
+    ),
+    "vgg11": Model(
+        (
+            Conv(64, 4, max_pool=True),
+            Conv(128, 2, max_pool=True),
+            Conv(256, 2),
+            Conv(256, 2, max_pool=True),
+            Conv(512, 2),
+            Conv(512, 2, max_pool=True),
+            Conv(512, 2),
+            Conv(512, 2),
+            Pool(8),
+            Linear(4096, 2048),
+            Linear(4096, 2048),
+        ),
+        100,
+    ),
+    "mobilenetv1": Model(
+        (
+            Conv(32, 8, stride=2),
+            Separable(64, 4),
+            Separable(128, 4, stride=2),
+            Separable(128, 4),
+            Separable(256, 2, stride=2),
+            Separable(256, 2),
+            Separable(512, 2, stride=2),
+            *[Separable(512, 2)] * 5,
+            Separable(1024, 1, stride=2),
+            Separable(1024, 1),
+            Pool(1),
+        ),
+        20,
+    ),
 }
 
 LOCAL_RULES = ("lls", "lls-m", "lls-mxm", "lls-mxm-reduced", "lls-random", "local-classifier")
@@ -62,8 +110,13 @@ def build(model, rule, *, in_channels, num_classes, temperature=0.5, waveform="s
     if rule in FEEDBACK_RULES or rule in DIRECT_RULES:
         return _converted(_plain(spec, in_channels, num_classes), rule, seed, impl)
     options = {"num_classes": num_classes, "temperature": temperature}
-    fused = {"waveform": waveform, "impl": impl, "modulation": _MODULATION.get(rule),
-             "reduced_rows": reduced_rows(model, num_classes), **options}
+    fused = {
+        "waveform": waveform,
+        "impl": impl,
+        "modulation": _MODULATION.get(rule),
+        "reduced_rows": reduced_rows(model, num_classes),
+        **options,
+    }
     control = {"lls-random": RandomBasisHead, "local-classifier": LocalClassifierHead}.get(rule)
     blocks, width, positions = [], in_channels, 1
     for layer in spec.layers:
@@ -79,14 +132,20 @@ def build(model, rule, *, in_channels, num_classes, temperature=0.5, waveform="s
             latents = width * layer.pool**2
         if control is not None or isinstance(layer, Separable):
             block = _unit(layer, inputs)
-            blocks.append(lnn.LLSHead(block, pool_size=layer.pool, **fused) if control is None else
-                          control(block, pool_size=layer.pool, latents=latents, hidden=layer.hidden, **options))
+            blocks.append(
+                lnn.LLSHead(block, pool_size=layer.pool, **fused)
+                if control is None
+                else control(block, pool_size=layer.pool, latents=latents, hidden=layer.hidden, **options)
+            )
             blocks += [nn.MaxPool2d(2)] if getattr(layer, "max_pool", False) else []
         elif isinstance(layer, Linear):
             blocks.append(lnn.LLSLinearBlock(inputs, width, pool_size=layer.pool, **fused))
         else:
-            blocks.append(lnn.LLSConvBlock(inputs, width, 3, layer.stride, 1, pool_size=layer.pool,
-                                           max_pool=layer.max_pool, **fused))
+            blocks.append(
+                lnn.LLSConvBlock(
+                    inputs, width, 3, layer.stride, 1, pool_size=layer.pool, max_pool=layer.max_pool, **fused
+                )
+            )
     return blocks + [lnn.ClassifierBlock(nn.Linear(width * positions, num_classes))]
 
 
@@ -96,8 +155,9 @@ def _unit(layer, inputs):
         return separable(inputs, layer.channels, layer.stride)
     if isinstance(layer, Linear):
         return nn.Sequential(nn.Linear(inputs, layer.features), nn.BatchNorm1d(layer.features), nn.LeakyReLU())
-    return nn.Sequential(nn.Conv2d(inputs, layer.channels, 3, layer.stride, 1), nn.BatchNorm2d(layer.channels),
-                         nn.LeakyReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, layer.channels, 3, layer.stride, 1), nn.BatchNorm2d(layer.channels), nn.LeakyReLU()
+    )
 
 
 def _plain(spec, in_channels, num_classes):
@@ -125,8 +185,13 @@ def _converted(blocks, rule, seed, impl):
 def separable(inputs, outputs, stride):
     """MobileNet's block, trained as one. The depthwise padding is the stride, as in the authors' code."""
     return nn.Sequential(
-        nn.Conv2d(inputs, inputs, 3, stride, padding=stride, groups=inputs, bias=False), nn.BatchNorm2d(inputs),
-        nn.LeakyReLU(), nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.LeakyReLU())
+        nn.Conv2d(inputs, inputs, 3, stride, padding=stride, groups=inputs, bias=False),
+        nn.BatchNorm2d(inputs),
+        nn.LeakyReLU(),
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.LeakyReLU(),
+    )
 
 
 def reduced_rows(model, num_classes):

@@ -4,6 +4,7 @@ AlexNet and ResNet-18 are those of the sign-symmetry paper (Xiao, Chen, Liao, Po
 are torchvision's and timm's, parameter for parameter and in their order, so that files of their weights fit
 (`tuning.load_weights`); the small ones are for the embedded images.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,18 +19,24 @@ def alexnet(in_channels, num_classes):
 
     Images of 63 x 63 or more (the paper's: 224).
     """
+
     def layers(layer, pool=False):
         width = layer.weight.shape[0]
         norm = nn.BatchNorm2d(width) if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d(width)
         return nn.Sequential(layer, norm, nn.ReLU(), *([nn.MaxPool2d(3, 2)] if pool else []))
 
-    return [layers(nn.Conv2d(in_channels, 64, 11, 4, 2, bias=False), pool=True),
-            layers(nn.Conv2d(64, 192, 5, padding=2, bias=False), pool=True),
-            layers(nn.Conv2d(192, 384, 3, padding=1, bias=False)),
-            layers(nn.Conv2d(384, 256, 3, padding=1, bias=False)),
-            layers(nn.Conv2d(256, 256, 3, padding=1, bias=False), pool=True), nn.AdaptiveAvgPool2d(6), nn.Flatten(),
-            layers(nn.Linear(256 * 36, 4096, bias=False)), layers(nn.Linear(4096, 4096, bias=False)),
-            nn.Linear(4096, num_classes)]
+    return [
+        layers(nn.Conv2d(in_channels, 64, 11, 4, 2, bias=False), pool=True),
+        layers(nn.Conv2d(64, 192, 5, padding=2, bias=False), pool=True),
+        layers(nn.Conv2d(192, 384, 3, padding=1, bias=False)),
+        layers(nn.Conv2d(384, 256, 3, padding=1, bias=False)),
+        layers(nn.Conv2d(256, 256, 3, padding=1, bias=False), pool=True),
+        nn.AdaptiveAvgPool2d(6),
+        nn.Flatten(),
+        layers(nn.Linear(256 * 36, 4096, bias=False)),
+        layers(nn.Linear(4096, 4096, bias=False)),
+        nn.Linear(4096, num_classes),
+    ]
 
 
 class _Residual(nn.Module):
@@ -143,8 +150,13 @@ class FirstToken(nn.Module):
 
 
 def vit(in_channels, num_classes, *, image, patch, dim, depth, heads):
-    return [Embedding(in_channels, patch, dim, image), *(EncoderBlock(dim, heads) for _ in range(depth)),
-            nn.LayerNorm(dim, 1e-6), FirstToken(), nn.Linear(dim, num_classes)]
+    return [
+        Embedding(in_channels, patch, dim, image),
+        *(EncoderBlock(dim, heads) for _ in range(depth)),
+        nn.LayerNorm(dim, 1e-6),
+        FirstToken(),
+        nn.Linear(dim, num_classes),
+    ]
 
 
 def vit_b_16(in_channels, num_classes):
@@ -157,7 +169,13 @@ def small_vit(in_channels, num_classes):
     return vit(in_channels, num_classes, image=28, patch=4, dim=64, depth=4, heads=4)
 
 
-NETWORKS = {"alexnet": alexnet, "resnet18": resnet18, "resnet-small": small_resnet, "resnet50": resnet50,
-            "vit-small": small_vit, "vit-b-16": vit_b_16}
+NETWORKS = {
+    "alexnet": alexnet,
+    "resnet18": resnet18,
+    "resnet-small": small_resnet,
+    "resnet50": resnet50,
+    "vit-small": small_vit,
+    "vit-b-16": vit_b_16,
+}
 SMALLEST_IMAGE = {"alexnet": 63}
 IMAGE = {"vit-b-16": 224, "vit-small": 28}  # the one size that fits

@@ -1,4 +1,5 @@
 """Readers of the files that data sets come in. Every one returns tensors: images uint8 (N, C, H, W), labels int64."""
+
 import concurrent.futures
 import gzip
 import io
@@ -24,7 +25,7 @@ def pillow():
     try:
         from PIL import Image
     except ImportError:
-        raise DataError('this data set needs Pillow to decode its images: pip install pillow') from None
+        raise DataError("this data set needs Pillow to decode its images: pip install pillow") from None
     return Image
 
 
@@ -46,7 +47,7 @@ def read_idx(path):
         zero, kind, rank = struct.unpack(">HBB", raw[:4])
         if zero or kind != 8:
             raise DataError(f"{path} is not an IDX file of bytes (it starts with {raw[:4].hex()})")
-        shape = struct.unpack(f">{rank}I", raw[4:4 + 4 * rank])
+        shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
     except (OSError, EOFError, struct.error, zlib.error) as error:
         raise DataError(f"{path} is not a complete IDX file ({error})") from None
     body = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
@@ -59,12 +60,17 @@ def mnist(folder):
     """Four IDX files, as distributed: (train images, labels), (test images, labels)."""
     splits = []
     for prefix in ("train", "t10k"):
-        arrays = [read_idx(find(folder, *(f"{prefix}-{part}{dot}{rank}-ubyte{suffix}" for dot in "-."
-                                          for suffix in ("", ".gz"))))
-                  for part, rank in (("images", "idx3"), ("labels", "idx1"))]
+        arrays = [
+            read_idx(
+                find(folder, *(f"{prefix}-{part}{dot}{rank}-ubyte{suffix}" for dot in "-." for suffix in ("", ".gz")))
+            )
+            for part, rank in (("images", "idx3"), ("labels", "idx1"))
+        ]
         if [a.ndim for a in arrays] != [3, 1] or arrays[0].shape[1:] != (28, 28):
-            raise DataError(f"{prefix} in {folder} must hold images (N, 28, 28) and labels (N,), got shapes "
-                            f"{arrays[0].shape} and {arrays[1].shape}")
+            raise DataError(
+                f"{prefix} in {folder} must hold images (N, 28, 28) and labels (N,), got shapes "
+                f"{arrays[0].shape} and {arrays[1].shape}"
+            )
         splits.append((torch.from_numpy(arrays[0].copy()).unsqueeze(1), torch.from_numpy(arrays[1].astype(np.int64))))
     return splits
 
@@ -72,8 +78,13 @@ def mnist(folder):
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles dicts, lists, bytes and NumPy arrays; anything else in the file is refused, never called."""
 
-    _ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-                ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
+    _ALLOWED = {
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+    }
 
     def find_class(self, module, name):
         if (module, name) in self._ALLOWED:
@@ -87,8 +98,16 @@ def _cifar_pickle(path, label_key):
         with open(path, "rb") as file:
             batch = _ArraysOnly(file, encoding="bytes").load()
         return (np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32), np.asarray(batch[label_key], np.int64))
-    except (pickle.UnpicklingError, KeyError, ValueError, EOFError, AttributeError, ImportError, IndexError,
-            TypeError) as error:
+    except (
+        pickle.UnpicklingError,
+        KeyError,
+        ValueError,
+        EOFError,
+        AttributeError,
+        ImportError,
+        IndexError,
+        TypeError,
+    ) as error:
         raise DataError(f"{path} is not a CIFAR batch ({error})") from None
 
 
@@ -103,18 +122,25 @@ def _cifar_binary(path, label_bytes):
 def cifar(folder, classes):
     """CIFAR-10 or -100 from the python (torchvision) or the binary folder, or a folder that holds one of them."""
     if classes == 10:
-        forms = {"python": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]),
-                 "binary": ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"])}
+        forms = {
+            "python": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]),
+            "binary": ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
+        }
         label_key, label_bytes = b"labels", 1
     else:
-        forms = {"python": ("cifar-100-python", ["train"], ["test"]),
-                 "binary": ("cifar-100-binary", ["train.bin"], ["test.bin"])}
+        forms = {
+            "python": ("cifar-100-python", ["train"], ["test"]),
+            "binary": ("cifar-100-binary", ["train.bin"], ["test.bin"]),
+        }
         label_key, label_bytes = b"fine_labels", 2
     for form, (name, train, test) in forms.items():
         for base in (Path(folder) / name, Path(folder)):
             if all((base / file).is_file() for file in train + test):
-                read = (lambda p: _cifar_pickle(p, label_key)) if form == "python" else (
-                    lambda p: _cifar_binary(p, label_bytes))
+                read = (
+                    (lambda p: _cifar_pickle(p, label_key))
+                    if form == "python"
+                    else (lambda p: _cifar_binary(p, label_bytes))
+                )
                 parts = [[read(base / file) for file in files] for files in (train, test)]
                 return [tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*part)) for part in parts]
     wanted = " or ".join(name for name, _, _ in forms.values())
@@ -165,8 +191,9 @@ class FolderImages:
         width, height = picture.size
         if min(width, height) != self.resize:
             scale = self.resize / min(width, height)
-            picture = picture.resize((max(self.resize, round(width * scale)), max(self.resize, round(height * scale))),
-                                     self.image.BILINEAR)
+            picture = picture.resize(
+                (max(self.resize, round(width * scale)), max(self.resize, round(height * scale))), self.image.BILINEAR
+            )
         left, top = (picture.size[0] - self.resize) // 2, (picture.size[1] - self.resize) // 2
         square = picture.crop((left, top, left + self.resize, top + self.resize))
         return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1)

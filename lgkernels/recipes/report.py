@@ -1,4 +1,5 @@
 """What a run leaves behind: metrics.jsonl, curves.png, results.json, and the table on the screen."""
+
 import json
 
 from . import checkpoint
@@ -23,6 +24,7 @@ def draw_curves(path, title, histories):
     """Test (solid) and training (dashed) accuracy, and the classifier's training loss, over epochs, for each rule."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -30,10 +32,16 @@ def draw_curves(path, title, histories):
         epochs = [record["epoch"] for record in history]
         color = f"C{i}"
         left.plot(epochs, [100 * r["test_accuracy"] for r in history], color=color, marker=".", label=f"{rule}, test")
-        left.plot(epochs, [100 * r["train_accuracy"] for r in history], color=color, linestyle="--",
-                  label=f"{rule}, training")
-        right.plot(epochs, [r["losses"][-1] if r["losses"][-1] is not None else float("nan") for r in history],
-                   color=color, marker=".", label=rule)
+        left.plot(
+            epochs, [100 * r["train_accuracy"] for r in history], color=color, linestyle="--", label=f"{rule}, training"
+        )
+        right.plot(
+            epochs,
+            [r["losses"][-1] if r["losses"][-1] is not None else float("nan") for r in history],
+            color=color,
+            marker=".",
+            label=rule,
+        )
     left.set(xlabel="epoch", ylabel="accuracy (%)", title=title)
     right.set(xlabel="epoch", ylabel="training loss of the classifier", yscale="log")
     for axes in (left, right):
@@ -67,7 +75,7 @@ _NOTES = {
     "signal_macs": "signal MACs: what carries the error to the layers, weight gradients not counted",
     "state_bytes": "state: parameters, buffers, optimizer state and offsets",
     "refresh_overhead": "refresh: time of the offsets' refreshes relative to the other training time; formula: "
-                        "the same by\nB' (BP + local) / (period x local), B' the offset batch, from one step's time of each",
+    "the same by\nB' (BP + local) / (period x local), B' the offset batch, from one step's time of each",
 }
 
 
@@ -81,8 +89,10 @@ def table(results):
     head = ("rule", *(title for title, _, _ in columns))
     rows = [(rule, *(text(r[key]) if key in r else "" for _, key, text in columns)) for rule, r in results.items()]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-             for row in (head, *rows)]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in (head, *rows)
+    ]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 

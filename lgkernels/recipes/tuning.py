@@ -5,6 +5,7 @@ local loss of its own; the last one has the cross entropy of the classifier in i
 `OffsetSGD` and a refresh of the offsets every period. Source: Ren, Li (ICLR 2025); what its text leaves open is an
 option here, with the defaults of our reconstruction (see `optim.offset`).
 """
+
 import re
 
 import torch
@@ -37,6 +38,7 @@ def applies(settings, rule):
 
 # -- networks and weights ------------------------------------------------------------------------------------------
 
+
 def network(model, in_channels, num_classes):
     """An `nn.Sequential` of parts that are not cut; a module without parameters joins the next part."""
     parts, waiting = [], []
@@ -58,6 +60,7 @@ def read_weights(path):
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
+
             return load_file(str(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state.get("state_dict", state)
@@ -66,14 +69,28 @@ def read_weights(path):
 
 
 _NAMES = (  # torchvision's and timm's -> ours
-    (r"conv1\.", "0.0."), (r"bn1\.", "0.1."), (r"fc\.", "HEAD."),
-    (r"(class_token|cls_token)$", "0.cls_token"), (r"(encoder\.pos_embedding|pos_embed)$", "0.pos_embed"),
-    (r"(conv_proj|patch_embed\.proj)\.", "0.proj."), (r"(encoder\.ln|norm)\.", "NORM."),
+    (r"conv1\.", "0.0."),
+    (r"bn1\.", "0.1."),
+    (r"fc\.", "HEAD."),
+    (r"(class_token|cls_token)$", "0.cls_token"),
+    (r"(encoder\.pos_embedding|pos_embed)$", "0.pos_embed"),
+    (r"(conv_proj|patch_embed\.proj)\.", "0.proj."),
+    (r"(encoder\.ln|norm)\.", "NORM."),
     (r"(heads\.head|head)\.", "HEAD."),
-    (r"(encoder\.layers\.encoder_layer_|blocks\.)(\d+)\.", lambda m: f"{int(m[2]) + 1}."))
-_INNER = (("ln_1.", "norm1."), ("ln_2.", "norm2."), ("self_attention.in_proj_", "qkv."),
-          ("self_attention.out_proj.", "proj."), ("attn.", ""), ("mlp.linear_1.", "fc1."), ("mlp.linear_2.", "fc2."), ("mlp.0.", "fc1."), ("mlp.3.", "fc2."),
-          ("mlp.", ""))
+    (r"(encoder\.layers\.encoder_layer_|blocks\.)(\d+)\.", lambda m: f"{int(m[2]) + 1}."),
+)
+_INNER = (
+    ("ln_1.", "norm1."),
+    ("ln_2.", "norm2."),
+    ("self_attention.in_proj_", "qkv."),
+    ("self_attention.out_proj.", "proj."),
+    ("attn.", ""),
+    ("mlp.linear_1.", "fc1."),
+    ("mlp.linear_2.", "fc2."),
+    ("mlp.0.", "fc1."),
+    ("mlp.3.", "fc2."),
+    ("mlp.", ""),
+)
 
 
 def _translated(state, head):
@@ -98,15 +115,20 @@ def load_weights(model, state):
     """Copy `state` into `model`, all but the classifier: our own state dict, or torchvision's or timm's of the same
     ResNet or vision transformer."""
     head = _head(model)
-    wanted = {name: t for name, t in model.state_dict().items()
-              if not name.startswith(head + ".") and not name.endswith("num_batches_tracked")}
+    wanted = {
+        name: t
+        for name, t in model.state_dict().items()
+        if not name.startswith(head + ".") and not name.endswith("num_batches_tracked")
+    }
     if not wanted.keys() <= state.keys():
         state = _translated(state, head)
     for name, mine in wanted.items():
         found = state.get(name)
         if found is None or found.shape != mine.shape:
-            raise CheckpointError(f"--weights: expected a tensor {name} of shape {tuple(mine.shape)}, got "
-                                  f"{'none' if found is None else tuple(found.shape)}: the file is of another network")
+            raise CheckpointError(
+                f"--weights: expected a tensor {name} of shape {tuple(mine.shape)}, got "
+                f"{'none' if found is None else tuple(found.shape)}: the file is of another network"
+            )
         with torch.no_grad():
             mine.copy_(found)
 
@@ -116,12 +138,13 @@ class _FrozenStatistics:
         return super().train(False)
 
 
-_FROZEN = {kind: type(f"Frozen{kind.__name__}", (_FrozenStatistics, kind), {})
-           for kind in (nn.BatchNorm1d, nn.BatchNorm2d)}
+_FROZEN = {
+    kind: type(f"Frozen{kind.__name__}", (_FrozenStatistics, kind), {}) for kind in (nn.BatchNorm1d, nn.BatchNorm2d)
+}
 
 
 def freeze_statistics(model):
-    """Batch normalisation uses its running statistics from now on, in training too; its affine part goes on learning."""
+    """Batch normalisation uses its running statistics from now on, in training too; its affine part still learns."""
     for module in model.modules():
         if type(module) in _FROZEN:
             module.__class__ = _FROZEN[type(module)]
@@ -137,25 +160,33 @@ def pretrain(settings, dataset, report=lambda text: None):
     epochs, size = settings["pretrain"], settings["batch_size"]
     steps = epochs * (len(chosen) // size)
     if not steps:
-        raise CheckpointError(f"--pretrain: half of the classes have {len(chosen)} images, fewer than a batch of {size}")
-    trainer = BackpropTrainer([model], lambda p: torch.optim.AdamW(p, 2e-3, weight_decay=0.01),
-                              scheduler_factory=lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 4e-3, total_steps=steps))
+        raise CheckpointError(
+            f"--pretrain: half of the classes have {len(chosen)} images, fewer than a batch of {size}"
+        )
+    trainer = BackpropTrainer(
+        [model],
+        lambda p: torch.optim.AdamW(p, 2e-3, weight_decay=0.01),
+        scheduler_factory=lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 4e-3, total_steps=steps),
+    )
     generator = torch.Generator().manual_seed(settings["seed"])
     for epoch in range(epochs):
         order = chosen[torch.randperm(len(chosen), generator=generator)]
         correct = 0
         for i in range(len(chosen) // size):
-            x, target = dataset.training_batch(order[i * size:(i + 1) * size], generator)
+            x, target = dataset.training_batch(order[i * size : (i + 1) * size], generator)
             x, target = x.to(settings["device"]), target.to(settings["device"])
             trainer.step(x, target)
             trainer.scheduler_step()
             correct += (trainer.output.argmax(1) == target).sum()
-        report(f"pre-training on {dataset.classes // 2} classes, epoch {epoch + 1}/{epochs}: training accuracy "
-               f"{100 * correct.item() / (len(chosen) // size * size):.2f} %")
+        report(
+            f"pre-training on {dataset.classes // 2} classes, epoch {epoch + 1}/{epochs}: training accuracy "
+            f"{100 * correct.item() / (len(chosen) // size * size):.2f} %"
+        )
     return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
 
 
 # -- units with their local losses ---------------------------------------------------------------------------------
+
 
 class ForwardForwardUnit(nn.Module):
     """A unit trained by the goodness of its output.
@@ -228,8 +259,9 @@ class ContrastiveUnit(nn.Module):
     def __init__(self, unit, ahead, channels, first, *, loss):
         super().__init__()
         self.unit, self.ahead, self.first = unit, ahead, first
-        self.head = lnn.ContrastiveHead(nn.Identity(), channels, hidden=2 * channels, dim=128, loss=loss,
-                                        temperature=0.1)
+        self.head = lnn.ContrastiveHead(
+            nn.Identity(), channels, hidden=2 * channels, dim=128, loss=loss, temperature=0.1
+        )
 
     def forward(self, x, target=None):
         if target is None or not self.training:
@@ -244,7 +276,7 @@ class LastUnit(lnn.ClassifierBlock):
     """The unit with the classifier; of stacked versions of a batch it takes the last."""
 
     def forward(self, x, target=None):
-        return super().forward(x if target is None or not self.training else x[-len(target):], target)
+        return super().forward(x if target is None or not self.training else x[-len(target) :], target)
 
 
 def local_blocks(rule, model, x, num_classes, *, units=4, overlap=1, contrast="nt_xent"):
@@ -264,7 +296,7 @@ def local_blocks(rule, model, x, num_classes, *, units=4, overlap=1, contrast="n
                 shape = x.shape[1:] if x.dim() == 4 else x.shape[-1:]
                 block = lnn.PredSimHead(unit, tuple(shape), num_classes, sim_head="identity", decoder_dim=1024)
             else:
-                ahead = blocks[i + 1][:overlap if rule == "loco" and i + 2 < count else 0]
+                ahead = blocks[i + 1][: overlap if rule == "loco" and i + 2 < count else 0]
                 y = ahead(x)
                 block = ContrastiveUnit(unit, ahead, y.shape[1] if y.dim() == 4 else y.shape[-1], not i, loss=contrast)
             result.append(block.to(x.device))
@@ -273,6 +305,7 @@ def local_blocks(rule, model, x, num_classes, *, units=4, overlap=1, contrast="n
 
 
 # -- trainers ------------------------------------------------------------------------------------------------------
+
 
 class AccumulatingTrainer(BackpropTrainer):
     """Back-propagation that cuts each batch into micro-batches and steps once."""
@@ -335,14 +368,20 @@ def make_trainer(settings, rule, dataset, weights, factory, **options):
         return BackpropTrainer(blocks, factory, **options)
     spread = torch.linspace(0, len(dataset.train[1]) - 1, s["batch_size"]).long()  # folders are sorted by class
     x = dataset.training_batch(spread, torch.Generator().manual_seed(s["seed"]))[0].to(s["device"])
-    blocks = local_blocks(rule.removesuffix("-bpm"), model, x, dataset.classes, units=s["units"],
-                          overlap=s["overlap"], contrast=s["contrast"].replace("-", "_"))
+    blocks = local_blocks(
+        rule.removesuffix("-bpm"),
+        model,
+        x,
+        dataset.classes,
+        units=s["units"],
+        overlap=s["overlap"],
+        contrast=s["contrast"].replace("-", "_"),
+    )
     trainer = BlockwiseTrainer(blocks, offset_factory(s, factory) if rule in MODIFIED else factory, **options)
     if rule in MODIFIED:
         for group in trainer.optimizers[-1].param_groups:  # its local loss is the global one: nothing to correct
             group.update(local_scale=1.0, offset_scale=0.0)
-        trainer.offset_chunk = s["offset_chunk"] or planner.bp_chunk(
-            s["batch_size"], *_bp_and_unit_bytes(blocks, x))
+        trainer.offset_chunk = s["offset_chunk"] or planner.bp_chunk(s["batch_size"], *_bp_and_unit_bytes(blocks, x))
         if "auto" in (s["local_scale"], s["offset_scale"]) and not s["offset_chunk"]:
             trainer.offset_chunk = whole_chunk(s["offset_batch"], trainer.offset_chunk)
     return trainer
@@ -355,8 +394,10 @@ def whole_chunk(batch, limit):
 
 def _bp_and_unit_bytes(blocks, x):
     """What back-propagation through all units keeps, and the largest unit alone; counted without running either."""
-    units = [*(block.block if isinstance(block, lnn.PredSimHead) else block.unit for block in blocks[:-1]),
-             blocks[-1].module]
+    units = [
+        *(block.block if isinstance(block, lnn.PredSimHead) else block.unit for block in blocks[:-1]),
+        blocks[-1].module,
+    ]
     x, units = x.to("meta"), list(partition.to_meta(nn.ModuleList(units)))
     return partition.saved_bytes(units, x)[0], max(partition.unit_bytes(units, x))
 
@@ -378,6 +419,7 @@ def offset_factory(settings, factory):
             defaults = optimizer.defaults
             return optim.OffsetSGD(parameters, defaults["lr"], defaults["momentum"], defaults["weight_decay"], **scales)
         return optim.OffsetOptimizer(optimizer, **scales)
+
     return make
 
 

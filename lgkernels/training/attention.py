@@ -1,4 +1,5 @@
 """What attention keeps for its backward, by implementation: stands in for torch's on the meta device."""
+
 import contextlib
 
 import torch
@@ -15,15 +16,16 @@ class _Attention(torch.autograd.Function):
         out = torch.empty_like(query)  # the fused kernels lay their output out like the query
         rows = query.shape[:-1]
         kept = out, query.new_empty(rows, dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, *(kept if kind == "flash" else
-                                                   [query.new_empty(*rows, key.shape[-2])]))
+        ctx.save_for_backward(
+            query, key, value, *(kept if kind == "flash" else [query.new_empty(*rows, key.shape[-2])])
+        )
         return out
 
 
 @contextlib.contextmanager
 def counted_attention(kind):
-    """Inside, `scaled_dot_product_attention` on meta tensors keeps q, k, v and, ``"flash"``, its output and one number a
-    row, or, ``"eager"``, the matrix of attention weights (softmax(q k^T s) v written out; torch's own unfused path
+    """Inside, `scaled_dot_product_attention` on meta tensors keeps q, k, v and, ``"flash"``, its output and one number
+    a row, or, ``"eager"``, the matrix of attention weights (softmax(q k^T s) v written out; torch's own unfused path
     keeps scaled copies of q and k besides)."""
     checks.choice("attention", kind, KINDS)
     original = F.scaled_dot_product_attention
@@ -32,6 +34,7 @@ def counted_attention(kind):
         if query.device.type != "meta":
             return original(query, key, value, *arguments, **options)
         return _Attention.apply(query, key, value, kind)
+
     F.scaled_dot_product_attention = attention
     try:
         yield

@@ -1,4 +1,5 @@
 """Back-propagation through the same blocks: the rival of every local rule."""
+
 import contextlib
 
 import torch.nn.functional as F
@@ -22,13 +23,28 @@ class BackpropTrainer(Trainer):
         scheduler_factory, accumulation_steps, clip_grad_norm, grad_scaler: as `BlockwiseTrainer`.
     """
 
-    def __init__(self, blocks, optimizer_factory, *, loss=F.cross_entropy, scheduler_factory=None,
-                 accumulation_steps=1, clip_grad_norm=None, grad_scaler=None):
+    def __init__(
+        self,
+        blocks,
+        optimizer_factory,
+        *,
+        loss=F.cross_entropy,
+        scheduler_factory=None,
+        accumulation_steps=1,
+        clip_grad_norm=None,
+        grad_scaler=None,
+    ):
         blocks = list(blocks)
         self.loss = loss
-        super().__init__(blocks, optimizer_factory, [list(dict.fromkeys(p for b in blocks for p in trainable(b)))],
-                         scheduler_factory=scheduler_factory, accumulation_steps=accumulation_steps,
-                         clip_grad_norm=clip_grad_norm, grad_scaler=grad_scaler)
+        super().__init__(
+            blocks,
+            optimizer_factory,
+            [list(dict.fromkeys(p for b in blocks for p in trainable(b)))],
+            scheduler_factory=scheduler_factory,
+            accumulation_steps=accumulation_steps,
+            clip_grad_norm=clip_grad_norm,
+            grad_scaler=grad_scaler,
+        )
         model = nn.ModuleList(blocks)
         if any(getattr(module, "rule", None) == "brsf" for module in model.modules()):
             redraw_after(self.optimizers[0], model)

@@ -1,4 +1,5 @@
 """Block-wise training: every block learns from its own loss, one after the other."""
+
 import torch
 
 from .trainer import Trainer, trainable
@@ -39,16 +40,31 @@ class BlockwiseTrainer(Trainer):
         (torch.Size([2]), True)
     """
 
-    def __init__(self, blocks, optimizer_factory, *, scheduler_factory=None, accumulation_steps=1, clip_grad_norm=None,
-                 grad_scaler=None):
+    def __init__(
+        self,
+        blocks,
+        optimizer_factory,
+        *,
+        scheduler_factory=None,
+        accumulation_steps=1,
+        clip_grad_norm=None,
+        grad_scaler=None,
+    ):
         blocks = list(blocks)
         # a parameter of several blocks (LoCo's overlap) gathers all their gradients and steps with the last of them
         self.reached, last = [trainable(block) for block in blocks], {}
         for i, parameters in enumerate(self.reached):
-            last |= {p: i for p in parameters}
+            last |= dict.fromkeys(parameters, i)
         owned = [[p for p in parameters if last[p] == i] for i, parameters in enumerate(self.reached)]
-        super().__init__(blocks, optimizer_factory, owned, scheduler_factory=scheduler_factory,
-                         accumulation_steps=accumulation_steps, clip_grad_norm=clip_grad_norm, grad_scaler=grad_scaler)
+        super().__init__(
+            blocks,
+            optimizer_factory,
+            owned,
+            scheduler_factory=scheduler_factory,
+            accumulation_steps=accumulation_steps,
+            clip_grad_norm=clip_grad_norm,
+            grad_scaler=grad_scaler,
+        )
 
     def _step(self, x, target, last):
         losses = []
@@ -62,7 +78,8 @@ class BlockwiseTrainer(Trainer):
                 if not isinstance(result, tuple) or len(result) != 2:
                     raise TypeError(
                         f"blocks[{i}] ({type(block).__name__}) must return (output, loss) for (x, target) in training, "
-                        f"got {type(result).__name__}: wrap it in nn.LLSHead or nn.ClassifierBlock, or freeze it")
+                        f"got {type(result).__name__}: wrap it in nn.LLSHead or nn.ClassifierBlock, or freeze it"
+                    )
                 x, loss = result
                 del result
                 x = x.detach()  # what is left of the block's graph hangs on `loss` alone

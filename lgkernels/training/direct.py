@@ -1,4 +1,5 @@
 """Training by signals that go directly from the output (DFA, sDFA) or the target (DRTP) to every block."""
+
 import contextlib
 import math
 
@@ -103,16 +104,33 @@ class DirectTrainer(Trainer):
         (torch.Size([1]), True)
     """
 
-    def __init__(self, blocks, optimizer_factory, *, rule="dfa", loss=F.cross_entropy, error="probs_minus_onehot",
-                 reduce=None, init="nokland", law="uniform", seed=0, shared_slice=False, scheduler_factory=None,
-                 accumulation_steps=1, clip_grad_norm=None, grad_scaler=None):
+    def __init__(
+        self,
+        blocks,
+        optimizer_factory,
+        *,
+        rule="dfa",
+        loss=F.cross_entropy,
+        error="probs_minus_onehot",
+        reduce=None,
+        init="nokland",
+        law="uniform",
+        seed=0,
+        shared_slice=False,
+        scheduler_factory=None,
+        accumulation_steps=1,
+        clip_grad_norm=None,
+        grad_scaler=None,
+    ):
         checks.choice("rule", rule, RULES)
         checks.choice("error", error, ERRORS)
         reduce = reduce or ("none" if error == "loss_grad" else "mean")
         checks.choice("reduce", reduce, ("mean", "none"))
         if shared_slice and rule == "drtp":
-            raise ValueError("shared_slice must be False with rule='drtp': it updates before later blocks' widths are "
-                             "known; give each DirectFeedback its max_features and one stream instead")
+            raise ValueError(
+                "shared_slice must be False with rule='drtp': it updates before later blocks' widths are "
+                "known; give each DirectFeedback its max_features and one stream instead"
+            )
         self.rule, self.loss, self.error, self.reduce = rule, loss, error, reduce
         self.shared_slice = shared_slice
         blocks = list(blocks)
@@ -122,9 +140,15 @@ class DirectTrainer(Trainer):
         if not any(isinstance(block, DirectFeedback) for block in blocks):
             blocks = _with_places(blocks, init=init, law=law, seed=seed, shared_slice=shared_slice)
         self.segments = _segments(blocks)
-        super().__init__(blocks, optimizer_factory, [s.parameters for s in self.segments],
-                         scheduler_factory=scheduler_factory, accumulation_steps=accumulation_steps,
-                         clip_grad_norm=clip_grad_norm, grad_scaler=grad_scaler)
+        super().__init__(
+            blocks,
+            optimizer_factory,
+            [s.parameters for s in self.segments],
+            scheduler_factory=scheduler_factory,
+            accumulation_steps=accumulation_steps,
+            clip_grad_norm=clip_grad_norm,
+            grad_scaler=grad_scaler,
+        )
 
     def _step(self, x, target, last):
         with contextlib.ExitStack() as stack:
@@ -146,7 +170,7 @@ class DirectTrainer(Trainer):
             loss = self.loss(leaf, target)
             if waiting and self.rule != "shallow":  # before any update: the error is that of this forward
                 error = self._error(leaf, loss, target)
-                self._share([x.shape[error.dim() - 1:] for _, x in waiting] if self.shared_slice else ())
+                self._share([x.shape[error.dim() - 1 :] for _, x in waiting] if self.shared_slice else ())
             self._output_step(output, leaf, loss, last)
             self.output = leaf.detach()
             del x, output
@@ -159,7 +183,7 @@ class DirectTrainer(Trainer):
         if not parameters:
             return
         with torch.autocast(loss.device.type, enabled=False):
-            gradient, = torch.autograd.grad(self._scaled(loss), leaf)
+            (gradient,) = torch.autograd.grad(self._scaled(loss), leaf)
             output.backward(gradient, inputs=parameters)
         if last:
             self._update(self.optimizers[-1], parameters)
@@ -207,7 +231,7 @@ class DirectTrainer(Trainer):
         ignored = None if target.is_floating_point() else self._ignored(target)
         if self.error == "loss_grad":
             with torch.enable_grad(), torch.autocast(loss.device.type, enabled=False):
-                error, = torch.autograd.grad(loss, output, retain_graph=True)
+                (error,) = torch.autograd.grad(loss, output, retain_graph=True)
         else:
             wide = output if output.dtype == torch.float64 else output.float()
             error = wide.softmax(-1) if self.error == "probs_minus_onehot" else wide.clone()
@@ -269,7 +293,9 @@ def _segments(blocks):
         else:
             inner = next((m for m in block.modules() if isinstance(m, DirectFeedback)), None)
             if inner is not None:
-                raise ValueError("blocks must hold their DirectFeedback side by side with the modules, got one inside "
-                                 f"a {type(block).__name__}: take that one apart")
+                raise ValueError(
+                    "blocks must hold their DirectFeedback side by side with the modules, got one inside "
+                    f"a {type(block).__name__}: take that one apart"
+                )
             modules.append(block)
     return [*segments, _Segment(modules, None)]

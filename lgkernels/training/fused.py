@@ -1,4 +1,5 @@
 """Finds the end of a block that one kernel can run: Conv2d, BatchNorm2d, LeakyReLU or ReLU, MaxPool2d(2) or none."""
+
 import torch
 from torch import nn
 
@@ -8,8 +9,9 @@ _PAIR = (2, (2, 2))
 
 
 def _hooked(module):
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-                or module._backward_pre_hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _leaves(modules):
@@ -22,9 +24,15 @@ def _leaves(modules):
 
 
 def _halves(pool):
-    return (type(pool) is nn.MaxPool2d and pool.kernel_size in _PAIR and pool.stride in _PAIR
-            and pool.padding in (0, (0, 0)) and pool.dilation in (1, (1, 1)) and not pool.ceil_mode
-            and not pool.return_indices)
+    return (
+        type(pool) is nn.MaxPool2d
+        and pool.kernel_size in _PAIR
+        and pool.stride in _PAIR
+        and pool.padding in (0, (0, 0))
+        and pool.dilation in (1, (1, 1))
+        and not pool.ceil_mode
+        and not pool.return_indices
+    )
 
 
 def split(modules):
@@ -34,11 +42,19 @@ def split(modules):
     if len(leaves) < 3 or any(map(_hooked, [*leaves[-3:], *pool])):
         return modules, None
     conv, norm, activation = leaves[-3:]
-    fits = (type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-            and type(norm) is nn.BatchNorm2d and norm.num_features == conv.out_channels  # else torch's own error
-            and norm.training and norm.affine and (norm.momentum is not None or not norm.track_running_stats)
-            and type(activation) in (nn.ReLU, nn.LeakyReLU) and conv.weight.is_contiguous()
-            and conv.weight.dtype == norm.weight.dtype == torch.float32)
+    fits = (
+        type(conv) is nn.Conv2d
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and type(norm) is nn.BatchNorm2d
+        and norm.num_features == conv.out_channels  # else torch's own error
+        and norm.training
+        and norm.affine
+        and (norm.momentum is not None or not norm.track_running_stats)
+        and type(activation) in (nn.ReLU, nn.LeakyReLU)
+        and conv.weight.is_contiguous()
+        and conv.weight.dtype == norm.weight.dtype == torch.float32
+    )
     return (leaves[:-3], (conv, norm, activation, *(pool or [None]))) if fits else (modules, None)
 
 
@@ -46,8 +62,10 @@ def _usable(x, conv, pool):
     """Whether x is what the kernel takes, and no error of torch's own layers is due."""
     if x.dim() != 4 or not x.is_contiguous() or torch.is_autocast_enabled(x.device.type):
         return False
-    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(
-        x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride)]
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(x.shape[2:], conv.padding, conv.dilation, conv.kernel_size, conv.stride)
+    ]
     return min(size) > (1 if pool else 0) and len(x) * size[0] * size[1] > 1 and direct.fused(x.device, x.dtype)
 
 
@@ -59,9 +77,20 @@ def run(x, conv, norm, activation, pool):
         return x, None
     signal = direct.Signal()
     slope = activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 0.0
-    out = direct.block(x, conv.weight, conv.bias, norm.weight, norm.bias, (norm.running_mean, norm.running_var),
-                       signal, (conv.stride, conv.padding, conv.dilation, conv.groups), norm.momentum or 0.0, norm.eps,
-                       slope, pool is not None)
+    out = direct.block(
+        x,
+        conv.weight,
+        conv.bias,
+        norm.weight,
+        norm.bias,
+        (norm.running_mean, norm.running_var),
+        signal,
+        (conv.stride, conv.padding, conv.dilation, conv.groups),
+        norm.momentum or 0.0,
+        norm.eps,
+        slope,
+        pool is not None,
+    )
     if norm.track_running_stats:
         norm.num_batches_tracked.add_(1)
     return out, signal

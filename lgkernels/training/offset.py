@@ -1,4 +1,5 @@
 """BP-modified local losses in the block-wise trainer."""
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -1,4 +1,5 @@
 """Cut a model into consecutive units, each to be trained by a local loss of its own."""
+
 import copy
 
 import torch
@@ -45,6 +46,7 @@ def _resnet(m):
         x = torch.flatten(s.pool(x), 1)
         # fc's mode is what the model's train() and the unit's both reach
         return s.fc(nn.functional.dropout(x, rate, s.fc.training) if rate else x)
+
     head = Stage(classify, pool=pool, fc=m.fc)
     return [stem, *(block for layer in (m.layer1, m.layer2, m.layer3, m.layer4) for block in layer), head]
 
@@ -54,8 +56,14 @@ def _torchvision_vit(m):
         x = s.conv_proj(x).flatten(2).transpose(1, 2)
         x = torch.cat([s.class_token.expand(x.shape[0], -1, -1), x], 1)
         return s.dropout(x + s.pos_embedding)
-    first = Stage(embed, conv_proj=m.conv_proj, class_token=m.class_token, pos_embedding=m.encoder.pos_embedding,
-                  dropout=m.encoder.dropout)
+
+    first = Stage(
+        embed,
+        conv_proj=m.conv_proj,
+        class_token=m.class_token,
+        pos_embedding=m.encoder.pos_embedding,
+        dropout=m.encoder.dropout,
+    )
     last = Stage(lambda s, x: s.heads(s.ln(x)[:, 0]), ln=m.encoder.ln, heads=m.heads)
     return [first, *m.encoder.layers, last]
 
@@ -70,8 +78,14 @@ def _share(m, children, parameters):
 
 def _is_timm_vit(m):
     """timm's class, or one derived from it that goes from the embedding to the head as that does."""
-    base = next((c for c in type(m).__mro__ if (c.__module__, c.__name__) == (
-        "timm.models.vision_transformer", "VisionTransformer")), None)
+    base = next(
+        (
+            c
+            for c in type(m).__mro__
+            if (c.__module__, c.__name__) == ("timm.models.vision_transformer", "VisionTransformer")
+        ),
+        None,
+    )
     return base is not None and type(m).forward_features is base.forward_features
 
 
@@ -82,10 +96,11 @@ def _timm_vit(m):
     def classify(s, x):
         s.vit.training = s.vit.head.training  # what the model's train() and the unit's both reach
         return s.vit.forward_head(s.vit.norm(x))
+
     names = list(m._modules)
     after = names.index("blocks")
     first = Stage(embed, vit=_share(m, names[:after], parameters=True))
-    last = Stage(classify, vit=_share(m, names[after + 1:], parameters=False))
+    last = Stage(classify, vit=_share(m, names[after + 1 :], parameters=False))
     return [first, *m.blocks, last]
 
 
@@ -103,16 +118,20 @@ def chain(model):
         return _torchvision_vit(model)
     if _is_timm_vit(model):
         return _timm_vit(model)
-    raise TypeError(f"model must be an nn.Sequential, or a ResNet or vision transformer of torchvision or timm, got "
-                    f"{type(model).__name__}: write it as an nn.Sequential of its parts")
+    raise TypeError(
+        f"model must be an nn.Sequential, or a ResNet or vision transformer of torchvision or timm, got "
+        f"{type(model).__name__}: write it as an nn.Sequential of its parts"
+    )
 
 
 # -- saved bytes --------------------------------------------------------------------------------------------------
 
+
 def to_meta(module):
     """A copy of `module` without memory: same structure, parameters and buffers on the meta device."""
-    tensors = {id(t): t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values())
-               if t is not None}
+    tensors = {
+        id(t): t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
+    }
     memo = {}
     for key, t in tensors.items():
         empty = torch.empty_like(t, device="meta")
@@ -244,4 +263,4 @@ def split_blocks(model, units=4, *, balance="memory", input=None, overlap_blocks
             ends = _balanced(to_meta(nn.ModuleList(parts)), units, input.detach().to("meta"))
     starts = [0, *ends[:-1]]
     limits = [*ends[1:], len(parts)]  # where the next unit ends
-    return [nn.Sequential(*parts[a:min(b + overlap_blocks, limit)]) for a, b, limit in zip(starts, ends, limits)]
+    return [nn.Sequential(*parts[a : min(b + overlap_blocks, limit)]) for a, b, limit in zip(starts, ends, limits)]

@@ -1,4 +1,5 @@
 """Which ways of training a model fit into a given memory: counted on the meta device, nothing is allocated."""
+
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +37,7 @@ def bp_chunk(batch, bp_bytes, unit_bytes):
 class Row:
     """One way to train: peak bytes (saved activations, weights, gradients, optimizer state), work relative to
     back-propagation, what it costs in exactness, and whether it fits."""
+
     name: str
     peak: float
     activations: float
@@ -52,8 +54,11 @@ class Plan:
     def __str__(self):
         width = max(len(r.name) for r in self.rows)
         lines = [f"{'':<{width}}  {'peak MB':>8}  {'saved MB':>8}  {'compute':>7}  fits  exactness"]
-        lines += [f"{r.name:<{width}}  {r.peak / 1e6:8.0f}  {r.activations / 1e6:8.0f}  {r.compute:7.2f}  "
-                  f"{'yes' if r.fits else 'no':<4}  {r.exactness}" for r in self.rows]
+        lines += [
+            f"{r.name:<{width}}  {r.peak / 1e6:8.0f}  {r.activations / 1e6:8.0f}  {r.compute:7.2f}  "
+            f"{'yes' if r.fits else 'no':<4}  {r.exactness}"
+            for r in self.rows
+        ]
         return "\n".join([*lines, f"memory: {self.memory / 1e6:.0f} MB; without library workspace and allocator slack"])
 
 
@@ -61,8 +66,17 @@ def _bytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, None), offset_batch=320,
-         period_samples=50_000, attention="flash"):
+def plan(
+    model,
+    input,
+    memory=float("inf"),
+    *,
+    optimizer_state=1,
+    units=(4, 8, None),
+    offset_batch=320,
+    period_samples=50_000,
+    attention="flash",
+):
     """Peak memory of the ways to train `model` on `input`: back-propagation, with accumulation, with checkpointing, and
     local units by the rules of `RULES`, plain and BP-modified.
 
@@ -123,8 +137,13 @@ def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, N
         for micro in sorted({batch // 2, batch // 8, 1} - {0}, reverse=True):
             kept = kept_by(micro) if micro < batch else None
             if kept is not None:
-                add(f"BP, {micro} at a time", kept, fixed + gradient, 1.0,
-                    f"batch statistics over {micro}" if norm else "exact")
+                add(
+                    f"BP, {micro} at a time",
+                    kept,
+                    fixed + gradient,
+                    1.0,
+                    f"batch statistics over {micro}" if norm else "exact",
+                )
         each = partition.unit_bytes(parts, x)
         outputs = []  # what a checkpoint keeps: every part's input
         y = x
@@ -146,9 +165,13 @@ def plan(model, input, memory=float("inf"), *, optimizer_state=1, units=(4, 8, N
                     chunk += 1
                 # while it refreshes, the offset is the only gradient
                 peak = max(largest + own, refresh)
-                add("BP-modified" + ("" if rule == "local" else f" {rule}") + f", {count} units", peak - own,
-                    fixed + gradient + own, work + offset_batch / period_samples * (1 + work),
-                    f"local losses, offset by BP ({chunk} at a time)")
+                add(
+                    "BP-modified" + ("" if rule == "local" else f" {rule}") + f", {count} units",
+                    peak - own,
+                    fixed + gradient + own,
+                    work + offset_batch / period_samples * (1 + work),
+                    f"local losses, offset by BP ({chunk} at a time)",
+                )
     return result
 
 
@@ -165,11 +188,14 @@ def add_arguments(parser):
 
 def main(arguments):
     from ..core import optional
+
     try:
         models = optional.torchvision().models
     except ImportError as error:
-        print(f"plan --model needs torchvision, which is not here ({error}); from Python, lgkernels.plan(model, input) "
-              "takes any model")
+        print(
+            f"plan --model needs torchvision, which is not here ({error}); from Python, lgkernels.plan(model, input) "
+            "takes any model"
+        )
         return 1
     name = arguments.model
     if not name.startswith(("resnet", "vit", "wide_resnet", "resnext")) or not callable(getattr(models, name, None)):
@@ -189,8 +215,13 @@ def main(arguments):
         with torch.device("meta"):
             options = {"image_size": arguments.image} if name.startswith("vit") else {}
             model = getattr(models, name)(num_classes=arguments.classes, **options)
-        table = plan(model, (arguments.batch, 3, arguments.image, arguments.image), memory,
-                     optimizer_state=arguments.optimizer_state, attention=arguments.attention)
+        table = plan(
+            model,
+            (arguments.batch, 3, arguments.image, arguments.image),
+            memory,
+            optimizer_state=arguments.optimizer_state,
+            attention=arguments.attention,
+        )
     except (ValueError, AssertionError, RuntimeError) as error:  # torch's, of sizes
         print(f"--model {name} cannot take --image {arguments.image} with --batch {arguments.batch}: {error}")
         return 2
@@ -207,12 +238,17 @@ def main(arguments):
 def plot(table, path):
     """A bar chart of peak memory: saved activations and the rest, with the limit."""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 0.4 * len(table.rows) + 1))
     axes = figure.subplots()
     names = [r.name for r in table.rows]
     axes.barh(names, [r.activations / 1e6 for r in table.rows], label="saved activations")
-    axes.barh(names, [(r.peak - r.activations) / 1e6 for r in table.rows], left=[r.activations / 1e6 for r in table.rows],
-              label="weights, gradients, state")
+    axes.barh(
+        names,
+        [(r.peak - r.activations) / 1e6 for r in table.rows],
+        left=[r.activations / 1e6 for r in table.rows],
+        label="weights, gradients, state",
+    )
     if table.memory < float("inf"):
         axes.axvline(table.memory / 1e6, color="black", linestyle="--", label="memory")
     axes.invert_yaxis()

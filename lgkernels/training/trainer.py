@@ -1,4 +1,5 @@
 """What the trainers share: optimizers, schedules, accumulation, modes, recalibration, state."""
+
 import contextlib
 
 import torch
@@ -26,8 +27,17 @@ def bare(module):
 class Trainer:
     """Base of the trainers; one entry of `optimizers` for each of `parameter_groups`."""
 
-    def __init__(self, blocks, optimizer_factory, parameter_groups, *, scheduler_factory, accumulation_steps,
-                 clip_grad_norm, grad_scaler):
+    def __init__(
+        self,
+        blocks,
+        optimizer_factory,
+        parameter_groups,
+        *,
+        scheduler_factory,
+        accumulation_steps,
+        clip_grad_norm,
+        grad_scaler,
+    ):
         checks.positive_integer("accumulation_steps", accumulation_steps)
         if clip_grad_norm is not None:
             checks.positive("clip_grad_norm", clip_grad_norm)
@@ -39,9 +49,9 @@ class Trainer:
         self.schedulers = [scheduler_factory(o) if scheduler_factory and o else None for o in self.optimizers]
         self.accumulation_steps, self.clip_grad_norm = accumulation_steps, clip_grad_norm
         self.grad_scaler = grad_scaler
-        self.steps = 0        # optimizer steps taken
+        self.steps = 0  # optimizer steps taken
         self.accumulated = 0  # batches whose gradients wait for the next one
-        self.output = None    # detached output of the last block for the last batch: logits, as a rule
+        self.output = None  # detached output of the last block for the last batch: logits, as a rule
         self.train()
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -163,8 +173,10 @@ class Trainer:
         Taken in training mode a schedule-free run goes on bit for bit (its evaluation mode rounds on the way back).
         """
         if self.accumulated:
-            raise RuntimeError(f"state_dict() in the middle of an accumulation ({self.accumulated} of "
-                               f"{self.accumulation_steps} batches): finish it, or call zero_grad() to drop it")
+            raise RuntimeError(
+                f"state_dict() in the middle of an accumulation ({self.accumulated} of "
+                f"{self.accumulation_steps} batches): finish it, or call zero_grad() to drop it"
+            )
         return {
             "version": STATE_VERSION,
             "steps": self.steps,
@@ -184,14 +196,20 @@ class Trainer:
             raise ValueError(f"state must have version {STATE_VERSION}, got {state.get('version')!r}")
         if feedback_state(self._model())["feedback"] or (state.get("feedback") or {}).get("feedback"):
             load_feedback_state(self._model(), state.get("feedback"))  # in no state_dict; raises without it
-        parts = {"blocks": self.blocks, "optimizers": self.optimizers, "schedulers": self.schedulers,
-                 "grad_scaler": [self.grad_scaler]}
+        parts = {
+            "blocks": self.blocks,
+            "optimizers": self.optimizers,
+            "schedulers": self.schedulers,
+            "grad_scaler": [self.grad_scaler],
+        }
         for name, mine in parts.items():
             theirs = state[name] if name != "grad_scaler" else [state[name]]
             if [t is None for t in theirs] != [m is None for m in mine]:
-                raise ValueError(f"state['{name}'] does not fit this trainer: it has "
-                                 f"{sum(t is not None for t in theirs)} of {len(theirs)}, the trainer "
-                                 f"{sum(m is not None for m in mine)} of {len(mine)}")
+                raise ValueError(
+                    f"state['{name}'] does not fit this trainer: it has "
+                    f"{sum(t is not None for t in theirs)} of {len(theirs)}, the trainer "
+                    f"{sum(m is not None for m in mine)} of {len(mine)}"
+                )
             for m, t in zip(mine, theirs):
                 if m is not None:
                     (bare(m) if name == "blocks" else m).load_state_dict(t)

@@ -1,4 +1,5 @@
 """tests/gpu runs the kernels on a CUDA device: `python -m pytest tests/gpu` (by itself, so that Triton compiles)."""
+
 import os
 
 import pytest
@@ -9,6 +10,7 @@ from tests.ops import lls_problems
 
 def _unavailable(name):
     from lgkernels.core import dispatch
+
     if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return "Triton's interpreter is on: run tests/gpu by itself"
     return dispatch.unavailable("lls_loss", name, torch.device("cuda"), torch.float32)

@@ -2,6 +2,7 @@
 
 `python -m tests.gpu.sanitized triton|cuda`
 """
+
 import functools
 import itertools
 import sys
@@ -17,6 +18,7 @@ HEADS = [(5, 33, 10), (3, 300, 40), (2, 40, 300)]  # (samples, latents, classes)
 
 def run(kernels, device):
     """Calls every function for each layout, dtype and mode; returns (finite results, results)."""
+
     def place(*tensors):
         return [t if t is None else t.to(device) for t in tensors]
 
@@ -37,10 +39,15 @@ def run(kernels, device):
         out, x, *_ = kernels.norm_act_pool(z, *norm, 0.01, pool, False, True)
         results += [out, *kernels.linear_grad_preactivation_(z, *norm, 0.01, x, pool, 1.0), z]
         results.append(kernels.expand_grad(x, one, torch.empty_like(z), pool))
-    for (batch, dim, classes), kind, waveform in itertools.product(HEADS, ("none", "vector", "matrix"),
-                                                                   ("square", "cosine")):
-        x, target, m, phi = place(randn(batch, dim), targets(batch, classes), modulation(kind, classes, classes),
-                                  table(kernels, waveform, classes, dim))
+    for (batch, dim, classes), kind, waveform in itertools.product(
+        HEADS, ("none", "vector", "matrix"), ("square", "cosine")
+    ):
+        x, target, m, phi = place(
+            randn(batch, dim),
+            targets(batch, classes),
+            modulation(kind, classes, classes),
+            table(kernels, waveform, classes, dim),
+        )
         loss, grad, s, grad_logits = kernels.head(x, target, m, phi, num_classes=classes, **HEAD)
         results += [loss, grad, s, grad_logits]
         if m is not None:
@@ -60,8 +67,10 @@ def run_feedback(kernels, device):
     results, state = [], torch.tensor([5, 6, 7], device=device)
     index = torch.tensor([2, 0, 2, 5], device=device)
     for (rows, columns), dtype in itertools.product(((3, 1), (33, 70), (65, 300)), (torch.float32, torch.bfloat16)):
-        weight, grad, x, buffer = (randn(*shape, seed=i).to(device, dtype) for i, shape in enumerate(
-            ((rows, columns), (9, rows), (9, columns), (rows, columns))))
+        weight, grad, x, buffer = (
+            randn(*shape, seed=i).to(device, dtype)
+            for i, shape in enumerate(((rows, columns), (9, rows), (9, columns), (rows, columns)))
+        )
         packed = kernels.pack_signs(weight)
         for signs, law in itertools.product((weight, packed, None), (None, "uniform", "normal", "uniform8", "sign")):
             random = None if law is None else (state, law, 0.7, None)
@@ -79,8 +88,11 @@ def run_feedback(kernels, device):
 def run_local(kernels, update, device):
     """The same for the local losses and the offset step."""
     results, one = [], torch.ones((), device=device)
-    for shape, layout, dtype in itertools.product([(3, 5, 7, 7), (2, 16, 8, 8), (1, 72, 9, 8), (2, 4, 40, 70)],
-                                                  ("dense", "channels_last"), (torch.float32, torch.bfloat16)):
+    for shape, layout, dtype in itertools.product(
+        [(3, 5, 7, 7), (2, 16, 8, 8), (1, 72, 9, 8), (2, 4, 40, 70)],
+        ("dense", "channels_last"),
+        (torch.float32, torch.bfloat16),
+    ):
         h, target = preactivation(shape, dtype, layout).to(device), targets(shape[0], 300).to(device)
         results += kernels.local_cross_entropy(h, randn(300, shape[1]).to(device), None, target, 0.1, "mean", True)
         loss, kappa, squares = kernels.goodness(h, target > 5, 2.0, True, True)
@@ -97,8 +109,11 @@ def run_local(kernels, update, device):
 
 if __name__ == "__main__":
     backend = functools.partial(backend_module, name=sys.argv[1])
-    outcomes = [run(backend("lls"), "cuda"), run_feedback(backend("feedback"), "cuda"),
-                run_local(backend("local_loss"), backend("offset"), "cuda")]
+    outcomes = [
+        run(backend("lls"), "cuda"),
+        run_feedback(backend("feedback"), "cuda"),
+        run_local(backend("local_loss"), backend("offset"), "cuda"),
+    ]
     finite, count = map(sum, zip(*outcomes))
     torch.cuda.synchronize()
     print(f"{finite} of {count} finite")

@@ -1,4 +1,5 @@
 """The cases of tests/nn/test_lls_blocks.py on a CUDA device, and what only a device can show."""
+
 import pytest
 import torch
 
@@ -11,11 +12,11 @@ from tests.tolerances import assert_bit_equal, assert_relative
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from tests.nn.test_lls_blocks import test_loss_factor, test_step  # noqa: E402,F401
+from tests.nn.test_lls_blocks import test_loss_factor, test_step  # noqa: F401
 
-BOTH = pytest.mark.parametrize("case", [dict(CONV, modulation="matrix", max_pool=True),
-                                        dict(LINEAR, modulation="vector")],
-                               ids=["conv", "linear"])
+BOTH = pytest.mark.parametrize(
+    "case", [dict(CONV, modulation="matrix", max_pool=True), dict(LINEAR, modulation="vector")], ids=["conv", "linear"]
+)
 IMPLEMENTED = pytest.mark.parametrize("case", [dict(CONV, modulation="vector"), LINEAR], ids=label)
 
 
@@ -96,6 +97,7 @@ def test_more_than_2_to_the_31_elements(impl, channels_last):
         pytest.skip("the reference widens everything to float32 several times over")
     from lgkernels.ops.lls import reference
     from tests.conftest import backend_module
+
     kernels = backend_module("lls", impl)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     z = torch.empty(shape, dtype=torch.bfloat16, device="cuda").to(memory_format=memory_format).normal_()
@@ -112,8 +114,12 @@ def test_more_than_2_to_the_31_elements(impl, channels_last):
     assert_relative("latents", kernels.latents(z, pool)[-3:].cpu(), reference.latents(tail, pool).cpu(), 1e-4)
     grad = torch.randn_like(x)
     one = torch.ones((), device="cuda")
-    assert_relative("expand_grad", kernels.expand_grad(grad, one, out, pool)[-3:].cpu(),
-                    reference.expand_grad(grad[-3:], one, torch.empty_like(tail), pool).cpu(), 1e-2)
+    assert_relative(
+        "expand_grad",
+        kernels.expand_grad(grad, one, out, pool)[-3:].cpu(),
+        reference.expand_grad(grad[-3:], one, torch.empty_like(tail), pool).cpu(),
+        1e-2,
+    )
     zeros = torch.zeros(64, device="cuda")
     dz = kernels.grad_preactivation_(z, *norm, 0.01, grad, zeros, zeros, pool, 1.0)[-3:]
     want = reference.grad_preactivation_(tail, *norm, 0.01, grad[-3:], zeros, zeros, pool, 1.0)
@@ -137,8 +143,9 @@ def test_loss_of_more_than_2_to_the_31_elements(impl):
 def test_class_out_of_range_with_the_debug_switch(impl, monkeypatch):
     monkeypatch.setenv("LGKERNELS_CHECK", "1")
     with pytest.raises(ValueError, match="target must hold class indices"):
-        LF.lls_loss(torch.randn(2, 8, device="cuda"), torch.tensor([0, 9], device="cuda"), num_classes=5, pool_size=8,
-                    impl=impl)
+        LF.lls_loss(
+            torch.randn(2, 8, device="cuda"), torch.tensor([0, 9], device="cuda"), num_classes=5, pool_size=8, impl=impl
+        )
 
 
 @IMPLEMENTED

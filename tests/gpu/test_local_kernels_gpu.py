@@ -1,5 +1,6 @@
 """The cases of tests/ops/test_local_loss_kernels.py on a CUDA device, and what only a device can show of the losses
 and of the offset step."""
+
 import pytest
 import torch
 
@@ -9,9 +10,9 @@ from tests.tolerances import assert_bit_equal, assert_relative
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from tests.conftest import backend_module  # noqa: E402
-from tests.ops.lls_problems import randn, targets  # noqa: E402
-from tests.ops.test_local_loss_kernels import *  # noqa: E402,F401,F403
+from tests.conftest import backend_module
+from tests.ops.lls_problems import randn, targets
+from tests.ops.test_local_loss_kernels import *  # noqa: F403
 
 
 def step(impl, h, weight, target):

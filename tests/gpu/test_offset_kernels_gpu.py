@@ -1,4 +1,5 @@
 """The cases of tests/ops/test_offset_kernels.py on a CUDA device."""
+
 import pytest
 import torch
 
@@ -7,4 +8,4 @@ import lgkernels.functional  # noqa: F401  registers the ops
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from tests.ops.test_offset_kernels import *  # noqa: E402,F401,F403
+from tests.ops.test_offset_kernels import *  # noqa: F403

@@ -1,5 +1,6 @@
 """NVIDIA's compute-sanitizer over every kernel on small cases: accesses out of bounds, races in shared memory.
 (tests/simt/test_sanitizers.py runs the CUDA C++ kernels under ASan and UBSan, without a device.)"""
+
 import os
 import pathlib
 import shutil
@@ -24,7 +25,18 @@ def test_no_kernel_is_at_fault(backend, checker):
     # Without the allocator's cache each tensor has its own allocation, and a step beyond it shows.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [TOOL, "--tool", checker, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable, "-m",
-               "tests.gpu.sanitized", backend]
+    command = [
+        TOOL,
+        "--tool",
+        checker,
+        "--report-api-errors",
+        "no",
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "tests.gpu.sanitized",
+        backend,
+    ]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]

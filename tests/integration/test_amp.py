@@ -1,4 +1,5 @@
 """Mixed precision as users write it: autocast over float32 parameters, and a GradScaler around float16."""
+
 import copy
 import math
 
@@ -16,8 +17,9 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str
 
 
 @HALF
-@pytest.mark.parametrize("case", [dict(CONV, modulation="matrix", max_pool=True), dict(LINEAR, modulation="vector")],
-                         ids=["conv", "linear"])
+@pytest.mark.parametrize(
+    "case", [dict(CONV, modulation="matrix", max_pool=True), dict(LINEAR, modulation="vector")], ids=["conv", "linear"]
+)
 def test_block_under_autocast(impl, case, dtype):
     """As conv2d or linear followed by batch norm: half out, float32 loss, float32 gradients of float32 parameters."""
     block, x, target = make(case, impl)
@@ -42,7 +44,7 @@ def test_loss_under_autocast(impl, dtype):
     """The op's own arithmetic is not autocast: on a float32 activation nothing changes by a bit."""
     activation, target = randn(4, 3, 4, 4).requires_grad_(), targets(4, 6)
     plain = LF.lls_loss(activation, target, num_classes=6, pool_size=2, impl=impl)
-    grad, = torch.autograd.grad(plain, activation)
+    (grad,) = torch.autograd.grad(plain, activation)
     with torch.autocast("cpu", dtype):
         loss = LF.lls_loss(activation, target, num_classes=6, pool_size=2, impl=impl)
     assert torch.equal(loss, plain) and torch.equal(torch.autograd.grad(loss, activation)[0], grad)
@@ -64,6 +66,7 @@ def test_float16_with_a_grad_scaler(impl):
         scaler.step(optimizer)
         scaler.update()
         return before - block.layer.weight.detach()
+
     assert_relative("update", step(x), exact, 0.05)
     assert scaler.get_scale() == 2.0**12
     x[0, 0, 0, 0] = 6e4  # overflows in the convolution's float16 output
@@ -74,9 +77,11 @@ def test_float16_with_a_grad_scaler(impl):
 @HALF
 def test_training_under_autocast_lowers_the_loss(dtype):
     torch.manual_seed(0)
-    blocks = [lnn.LLSConvBlock(1, 8, 3, padding=1, num_classes=4, pool_size=2, max_pool=True),
-              lnn.LLSConvBlock(8, 16, 3, padding=1, num_classes=4, pool_size=2, modulation="matrix"),
-              lnn.ClassifierBlock(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * 16, 4)))]
+    blocks = [
+        lnn.LLSConvBlock(1, 8, 3, padding=1, num_classes=4, pool_size=2, max_pool=True),
+        lnn.LLSConvBlock(8, 16, 3, padding=1, num_classes=4, pool_size=2, modulation="matrix"),
+        lnn.ClassifierBlock(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16 * 16, 4))),
+    ]
     optimizers = [torch.optim.Adam(b.parameters(), lr=5e-3) for b in blocks]
     x, target = randn(32, 1, 8, 8), targets(32, 4)
     losses = []
@@ -98,5 +103,7 @@ def test_head_module_under_autocast(impl):
         out, loss = head(randn(2, 3, 6, 6), targets(2, 5))
     loss.backward()
     assert out.dtype == torch.bfloat16 and loss.dtype == torch.float32
-    assert head.block.weight.grad.dtype == torch.float32 and F.normalize(head.block.weight.grad.flatten(),
-                                                                         dim=0).isfinite().all()
+    assert (
+        head.block.weight.grad.dtype == torch.float32
+        and F.normalize(head.block.weight.grad.flatten(), dim=0).isfinite().all()
+    )

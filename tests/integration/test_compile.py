@@ -1,4 +1,5 @@
 """torch.compile(fullgraph=True) over every op: forward and backward as eager, and no storm of recompilations."""
+
 import copy
 import shutil
 
@@ -45,6 +46,7 @@ def test_loss_inside_a_graph(compiler, impl, kind):
     def function(weight, *m):
         h = torch.tanh(source @ weight)
         return LF.lls_loss(h, target, *m, num_classes=6, pool_size=4, impl=impl) * 3 + h.square().mean()
+
     source, weight = randn(3, 5), randn(5, 8, seed=1)
     eager = step(function, [weight, *m])
     compiled = step(torch.compile(function, fullgraph=True, backend=compiler), [weight, *m])
@@ -59,7 +61,7 @@ def test_block(compiler, impl, case):
     block, x, target = make(case, impl)
     eager = copy.deepcopy(block)
     compiled = torch.compile(block, fullgraph=True, backend=compiler)
-    for i in range(2):
+    for _ in range(2):
         out, loss = compiled(x, target)
         loss.backward()
         expected, expected_loss = eager(x, target)
@@ -84,6 +86,7 @@ def test_a_changing_batch_size_compiles_at_most_once_more(impl):
     @torch.compile(fullgraph=True, backend=count)
     def function(activation, target):
         return LF.lls_loss(activation, target, num_classes=6, pool_size=2, impl=impl)
+
     block, _, _ = make(CONV, impl)
     compiled = torch.compile(block, fullgraph=True, backend=count)
     for batch in (3, 5, 7, 9, 4):
@@ -102,8 +105,11 @@ def test_a_changing_batch_size_compiles_at_most_once_more(impl):
 def test_direct_signals(given):
     place = lnn.DirectFeedback(feedback=randn(6, 4) if given else None)
     feedback = randn(6, 4) if given else RandomFeedback(1)
-    functions = (lambda e, t, a: LF.target_projection(t, feedback, (4,)), lambda e, t, a: place.signal(e, a),
-                 lambda e, t, a: place.target_signal(t, a))
+    functions = (
+        lambda e, t, a: LF.target_projection(t, feedback, (4,)),
+        lambda e, t, a: place.signal(e, a),
+        lambda e, t, a: place.target_signal(t, a),
+    )
     arguments = randn(3, 6), targets(3, 6), randn(3, 4)
     for function in functions:
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

@@ -1,4 +1,5 @@
 """Two ranks on the CPU: block-wise training under DistributedDataParallel keeps their weights equal."""
+
 import contextlib
 import os
 
@@ -20,9 +21,12 @@ STEPS = 4
 
 def make_blocks():
     torch.manual_seed(0)
-    return [lnn.LLSConvBlock(1, 6, 3, padding=1, num_classes=3, pool_size=2, max_pool=True, modulation="vector"),
-            nn.Flatten(), lnn.LLSLinearBlock(96, 12, num_classes=3, pool_size=12),
-            lnn.ClassifierBlock(nn.Linear(12, 3))]
+    return [
+        lnn.LLSConvBlock(1, 6, 3, padding=1, num_classes=3, pool_size=2, max_pool=True, modulation="vector"),
+        nn.Flatten(),
+        lnn.LLSLinearBlock(96, 12, num_classes=3, pool_size=12),
+        lnn.ClassifierBlock(nn.Linear(12, 3)),
+    ]
 
 
 def plain_blocks():
@@ -50,8 +54,10 @@ def train_modified(rank, rule, options, wrap):
     """The same for a BP-modified rule: offsets of this rank's data, averaged; LoCo's units share parameters. In the
     last refresh rank 1's loss is out of bounds for a guard."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(networks.Part(nn.Conv2d(i, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.Tanh()) for i in (1, 6, 6)),
-                          networks.Part(nn.Flatten(), nn.Linear(6, 3)))
+    model = nn.Sequential(
+        *(networks.Part(nn.Conv2d(i, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.Tanh()) for i in (1, 6, 6)),
+        networks.Part(nn.Flatten(), nn.Linear(6, 3)),
+    )
     blocks = tuning.local_blocks(rule, model, torch.zeros(2, 1, 8, 8), 3, contrast="supcon")
     if wrap:
         blocks = [DistributedDataParallel(b) for b in blocks]
@@ -65,14 +71,22 @@ def train_modified(rank, rule, options, wrap):
         trainer.step(*batch)
     offsets = {p: offset for optimizer in trainer.optimizers for p, offset in optimizer.offsets()}
     assert "max_growth" not in options or not wrap or len(offsets) < len(list(model.parameters()))
-    return torch.cat([t.detach().flatten() for p in model.parameters()
-                      for t in (p, offsets.get(p, torch.zeros_like(p)))])
+    return torch.cat(
+        [t.detach().flatten() for p in model.parameters() for t in (p, offsets.get(p, torch.zeros_like(p)))]
+    )
 
 
-CASES = {"local losses": (BlockwiseTrainer, 1), "accumulated": (BlockwiseTrainer, 2),
-         "back-propagation": (BackpropTrainer, 1)}
-MODIFIED = {"loco": ("loco", {}), "predsim": ("predsim", {}), "guarded": ("predsim", dict(max_growth=3.0)),
-            "estimated": ("predsim", dict(estimate_local_scale=True, estimate_offset_scale=True))}
+CASES = {
+    "local losses": (BlockwiseTrainer, 1),
+    "accumulated": (BlockwiseTrainer, 2),
+    "back-propagation": (BackpropTrainer, 1),
+}
+MODIFIED = {
+    "loco": ("loco", {}),
+    "predsim": ("predsim", {}),
+    "guarded": ("predsim", dict(max_growth=3.0)),
+    "estimated": ("predsim", dict(estimate_local_scale=True, estimate_offset_scale=True)),
+}
 
 
 def worker(rank, folder):

@@ -1,4 +1,5 @@
 """convert of a trained network, and three epochs of fine-tuning with sign-symmetric feedback."""
+
 import runpy
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """Fused blocks and the same blocks in plain torch, differentiated by autograd."""
+
 import copy
 
 import torch
@@ -12,9 +13,18 @@ from tests.tolerances import assert_accurate
 
 CONV = dict(B=4, cin=3, cout=6, H=8, W=8, kernel=3, padding=1, pool_size=2, num_classes=10)
 LINEAR = dict(B=6, features=12, out=16, pool_size=16, num_classes=10)
-OPTIONS = ("pool_size", "num_classes", "modulation", "reduced_rows", "waveform", "temperature", "label_smoothing",
-           "activation",
-           "negative_slope", "max_pool")
+OPTIONS = (
+    "pool_size",
+    "num_classes",
+    "modulation",
+    "reduced_rows",
+    "waveform",
+    "temperature",
+    "label_smoothing",
+    "activation",
+    "negative_slope",
+    "max_pool",
+)
 
 
 def make(case, impl="auto", seed=0):
@@ -25,9 +35,16 @@ def make(case, impl="auto", seed=0):
         block = lnn.LLSLinearBlock(case["features"], case["out"], case.get("bias", True), impl=impl, **options)
         x = randn(case["B"], case["features"], seed=seed + 1)
     else:
-        block = lnn.LLSConvBlock(case["cin"], case["cout"], case["kernel"], case.get("stride", 1),
-                                 case.get("padding", 0),
-                                 case.get("bias", True), impl=impl, **options)
+        block = lnn.LLSConvBlock(
+            case["cin"],
+            case["cout"],
+            case["kernel"],
+            case.get("stride", 1),
+            case.get("padding", 0),
+            case.get("bias", True),
+            impl=impl,
+            **options,
+        )
         x = randn(case["B"], case["cin"], case["H"], case["W"], seed=seed + 1)
     with torch.no_grad():
         for i, parameter in enumerate((block.norm.weight, block.norm.bias, block.norm.running_mean, block.modulation)):
@@ -40,11 +57,27 @@ def make(case, impl="auto", seed=0):
 def unfused(block, x, target):
     """(out, loss) of the block's definition, with the graph of plain torch; updates the running statistics."""
     norm = block.norm
-    u = F.batch_norm(block.layer(x.detach()), norm.running_mean, norm.running_var, norm.weight, norm.bias, True,
-                     norm.momentum, norm.eps)
+    u = F.batch_norm(
+        block.layer(x.detach()),
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        True,
+        norm.momentum,
+        norm.eps,
+    )
     a = F.leaky_relu(u, block.negative_slope)
-    loss = definition(a, target, block.modulation, num_classes=block.num_classes, pool_size=block.pool_size,
-                      waveform=block.waveform, temperature=block.temperature, label_smoothing=block.label_smoothing)
+    loss = definition(
+        a,
+        target,
+        block.modulation,
+        num_classes=block.num_classes,
+        pool_size=block.pool_size,
+        waveform=block.waveform,
+        temperature=block.temperature,
+        label_smoothing=block.label_smoothing,
+    )
     return (F.max_pool2d(a, 2) if block.max_pool else a).detach(), loss
 
 
@@ -52,8 +85,12 @@ def results(block, x, target, function=None, factor=1.0):
     """Everything one training step leaves behind, by name."""
     out, loss = (function or type(block).__call__)(block, x, target)
     (loss * factor).backward()
-    found = {"out": out, "loss": loss.detach(), "running_mean": block.norm.running_mean,
-             "running_var": block.norm.running_var}
+    found = {
+        "out": out,
+        "loss": loss.detach(),
+        "running_mean": block.norm.running_mean,
+        "running_var": block.norm.running_var,
+    }
     return {**found, **{name: p.grad for name, p in block.named_parameters() if name != "layer.bias"}}
 
 

@@ -1,4 +1,5 @@
 """LoRA and LoKr modules: adapt, merge, sizes and starting point."""
+
 import pytest
 import torch
 from torch import nn
@@ -11,8 +12,15 @@ from tests.tolerances import assert_relative
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2),
-                         nn.Flatten(), nn.Linear(12 * 9, 24), nn.Linear(24, 5))
+    return nn.Sequential(
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2),
+        nn.Flatten(),
+        nn.Linear(12 * 9, 24),
+        nn.Linear(24, 5),
+    )
 
 
 def shake(model):
@@ -20,15 +28,29 @@ def shake(model):
         p.data.copy_(randn(*p.shape, seed=i) * 0.3)
 
 
-@pytest.mark.parametrize("dim, expected", [(64, (8, 8)), (128, (8, 16)), (256, (16, 16)), (512, (16, 32)), (768, (24, 32)),
-                                           (1024, (32, 32)), (2048, (32, 64)), (2304, (48, 48)), (3072, (48, 64)),
-                                           (7, (1, 7)), (1, (1, 1))])
+@pytest.mark.parametrize(
+    "dim, expected",
+    [
+        (64, (8, 8)),
+        (128, (8, 16)),
+        (256, (16, 16)),
+        (512, (16, 32)),
+        (768, (24, 32)),
+        (1024, (32, 32)),
+        (2048, (32, 64)),
+        (2304, (48, 48)),
+        (3072, (48, 64)),
+        (7, (1, 7)),
+        (1, (1, 1)),
+    ],
+)
 def test_factorization(dim, expected):
     assert factorization(dim) == expected
 
 
-@pytest.mark.parametrize("dim, factor, expected", [(8, 2, (2, 4)), (6, 2, (2, 3)), (6, 3, (2, 3)), (12, 5, (3, 4)),
-                                                   (360, 7, (6, 60))])
+@pytest.mark.parametrize(
+    "dim, factor, expected", [(8, 2, (2, 4)), (6, 2, (2, 3)), (6, 3, (2, 3)), (12, 5, (3, 4)), (360, 7, (6, 60))]
+)
 def test_factorization_with_a_factor(dim, factor, expected):
     assert factorization(dim, factor) == expected
 
@@ -64,15 +86,20 @@ def test_what_learns():
     model = lnn.adapt(network(), "lokr", train_norm=True, train_head="6")
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     assert names == {f"{i}.{w}" for i in (0, 3, 5) for w in ("w1", "w2_a", "w2_b")} | {
-        "1.weight", "1.bias", "6.weight", "6.bias"}
+        "1.weight",
+        "1.bias",
+        "6.weight",
+        "6.bias",
+    }
     assert type(model[6]) is nn.Linear
     model(randn(2, 6, 7, 7)).sum().backward()
     for n, p in model.named_parameters():
         assert (p.grad is not None) == (n in names)
 
 
-@pytest.mark.parametrize("target, expected", [("5", ["5"]), (["0", "3"], ["0", "3"]),
-                                              (lambda name, m: isinstance(m, nn.Linear), ["5", "6"])])
+@pytest.mark.parametrize(
+    "target, expected", [("5", ["5"]), (["0", "3"], ["0", "3"]), (lambda name, m: isinstance(m, nn.Linear), ["5", "6"])]
+)
 def test_target(target, expected):
     model = lnn.adapt(network(), "lokr", target)
     assert [n for n, m in model.named_modules() if hasattr(m, "delta")] == expected
@@ -80,10 +107,12 @@ def test_target(target, expected):
 
 def test_sizes_of_the_paper():
     """ResNet-50's convolutions with LoKr rank 1: 20,179 parameters; ViT-B/16's qkv with LoRA: 36,864 (spec 1.7, 5)."""
+
     def block(width, inner, count):
         yield from ((width, inner, 1), (inner, inner, 3), (inner, 4 * inner, 1), (width, 4 * inner, 1))
         for _ in range(count - 1):
             yield from ((4 * inner, inner, 1), (inner, inner, 3), (inner, 4 * inner, 1))
+
     shapes = [(3, 64, 7)]
     for width, inner, count in ((64, 64, 3), (256, 128, 4), (512, 256, 6), (1024, 512, 3)):
         shapes += block(width, inner, count)
@@ -153,22 +182,40 @@ def test_a_refused_model_is_unchanged():
     assert type(model[0]) is nn.Linear and all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("bad, error, message", [
-    (lambda: lnn.adapt(lnn.adapt(network(), "lora"), "lokr"), ValueError,
-     "model must not hold adapters yet, got LoRALinear at '5': adapt once, and pick the layers with target"),
-    (lambda: lnn.adapt(network(), "lora", train_head=["fc"]), ValueError,
-     "train_head must name submodules of model, got 'fc'; it has 0, 1, 2, 3, 4, 5, 6"),
-    (lambda: lnn.adapt(network(), "lora", alpha="x"), TypeError, "alpha must be a number, got str"),
-    (lambda: lnn.adapt(network(), "lora", alpha=float("nan")), ValueError, "alpha must be finite, got nan"),
-    (lambda: lnn.adapt(network(), "lokr", factor=0), ValueError,
-     "factor must be a positive int, or -1 for the most square split, got 0"),
-    (lambda: lnn.adapt(network(), "dora"), ValueError, "kind must be one of 'lora', 'lokr', got 'dora'"),
-    (lambda: lnn.adapt(network(), "lora", "conv"), ValueError,
-     "target must pick at least one of the layers that 'lora' adapts (Linear), got none in Sequential"),
-    (lambda: lnn.LoRALinear(nn.Linear(2, 2), rank=0), ValueError, "rank must be at least 1, got 0"),
-    (lambda: lnn.LoKrConv2d(nn.Conv2d(2, 2, 3, padding="same")), ValueError,
-     "base must pad with zeros by a number, got padding_mode='zeros', padding='same'"),
-])
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        (
+            lambda: lnn.adapt(lnn.adapt(network(), "lora"), "lokr"),
+            ValueError,
+            "model must not hold adapters yet, got LoRALinear at '5': adapt once, and pick the layers with target",
+        ),
+        (
+            lambda: lnn.adapt(network(), "lora", train_head=["fc"]),
+            ValueError,
+            "train_head must name submodules of model, got 'fc'; it has 0, 1, 2, 3, 4, 5, 6",
+        ),
+        (lambda: lnn.adapt(network(), "lora", alpha="x"), TypeError, "alpha must be a number, got str"),
+        (lambda: lnn.adapt(network(), "lora", alpha=float("nan")), ValueError, "alpha must be finite, got nan"),
+        (
+            lambda: lnn.adapt(network(), "lokr", factor=0),
+            ValueError,
+            "factor must be a positive int, or -1 for the most square split, got 0",
+        ),
+        (lambda: lnn.adapt(network(), "dora"), ValueError, "kind must be one of 'lora', 'lokr', got 'dora'"),
+        (
+            lambda: lnn.adapt(network(), "lora", "conv"),
+            ValueError,
+            "target must pick at least one of the layers that 'lora' adapts (Linear), got none in Sequential",
+        ),
+        (lambda: lnn.LoRALinear(nn.Linear(2, 2), rank=0), ValueError, "rank must be at least 1, got 0"),
+        (
+            lambda: lnn.LoKrConv2d(nn.Conv2d(2, 2, 3, padding="same")),
+            ValueError,
+            "base must pad with zeros by a number, got padding_mode='zeros', padding='same'",
+        ),
+    ],
+)
 def test_bad_input(bad, error, message):
     with pytest.raises(error) as caught:
         bad()

@@ -1,6 +1,7 @@
 """The 13 defects of BioTorch 0.0.16 under a current torch, each as the test that it fails.
 
 Numbers and wording follow section 3.4 of the specification of sign-symmetry and feedback alignment."""
+
 import copy
 import itertools
 import math
@@ -28,8 +29,15 @@ def convert(model, rule, **options):
 
 def network(rule=None, **options):
     torch.manual_seed(2)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.Flatten(),
-                          nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, stride=2),
+        nn.Flatten(),
+        nn.Linear(36, 8),
+        nn.ReLU(),
+        nn.Linear(8, 3),
+    )
     return model if rule is None else convert(model, rule, last_layer="convert", **options)
 
 
@@ -230,8 +238,11 @@ def test_13_dfa_replaces_the_gradient_of_a_residual_block():
         expected += torch.autograd.grad(output, list(module.parameters()), signal)
     parameters = [p for module in block for p in module.parameters()]
     before = [p.detach().clone() for p in parameters]
-    trainer = DirectTrainer([block[0], places[0], block[1], places[1], head],
-                            lambda parameters: torch.optim.SGD(parameters, lr=1.0), reduce="none")
+    trainer = DirectTrainer(
+        [block[0], places[0], block[1], places[1], head],
+        lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        reduce="none",
+    )
     trainer.step(x, TARGET)
     for old, p, grad in zip(before, parameters, expected, strict=True):
         assert_relative("gradient", old - p, grad, 1e-5)

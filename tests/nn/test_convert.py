@@ -1,4 +1,5 @@
 """`convert`, `feedback_state`, `load_feedback_state`: whole models under a rule and back."""
+
 import copy
 import warnings
 
@@ -19,8 +20,16 @@ CLASSES = (lnn.SignSymmetricLinear, lnn.SignSymmetricConv2d, lnn.FeedbackAlignme
 
 def network():
     torch.manual_seed(3)
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),
-                         nn.Flatten(), nn.Linear(8 * 36, 16), nn.Tanh(), nn.Linear(16, 4))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 16),
+        nn.Tanh(),
+        nn.Linear(16, 4),
+    )
 
 
 def x(batch=2):
@@ -44,6 +53,7 @@ def gradients(model, data):
 
 
 # -- what it does ---------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("rule", RULES)
 def test_weights_are_the_same_objects_and_bits(rule):
@@ -150,17 +160,26 @@ def test_an_optimizer_goes_on():
 
 # -- which layers ---------------------------------------------------------------------------------------------------
 
+
 def test_last_layer():
     assert converted(quiet(network(), "usf")) == ["0", "3", "5"]
     assert converted(quiet(network(), "usf", last_layer="convert")) == ["0", "3", "5", "7"]
     assert converted(quiet(network(), "usf", include="[0-5]")) == ["0", "3", "5"]  # the last of the model, not of those
 
 
-@pytest.mark.parametrize("options, expected", [
-    (dict(include="5"), ["5"]), (dict(include=["0", "5"]), ["0", "5"]), (dict(exclude="3"), ["0", "5"]),
-    (dict(include=nn.Conv2d), ["0", "3"]), (dict(exclude=[nn.Linear, "3"]), ["0"]), (dict(include=[]), []),
-    (dict(include=lambda name, m: getattr(m, "bias", None) is None), ["0"]),
-    (dict(include="[03]", exclude="0"), ["3"])])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(include="5"), ["5"]),
+        (dict(include=["0", "5"]), ["0", "5"]),
+        (dict(exclude="3"), ["0", "5"]),
+        (dict(include=nn.Conv2d), ["0", "3"]),
+        (dict(exclude=[nn.Linear, "3"]), ["0"]),
+        (dict(include=[]), []),
+        (dict(include=lambda name, m: getattr(m, "bias", None) is None), ["0"]),
+        (dict(include="[03]", exclude="0"), ["3"]),
+    ],
+)
 def test_include_and_exclude(options, expected):
     assert converted(quiet(network(), "usf", **options)) == expected
 
@@ -178,21 +197,28 @@ def test_summary_says_what_and_why(capsys):
             self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
             self.scaled, self.conv1d, self.lazy = Scaled(8, 8), nn.Conv1d(3, 3, 1), nn.LazyLinear(3)
             self.norm, self.skip, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 2)
+
     model = lnn.convert(Model(), "usf", exclude="skip")
     text = capsys.readouterr().out.splitlines()
     rule = "bias=True, rule='usf', scale='kaiming'"
     assert text[:4] == [
-        "usf: 2 layers converted", f"  encoder.linear1  SignSymmetricLinear(in_features=8, out_features=16, {rule})",
-        f"  encoder.linear2  SignSymmetricLinear(in_features=16, out_features=8, {rule})", "left alone"]
+        "usf: 2 layers converted",
+        f"  encoder.linear1  SignSymmetricLinear(in_features=8, out_features=16, {rule})",
+        f"  encoder.linear2  SignSymmetricLinear(in_features=16, out_features=8, {rule})",
+        "left alone",
+    ]
     reasons = {line.split()[0]: line.split(": ", 1)[1] for line in text[4:]}
     assert reasons == {
         "embed": "no feedback rule for this kind of layer",
         "encoder.self_attn": "attention's in_proj is a bare parameter, read inside torch's fused function",
-        "encoder.self_attn.out_proj":
-            "attention's out_proj: its forward is never called, torch's fused function reads its weight",
-        "scaled": "a subclass of nn.Linear with its own behaviour", "conv1d": "no feedback rule for this kind of layer",
-        "lazy": "not yet initialised: run a batch through the model first", "skip": "in exclude",
-        "head": "the last layer (last_layer='bp')"}
+        "encoder.self_attn.out_proj": "attention's out_proj: its forward is never called, torch's fused function "
+        "reads its weight",
+        "scaled": "a subclass of nn.Linear with its own behaviour",
+        "conv1d": "no feedback rule for this kind of layer",
+        "lazy": "not yet initialised: run a batch through the model first",
+        "skip": "in exclude",
+        "head": "the last layer (last_layer='bp')",
+    }
     assert type(model.scaled) is Scaled and type(model.encoder.self_attn.out_proj) is not nn.Linear
     lnn.convert(network(), "brsf")
     assert "redraw_after(optimizer, model)" in capsys.readouterr().out
@@ -216,6 +242,7 @@ def test_transformer_layer(rule):
 
 
 # -- seeds, streams, state ------------------------------------------------------------------------------------------
+
 
 def feedbacks(model):
     return {name: m.feedback_weight().abs() for name, m in model.named_modules() if isinstance(m, CLASSES)}
@@ -248,8 +275,9 @@ def test_state_round_trip(rule, tmp_path):
     quiet(resumed, rule)
     resumed.load_state_dict(saved["model"])
     if rule != "usf":
-        assert not all(torch.equal(a, b) for a, b in zip(gradients(resumed, x()).values(),
-                                                         gradients(model, x()).values()))
+        assert not all(
+            torch.equal(a, b) for a, b in zip(gradients(resumed, x()).values(), gradients(model, x()).values())
+        )
     lnn.load_feedback_state(resumed, saved["feedback"])
     for a, b in zip(gradients(resumed, x()).values(), gradients(model, x()).values()):
         assert torch.equal(a, b)
@@ -259,8 +287,9 @@ def test_state_is_24_bytes_or_one_bit_a_weight():
     """The stream, CRC-32 of the layer's name, is frozen: an old checkpoint must mean the same."""
     state = lnn.feedback_state(quiet(network(), "frsf", seed=2))
     assert state["law_version"] == 1 and set(state["feedback"]) == {"0.feedback", "3.feedback", "5.feedback"}
-    assert state["feedback"]["5.feedback"] == dict(seed=2, stream=2226203566, step=0, law="uniform8",
-                                                   scale=pytest.approx(1 / 288**0.5), low=0.0)
+    assert state["feedback"]["5.feedback"] == dict(
+        seed=2, stream=2226203566, step=0, law="uniform8", scale=pytest.approx(1 / 288**0.5), low=0.0
+    )
     packed = lnn.feedback_state(quiet(network(), "signed_init"))["feedback"]["5"]["frozen_signs"]
     assert packed.shape == (16, 9) and packed.dtype == torch.int32
 
@@ -274,15 +303,17 @@ def test_state_of_another_model_is_refused():
         state = copy.deepcopy(good)
         state["feedback"]["5.feedback"].update(changes)
         return state
+
     missing = copy.deepcopy(good)
     del missing["feedback"]["5.feedback"]
     for state, message in (
-            (None, "state must be a dict from feedback_state, got None: resumed without it, the 3 random feedbacks"),
-            ([], "state must be a dict from feedback_state, got list"),
-            ({**good, "law_version": 0}, "state must have law version 1, got 0"),
-            (missing, r"only in the model: \['5.feedback'\]"),
-            (change(law="normal"), "state must have the model's feedback at '5.feedback', got law=normal"),
-            (change(scale=0.5), "got scale=0.5, the model has ")):
+        (None, "state must be a dict from feedback_state, got None: resumed without it, the 3 random feedbacks"),
+        ([], "state must be a dict from feedback_state, got list"),
+        ({**good, "law_version": 0}, "state must have law version 1, got 0"),
+        (missing, r"only in the model: \['5.feedback'\]"),
+        (change(law="normal"), "state must have the model's feedback at '5.feedback', got law=normal"),
+        (change(scale=0.5), "got scale=0.5, the model has "),
+    ):
         with pytest.raises(ValueError, match=message):
             lnn.load_feedback_state(model, state)
     assert lnn.feedback_state(model) == before
@@ -292,24 +323,54 @@ def test_state_of_another_model_is_refused():
 
 # -- bad input ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("arguments, options, error, message", [
-    (("sf",), {}, ValueError, "rule must be one of 'bp', 'fa', 'usf', 'frsf', 'brsf', 'signed_init', got 'sf'"),
-    (("usf",), dict(last_layer="plain"), ValueError, "last_layer must be one of 'bp', 'convert', got 'plain'"),
-    (("usf",), dict(include=3), TypeError,
-     "include must hold name patterns, module classes or functions (name, module) -> bool, got int"),
-    (("usf",), dict(include=[3]), TypeError,
-     "include must hold name patterns, module classes or functions (name, module) -> bool, got int"),
-    (("bp",), dict(scale=1.0), TypeError, "options must be empty with rule='bp', got ['scale']"),
-    (("usf",), dict(scale="big"), ValueError,
-     "scale must be one of 'kaiming', 'xavier', 'inv_sqrt_fan_in', 'he_fan_out', 'he_fan_in', got 'big'"),
-    (("usf",), dict(law="uniform"), ValueError, "law must be None with rule='usf' (it has no random magnitudes), got "
-                                                "'uniform'"),
-    (("frsf",), dict(law="cauchy"), ValueError,
-     "law must be one of 'uniform', 'normal', 'uniform8', 'sign', got 'cauchy'"),
-    (("usf",), dict(packed_signs=True), ValueError,
-     "sign_zero must be 'plus' with packed_signs=True (one bit cannot hold sign(0) = 0), got 'zero'"),
-    (("fa",), dict(feedback_init=-1.0), ValueError, "scale must be greater than 0, got -1.0"),
-    (("frsf",), dict(seed=1.5), TypeError, "seed must be an int, got float")], ids=str)
+
+@pytest.mark.parametrize(
+    "arguments, options, error, message",
+    [
+        (("sf",), {}, ValueError, "rule must be one of 'bp', 'fa', 'usf', 'frsf', 'brsf', 'signed_init', got 'sf'"),
+        (("usf",), dict(last_layer="plain"), ValueError, "last_layer must be one of 'bp', 'convert', got 'plain'"),
+        (
+            ("usf",),
+            dict(include=3),
+            TypeError,
+            "include must hold name patterns, module classes or functions (name, module) -> bool, got int",
+        ),
+        (
+            ("usf",),
+            dict(include=[3]),
+            TypeError,
+            "include must hold name patterns, module classes or functions (name, module) -> bool, got int",
+        ),
+        (("bp",), dict(scale=1.0), TypeError, "options must be empty with rule='bp', got ['scale']"),
+        (
+            ("usf",),
+            dict(scale="big"),
+            ValueError,
+            "scale must be one of 'kaiming', 'xavier', 'inv_sqrt_fan_in', 'he_fan_out', 'he_fan_in', got 'big'",
+        ),
+        (
+            ("usf",),
+            dict(law="uniform"),
+            ValueError,
+            "law must be None with rule='usf' (it has no random magnitudes), got 'uniform'",
+        ),
+        (
+            ("frsf",),
+            dict(law="cauchy"),
+            ValueError,
+            "law must be one of 'uniform', 'normal', 'uniform8', 'sign', got 'cauchy'",
+        ),
+        (
+            ("usf",),
+            dict(packed_signs=True),
+            ValueError,
+            "sign_zero must be 'plus' with packed_signs=True (one bit cannot hold sign(0) = 0), got 'zero'",
+        ),
+        (("fa",), dict(feedback_init=-1.0), ValueError, "scale must be greater than 0, got -1.0"),
+        (("frsf",), dict(seed=1.5), TypeError, "seed must be an int, got float"),
+    ],
+    ids=str,
+)
 def test_bad_options_leave_the_model_alone(arguments, options, error, message):
     model = network()
     with pytest.raises(error) as caught:
@@ -318,8 +379,18 @@ def test_bad_options_leave_the_model_alone(arguments, options, error, message):
     assert all(set(vars(a)) == set(vars(b)) for a, b in zip(model.modules(), network().modules()))
 
 
-@pytest.mark.parametrize("rule, option", [("usf", "bias"), ("usf", "padding"), ("usf", "dtype"), ("usf", "stream"),
-                                          ("fa", "stride"), ("fa", "sign_zero"), ("usf", "feedback_init")])
+@pytest.mark.parametrize(
+    "rule, option",
+    [
+        ("usf", "bias"),
+        ("usf", "padding"),
+        ("usf", "dtype"),
+        ("usf", "stream"),
+        ("fa", "stride"),
+        ("fa", "sign_zero"),
+        ("usf", "feedback_init"),
+    ],
+)
 def test_only_the_rules_options_are_taken(rule, option):
     """bias=, padding=, ... of the layer's constructor are none: the layer keeps its own."""
     model = network()
@@ -366,8 +437,17 @@ def test_the_last_layer_comes_back(capsys):
     assert converted(quiet(model, "frsf", exclude="7")) == ["0", "3", "5", "7"] and model[7].rule == "usf"
 
 
-@pytest.mark.parametrize("options", [dict(scale=float("inf")), dict(scale=float("nan")), dict(seed="a"),
-                                     dict(seed=2**64), dict(impl="gpu"), dict(scale="1")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(scale=float("inf")),
+        dict(scale=float("nan")),
+        dict(seed="a"),
+        dict(seed=2**64),
+        dict(impl="gpu"),
+        dict(scale="1"),
+    ],
+)
 def test_options_out_of_range(options):
     model = network()
     with pytest.raises((ValueError, TypeError), match=f"{next(iter(options))} must be"):
@@ -388,6 +468,7 @@ def test_model_must_be_a_module():
 
 # -- fine-tuning, and other people's models -------------------------------------------------------------------------
 
+
 def test_fine_tuning_a_trained_network_keeps_its_accuracy():
     torch.manual_seed(0)
     centres = torch.randn(4, 3, 8, 8)
@@ -403,6 +484,7 @@ def test_fine_tuning_a_trained_network_keeps_its_accuracy():
             F.cross_entropy(model(data[batch]), labels[batch]).backward()
             optimizer.step()
         return (model(data).argmax(1) == labels).float().mean().item()
+
     before = train(12, 0.02)
     assert 0.5 < before
     quiet(model, "usf")
@@ -411,6 +493,7 @@ def test_fine_tuning_a_trained_network_keeps_its_accuracy():
 
 def test_convert_and_its_instruments_are_at_the_top():
     import lgkernels
+
     assert lgkernels.convert is lnn.convert and lgkernels.alignment is lnn.alignment
     assert {"convert", "feedback_state", "load_feedback_state", "weight_ratio"} <= set(dir(lgkernels))
 

@@ -1,4 +1,5 @@
 """`convert` on the models of torchvision and timm."""
+
 import copy
 
 import pytest
@@ -56,7 +57,8 @@ def test_layers_whose_forward_is_never_called(torchvision, capsys):
 def test_torchvision_retinanet(torchvision):
     torch.manual_seed(0)
     model = torchvision.models.detection.retinanet_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64)
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64
+    )
     quiet(model, "usf")
     assert len(converted(model)) == 70  # of 71: the last is the box regression's
     boxes = [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 50.0]]), "labels": torch.tensor([1])}]

@@ -1,4 +1,5 @@
 """The four layers: torch's arguments and state_dict, the rules and their scales, random state, instruments."""
+
 import copy
 import math
 import pickle
@@ -38,8 +39,17 @@ def twin(layer):
     if isinstance(layer, nn.Linear):
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     else:
-        plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                          layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode)
+        plain = nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            layer.bias is not None,
+            layer.padding_mode,
+        )
     plain.load_state_dict(layer.state_dict())
     return plain.to(layer.weight.dtype)
 
@@ -65,6 +75,7 @@ def check(layer, x, tolerance=1e-5):
 
 # -- torch's arguments --------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
@@ -72,11 +83,20 @@ def test_linear(impl, rule, shape, bias):
     check(linear(rule, 6, 4, bias, impl=impl), randn(*shape))
 
 
-CONVS = [dict(), dict(stride=2, padding=1), dict(stride=(2, 1), padding=(0, 2), dilation=(1, 2)), dict(groups=2),
-         dict(groups=4), dict(bias=False), dict(padding="same"), dict(padding="same", dilation=3),
-         dict(padding="valid"),
-         *(dict(padding=2, padding_mode=mode) for mode in ("reflect", "replicate", "circular")),
-         dict(padding="same", padding_mode="circular"), dict(padding="same", padding_mode="reflect", dilation=2)]
+CONVS = [
+    dict(),
+    dict(stride=2, padding=1),
+    dict(stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
+    dict(groups=2),
+    dict(groups=4),
+    dict(bias=False),
+    dict(padding="same"),
+    dict(padding="same", dilation=3),
+    dict(padding="valid"),
+    *(dict(padding=2, padding_mode=mode) for mode in ("reflect", "replicate", "circular")),
+    dict(padding="same", padding_mode="circular"),
+    dict(padding="same", padding_mode="reflect", dilation=2),
+]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -98,11 +118,15 @@ def test_channels_last(impl, rule):
 def test_torchs_constructor(rule):
     """Positional arguments, device and dtype as torch's; initial values too (signed_init: their absolute values)."""
     torch.manual_seed(1)
-    ours = linear(rule, 5, 3, True, "cpu", torch.float64), conv(rule, 4, 6, 3, 2, 1, 2, 2, False, "circular", None,
-                                                                 torch.bfloat16)
+    ours = (
+        linear(rule, 5, 3, True, "cpu", torch.float64),
+        conv(rule, 4, 6, 3, 2, 1, 2, 2, False, "circular", None, torch.bfloat16),
+    )
     torch.manual_seed(1)
-    torchs = nn.Linear(5, 3, True, "cpu", torch.float64), nn.Conv2d(4, 6, 3, 2, 1, 2, 2, False, "circular", None,
-                                                                    torch.bfloat16)
+    torchs = (
+        nn.Linear(5, 3, True, "cpu", torch.float64),
+        nn.Conv2d(4, 6, 3, 2, 1, 2, 2, False, "circular", None, torch.bfloat16),
+    )
     for layer, plain in zip(ours, torchs):
         assert layer.extra_repr().startswith(plain.extra_repr())
         assert isinstance(layer, type(plain)) and list(layer.state_dict()) == list(plain.state_dict())
@@ -114,8 +138,14 @@ def test_torchs_constructor(rule):
 
 # -- rules and scales ---------------------------------------------------------------------------------------------
 
-NUMBERS = {"kaiming": 1 / math.sqrt(3 * 36), "xavier": math.sqrt(2 / (36 + 72)), "inv_sqrt_fan_in": 1 / 6,
-           "he_fan_out": math.sqrt(2 / 72), "he_fan_in": math.sqrt(2 / 36), 0.125: 0.125}
+NUMBERS = {
+    "kaiming": 1 / math.sqrt(3 * 36),
+    "xavier": math.sqrt(2 / (36 + 72)),
+    "inv_sqrt_fan_in": 1 / 6,
+    "he_fan_out": math.sqrt(2 / 72),
+    "he_fan_in": math.sqrt(2 / 36),
+    0.125: 0.125,
+}
 
 
 @pytest.mark.parametrize("scale", NUMBERS, ids=str)
@@ -210,15 +240,26 @@ def test_the_feedback_of_a_seed_is_the_same_everywhere():
 
 # -- memory and work ----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("make", [lambda rule: linear(rule, 300, 200), lambda rule: conv(rule, 16, 32, 3)],
-                         ids=["linear", "conv"])
+@pytest.mark.parametrize(
+    "make", [lambda rule: linear(rule, 300, 200), lambda rule: conv(rule, 16, 32, 3)], ids=["linear", "conv"]
+)
 def test_at_most_64_bytes_a_layer(rule, make):
     """All tensors that the module, its children and its attributes hold, against torch's."""
+
     def held(module):
-        tensors = [t for m in module.modules() for t in (*m.parameters(recurse=False), *m.buffers(recurse=False),
-                                                         *(v for v in vars(m).values() if isinstance(v, torch.Tensor)))]
+        tensors = [
+            t
+            for m in module.modules()
+            for t in (
+                *m.parameters(recurse=False),
+                *m.buffers(recurse=False),
+                *(v for v in vars(m).values() if isinstance(v, torch.Tensor)),
+            )
+        ]
         return sum(t.numel() * t.element_size() for t in tensors)
+
     layer = make(rule)
     extra = held(layer) - held(twin(layer))
     assert extra == (0 if rule == "usf" else 24)
@@ -234,7 +275,9 @@ def test_transient_memory(rule, kind):
     """A step beyond that of torch's layers: nothing where F is made in registers, else one layer's F at a time."""
     if kind == "linear" and dispatch.unavailable("feedback_product", "cpu", torch.device("cpu"), torch.float32):
         pytest.skip("the native CPU kernels are not built")
-    make = (lambda: linear(rule, 500, 500, impl="cpu")) if kind == "linear" else (lambda: conv(rule, 64, 64, 3, padding=1))
+    make = (
+        (lambda: linear(rule, 500, 500, impl="cpu")) if kind == "linear" else (lambda: conv(rule, 64, 64, 3, padding=1))
+    )
     ours = nn.Sequential(make(), make(), make())
     x = randn(*((4, 500) if kind == "linear" else (1, 64, 4, 4))).requires_grad_()
     peaks = []
@@ -261,6 +304,7 @@ def test_eval_is_torchs_layer(impl, rule):
 
 
 # -- life of a module ---------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("rule", RULES)
 def test_deepcopy_and_pickle(rule, tmp_path):
@@ -335,6 +379,7 @@ def test_data_parallel_replicas_agree(rule):
 
 # -- brSF ---------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("rule", ["bp", "fa", "usf", "frsf"])
 def test_redraw_ends_where_another_rule_came(rule):
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -351,8 +396,9 @@ def test_redraw_ends_where_another_rule_came(rule):
 
 def network(rule="brsf", **options):
     torch.manual_seed(4)
-    return nn.Sequential(linear("usf", 8, 16), nn.ReLU(), linear(rule, 16, 16, seed=1, **options), nn.ReLU(),
-                         nn.Linear(16, 3))
+    return nn.Sequential(
+        linear("usf", 8, 16), nn.ReLU(), linear(rule, 16, 16, seed=1, **options), nn.ReLU(), nn.Linear(16, 3)
+    )
 
 
 def test_redraw_after_each_optimizer_step():
@@ -414,6 +460,7 @@ def test_frsf_is_not_redrawn():
 
 # -- training -----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("rule", RULES)
 def test_training_lowers_the_loss(rule):
     model = network(rule)
@@ -436,8 +483,13 @@ def test_training_lowers_the_loss(rule):
 @pytest.mark.unpoisoned
 def test_compiles_in_one_graph(rule):
     torch._dynamo.reset()
-    model = nn.Sequential(linear(rule, 8, 16, seed=1, stream=1), nn.ReLU(), linear(rule, 16, 16, seed=1, stream=2),
-                          nn.Unflatten(1, (4, 2, 2)), conv(rule, 4, 3, 3, padding="same", padding_mode="circular"))
+    model = nn.Sequential(
+        linear(rule, 8, 16, seed=1, stream=1),
+        nn.ReLU(),
+        linear(rule, 16, 16, seed=1, stream=2),
+        nn.Unflatten(1, (4, 2, 2)),
+        conv(rule, 4, 3, 3, padding="same", padding_mode="circular"),
+    )
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     for _ in range(2):
         for got, expected in zip(backward(compiled, randn(4, 8)), backward(model, randn(4, 8)), strict=True):
@@ -452,6 +504,7 @@ def test_compiles_in_one_graph(rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_checkpointing_and_accumulation(rule):
     from torch.utils.checkpoint import checkpoint
+
     model = network(rule)
     x = randn(4, 8)
     model(x).square().sum().backward()
@@ -464,14 +517,21 @@ def test_checkpointing_and_accumulation(rule):
 
 # -- instruments --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("rule", RULES)
 def test_alignment_and_weight_ratio(impl, rule):
-    model = nn.Sequential(linear(rule, 90, 70, impl=impl), nn.ReLU(), nn.Linear(70, 49), nn.Unflatten(1, (1, 7, 7)),
-                          conv(rule, 1, 5, 3, impl=impl))
+    model = nn.Sequential(
+        linear(rule, 90, 70, impl=impl),
+        nn.ReLU(),
+        nn.Linear(70, 49),
+        nn.Unflatten(1, (1, 7, 7)),
+        conv(rule, 1, 5, 3, impl=impl),
+    )
     assert list(lnn.alignment(model)) == list(lnn.weight_ratio(model)) == ["0", "4"]
     for name in ("0", "4"):
-        weight, feedback = (t.detach().double().flatten() for t in (model[int(name)].weight,
-                                                                    model[int(name)].feedback_weight()))
+        weight, feedback = (
+            t.detach().double().flatten() for t in (model[int(name)].weight, model[int(name)].feedback_weight())
+        )
         angle = math.degrees(math.acos(torch.dot(weight, feedback) / (weight.norm() * feedback.norm())))
         assert abs(lnn.alignment(model)[name] - angle) < 1e-4
         assert abs(lnn.weight_ratio(model)[name] - feedback.norm() / weight.norm()) < 1e-6
@@ -505,6 +565,6 @@ def test_instruments_of_degenerate_layers():
 def test_functional_and_module_agree(impl):
     layer, x = conv("frsf", 4, 6, 3, impl=impl, seed=3, stream=1), randn(2, 4, 8, 8).requires_grad_()
     y = LF.sign_symmetric_conv2d(x, layer.weight, layer.bias, magnitude=layer.feedback, impl=impl)
-    expected, = torch.autograd.grad(y.square().sum(), x)
-    got, = torch.autograd.grad(layer(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(y.square().sum(), x)
+    (got,) = torch.autograd.grad(layer(x).square().sum(), x)
     assert torch.equal(got, expected)

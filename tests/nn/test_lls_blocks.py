@@ -1,4 +1,5 @@
 """The fused blocks: what they compute, against the same blocks in plain torch."""
+
 import copy
 import math
 
@@ -14,22 +15,46 @@ from tests.ops.lls_problems import randn, targets
 from tests.tolerances import assert_accurate, assert_bit_equal, assert_relative
 
 CONV_CASES = [
-    *sweep(CONV, B=(1, 17), cin=(1,), cout=(1, 17), kernel=(1, (3, 1)), padding=(0, "same", (1, 0)), bias=(False,),
-           modulation=("vector", "matrix", "reduced"), max_pool=(True,), activation=("relu",), waveform=("cosine",),
-           negative_slope=(0.3,), temperature=(2.0,), label_smoothing=(0.1,), num_classes=(1, 33), pool_size=(1, 4, 8),
-           channels_last=(True,)),
+    *sweep(
+        CONV,
+        B=(1, 17),
+        cin=(1,),
+        cout=(1, 17),
+        kernel=(1, (3, 1)),
+        padding=(0, "same", (1, 0)),
+        bias=(False,),
+        modulation=("vector", "matrix", "reduced"),
+        max_pool=(True,),
+        activation=("relu",),
+        waveform=("cosine",),
+        negative_slope=(0.3,),
+        temperature=(2.0,),
+        label_smoothing=(0.1,),
+        num_classes=(1, 33),
+        pool_size=(1, 4, 8),
+        channels_last=(True,),
+    ),
     dict(CONV, stride=2, H=11, W=9, kernel=3),
     dict(CONV, stride=(2, 1), kernel=(3, 2)),
-    dict(CONV, kernel=5, padding=2, H=7, W=7, modulation="matrix"),                           # overlapping bins
+    dict(CONV, kernel=5, padding=2, H=7, W=7, modulation="matrix"),  # overlapping bins
     dict(CONV, H=3, W=3, max_pool=True, modulation="vector"),
     dict(CONV, H=1, W=1, kernel=1, padding=0),  # up-sampling, no spatial sum
     dict(CONV, H=9, W=7, max_pool=True, channels_last=True, modulation="reduced", reduced_rows=5),
     dict(CONV, H=8, W=8, max_pool=True, activation="relu", pool_size=4, channels_last=True),
 ]
 LINEAR_CASES = [
-    *sweep(LINEAR, B=(2, 17), out=(7, 33), bias=(False,), modulation=("vector", "matrix", "reduced"),
-           activation=("relu",),
-           waveform=("cosine",), pool_size=(5, 32), num_classes=(1, 33), label_smoothing=(0.1,)),
+    *sweep(
+        LINEAR,
+        B=(2, 17),
+        out=(7, 33),
+        bias=(False,),
+        modulation=("vector", "matrix", "reduced"),
+        activation=("relu",),
+        waveform=("cosine",),
+        pool_size=(5, 32),
+        num_classes=(1, 33),
+        label_smoothing=(0.1,),
+    ),
     dict(LINEAR, pool_size=1, features=1, out=1),
 ]
 
@@ -55,9 +80,16 @@ def test_reference_in_float64(case):
         assert_relative(name, got[name], value, 1e-9)
 
 
-@pytest.mark.parametrize("case",
-                         [dict(CONV, modulation="matrix"), dict(CONV, H=7, W=7, modulation="vector"),
-                          dict(LINEAR, modulation="matrix"), dict(LINEAR, pool_size=5, modulation="vector")], ids=label)
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(CONV, modulation="matrix"),
+        dict(CONV, H=7, W=7, modulation="vector"),
+        dict(LINEAR, modulation="matrix"),
+        dict(LINEAR, pool_size=5, modulation="vector"),
+    ],
+    ids=label,
+)
 def test_finite_differences_of_the_local_loss(case):
     """Spec 7.5: with respect to M, weight, gamma and beta. (The loss alone: nothing of autograd is in it.)"""
     block, x, target = make(case, "reference")
@@ -116,8 +148,9 @@ NAMES = ("layer.weight", "norm.weight", "norm.bias", "modulation")
 
 
 @pytest.mark.parametrize("trained", subsets(NAMES), ids=lambda names: "+".join(names) or "nothing")
-@pytest.mark.parametrize("case", [dict(CONV, modulation="vector"), dict(LINEAR, modulation="matrix")],
-                         ids=["conv", "linear"])
+@pytest.mark.parametrize(
+    "case", [dict(CONV, modulation="vector"), dict(LINEAR, modulation="matrix")], ids=["conv", "linear"]
+)
 def test_frozen_parameters(impl, case, trained):
     block, x, target = make(case, impl)
     full = results(copy.deepcopy(block), x, target)
@@ -145,12 +178,19 @@ def test_no_gradient_to_the_input(impl):
     assert below.weight.grad is None and not out.requires_grad
 
 
-@pytest.mark.parametrize("case", [dict(CONV, modulation="matrix"), dict(CONV, modulation="reduced", bias=False),
-                                  LINEAR], ids=label)
+@pytest.mark.parametrize(
+    "case", [dict(CONV, modulation="matrix"), dict(CONV, modulation="reduced", bias=False), LINEAR], ids=label
+)
 def test_state_dict_keys(case):
     block = make(case)[0]
-    expected = {"layer.weight", "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var",
-                "norm.num_batches_tracked"}
+    expected = {
+        "layer.weight",
+        "norm.weight",
+        "norm.bias",
+        "norm.running_mean",
+        "norm.running_var",
+        "norm.num_batches_tracked",
+    }
     expected |= {"layer.bias"} if case.get("bias", True) else set()
     expected |= {"modulation"} if case.get("modulation") else set()
     assert set(block.state_dict()) == expected
@@ -195,8 +235,9 @@ def test_cumulative_and_absent_running_statistics(impl):
             assert block.norm.num_batches_tracked == plain.num_batches_tracked
 
 
-@pytest.mark.parametrize("case", [dict(CONV, B=1, H=1, W=1, kernel=1, padding=0), dict(LINEAR, B=1)],
-                         ids=["conv", "linear"])
+@pytest.mark.parametrize(
+    "case", [dict(CONV, B=1, H=1, W=1, kernel=1, padding=0), dict(LINEAR, B=1)], ids=["conv", "linear"]
+)
 def test_one_value_per_channel_raises_as_torch(impl, case):
     block, x, target = make(case, impl)
     with pytest.raises(ValueError, match="[Ee]xpected more than 1 value per channel when training"):
@@ -213,8 +254,9 @@ def test_repeatable_bit_for_bit(impl, case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", [dict(CONV, modulation="matrix"), dict(CONV, max_pool=True, channels_last=True),
-                                  LINEAR], ids=label)
+@pytest.mark.parametrize(
+    "case", [dict(CONV, modulation="matrix"), dict(CONV, max_pool=True, channels_last=True), LINEAR], ids=label
+)
 def test_half_block(impl, case, dtype):
     """A block cast whole, norm and all; the loss and its sums stay float32."""
     block, x, target = make(case, impl)
@@ -253,8 +295,9 @@ def test_head_around_any_block(impl, case):
     exact = copy.deepcopy(inner).double()
     exact.zero_grad()
     m = None if head.modulation is None else head.modulation.detach().double().requires_grad_()
-    definition(exact(x.detach().double()), target, m, num_classes=7, pool_size=2,
-               waveform=case.get("waveform", "square")).backward()
+    definition(
+        exact(x.detach().double()), target, m, num_classes=7, pool_size=2, waveform=case.get("waveform", "square")
+    ).backward()
     assert x.grad is None and not out.requires_grad
     for (name, p), q in zip(inner.named_parameters(), exact.parameters()):
         assert_relative(name, p.grad, q.grad, 1e-5)
@@ -284,7 +327,7 @@ def test_frozen_norm(impl, case):
     running = block.norm.running_mean.clone()
     activation = F.leaky_relu(block.norm(block.layer(x)), block.negative_slope)
     expected = definition(activation, target, None, num_classes=block.num_classes, pool_size=block.pool_size)
-    expected_grad, = torch.autograd.grad(expected, block.layer.weight)
+    (expected_grad,) = torch.autograd.grad(expected, block.layer.weight)
     out, loss = block(x.requires_grad_(), target)
     loss.backward()
     assert torch.equal(out, activation) and not out.requires_grad and x.grad is None
@@ -315,9 +358,12 @@ def _replaced(kind):
     elif kind == "circular padding":
         block.layer = torch.nn.Conv2d(3, 6, 3, padding=1, padding_mode="circular")
     else:
-        block.norm = {"SyncBatchNorm": lambda: NoCollective(6), "GroupNorm": lambda: torch.nn.GroupNorm(2, 6),
-                      "InstanceNorm2d": lambda: torch.nn.InstanceNorm2d(6, affine=True),
-                      "no affine": lambda: torch.nn.BatchNorm2d(6, affine=False)}[kind]()
+        block.norm = {
+            "SyncBatchNorm": lambda: NoCollective(6),
+            "GroupNorm": lambda: torch.nn.GroupNorm(2, 6),
+            "InstanceNorm2d": lambda: torch.nn.InstanceNorm2d(6, affine=True),
+            "no affine": lambda: torch.nn.BatchNorm2d(6, affine=False),
+        }[kind]()
     return block, x, target
 
 
@@ -328,8 +374,10 @@ class NoCollective(torch.nn.SyncBatchNorm):
         return 2 * F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
 
 
-@pytest.mark.parametrize("kind", ["SyncBatchNorm", "GroupNorm", "InstanceNorm2d", "no affine", "dilation",
-                                  "circular padding", "linear adapter"])
+@pytest.mark.parametrize(
+    "kind",
+    ["SyncBatchNorm", "GroupNorm", "InstanceNorm2d", "no affine", "dilation", "circular padding", "linear adapter"],
+)
 def test_a_replaced_module_is_run_as_it_is(kind):
     block, x, target = _replaced(kind)
     activation = F.leaky_relu(block.norm(block.layer(x)), block.negative_slope)

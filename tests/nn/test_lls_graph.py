@@ -1,4 +1,5 @@
 """The fused blocks inside autograd: what the graph holds, costs and refuses."""
+
 import copy
 import gc
 import warnings
@@ -23,8 +24,9 @@ from tests.ops.lls_problems import randn, targets
 from tests.simt import executor
 from tests.tolerances import assert_bit_equal
 
-BOTH = pytest.mark.parametrize("case", [dict(CONV, modulation="matrix"), dict(LINEAR, modulation="vector")],
-                               ids=["conv", "linear"])
+BOTH = pytest.mark.parametrize(
+    "case", [dict(CONV, modulation="matrix"), dict(LINEAR, modulation="vector")], ids=["conv", "linear"]
+)
 
 
 @BOTH
@@ -38,6 +40,7 @@ def test_gradients_are_handed_over_without_a_copy(impl, case, monkeypatch):
             result = real(*arguments)
             made.extend(t.data_ptr() for t in result[2:])
             return result
+
     monkeypatch.setattr(lls_autograd, "_ops", Spy())
     block, x, target = make(case, impl)
     block(x, target)[1].backward()
@@ -61,6 +64,7 @@ def test_without_grad_no_gradient_is_taken(impl, case, monkeypatch):
             result = real.lls_loss_forward(*arguments)
             empty.extend(result[i].numel() == 0 for i in (1, 3))
             return result
+
     monkeypatch.setattr(lls_autograd, "_ops", Spy())
     block, x, target = make(case, impl)
     parameter = x.clone().requires_grad_()
@@ -104,7 +108,7 @@ def test_second_backward_raises_by_name(impl, case):
 @BOTH
 def test_second_derivative_raises_by_name(impl, case):
     block, x, target = make(case, impl)
-    grad, = torch.autograd.grad(block(x, target)[1], block.layer.weight, create_graph=True)
+    (grad,) = torch.autograd.grad(block(x, target)[1], block.layer.weight, create_graph=True)
     with pytest.raises(NotImplementedError, match="lls_block has no second derivative"):
         (grad.sum() + block.layer.weight.pow(3).sum()).backward()
 
@@ -177,6 +181,7 @@ def test_transforms_are_refused(impl, transform):
 
     def loss(weight):
         return torch.func.functional_call(block, {"layer.weight": weight}, (x, target))[1]
+
     with pytest.raises((NotImplementedError, RuntimeError)):
         if transform == "vmap":
             torch.func.vmap(lambda a: block(a, target)[1])(torch.stack([x, x]))
@@ -187,8 +192,16 @@ def test_transforms_are_refused(impl, transform):
 
 
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("case", [dict(CONV, modulation="matrix"), dict(CONV, max_pool=True, channels_last=True),
-                                  dict(CONV, stride=2, H=9, W=7, padding=0), LINEAR], ids=label)
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(CONV, modulation="matrix"),
+        dict(CONV, max_pool=True, channels_last=True),
+        dict(CONV, stride=2, H=9, W=7, padding=0),
+        LINEAR,
+    ],
+    ids=label,
+)
 def test_opcheck(impl, case):
     block, x, target = make(case, impl)
     if case.get("channels_last"):
@@ -197,16 +210,55 @@ def test_opcheck(impl, case):
     tensors = [t.detach() for t in (block.layer.weight, block.layer.bias, norm.weight, norm.bias)]
     stride, padding = block._geometry()
     for compute_grad in (True, False):
-        torch.library.opcheck(torch.ops.lgkernels.lls_block.default, (
-            x, *tensors, norm.running_mean.clone(), norm.running_var.clone(), target, None if m is None else m.detach(),
-            block.waveform, stride, padding, 0.1, norm.eps, block.negative_slope, block.max_pool, block.num_classes,
-            block.pool_size, block.temperature, block.label_smoothing, compute_grad, True, m is not None, impl))
+        torch.library.opcheck(
+            torch.ops.lgkernels.lls_block.default,
+            (
+                x,
+                *tensors,
+                norm.running_mean.clone(),
+                norm.running_var.clone(),
+                target,
+                None if m is None else m.detach(),
+                block.waveform,
+                stride,
+                padding,
+                0.1,
+                norm.eps,
+                block.negative_slope,
+                block.max_pool,
+                block.num_classes,
+                block.pool_size,
+                block.temperature,
+                block.label_smoothing,
+                compute_grad,
+                True,
+                m is not None,
+                impl,
+            ),
+        )
 
 
 # -- what it costs ----------------------------------------------------------------------------------------------
 
-_FREE = ("empty", "new_empty", "view", "_unsafe_view", "reshape", "as_strided", "detach", "alias", "t.", "transpose",
-         "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "lift_fresh")
+_FREE = (
+    "empty",
+    "new_empty",
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "as_strided",
+    "detach",
+    "alias",
+    "t.",
+    "transpose",
+    "permute",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "slice",
+    "select",
+    "lift_fresh",
+)
 
 
 class Dispatches(TorchDispatchMode):
@@ -242,6 +294,7 @@ def count_kernels(monkeypatch, backend, names):
                 if not callable(value) or not name.startswith("lls_") or name == "lls_packed_signs":
                     return value
                 return lambda *a, **k: (names.append(f"kernel {name}"), value(*a, **k))[1]
+
         compiled = module._C
         monkeypatch.setattr(module, "_C", Counting())
     elif backend == "cuda-simt":
@@ -258,25 +311,40 @@ def count_kernels(monkeypatch, backend, names):
                     result = value(*arguments)
                     names.extend([f"kernel {name}"] * len(simt.launches()))
                     return result
+
                 return run
+
         monkeypatch.setattr(native, "cuda_entries", Counting)
     else:
         import triton.runtime.interpreter as interpreter
+
         call = interpreter.GridExecutor.__call__
 
         def launch(self, *args, **kwargs):
             names.append(f"kernel {self.fn.__name__}")
             with _disable_current_modes():  # the interpreter's own torch calls are no launches
                 return call(self, *args, **kwargs)
+
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
 
 
 @pytest.mark.unpoisoned
-@pytest.mark.parametrize("case", [CONV, dict(CONV, max_pool=True), dict(CONV, modulation="vector"),
-                                  dict(CONV, modulation="matrix"), LINEAR,
-                                  dict(LINEAR, modulation="matrix"), dict(CONV, num_classes=100),
-                                  dict(CONV, num_classes=40, modulation="matrix"), dict(CONV, num_classes=300),
-                                  dict(CONV, num_classes=300, modulation="matrix")], ids=label)
+@pytest.mark.parametrize(
+    "case",
+    [
+        CONV,
+        dict(CONV, max_pool=True),
+        dict(CONV, modulation="vector"),
+        dict(CONV, modulation="matrix"),
+        LINEAR,
+        dict(LINEAR, modulation="matrix"),
+        dict(CONV, num_classes=100),
+        dict(CONV, num_classes=40, modulation="matrix"),
+        dict(CONV, num_classes=300),
+        dict(CONV, num_classes=300, modulation="matrix"),
+    ],
+    ids=label,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_at_most_eight_launches_a_layer(impl, backend, case, dtype, monkeypatch, opened):
     """Forward, loss and all gradients of a layer: torch calls plus our kernels.
@@ -341,8 +409,10 @@ def test_the_graph_holds_no_activation(impl):
     block(x, target)
     gc.collect()
     floats = x.shape[0] * 16 * 16 * block.layer.weight.shape[0]
+
     def tensors():
         return [t for t in gc.get_objects() if type(t) is torch.Tensor]
+
     before = {id(t) for t in tensors()}
     out, loss = block(x, target)
     gc.collect()
@@ -365,6 +435,7 @@ def test_peak_memory_counts_what_is_alive_at_once():
         b = a + 1
         del a
         return (b * 2).sum()
+
     assert peak_memory(step, torch.device("cpu")) in range(8000, 8400)
 
 
@@ -396,6 +467,7 @@ def vgg8_step(rule):
 def test_memory_of_a_vgg8_step_is_a_third_of_backpropagations():
     """Peak of one step (B=32, 32x32) beyond parameters and input, as the profiler's allocation events count it."""
     from tests.conftest import unavailable
+
     if unavailable("cpu"):
         pytest.skip("the fused path on the CPU needs the native module")
     lls, bp = (peak_memory(vgg8_step(rule), torch.device("cpu")) for rule in ("lls", "bp"))

@@ -1,4 +1,5 @@
 """Blocks with local losses: the protocol of the block-wise trainer, and the modules' own choices."""
+
 import pytest
 import torch
 from torch import nn
@@ -55,8 +56,10 @@ def test_forward_forward_layers_learn_to_tell_apart():
     torch.manual_seed(0)
     y = torch.arange(40) % 4
     x = randn(4, 20, seed=1)[y] + 0.1 * randn(40, 20)
-    layers = [lnn.ForwardForwardLayer(nn.Sequential(nn.Linear(n, 64), nn.ReLU()), normalize=how)
-              for n, how in ((20, "l2"), (64, "rms"))]
+    layers = [
+        lnn.ForwardForwardLayer(nn.Sequential(nn.Linear(n, 64), nn.ReLU()), normalize=how)
+        for n, how in ((20, "l2"), (64, "rms"))
+    ]
     optimizers = [torch.optim.Adam(layer.parameters(), 0.03) for layer in layers]
     positive, history = torch.arange(80) < 40, []
     for _ in range(200):
@@ -92,7 +95,7 @@ def test_normalisations_of_forward_forward():
 def test_normalisation_in_half_precision():
     """Neither a norm above float16's range nor an eps below it."""
     x = torch.stack([torch.full((50000,), 300.0), torch.zeros(50000)]).half()
-    for how, expected in (("l2", 50000 ** -0.5), ("rms", 1.0)):
+    for how, expected in (("l2", 50000**-0.5), ("rms", 1.0)):
         for kind in (dict(normalize=how), dict(normalize="none", normalize_output=how)):
             layer = lnn.ForwardForwardLayer(nn.Identity(), **kind)
             for out in (layer.eval()(x), layer.train()(x, torch.tensor([True, False]))[0]):
@@ -114,9 +117,16 @@ def test_a_layer_normalises_its_output_for_the_next(kind):
         torch.testing.assert_close(got, after.normalized(expected))
 
 
-@pytest.mark.parametrize("shape, dim, pool, padding", [
-    ((8, 32, 32), 4096, [2, 1], [0, 0]), ((128, 32, 32), 4096, [8, 4], [0, 0]), ((8, 7, 7), 150, [2, 2], [1, 1]),
-    ((8, 7, 7), 4096, [1, 1], [0, 0]), ((9000, 2, 2), 4096, [2, 2], [0, 0])])
+@pytest.mark.parametrize(
+    "shape, dim, pool, padding",
+    [
+        ((8, 32, 32), 4096, [2, 1], [0, 0]),
+        ((128, 32, 32), 4096, [8, 4], [0, 0]),
+        ((8, 7, 7), 150, [2, 2], [1, 1]),
+        ((8, 7, 7), 4096, [1, 1], [0, 0]),
+        ((9000, 2, 2), 4096, [2, 2], [0, 0]),
+    ],
+)
 def test_decoder_pool_of_predsim(shape, dim, pool, padding):
     block = lnn.PredSimHead(nn.Identity(), shape, 5, decoder_dim=dim, sim_head="identity")
     assert block.pool == pool and list(block.padding) == padding
@@ -125,15 +135,33 @@ def test_decoder_pool_of_predsim(shape, dim, pool, padding):
     assert torch.isfinite(loss)
 
 
-@pytest.mark.parametrize("bad, message", [
-    (lambda: lnn.InfoProUnit(nn.Identity(), 4, 3, 3, weights=(0, 0)),
-     "weights must not all be 0: nothing would be learnt, got (0, 0)"),
-    (lambda: lnn.ForwardForwardLayer(nn.Linear(4, 4), threshold=float("nan"))(torch.ones(1, 4), torch.tensor([True])),
-     "threshold must be finite, got nan"),
-    (lambda: lnn.ForwardForwardLayer(nn.Identity(), normalize="max"), "normalize must be one of 'l2', 'rms', 'none', got 'max'"),
-    (lambda: lnn.PredSimHead(nn.Identity(), (8,), 5, sim_head="conv"), "sim_head must be one of 'layer', 'identity', got 'conv'"),
-    (lambda: lnn.ContrastiveHead(nn.Identity(), 8, loss="triplet"), "loss must be one of 'nt_xent', 'supcon', got 'triplet'"),
-])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (
+            lambda: lnn.InfoProUnit(nn.Identity(), 4, 3, 3, weights=(0, 0)),
+            "weights must not all be 0: nothing would be learnt, got (0, 0)",
+        ),
+        (
+            lambda: lnn.ForwardForwardLayer(nn.Linear(4, 4), threshold=float("nan"))(
+                torch.ones(1, 4), torch.tensor([True])
+            ),
+            "threshold must be finite, got nan",
+        ),
+        (
+            lambda: lnn.ForwardForwardLayer(nn.Identity(), normalize="max"),
+            "normalize must be one of 'l2', 'rms', 'none', got 'max'",
+        ),
+        (
+            lambda: lnn.PredSimHead(nn.Identity(), (8,), 5, sim_head="conv"),
+            "sim_head must be one of 'layer', 'identity', got 'conv'",
+        ),
+        (
+            lambda: lnn.ContrastiveHead(nn.Identity(), 8, loss="triplet"),
+            "loss must be one of 'nt_xent', 'supcon', got 'triplet'",
+        ),
+    ],
+)
 def test_bad_input(bad, message):
     with pytest.raises(ValueError) as caught:
         bad()
@@ -146,19 +174,20 @@ def test_infopro():
     assert lnn.infopro_weights(2, (5.0, 0.5), (0.0, 1.0)) == [(5.0, 0.5)]
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
     first = lnn.InfoProUnit(conv(), 8, 5, 3, weights=(5.0, 0.5), mean=mean, std=std)
-    second = lnn.InfoProUnit(nn.Conv2d(8, 6, 3), 6, 5, 3, weights=(0.25, 1.0), loss="cross_entropy", first=first,
-                             mean=mean, std=std)
+    second = lnn.InfoProUnit(
+        nn.Conv2d(8, 6, 3), 6, 5, 3, weights=(0.25, 1.0), loss="cross_entropy", first=first, mean=mean, std=std
+    )
     image, y = torch.rand(6, 3, 9, 9), targets(6, 5)
     x = (image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     out, _ = first(x, y)
     h, loss = second(out, y)
     decoded = second.decoder(nn.functional.interpolate(h, (9, 9), mode="bilinear", align_corners=True)).sigmoid()
-    expected = (0.25 * nn.functional.binary_cross_entropy(decoded, image)
-                + nn.functional.cross_entropy(second.aux(h), y))
+    expected = 0.25 * nn.functional.binary_cross_entropy(decoded, image) + nn.functional.cross_entropy(second.aux(h), y)
     assert_relative("loss", loss, expected, 1e-5)
     assert not any(name.startswith("_first") for name, _ in second.named_parameters())
-    trainer = BlockwiseTrainer([first, second, nn.Flatten(), lnn.ClassifierBlock(nn.Linear(150, 5))],
-                               lambda p: torch.optim.Adam(p, 0.01))
+    trainer = BlockwiseTrainer(
+        [first, second, nn.Flatten(), lnn.ClassifierBlock(nn.Linear(150, 5))], lambda p: torch.optim.Adam(p, 0.01)
+    )
     losses = [trainer.step(x, y) for _ in range(15)]
     assert bool((losses[-1] < losses[0]).all())
     assert lnn.InfoProUnit(conv(), 8, 5, 3, weights=(0.0, 1.0)).decoder is None

@@ -1,4 +1,5 @@
 """Shared by the tests of the family `feedback`: the definition written out, and its comparison with the functions."""
+
 import torch
 import torch.nn.functional as F
 
@@ -13,8 +14,12 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
-LAWS = {"uniform": dict(law="uniform", scale=0.5), "uniform8": dict(law="uniform8", scale=0.5, low=0.0),
-        "normal": dict(law="normal", scale=0.3), "sign": dict(law="sign", scale=0.25)}
+LAWS = {
+    "uniform": dict(law="uniform", scale=0.5),
+    "uniform8": dict(law="uniform8", scale=0.5, low=0.0),
+    "normal": dict(law="normal", scale=0.3),
+    "sign": dict(law="sign", scale=0.25),
+}
 
 
 def random_feedback(law="uniform8", seed=5, stream=3):
@@ -40,7 +45,7 @@ def definition(layer, x, weight, bias, feedback, grad):
     bias = None if bias is None else bias.detach().requires_grad_()
     y = layer(x.detach(), weight, bias)
     exact = torch.autograd.grad(y, [weight] + ([] if bias is None else [bias]), grad)
-    down, = torch.autograd.grad(layer(x, feedback.to(x.dtype), None), x, grad)
+    (down,) = torch.autograd.grad(layer(x, feedback.to(x.dtype), None), x, grad)
     return [y.detach(), down, *exact]
 
 

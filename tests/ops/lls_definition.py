@@ -1,13 +1,29 @@
 """LLS written out in plain torch, differentiated by autograd: what the closed forms are compared with."""
+
 import torch
 import torch.nn.functional as F
 
 import lgkernels.functional as LF
 
 
-def definition(activation, target, modulation=None, *, num_classes, pool_size, waveform="square", temperature=0.5,
-               label_smoothing=0.0, normalize=True, eps=1e-12, basis=None, basis_scale=1.0, loss="cross_entropy",
-               ignore_index=-100, reduction="mean"):
+def definition(
+    activation,
+    target,
+    modulation=None,
+    *,
+    num_classes,
+    pool_size,
+    waveform="square",
+    temperature=0.5,
+    label_smoothing=0.0,
+    normalize=True,
+    eps=1e-12,
+    basis=None,
+    basis_scale=1.0,
+    loss="cross_entropy",
+    ignore_index=-100,
+    reduction="mean",
+):
     """Spec sections 1.2, 1.3 and 1.9, line by line."""
     wide = activation if activation.dtype == torch.float64 else activation.float()
     if activation.dim() == 2:
@@ -26,8 +42,9 @@ def definition(activation, target, modulation=None, *, num_classes, pool_size, w
     v = z / temperature
     target = target.long()
     if loss == "cross_entropy":
-        return F.cross_entropy(v, target, ignore_index=ignore_index, label_smoothing=label_smoothing,
-                               reduction=reduction)
+        return F.cross_entropy(
+            v, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+        )
     valid = target != ignore_index
     one_hot = F.one_hot(target.masked_fill(~valid, 0), num_classes).to(x.dtype)
     hard_sigmoid = v + ((0.25 * v + 0.5).clamp(0, 1) - v).detach()  # straight through

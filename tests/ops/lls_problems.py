@@ -1,4 +1,5 @@
 """Arguments for the functions of the family `lls`, and the comparison of one backend with the reference."""
+
 import torch
 
 from lgkernels.ops.lls import basis, reference
@@ -8,8 +9,18 @@ from tests.tolerances import assert_accurate, assert_bit_equal
 
 DEVICE = "cpu"  # where the backend under test runs; tests/gpu sets "cuda". The reference runs on the CPU.
 
-HEAD = dict(temperature=0.5, label_smoothing=0.0, normalize=True, eps=1e-12, zero_gradient_below_eps=False,
-            basis_scale=1.0, loss="cross_entropy", ignore_index=-100, reduction="mean", compute_grad=True)
+HEAD = dict(
+    temperature=0.5,
+    label_smoothing=0.0,
+    normalize=True,
+    eps=1e-12,
+    zero_gradient_below_eps=False,
+    basis_scale=1.0,
+    loss="cross_entropy",
+    ignore_index=-100,
+    reduction="mean",
+    compute_grad=True,
+)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -70,8 +81,18 @@ def _outputs(result):
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
-def check(module, name, arguments, keywords=(), *, inplace=(), length=1, per_row=False, reference_arguments=None,
-          reference=reference):
+def check(
+    module,
+    name,
+    arguments,
+    keywords=(),
+    *,
+    inplace=(),
+    length=1,
+    per_row=False,
+    reference_arguments=None,
+    reference=reference,
+):
     """Run function `name` of `module`, of the reference, and of the float64 reference on the same arguments.
 
     `inplace` are positions of arguments that the function writes to: they are compared as outputs, all others must
@@ -106,5 +127,12 @@ def check_head(module, x, target, m, waveform, classes, *, rows=None, phi=None, 
     ours = phi if phi is not None else table(module, waveform, rows, dim)
     exact = phi if phi is not None else table(reference, waveform, rows, dim)
     keywords = {**HEAD, "num_classes": classes, **changes}
-    return check(module, "head", (x, target, m, ours), keywords, length=dim + rows, per_row=per_row,
-                 reference_arguments=(x, target, m, exact))
+    return check(
+        module,
+        "head",
+        (x, target, m, ours),
+        keywords,
+        length=dim + rows,
+        per_row=per_row,
+        reference_arguments=(x, target, m, exact),
+    )

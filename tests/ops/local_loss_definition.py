@@ -1,4 +1,5 @@
-"""The local losses written out in plain torch, every intermediate included: what autograd of this gives is the truth."""
+"""The local losses written out in plain torch, every intermediate included: autograd of this is the truth."""
+
 import torch
 import torch.nn.functional as F
 
@@ -44,12 +45,24 @@ def similarity_matching_loss(h, target, sim_weight=None, *, num_classes, use_std
     return F.mse_loss(similarity_matrix(x, use_std), similarity_matrix(labels))
 
 
-def prediction_similarity_loss(h, target, sim_weight, decoder_weight, decoder_bias=None, *, num_classes, beta=0.99,
-                               use_std=True, pool_kernel=1, pool_padding=0):
+def prediction_similarity_loss(
+    h,
+    target,
+    sim_weight,
+    decoder_weight,
+    decoder_bias=None,
+    *,
+    num_classes,
+    beta=0.99,
+    use_std=True,
+    pool_kernel=1,
+    pool_padding=0,
+):
     pooled = F.avg_pool2d(h, pool_kernel, padding=pool_padding) if h.dim() == 4 else h
     prediction = local_cross_entropy(pooled.flatten(1), decoder_weight, decoder_bias, target)
-    return (1 - beta) * prediction + beta * similarity_matching_loss(h, target, sim_weight, num_classes=num_classes,
-                                                                     use_std=use_std)
+    return (1 - beta) * prediction + beta * similarity_matching_loss(
+        h, target, sim_weight, num_classes=num_classes, use_std=use_std
+    )
 
 
 def supcon_loss(z, target=None, *, temperature=0.07, base_temperature=None, contrast_mode="all", normalize=True):
@@ -79,7 +92,7 @@ def nt_xent_loss(z, *, temperature=0.1, normalize=True):
 
 def info_nce_loss(query, keys, *, negatives, temperature=1.0):
     query, keys = wide(query), wide(keys)
-    positive = (query * keys[:len(query)]).sum(1, keepdim=True)
+    positive = (query * keys[: len(query)]).sum(1, keepdim=True)
     negative = torch.einsum("nd,nkd->nk", query, keys[negatives.long()])
     logits = torch.cat([positive, negative], 1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))

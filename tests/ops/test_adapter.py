@@ -1,4 +1,5 @@
 """LoRA and LoKr: golden vectors (of LyCORIS' plain forward), autograd of the Kronecker product written out."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ def test_golden(name, precision):  # noqa: F811
 
 class Definition:
     """The weight's change built in full."""
+
     @staticmethod
     def matrix(w):
         return w[0] @ w[1] if isinstance(w, tuple) else w
@@ -48,28 +50,50 @@ class Definition:
     def lokr_conv2d(cls, x, weight, bias=None, *sizes, w1, w2, scale):
         w1 = cls.matrix(w1)
         w2 = cls.matrix(w2).reshape(weight.shape[0] // len(w1), -1, *weight.shape[2:])
-        return F.conv2d(x, weight + scale * torch.kron(w1.contiguous()[:, :, None, None], w2.contiguous()), bias, *sizes)
+        return F.conv2d(
+            x, weight + scale * torch.kron(w1.contiguous()[:, :, None, None], w2.contiguous()), bias, *sizes
+        )
 
 
 # id -> (f(module, *tensors), shapes)
 CASES = {
-    "lora": (lambda m, x, w, b, a, c: m.lora_linear(x, w, b, a=a, b=c, scale=0.5), [(5, 6), (8, 6), (8,), (2, 6), (8, 2)]),
+    "lora": (
+        lambda m, x, w, b, a, c: m.lora_linear(x, w, b, a=a, b=c, scale=0.5),
+        [(5, 6), (8, 6), (8,), (2, 6), (8, 2)],
+    ),
     "lora-tokens": (lambda m, x, w, a, c: m.lora_linear(x, w, a=a, b=c, scale=4), [(2, 3, 6), (8, 6), (1, 6), (8, 1)]),
-    "linear-r1": (lambda m, x, w, b, w1, c, d: m.lokr_linear(x, w, b, w1=w1, w2=(c, d), scale=4.0),
-                  [(5, 6), (8, 6), (8,), (2, 2), (4, 1), (1, 3)]),
-    "linear-r2": (lambda m, x, w, w1, c, d: m.lokr_linear(x, w, w1=w1, w2=(c, d), scale=0.5),
-                  [(2, 3, 6), (8, 6), (4, 3), (2, 2), (2, 2)]),
-    "linear-full": (lambda m, x, w, w1, w2: m.lokr_linear(x, w, w1=w1, w2=w2, scale=1), [(5, 6), (8, 6), (2, 2), (4, 3)]),
-    "linear-both": (lambda m, x, w, p, q, c, d: m.lokr_linear(x, w, w1=(p, q), w2=(c, d), scale=2.0),
-                    [(5, 6), (8, 6), (4, 1), (1, 3), (2, 1), (1, 2)]),
-    "conv-r1": (lambda m, x, w, b, w1, c, d: m.lokr_conv2d(x, w, b, 1, 1, w1=w1, w2=(c, d), scale=4.0),
-                [(2, 6, 4, 5), (8, 6, 3, 3), (8,), (2, 2), (4, 1), (1, 27)]),
-    "conv-r2-stride": (lambda m, x, w, w1, c, d: m.lokr_conv2d(x, w, None, (2, 1), (1, 0), (1, 2), w1=w1, w2=(c, d), scale=0.5),
-                       [(2, 6, 7, 6), (8, 6, 3, 2), (4, 3), (2, 2), (2, 12)]),
-    "conv-full": (lambda m, x, w, w1, w2: m.lokr_conv2d(x, w, w1=w1, w2=w2, scale=1.0),
-                  [(2, 6, 4, 4), (8, 6, 1, 1), (2, 2), (4, 3, 1, 1)]),
-    "conv-groups": (lambda m, x, w, w1, c, d: m.lokr_conv2d(x, w, None, 1, 1, 1, 2, w1=w1, w2=(c, d), scale=2.0),
-                    [(2, 6, 4, 4), (8, 3, 3, 3), (4, 1), (2, 2), (2, 27)]),
+    "linear-r1": (
+        lambda m, x, w, b, w1, c, d: m.lokr_linear(x, w, b, w1=w1, w2=(c, d), scale=4.0),
+        [(5, 6), (8, 6), (8,), (2, 2), (4, 1), (1, 3)],
+    ),
+    "linear-r2": (
+        lambda m, x, w, w1, c, d: m.lokr_linear(x, w, w1=w1, w2=(c, d), scale=0.5),
+        [(2, 3, 6), (8, 6), (4, 3), (2, 2), (2, 2)],
+    ),
+    "linear-full": (
+        lambda m, x, w, w1, w2: m.lokr_linear(x, w, w1=w1, w2=w2, scale=1),
+        [(5, 6), (8, 6), (2, 2), (4, 3)],
+    ),
+    "linear-both": (
+        lambda m, x, w, p, q, c, d: m.lokr_linear(x, w, w1=(p, q), w2=(c, d), scale=2.0),
+        [(5, 6), (8, 6), (4, 1), (1, 3), (2, 1), (1, 2)],
+    ),
+    "conv-r1": (
+        lambda m, x, w, b, w1, c, d: m.lokr_conv2d(x, w, b, 1, 1, w1=w1, w2=(c, d), scale=4.0),
+        [(2, 6, 4, 5), (8, 6, 3, 3), (8,), (2, 2), (4, 1), (1, 27)],
+    ),
+    "conv-r2-stride": (
+        lambda m, x, w, w1, c, d: m.lokr_conv2d(x, w, None, (2, 1), (1, 0), (1, 2), w1=w1, w2=(c, d), scale=0.5),
+        [(2, 6, 7, 6), (8, 6, 3, 2), (4, 3), (2, 2), (2, 12)],
+    ),
+    "conv-full": (
+        lambda m, x, w, w1, w2: m.lokr_conv2d(x, w, w1=w1, w2=w2, scale=1.0),
+        [(2, 6, 4, 4), (8, 6, 1, 1), (2, 2), (4, 3, 1, 1)],
+    ),
+    "conv-groups": (
+        lambda m, x, w, w1, c, d: m.lokr_conv2d(x, w, None, 1, 1, 1, 2, w1=w1, w2=(c, d), scale=2.0),
+        [(2, 6, 4, 4), (8, 3, 3, 3), (4, 1), (2, 2), (2, 27)],
+    ),
 }
 ALL = pytest.mark.parametrize("name", CASES)
 
@@ -150,16 +174,63 @@ def test_registered_ops():
     ops, tests, empty = torch.ops.lgkernels, ("test_schema", "test_faketensor"), torch.empty(0)
     x, w, b, a, c = inputs("lora")
     for op, arguments in [
-            (ops.lora_linear, (x, w, b, a, c, 2.0, "auto")),
-            (ops.lora_linear_backward, (x @ w.t(), x, w, a, c, x @ a.t(), 2.0, [True, False, True, True, True], "auto")),
-            (ops.lokr_linear, (x, w, None, randn(2, 2), randn(4, 1), randn(1, 3), 2.0, "auto")),
-            (ops.lokr_linear_backward, (x @ w.t(), x, w, randn(2, 2), None, randn(4, 3), randn(5, 2, 4), empty, 2.0,
-                                        [True, True, False, True, False, True], "auto")),
-            (ops.lokr_conv2d, (randn(2, 6, 7, 4), randn(8, 6, 3, 3), None, [2, 1], [1, 0], [1, 1], 1, randn(2, 2),
-                               randn(4, 1), randn(1, 3, 3, 3), 2.0, "auto")),
-            (ops.lokr_conv2d_backward, (randn(2, 8, 4, 4), randn(2, 6, 4, 4), randn(8, 6, 1, 1), [1, 1], [0, 0], [1, 1],
-                                        1, randn(2, 2), randn(4, 1), randn(1, 3, 1, 1), randn(2, 1, 2, 16),
-                                        randn(2, 1, 2, 16), 2.0, [True] * 6, "auto"))]:
+        (ops.lora_linear, (x, w, b, a, c, 2.0, "auto")),
+        (ops.lora_linear_backward, (x @ w.t(), x, w, a, c, x @ a.t(), 2.0, [True, False, True, True, True], "auto")),
+        (ops.lokr_linear, (x, w, None, randn(2, 2), randn(4, 1), randn(1, 3), 2.0, "auto")),
+        (
+            ops.lokr_linear_backward,
+            (
+                x @ w.t(),
+                x,
+                w,
+                randn(2, 2),
+                None,
+                randn(4, 3),
+                randn(5, 2, 4),
+                empty,
+                2.0,
+                [True, True, False, True, False, True],
+                "auto",
+            ),
+        ),
+        (
+            ops.lokr_conv2d,
+            (
+                randn(2, 6, 7, 4),
+                randn(8, 6, 3, 3),
+                None,
+                [2, 1],
+                [1, 0],
+                [1, 1],
+                1,
+                randn(2, 2),
+                randn(4, 1),
+                randn(1, 3, 3, 3),
+                2.0,
+                "auto",
+            ),
+        ),
+        (
+            ops.lokr_conv2d_backward,
+            (
+                randn(2, 8, 4, 4),
+                randn(2, 6, 4, 4),
+                randn(8, 6, 1, 1),
+                [1, 1],
+                [0, 0],
+                [1, 1],
+                1,
+                randn(2, 2),
+                randn(4, 1),
+                randn(1, 3, 1, 1),
+                randn(2, 1, 2, 16),
+                randn(2, 1, 2, 16),
+                2.0,
+                [True] * 6,
+                "auto",
+            ),
+        ),
+    ]:
         torch.library.opcheck(op.default, arguments, test_utils=tests)
 
 
@@ -173,37 +244,75 @@ def test_the_product_is_never_built():
     assert 192 <= largest.elements < 96 * 64 and x.grad is not None
 
 
-@pytest.mark.parametrize("bad, error, message", [
-    (dict(w1=randn(2, 2), w2=randn(4, 4)), ValueError,
-     "w1 and w2 must give a (8, 6) Kronecker product, got (2, 2) and (4, 4)"),
-    (dict(w1=randn(2, 2), w2=(randn(4, 1), randn(1, 3), randn(1, 1))), ValueError,
-     "w2 must be a tensor or a pair, got 3 tensors: the Tucker form is not supported"),
-    (dict(w1=randn(2, 2), w2=(randn(4, 1), randn(2, 3))), ValueError,
-     "w2[1] must have shape (1, 3) (the columns of the first), got (2, 3)"),
-    (dict(w1=randn(2), w2=randn(4, 3)), ValueError, "w1 must be (out1, in1), got shape (2,)"),
-    (dict(w1=randn(2, 2).int(), w2=randn(4, 3)), TypeError,
-     "w1 must be one of float32, bfloat16, float16, float64, got int32"),
-    (dict(w1=randn(2, 2), w2=randn(4, 3), x=randn(5, 7)), ValueError,
-     "x must be (..., 6), the columns of weight, got shape (5, 7)"),
-    (dict(w1=randn(2, 2), w2=randn(4, 3), bias=randn(6)), ValueError,
-     "bias must have shape (8,) (one entry per row of weight), got (6,)"),
-])
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        (
+            dict(w1=randn(2, 2), w2=randn(4, 4)),
+            ValueError,
+            "w1 and w2 must give a (8, 6) Kronecker product, got (2, 2) and (4, 4)",
+        ),
+        (
+            dict(w1=randn(2, 2), w2=(randn(4, 1), randn(1, 3), randn(1, 1))),
+            ValueError,
+            "w2 must be a tensor or a pair, got 3 tensors: the Tucker form is not supported",
+        ),
+        (
+            dict(w1=randn(2, 2), w2=(randn(4, 1), randn(2, 3))),
+            ValueError,
+            "w2[1] must have shape (1, 3) (the columns of the first), got (2, 3)",
+        ),
+        (dict(w1=randn(2), w2=randn(4, 3)), ValueError, "w1 must be (out1, in1), got shape (2,)"),
+        (
+            dict(w1=randn(2, 2).int(), w2=randn(4, 3)),
+            TypeError,
+            "w1 must be one of float32, bfloat16, float16, float64, got int32",
+        ),
+        (
+            dict(w1=randn(2, 2), w2=randn(4, 3), x=randn(5, 7)),
+            ValueError,
+            "x must be (..., 6), the columns of weight, got shape (5, 7)",
+        ),
+        (
+            dict(w1=randn(2, 2), w2=randn(4, 3), bias=randn(6)),
+            ValueError,
+            "bias must have shape (8,) (one entry per row of weight), got (6,)",
+        ),
+    ],
+)
 def test_bad_input(bad, error, message):
     with pytest.raises(error) as caught:
         LF.lokr_linear(**{"x": randn(5, 6), "weight": randn(8, 6), "scale": 1.0, **bad})
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("bad, error, message", [
-    (dict(groups=3, x=randn(2, 18, 4, 4)), ValueError, "groups must divide the rows of w1, got 3 and w1 of shape (2, 2)"),
-    (dict(stride=0), ValueError, "stride must be at least 1, got (0, 0)"),
-    (dict(padding="same"), TypeError, "padding must be an int or a pair of ints, got 'same'"),
-    (dict(w2=(randn(4, 1), randn(1, 28))), ValueError, "w2[1] must be (r, in2 * 3 * 3), got shape (1, 28)"),
-    (dict(x=randn(2, 7, 4, 4)), ValueError, "x must have 6 channels (columns of weight * groups), got shape (2, 7, 4, 4)"),
-])
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        (
+            dict(groups=3, x=randn(2, 18, 4, 4)),
+            ValueError,
+            "groups must divide the rows of w1, got 3 and w1 of shape (2, 2)",
+        ),
+        (dict(stride=0), ValueError, "stride must be at least 1, got (0, 0)"),
+        (dict(padding="same"), TypeError, "padding must be an int or a pair of ints, got 'same'"),
+        (dict(w2=(randn(4, 1), randn(1, 28))), ValueError, "w2[1] must be (r, in2 * 3 * 3), got shape (1, 28)"),
+        (
+            dict(x=randn(2, 7, 4, 4)),
+            ValueError,
+            "x must have 6 channels (columns of weight * groups), got shape (2, 7, 4, 4)",
+        ),
+    ],
+)
 def test_bad_convolution(bad, error, message):
-    arguments = {"x": randn(2, 6, 4, 4), "weight": randn(8, 6, 3, 3), "w1": randn(2, 2),
-                 "w2": (randn(4, 1), randn(1, 27)), "scale": 1.0, **bad}
+    arguments = {
+        "x": randn(2, 6, 4, 4),
+        "weight": randn(8, 6, 3, 3),
+        "w1": randn(2, 2),
+        "w2": (randn(4, 1), randn(1, 27)),
+        "scale": 1.0,
+        **bad,
+    }
     with pytest.raises(error) as caught:
         LF.lokr_conv2d(**arguments)
     assert str(caught.value) == message

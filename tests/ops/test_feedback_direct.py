@@ -1,4 +1,5 @@
 """The block of direct feedback: batch norm, activation and max-pool forward, and the pre-activation's gradient."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,15 @@ from tests.tolerances import assert_relative
 
 _ops = torch.ops.lgkernels
 #        batch, channels, height, width, max_pool, slope, classes
-SHAPES = [(7, 3, 1, 1, False, 0.01, 3), (2, 1, 2, 2, True, 0.0, 1), (3, 5, 7, 17, True, 0.01, 10),
-          (9, 40, 4, 4, False, 0.3, 33), (5, 33, 8, 8, True, 0.01, 10), (2, 3, 33, 47, True, 0.0, 5),
-          (17, 2, 64, 17, False, 0.0, 100)]
+SHAPES = [
+    (7, 3, 1, 1, False, 0.01, 3),
+    (2, 1, 2, 2, True, 0.0, 1),
+    (3, 5, 7, 17, True, 0.01, 10),
+    (9, 40, 4, 4, False, 0.3, 33),
+    (5, 33, 8, 8, True, 0.01, 10),
+    (2, 3, 33, 47, True, 0.0, 5),
+    (17, 2, 64, 17, False, 0.0, 100),
+]
 
 
 def problem(batch, channels, height, width, max_pool, slope, classes, dtype=torch.float32):
@@ -68,8 +75,9 @@ def test_ties_and_nans_are_pooled_as_torch_does():
         truth = written_out(z, gamma, beta, delta, 0.1, True)
         own = z.clone()
         out, *saved = _ops.direct_forward(own, gamma, beta, None, None, 0.1, 1e-5, 0.1, True, "auto")
-        gradients = _ops.direct_backward_(own, *saved, gamma, beta, delta, None, None, "uniform", 1.0, None, 0.1, True,
-                                          "auto")
+        gradients = _ops.direct_backward_(
+            own, *saved, gamma, beta, delta, None, None, "uniform", 1.0, None, 0.1, True, "auto"
+        )
         for mine, theirs in zip((out, own, *gradients), (truth[0], *truth[3:])):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
@@ -84,8 +92,15 @@ def test_sums_do_not_depend_on_the_threads():
             z, gamma, beta, error, feedback = problem(*shape)
             out, *saved = _ops.direct_forward(z, gamma, beta, None, None, 0.1, 1e-5, 0.01, True, "auto")
             law = (feedback.law, feedback.scale, feedback.low)
-            results.append((out, *_ops.direct_backward_(z, *saved, gamma, beta, None, error, feedback.state, *law, 0.01,
-                                                        True, "auto"), z))
+            results.append(
+                (
+                    out,
+                    *_ops.direct_backward_(
+                        z, *saved, gamma, beta, None, error, feedback.state, *law, 0.01, True, "auto"
+                    ),
+                    z,
+                )
+            )
         finally:
             torch.set_num_threads(before)
     for one, three in zip(*results):
@@ -97,17 +112,25 @@ def test_opcheck():
     arguments = (z, gamma, beta, torch.zeros(5), torch.ones(5), 0.1, 1e-5, 0.1, True, "reference")
     torch.library.opcheck(_ops.direct_forward, arguments)
     _, mean, rstd = _ops.direct_forward(*arguments)
-    torch.library.opcheck(_ops.direct_backward_, (z, mean, rstd, gamma, beta, None, error, feedback.state, "uniform",
-                                                  0.25, None, 0.1, True, "reference"))
+    torch.library.opcheck(
+        _ops.direct_backward_,
+        (z, mean, rstd, gamma, beta, None, error, feedback.state, "uniform", 0.25, None, 0.1, True, "reference"),
+    )
 
 
 # -- in the trainer ----------------------------------------------------------------------------------------------------
 
+
 def blocks(change=lambda conv, norm: None):
     torch.manual_seed(3)
-    made = [nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.LeakyReLU(), nn.MaxPool2d(2)),
-            nn.Sequential(nn.Conv2d(8, 6, 3, 1, 0, bias=False), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2),
-                          nn.BatchNorm2d(6), nn.ReLU()), nn.Flatten(), nn.Linear(6 * 9, 4)]
+    made = [
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.LeakyReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(
+            nn.Conv2d(8, 6, 3, 1, 0, bias=False), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2), nn.BatchNorm2d(6), nn.ReLU()
+        ),
+        nn.Flatten(),
+        nn.Linear(6 * 9, 4),
+    ]
     change(made[0][0], made[0][1])
     return made
 
@@ -162,8 +185,17 @@ def test_what_the_kernel_cannot_do_runs_as_written(change, monkeypatch):
 
 def test_second_backward_raises():
     parameters = [t.requires_grad_() for t in (torch.randn(4, 3, 3, 3), torch.randn(4), torch.ones(4), torch.zeros(4))]
-    out = fused.direct.block(torch.randn(2, 3, 5, 5), *parameters, (None, None), fused.direct.Signal(),
-                             ((1, 1), (1, 1), (1, 1), 1), 0.1, 1e-5, 0.0, False)
+    out = fused.direct.block(
+        torch.randn(2, 3, 5, 5),
+        *parameters,
+        (None, None),
+        fused.direct.Signal(),
+        ((1, 1), (1, 1), (1, 1), 1),
+        0.1,
+        1e-5,
+        0.0,
+        False,
+    )
     out.sum().backward(retain_graph=True)
     assert torch.equal(parameters[1].grad, torch.zeros(4))  # the batch norm cancels the bias
     with pytest.raises(RuntimeError, match="one backward"):

@@ -1,6 +1,7 @@
 """The authors' own numbers through every backend: BioTorch's and willwx's layers (tests/golden/signsym), and
 ChFrenkel's networks under FA, DFA, sDFA and DRTP (tests/golden/feedback)."""
-from functools import lru_cache
+
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ NETWORKS = sorted(p.stem for p in (FOLDER / "feedback").glob("*.npz"))
 SIGNED_INIT = "feedback_alignment_signed_init"
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(folder, name):
     with np.load(FOLDER / folder / f"{name}.npz", allow_pickle=False) as file:
         return {k: file[k].item() if file[k].ndim == 0 else file[k] for k in file.files}
@@ -33,7 +34,8 @@ def precision(request, backend):
 
 def tolerance(precision):
     return {torch.float32: GOLDEN["float32_gradient"], torch.float64: GOLDEN["float64"]}.get(
-        precision, GOLDEN["half_gradient"])
+        precision, GOLDEN["half_gradient"]
+    )
 
 
 def test_every_file_is_here():
@@ -41,6 +43,7 @@ def test_every_file_is_here():
 
 
 # -- layers -----------------------------------------------------------------------------------------------------
+
 
 def feedback_arguments(data, tensor):
     """The function's name and its feedback arguments."""
@@ -63,6 +66,7 @@ def run_layer(name, impl, dtype, channels_last=False):
             return None
         value = torch.from_numpy(data[key]).to(dtype)
         return value.contiguous(memory_format=torch.channels_last) if channels_last and value.dim() == 4 else value
+
     x, weight, bias = (None if t is None else t.requires_grad_() for t in map(tensor, ("x", "W", "b")))
     family, arguments = feedback_arguments(data, tensor)
     if data["kind"] == "conv":
@@ -98,8 +102,10 @@ def test_layer_in_half_precision(name, impl, dtype):
         assert_relative(key, value, data[key], tolerance(dtype))
 
 
-SCALES = {"biotorch": lambda data: "xavier" if data["init"] == "xavier" else "kaiming",
-          "willwx": lambda data: "he_fan_out" if data["kind"] == "conv" else "inv_sqrt_fan_in"}
+SCALES = {
+    "biotorch": lambda data: "xavier" if data["init"] == "xavier" else "kaiming",
+    "willwx": lambda data: "he_fan_out" if data["kind"] == "conv" else "inv_sqrt_fan_in",
+}
 
 
 @pytest.mark.parametrize("name", [n for n in LAYERS if "scale" in load("signsym", n)])
@@ -122,8 +128,9 @@ class Network:
     def __init__(self, name, dtype, impl):
         self.data, self.dtype, self.impl = load("feedback", name), dtype, impl
         self.count = sum(key.startswith("kind/") for key in self.data)
-        self.weights = [(self.get(f"W/{i}").requires_grad_(), self.get(f"b/{i}").requires_grad_())
-                        for i in range(self.count)]
+        self.weights = [
+            (self.get(f"W/{i}").requires_grad_(), self.get(f"b/{i}").requires_grad_()) for i in range(self.count)
+        ]
 
     def get(self, key):
         return torch.from_numpy(self.data[key]).to(self.dtype)
@@ -135,11 +142,17 @@ class Network:
         weight, bias = self.weights[i]
         if not self.is_conv(i):
             h = h.flatten(1)
-            return (F.linear(h, weight, bias) if feedback is None else
-                    LF.feedback_linear(h, weight, bias, feedback=feedback, impl=self.impl))
+            return (
+                F.linear(h, weight, bias)
+                if feedback is None
+                else LF.feedback_linear(h, weight, bias, feedback=feedback, impl=self.impl)
+            )
         geometry = int(self.data[f"stride/{i}"]), int(self.data[f"padding/{i}"])
-        return (F.conv2d(h, weight, bias, *geometry) if feedback is None else
-                LF.feedback_conv2d(h, weight, bias, *geometry, feedback=feedback, impl=self.impl))
+        return (
+            F.conv2d(h, weight, bias, *geometry)
+            if feedback is None
+            else LF.feedback_conv2d(h, weight, bias, *geometry, feedback=feedback, impl=self.impl)
+        )
 
     def activation(self, i, z):
         last = i == self.count - 1

@@ -1,5 +1,6 @@
 """Every function of every feedback backend against the reference: bits where no sum is taken, else the bound of
 tests/tolerances.py."""
+
 import numpy as np
 import pytest
 import torch
@@ -15,9 +16,15 @@ from tests.tolerances import assert_accurate, assert_bit_equal
 
 LAYOUTS = ("dense", "transposed", "sliced", "expanded", "offset")
 LAWS = {  # law, law_scale, low
-    "uniform": ("uniform", 0.7, None), "uniform from 0": ("uniform", 0.7, 0.0), "uniform from": ("uniform", 0.7, 0.1),
-    "uniform8": ("uniform8", 0.7, None), "uniform8 from 0": ("uniform8", 0.7, 0.0),
-    "uniform8 from": ("uniform8", 0.7, -0.3), "sign": ("sign", 0.3, None), "normal": ("normal", 0.5, None)}
+    "uniform": ("uniform", 0.7, None),
+    "uniform from 0": ("uniform", 0.7, 0.0),
+    "uniform from": ("uniform", 0.7, 0.1),
+    "uniform8": ("uniform8", 0.7, None),
+    "uniform8 from 0": ("uniform8", 0.7, 0.0),
+    "uniform8 from": ("uniform8", 0.7, -0.3),
+    "sign": ("sign", 0.3, None),
+    "normal": ("normal", 0.5, None),
+}
 VALUES = ("one", "tensor", *LAWS)
 SIGNS = ("none", "zero", "plus", "packed")
 RULES = [(value, signs) for value in VALUES for signs in SIGNS]
@@ -96,8 +103,17 @@ MATRIX = list(sweep(dict(N=5, K=40), N=SIZES, K=(*SIZES, 1025)))
 
 
 @pytest.mark.parametrize("case", MATRIX, ids=label)
-@pytest.mark.parametrize("value, signs", [("one", "zero"), ("uniform8 from 0", "packed"), ("sign", "none"),
-                                          ("normal", "plus"), ("uniform", "zero"), ("tensor", "zero")])
+@pytest.mark.parametrize(
+    "value, signs",
+    [
+        ("one", "zero"),
+        ("uniform8 from 0", "packed"),
+        ("sign", "none"),
+        ("normal", "plus"),
+        ("uniform", "zero"),
+        ("tensor", "zero"),
+    ],
+)
 def test_matrix(module, case, value, signs):
     check_matrix(module, case, formula(case, value, signs))
 
@@ -126,8 +142,7 @@ def test_matrix_of_any_layout(module, layout, dtype, value):
 
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("columns", [1040, 1041])  # whole vectors at any instruction set, and not
-@pytest.mark.parametrize("value, signs", [("one", "zero"), ("uniform", "zero"), ("tensor", "packed"),
-                                          ("sign", "none")])
+@pytest.mark.parametrize("value, signs", [("one", "zero"), ("uniform", "zero"), ("tensor", "packed"), ("sign", "none")])
 def test_matrix_that_no_cache_holds(module, value, signs, columns, out):
     if not module.__name__.endswith("cpu"):
         pytest.skip("the CPU kernel writes large float32 matrices past the caches")
@@ -139,12 +154,14 @@ def test_values_depend_on_row_and_column_alone(module):
     for law in LAWS:
         random = _place((torch.tensor(STATE), *LAWS[law]))
         device = torch.device(lls_problems.DEVICE)
-        large, small = (module.matrix(shape, None, None, random, 1.0, False, torch.float32, device).cpu()
-                        for shape in ((33, 700), (7, 129)))
+        large, small = (
+            module.matrix(shape, None, None, random, 1.0, False, torch.float32, device).cpu()
+            for shape in ((33, 700), (7, 129))
+        )
         assert_bit_equal(law, small, large[:7, :129])
 
 
-@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -2**63])
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
 def test_state(module, seed):
     """All 64 bits of the seed, the low 32 of stream and step."""
     for state in ((seed, 0, 0), (seed, 2**32 - 1, 5), (seed, 1, 2**32 - 1)):
@@ -165,8 +182,13 @@ def test_special_weights(module):
 # -- columns folded into maps ----------------------------------------------------------------------------------------
 
 FOLDS = [  # kernel, stride, padding, dilation
-    ((3, 3), (1, 1), (1, 1), (1, 1)), ((1, 1), (1, 1), (0, 0), (1, 1)), ((2, 3), (2, 1), (0, 2), (1, 2)),
-    ((3, 2), (3, 3), (2, 0), (2, 1)), ((7, 8), (1, 1), (0, 0), (1, 1)), ((1, 2), (3, 2), (0, 1), (1, 1))]
+    ((3, 3), (1, 1), (1, 1), (1, 1)),
+    ((1, 1), (1, 1), (0, 0), (1, 1)),
+    ((2, 3), (2, 1), (0, 2), (1, 2)),
+    ((3, 2), (3, 3), (2, 0), (2, 1)),
+    ((7, 8), (1, 1), (0, 0), (1, 1)),
+    ((1, 2), (3, 2), (0, 1), (1, 1)),
+]
 
 
 @pytest.mark.parametrize("geometry", FOLDS, ids=str)
@@ -182,21 +204,31 @@ def test_fold(module, geometry, channels, dtype):
     arguments = shape, kernel, positions, stride, padding, dilation
     got = call(module, "fold", columns, *arguments)
     assert got.dtype == dtype
-    assert_accurate("fold", got, reference.fold(columns, *arguments), reference.fold(columns.double(), *arguments),
-                    kernel[0] * kernel[1])
+    assert_accurate(
+        "fold",
+        got,
+        reference.fold(columns, *arguments),
+        reference.fold(columns.double(), *arguments),
+        kernel[0] * kernel[1],
+    )
 
 
 # -- the product ---------------------------------------------------------------------------------------------------
 
 BASE = dict(M=5, N=17, K=40)
-PRODUCTS = list(sweep(BASE, M=SIZES, N=SIZES, K=SIZES)) + [dict(M=8, N=64, K=128), dict(M=129, N=65, K=257),
-                                                         dict(M=8, N=70, K=1100), dict(M=130, N=7, K=3),
-                                                         dict(M=521, N=40, K=400)]
+PRODUCTS = list(sweep(BASE, M=SIZES, N=SIZES, K=SIZES)) + [
+    dict(M=8, N=64, K=128),
+    dict(M=129, N=65, K=257),
+    dict(M=8, N=70, K=1100),
+    dict(M=130, N=7, K=3),
+    dict(M=521, N=40, K=400),
+]
 
 
 @pytest.mark.parametrize("case", PRODUCTS, ids=label)
-@pytest.mark.parametrize("value, signs", [("one", "zero"), ("one", "packed"), ("uniform8 from 0", "zero"),
-                                          ("sign", "none")])
+@pytest.mark.parametrize(
+    "value, signs", [("one", "zero"), ("one", "packed"), ("uniform8 from 0", "zero"), ("sign", "none")]
+)
 def test_product(module, case, value, signs):
     check_product(module, case, randn(case["M"], case["N"], seed=1), formula(case, value, signs))
 
@@ -267,13 +299,16 @@ def test_rows(module, law, dtype):
 
 # -- the fused update ------------------------------------------------------------------------------------------------
 
+
 def check_update(module, case, dtype=torch.float32, layout="dense", grad_dtype=torch.float32, buffer=True, **changes):
     shape, step = (case["N"], case["K"]), {**STEP, **changes}
     weight = arrange(randn(*shape, seed=1, dtype=dtype), layout)
     velocity = arrange(randn(*shape, seed=2, dtype=dtype), layout) if buffer else None
     if step["manhattan"]:  # sums of whole numbers are exact, so that their signs are
-        grad, x = (torch.randint(-3, 4, (case["M"], n), generator=torch.Generator().manual_seed(n)).to(grad_dtype)
-                   for n in shape)
+        grad, x = (
+            torch.randint(-3, 4, (case["M"], n), generator=torch.Generator().manual_seed(n)).to(grad_dtype)
+            for n in shape
+        )
     else:
         grad, x = (randn(case["M"], n, seed=n + 3, dtype=grad_dtype) for n in shape)
     grad, x = (arrange(t, layout) for t in (grad, x))
@@ -302,12 +337,23 @@ def test_update(module, case):
 
 
 @pytest.mark.parametrize("manhattan", [False, True])
-@pytest.mark.parametrize("buffer, momentum, dampening, nesterov", [
-    (True, 0.9, 0.0, False), (True, 0.9, 0.3, False), (True, 0.9, 0.0, True), (False, 0.0, 0.0, False)])
+@pytest.mark.parametrize(
+    "buffer, momentum, dampening, nesterov",
+    [(True, 0.9, 0.0, False), (True, 0.9, 0.3, False), (True, 0.9, 0.0, True), (False, 0.0, 0.0, False)],
+)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_update_options(module, manhattan, buffer, momentum, dampening, nesterov, weight_decay):
-    check_update(module, dict(M=6, N=11, K=90), buffer=buffer, momentum=momentum, dampening=dampening,
-                 nesterov=nesterov, weight_decay=weight_decay, manhattan=manhattan, grad_scale=0.125)
+    check_update(
+        module,
+        dict(M=6, N=11, K=90),
+        buffer=buffer,
+        momentum=momentum,
+        dampening=dampening,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        manhattan=manhattan,
+        grad_scale=0.125,
+    )
 
 
 @pytest.mark.parametrize("layout", ["dense", "offset", "sliced", "transposed"])
@@ -327,12 +373,20 @@ def test_update_is_torchs_sgd(module):
         grad, x = randn(6, 13, seed=20 + step), randn(6, 40, seed=30 + step)
         parameter.grad = grad.t() @ x
         optimizer.step()
-        module.sgd_update_(own, velocity, place(grad), place(x), **{**options, "dampening": 0.2 if step else 0.0},
-                           nesterov=False, manhattan=False)
+        module.sgd_update_(
+            own,
+            velocity,
+            place(grad),
+            place(x),
+            **{**options, "dampening": 0.2 if step else 0.0},
+            nesterov=False,
+            manhattan=False,
+        )
         torch.testing.assert_close(own.cpu(), parameter.detach(), rtol=1e-5, atol=1e-6)
 
 
 # -- repeatability -----------------------------------------------------------------------------------------------------
+
 
 def _everything(module):
     case, results = dict(M=20, N=130, K=300), []
@@ -379,9 +433,19 @@ def test_threads_do_not_change_a_bit(module):
 
 # -- seeded random cases ----------------------------------------------------------------------------------------------
 
-FUZZ = random_cases(40, 2027, M=[1, 2, 3, 7, 9, 17], N=list(range(1, 80)), K=list(range(1, 200)), dtype=list(DTYPES),
-                    weight_dtype=list(DTYPES), layout=list(LAYOUTS), value=list(VALUES), signs=list(SIGNS),
-                    scale=[1.0, 0.3, -2.0])
+FUZZ = random_cases(
+    40,
+    2027,
+    M=[1, 2, 3, 7, 9, 17],
+    N=list(range(1, 80)),
+    K=list(range(1, 200)),
+    dtype=list(DTYPES),
+    weight_dtype=list(DTYPES),
+    layout=list(LAYOUTS),
+    value=list(VALUES),
+    signs=list(SIGNS),
+    scale=[1.0, 0.3, -2.0],
+)
 
 
 @pytest.mark.parametrize("case", FUZZ, ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}-{c['value']}-{c['signs']}")
@@ -389,5 +453,6 @@ def test_random_cases(module, case):
     arguments = formula(case, case["value"], case["signs"], case["weight_dtype"], case["layout"], case["scale"])
     check_product(module, case, randn(case["M"], case["N"], seed=1, dtype=case["dtype"]), arguments)
     check_matrix(module, case, arguments, case["dtype"])
-    check_update(module, case, layout=case["layout"] if case["layout"] != "expanded" else "dense",
-                 grad_dtype=case["dtype"])
+    check_update(
+        module, case, layout=case["layout"] if case["layout"] != "expanded" else "dense", grad_dtype=case["dtype"]
+    )

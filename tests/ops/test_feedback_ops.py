@@ -1,5 +1,6 @@
 """`feedback_linear`, `feedback_conv2d`, `sign_symmetric_linear`, `sign_symmetric_conv2d` as a user calls them: every
 backend against the definition written out in plain torch."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,16 +11,7 @@ from lgkernels.ops.feedback import autograd as feedback_autograd
 from lgkernels.random import RandomFeedback
 from tests.cases import DTYPES, label, subsets, sweep
 from tests.layouts import LAYOUTS, arrange
-from tests.ops.feedback_common import (
-    LAWS,
-    compare,
-    linear,
-    random_feedback,
-    randn,
-    run,
-    sign,
-    weights,
-)
+from tests.ops.feedback_common import LAWS, compare, linear, randn, random_feedback, run, sign, weights
 from tests.tolerances import assert_relative
 
 # -- linear -------------------------------------------------------------------------------------------------------
@@ -30,8 +22,11 @@ SIZES = list(sweep(BASE, M=(0, 1, 17, 65), N=(0, 1, 7, 64, 129), K=(0, 1, 7, 65,
 
 def operands(case, dtype=torch.float32, leading=None):
     leading = (case["M"],) if leading is None else leading
-    return (randn(*leading, case["K"], seed=1, dtype=dtype), weights(case["N"], case["K"], dtype=dtype),
-            randn(case["N"], seed=3, dtype=dtype))
+    return (
+        randn(*leading, case["K"], seed=1, dtype=dtype),
+        weights(case["N"], case["K"], dtype=dtype),
+        randn(case["N"], seed=3, dtype=dtype),
+    )
 
 
 @pytest.mark.parametrize("case", SIZES, ids=label)
@@ -45,7 +40,8 @@ def test_linear(impl, case, kind):
         "frsf": (LF.sign_symmetric_linear, tensor.abs() * weight.sign(), dict(magnitude=tensor)),
         "frsf formula": (LF.sign_symmetric_linear, values.abs() * weight.sign(), dict(magnitude=random)),
         "fa": (LF.feedback_linear, tensor, dict(feedback=tensor)),
-        "fa formula": (LF.feedback_linear, values, dict(feedback=random))}[kind]
+        "fa formula": (LF.feedback_linear, values, dict(feedback=random)),
+    }[kind]
     compare(function, linear, x, weight, bias, feedback, impl=impl, **arguments)
 
 
@@ -63,8 +59,17 @@ def test_dtypes_and_laws(impl, dtype, law):
     random = random_feedback(law)
     values = random.materialize(weight.shape)
     compare(LF.feedback_linear, linear, x, weight, bias, values, feedback=random, impl=impl)
-    compare(LF.sign_symmetric_linear, linear, x, weight, bias, 0.75 * values.abs() * weight.sign().float(),
-            magnitude=random, scale=0.75, impl=impl)
+    compare(
+        LF.sign_symmetric_linear,
+        linear,
+        x,
+        weight,
+        bias,
+        0.75 * values.abs() * weight.sign().float(),
+        magnitude=random,
+        scale=0.75,
+        impl=impl,
+    )
 
 
 @pytest.mark.parametrize("sign_zero, packed", [("zero", False), ("plus", False), ("plus", True)])
@@ -100,8 +105,19 @@ def test_scale(impl, scale, formula, packed):
     value = magnitude.materialize(weight.shape) if formula else 1.0
     factor = weight.abs().mean() if scale == "mean_abs" else scale
     signs = sign(weight, "plus" if packed else "zero")
-    compare(LF.sign_symmetric_linear, linear, x, weight, bias, value * signs * factor, scale=scale, magnitude=magnitude,
-            packed_signs=packed, sign_zero="plus" if packed else "zero", impl=impl)
+    compare(
+        LF.sign_symmetric_linear,
+        linear,
+        x,
+        weight,
+        bias,
+        value * signs * factor,
+        scale=scale,
+        magnitude=magnitude,
+        packed_signs=packed,
+        sign_zero="plus" if packed else "zero",
+        impl=impl,
+    )
 
 
 @pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 3, 40), (1, 2, 3, 40)], ids=str)
@@ -129,21 +145,38 @@ def test_the_mean_of_many_weights():
 def test_a_weight_of_another_dtype_than_the_magnitude(impl):
     x, weight, bias = operands(BASE, torch.bfloat16)
     magnitude = randn(17, 40, seed=8)
-    compare(LF.sign_symmetric_linear, linear, x, weight, bias, magnitude.abs() * weight.sign().float(),
-            magnitude=magnitude, impl=impl)
+    compare(
+        LF.sign_symmetric_linear,
+        linear,
+        x,
+        weight,
+        bias,
+        magnitude.abs() * weight.sign().float(),
+        magnitude=magnitude,
+        impl=impl,
+    )
 
 
 # -- convolution --------------------------------------------------------------------------------------------------
 
 CONV = dict(x=(2, 6, 9, 8), weight=(4, 6, 3, 3), stride=1, padding=0, dilation=1, groups=1)
-CONVS = [CONV, dict(CONV, stride=2, padding=1), dict(CONV, dilation=2, padding=2),
-         dict(CONV, weight=(4, 3, 3, 3), groups=2), dict(CONV, weight=(6, 1, 3, 3), groups=6, padding=1),
-         dict(CONV, weight=(5, 6, 1, 1)), dict(CONV, weight=(1, 6, 9, 8)),
-         dict(CONV, padding="same"), dict(CONV, padding="same", weight=(4, 6, 2, 4)), dict(CONV, padding="valid"),
-         dict(CONV, padding="same", weight=(4, 6, 2, 3), dilation=3), dict(CONV, x=(0, 6, 9, 8)),
-         dict(CONV, x=(6, 9, 8)),
-         dict(CONV, stride=(2, 1), padding=(0, 2), dilation=(1, 2), weight=(4, 6, 2, 3)),
-         dict(CONV, x=(6, 9, 8), padding="same", weight=(6, 2, 3, 2), groups=3)]
+CONVS = [
+    CONV,
+    dict(CONV, stride=2, padding=1),
+    dict(CONV, dilation=2, padding=2),
+    dict(CONV, weight=(4, 3, 3, 3), groups=2),
+    dict(CONV, weight=(6, 1, 3, 3), groups=6, padding=1),
+    dict(CONV, weight=(5, 6, 1, 1)),
+    dict(CONV, weight=(1, 6, 9, 8)),
+    dict(CONV, padding="same"),
+    dict(CONV, padding="same", weight=(4, 6, 2, 4)),
+    dict(CONV, padding="valid"),
+    dict(CONV, padding="same", weight=(4, 6, 2, 3), dilation=3),
+    dict(CONV, x=(0, 6, 9, 8)),
+    dict(CONV, x=(6, 9, 8)),
+    dict(CONV, stride=(2, 1), padding=(0, 2), dilation=(1, 2), weight=(4, 6, 2, 3)),
+    dict(CONV, x=(6, 9, 8), padding="same", weight=(6, 2, 3, 2), groups=3),
+]
 
 
 def conv_layer(case):
@@ -167,7 +200,8 @@ def test_conv(impl, case, kind, few, monkeypatch):
         "usf": (LF.sign_symmetric_conv2d, 0.5 * weight.sign(), dict(scale=0.5)),
         "packed": (LF.sign_symmetric_conv2d, sign(weight, "plus"), dict(packed_signs=True, sign_zero="plus")),
         "frsf": (LF.sign_symmetric_conv2d, values.abs() * weight.sign(), dict(magnitude=random)),
-        "fa": (LF.feedback_conv2d, values, dict(feedback=random))}[kind]
+        "fa": (LF.feedback_conv2d, values, dict(feedback=random)),
+    }[kind]
     compare(function, layer, x, weight, bias, feedback, impl=impl, **arguments, **geometry)
 
 
@@ -176,21 +210,47 @@ def test_conv(impl, case, kind, few, monkeypatch):
 def test_conv_channels_last(impl, kind, dtype):
     """A channels_last weight's feedback is channels_last, and every value stands where the formula says."""
     geometry, layer = conv_layer(dict(CONV, padding=1))
-    x, weight, magnitude = (t.to(memory_format=torch.channels_last) for t in (
-        randn(2, 6, 9, 8, seed=1, dtype=dtype), weights(4, 6, 3, 3, dtype=dtype),
-        randn(4, 6, 3, 3, seed=4, dtype=dtype)))
+    x, weight, magnitude = (
+        t.to(memory_format=torch.channels_last)
+        for t in (
+            randn(2, 6, 9, 8, seed=1, dtype=dtype),
+            weights(4, 6, 3, 3, dtype=dtype),
+            randn(4, 6, 3, 3, seed=4, dtype=dtype),
+        )
+    )
     random = random_feedback("uniform")
     values = random.materialize(weight.shape)
     if kind.startswith("fa"):
         given = magnitude if kind == "fa" else random
-        compare(LF.feedback_conv2d, layer, x, weight, None, magnitude if kind == "fa" else values, feedback=given,
-                impl=impl, **geometry)
+        compare(
+            LF.feedback_conv2d,
+            layer,
+            x,
+            weight,
+            None,
+            magnitude if kind == "fa" else values,
+            feedback=given,
+            impl=impl,
+            **geometry,
+        )
         return
-    arguments, value = {"usf": ({}, 1.0), "mean_abs": (dict(scale="mean_abs"), weight.float().abs().mean()),
-                        "tensor": (dict(magnitude=magnitude), magnitude.float().abs()),
-                        "formula": (dict(magnitude=random), values.abs())}[kind]
-    got = compare(LF.sign_symmetric_conv2d, layer, x, weight, None, value * weight.sign().float(), impl=impl,
-                  **arguments, **geometry)
+    arguments, value = {
+        "usf": ({}, 1.0),
+        "mean_abs": (dict(scale="mean_abs"), weight.float().abs().mean()),
+        "tensor": (dict(magnitude=magnitude), magnitude.float().abs()),
+        "formula": (dict(magnitude=random), values.abs()),
+    }[kind]
+    got = compare(
+        LF.sign_symmetric_conv2d,
+        layer,
+        x,
+        weight,
+        None,
+        value * weight.sign().float(),
+        impl=impl,
+        **arguments,
+        **geometry,
+    )
     assert got[2].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -201,6 +261,7 @@ def test_padding_same_is_torchs(impl):
 
 
 # -- which gradients ------------------------------------------------------------------------------------------------
+
 
 class Calls(TorchDispatchMode):
     """Names of the operators called inside."""
@@ -219,26 +280,47 @@ class Calls(TorchDispatchMode):
 
 
 FUNCTIONS = {
-    "linear": (lambda x, w, b, **kw: LF.sign_symmetric_linear(x, w, b, magnitude=random_feedback(), **kw),
-               (3, 8), (4, 8)),
+    "linear": (
+        lambda x, w, b, **kw: LF.sign_symmetric_linear(x, w, b, magnitude=random_feedback(), **kw),
+        (3, 8),
+        (4, 8),
+    ),
     "packed linear": (
         lambda x, w, b, **kw: LF.sign_symmetric_linear(x, w, b, packed_signs=True, sign_zero="plus", **kw),
-        (3, 8), (4, 8)),
-    "mean_abs linear": (lambda x, w, b, **kw: LF.sign_symmetric_linear(x, w, b, scale="mean_abs", **kw),
-                        (3, 8), (4, 8)),
+        (3, 8),
+        (4, 8),
+    ),
+    "mean_abs linear": (
+        lambda x, w, b, **kw: LF.sign_symmetric_linear(x, w, b, scale="mean_abs", **kw),
+        (3, 8),
+        (4, 8),
+    ),
     "fa linear": (lambda x, w, b, **kw: LF.feedback_linear(x, w, b, feedback=random_feedback(), **kw), (3, 8), (4, 8)),
-    "conv": (lambda x, w, b, **kw: LF.sign_symmetric_conv2d(x, w, b, 2, 1, magnitude=random_feedback(), **kw),
-             (2, 3, 5, 5), (4, 3, 3, 3)),
-    "packed conv": (lambda x, w, b, **kw: LF.sign_symmetric_conv2d(x, w, b, packed_signs=True, sign_zero="plus", **kw),
-                    (2, 3, 5, 5), (4, 3, 3, 3)),
-    "fa conv": (lambda x, w, b, **kw: LF.feedback_conv2d(x, w, b, feedback=random_feedback(), **kw),
-                (2, 3, 5, 5), (4, 3, 3, 3))}
+    "conv": (
+        lambda x, w, b, **kw: LF.sign_symmetric_conv2d(x, w, b, 2, 1, magnitude=random_feedback(), **kw),
+        (2, 3, 5, 5),
+        (4, 3, 3, 3),
+    ),
+    "packed conv": (
+        lambda x, w, b, **kw: LF.sign_symmetric_conv2d(x, w, b, packed_signs=True, sign_zero="plus", **kw),
+        (2, 3, 5, 5),
+        (4, 3, 3, 3),
+    ),
+    "fa conv": (
+        lambda x, w, b, **kw: LF.feedback_conv2d(x, w, b, feedback=random_feedback(), **kw),
+        (2, 3, 5, 5),
+        (4, 3, 3, 3),
+    ),
+}
 EVERY = pytest.mark.parametrize("function, x_shape, weight_shape", FUNCTIONS.values(), ids=FUNCTIONS)
 
 
 def leaves(x_shape, weight_shape, wanted=("x", "weight", "bias"), dtype=torch.float32):
-    tensors = dict(x=randn(*x_shape, seed=1, dtype=dtype), weight=weights(*weight_shape, dtype=dtype),
-                   bias=randn(weight_shape[0], seed=3, dtype=dtype))
+    tensors = dict(
+        x=randn(*x_shape, seed=1, dtype=dtype),
+        weight=weights(*weight_shape, dtype=dtype),
+        bias=randn(weight_shape[0], seed=3, dtype=dtype),
+    )
     return {name: t.requires_grad_(name in wanted) for name, t in tensors.items()}
 
 
@@ -277,8 +359,9 @@ def test_weight_and_bias_gradients_are_true_ones(function, x_shape, weight_shape
     tensors = leaves(x_shape, weight_shape, ("weight", "bias"), torch.float64)
     with torch.no_grad():
         tensors["weight"] += 0.3  # away from the zeros
-    assert torch.autograd.gradcheck(lambda w, b: function(tensors["x"], w, b, impl="reference"),
-                                    (tensors["weight"], tensors["bias"]))
+    assert torch.autograd.gradcheck(
+        lambda w, b: function(tensors["x"], w, b, impl="reference"), (tensors["weight"], tensors["bias"])
+    )
 
 
 def test_feedback_equal_to_the_weight_is_back_propagation():
@@ -286,7 +369,8 @@ def test_feedback_equal_to_the_weight_is_back_propagation():
     assert torch.autograd.gradcheck(lambda x: LF.feedback_linear(x, weight, bias, feedback=weight), (x,))
     x, weight = randn(2, 4, 5, 6).double().requires_grad_(), randn(6, 2, 3, 2).double()
     assert torch.autograd.gradcheck(
-        lambda x: LF.feedback_conv2d(x, weight, None, 2, 1, groups=2, feedback=weight), (x,))
+        lambda x: LF.feedback_conv2d(x, weight, None, 2, 1, groups=2, feedback=weight), (x,)
+    )
 
 
 def test_a_given_feedback_gets_no_gradient(impl):
@@ -311,8 +395,9 @@ def test_create_graph_alone_is_fine(impl):
     tensors = leaves((3, 8), (4, 8))
     y = LF.sign_symmetric_linear(*tensors.values(), impl=impl).sum()
     once = torch.autograd.grad(y, tensors["x"], create_graph=True)[0]
-    assert torch.equal(once, torch.autograd.grad(LF.sign_symmetric_linear(*tensors.values(), impl=impl).sum(),
-                                                 tensors["x"])[0])
+    assert torch.equal(
+        once, torch.autograd.grad(LF.sign_symmetric_linear(*tensors.values(), impl=impl).sum(), tensors["x"])[0]
+    )
 
 
 @EVERY
@@ -321,6 +406,7 @@ def test_results_repeat_bit_for_bit(impl, function, x_shape, weight_shape):
         tensors = leaves(x_shape, weight_shape)
         function(*tensors.values(), impl=impl).square().sum().backward()
         return [t.grad for t in tensors.values()]
+
     assert all(torch.equal(a, b) for a, b in zip(grads(), grads()))
 
 
@@ -336,16 +422,18 @@ def test_gradients_accumulate(impl):
 
 # -- the random state ---------------------------------------------------------------------------------------------
 
+
 def test_advancing_changes_the_next_feedback_and_no_pending_one(impl):
     random, weight = random_feedback(), weights(4, 8)
 
     def down(x):
         return LF.sign_symmetric_linear(x, weight, magnitude=random, impl=impl)
+
     x = torch.zeros(4, 8, requires_grad=True)
-    first, = torch.autograd.grad(down(x), x, torch.eye(4))
-    again, = torch.autograd.grad(down(x), x, torch.eye(4))
+    (first,) = torch.autograd.grad(down(x), x, torch.eye(4))
+    (again,) = torch.autograd.grad(down(x), x, torch.eye(4))
     random.advance()
-    later, = torch.autograd.grad(down(x), x, torch.eye(4))
+    (later,) = torch.autograd.grad(down(x), x, torch.eye(4))
     assert torch.equal(first, again) and not torch.equal(first, later)
     assert torch.equal(later, random.materialize((4, 8)).abs() * weight.sign())
     pending = down(x)
@@ -363,6 +451,7 @@ def test_a_slice_of_the_layer_has_the_slice_of_the_feedback(impl):
 
 
 # -- autocast -----------------------------------------------------------------------------------------------------
+
 
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -403,6 +492,7 @@ def test_float64_passes_autocast_untouched():
 
 # -- torch.compile, opcheck ---------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def fresh():
     torch._dynamo.reset()
@@ -415,6 +505,7 @@ def fresh():
 def test_compiles_in_one_graph(impl, function, x_shape, weight_shape, fresh):
     def loss(x, weight, bias):
         return function(torch.tanh(x), weight, bias, impl=impl).square().sum()
+
     eager, compiled = leaves(x_shape, weight_shape), leaves(x_shape, weight_shape)
     loss(*eager.values()).backward()
     torch.compile(loss, fullgraph=True, backend="aot_eager")(*compiled.values()).backward()
@@ -433,6 +524,7 @@ def test_layers_of_other_seeds_compile_once(impl, fresh):
     @torch.compile(fullgraph=True, backend=count)
     def layer(x, weight, feedback):
         return LF.feedback_linear(x, weight, feedback=feedback, impl=impl)
+
     weight = randn(4, 8)
     for seed in range(12):
         x, random = torch.zeros(4, 8, requires_grad=True), RandomFeedback(seed, stream=seed)
@@ -442,11 +534,13 @@ def test_layers_of_other_seeds_compile_once(impl, fresh):
 
 
 STATE = torch.tensor([7, 2, 1])
-FORMULAS = {"usf": (weights(6, 40), None, None, "uniform", 1.0, None, 0.5, False),
-            "magnitude": (weights(6, 40), randn(6, 40), None, "uniform", 1.0, None, 0.5, True),
-            "brsf": (weights(6, 40), None, STATE, "uniform8", 0.5, 0.0, 1.0, False),
-            "fa": (None, None, STATE, "normal", 0.5, None, 1.0, False),
-            "fa tensor": (None, randn(6, 40), None, "uniform", 1.0, None, 1.0, False)}
+FORMULAS = {
+    "usf": (weights(6, 40), None, None, "uniform", 1.0, None, 0.5, False),
+    "magnitude": (weights(6, 40), randn(6, 40), None, "uniform", 1.0, None, 0.5, True),
+    "brsf": (weights(6, 40), None, STATE, "uniform8", 0.5, 0.0, 1.0, False),
+    "fa": (None, None, STATE, "normal", 0.5, None, 1.0, False),
+    "fa tensor": (None, randn(6, 40), None, "uniform", 1.0, None, 1.0, False),
+}
 
 
 @pytest.mark.unpoisoned
@@ -464,8 +558,11 @@ def test_opcheck_of_the_other_ops(impl):
     torch.library.opcheck(ops.feedback_rows.default, (index, 9, STATE, "uniform", 0.5, None, 1.0, torch.float32, impl))
     packed = ops.feedback_pack_signs(weights(6, 40), impl)
     torch.library.opcheck(ops.feedback_pack_signs.default, (weights(6, 40), impl))
-    torch.library.opcheck(ops.feedback_product.default,
-                          (randn(3, 6), 40, packed, None, None, "uniform", 1.0, None, 0.5, True, impl))
+    torch.library.opcheck(
+        ops.feedback_product.default, (randn(3, 6), 40, packed, None, None, "uniform", 1.0, None, 0.5, True, impl)
+    )
     for buffer in (None, randn(6, 40, seed=5)):
-        torch.library.opcheck(ops.feedback_update_.default, (
-            randn(6, 40), buffer, randn(3, 6), randn(3, 40), 0.1, 0.9, 0.0, 0.01, False, False, 1.0, impl))
+        torch.library.opcheck(
+            ops.feedback_update_.default,
+            (randn(6, 40), buffer, randn(3, 6), randn(3, 40), 0.1, 0.9, 0.0, 0.01, False, False, 1.0, impl),
+        )

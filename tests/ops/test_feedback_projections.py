@@ -1,4 +1,5 @@
 """`feedback_projection`, `target_projection`, the fused update's op, and RandomFeedback as a module, every backend."""
+
 import copy
 import itertools
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 import lgkernels.functional as LF
 from tests.cases import DTYPES, label
-from tests.ops.feedback_common import LAWS, random_feedback, randn
+from tests.ops.feedback_common import LAWS, randn, random_feedback
 from tests.tolerances import assert_accurate, assert_relative
 
 # -- projections --------------------------------------------------------------------------------------------------
@@ -36,8 +37,12 @@ def test_target_projection_is_a_row(impl, shape, integers):
     for given, dense in ((matrix, matrix), (matrix.flatten(1), matrix), (random, random.materialize((7, *shape)))):
         assert torch.equal(LF.target_projection(target, given, shape, impl=impl), dense[target.long()])
     one_hot = F.one_hot(target.long(), 7).float()
-    assert_relative("one-hot", LF.target_projection(one_hot, random, shape, impl=impl),
-                    random.materialize((7, *shape))[target.long()], 1e-6)
+    assert_relative(
+        "one-hot",
+        LF.target_projection(one_hot, random, shape, impl=impl),
+        random.materialize((7, *shape))[target.long()],
+        1e-6,
+    )
 
 
 def test_an_integer_is_a_shape(impl):
@@ -53,8 +58,11 @@ def test_projections_draw_row_by_class_and_column_by_neuron(impl, law):
 
 # -- the fused update's op ----------------------------------------------------------------------------------------
 
-UPDATES = [dict(zip(("momentum", "dampening", "weight_decay", "nesterov"), values)) for values in itertools.product(
-    (0.0, 0.9), (0.0, 0.3), (0.0, 0.05), (False, True)) if not (values[3] and (values[0] == 0 or values[1]))]
+UPDATES = [
+    dict(zip(("momentum", "dampening", "weight_decay", "nesterov"), values))
+    for values in itertools.product((0.0, 0.9), (0.0, 0.3), (0.0, 0.05), (False, True))
+    if not (values[3] and (values[0] == 0 or values[1]))
+]
 
 
 @pytest.mark.parametrize("options", UPDATES, ids=label)
@@ -68,8 +76,19 @@ def test_update_is_torchs_sgd(impl, options):
         parameter.grad = grad.t() @ x
         optimizer.step()
         torch.ops.lgkernels.feedback_update_(
-            weight, buffer, grad, x, 0.1, momentum, options["dampening"] if step else 0.0, options["weight_decay"],
-            options["nesterov"], False, 1.0, impl)
+            weight,
+            buffer,
+            grad,
+            x,
+            0.1,
+            momentum,
+            options["dampening"] if step else 0.0,
+            options["weight_decay"],
+            options["nesterov"],
+            False,
+            1.0,
+            impl,
+        )
     assert_relative("weight", weight, parameter, 1e-5)
     if momentum:
         assert_relative("momentum", buffer, optimizer.state[parameter]["momentum_buffer"], 1e-5)

@@ -1,5 +1,6 @@
 """The authors' own numbers (tests/golden/lls), through every backend: heads, whole blocks, and training steps."""
-from functools import lru_cache
+
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ HEADS, BLOCKS, STACKS = (sorted(p.stem for p in FOLDER.glob(f"{kind}_*.npz")) fo
 KINDS = {"LLS": None, "LLS_M": "vector", "LLS_MxM": "matrix", "LLS_MxM_reduced": "reduced"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name):
     with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
         return {k: file[k].item() if file[k].ndim == 0 else file[k] for k in file.files}
@@ -51,8 +52,11 @@ def test_every_file_is_here():
 def test_basis(name):
     """The square waveform bit for bit, plain and packed; the sine within its last digit."""
     data = load(name)
-    waves = ([key.split("/")[1:] + [key] for key in data if key.startswith("Phi/")] if name in HEADS
-             else [[data["waveform"], "", "Phi"]])
+    waves = (
+        [key.split("/")[1:] + [key] for key in data if key.startswith("Phi/")]
+        if name in HEADS
+        else [[data["waveform"], "", "Phi"]]
+    )
     for waveform, _, key in waves:
         phi = tensor(data[key])
         rows, dim = phi.shape
@@ -84,9 +88,18 @@ def test_head(name, impl, precision):
         rows = data["reduced_set"] if mode == "LLS_MxM_reduced" else data["n_classes"]
         phi = tensor(data[f"Phi/{waveform}/K{rows}"], precision) if waveform == "cosine" else None
         activation = tensor(data["a"], precision).requires_grad_()
-        loss = LF.lls_loss(activation, tensor(data["labels"]), m, num_classes=data["n_classes"],
-                           pool_size=data["pooling_size"], waveform=waveform, temperature=float(temperature[1:]),
-                           label_smoothing=float(smoothing[2:]), basis=phi, impl=impl)
+        loss = LF.lls_loss(
+            activation,
+            tensor(data["labels"]),
+            m,
+            num_classes=data["n_classes"],
+            pool_size=data["pooling_size"],
+            waveform=waveform,
+            temperature=float(temperature[1:]),
+            label_smoothing=float(smoothing[2:]),
+            basis=phi,
+            impl=impl,
+        )
         loss.backward()
         assert abs(loss.item() - data[f"{config}/loss"]) <= loss_tolerance, config
         assert_relative(f"{config}: grad_a", activation.grad, data[f"{config}/grad_a"], gradient_tolerance)
@@ -104,9 +117,17 @@ def test_head_in_half_precision(name, impl, dtype):
             continue  # reduced: logits of size 7, a rounded activation moves the softmax by more than the tolerance
         m = None if mode == "LLS" else tensor(data[f"M/{mode}"])
         activation = tensor(data["a"]).to(dtype).requires_grad_()
-        loss = LF.lls_loss(activation, tensor(data["labels"]), m, num_classes=data["n_classes"],
-                           pool_size=data["pooling_size"], waveform=waveform, temperature=float(temperature[1:]),
-                           label_smoothing=float(smoothing[2:]), impl=impl)
+        loss = LF.lls_loss(
+            activation,
+            tensor(data["labels"]),
+            m,
+            num_classes=data["n_classes"],
+            pool_size=data["pooling_size"],
+            waveform=waveform,
+            temperature=float(temperature[1:]),
+            label_smoothing=float(smoothing[2:]),
+            impl=impl,
+        )
         loss.backward()
         assert loss.dtype == torch.float32 and activation.grad.dtype == dtype
         assert_relative(f"{config}: grad_a", activation.grad, data[f"{config}/grad_a"], GOLDEN["half_gradient"])
@@ -130,8 +151,12 @@ def make_block(kind, weight, bias, m, *, mode, precision, impl, stride=1, paddin
 def set_norm(block, weight, bias, mean, variance, eps=1e-5, momentum=0.1):
     block.norm.eps, block.norm.momentum = eps, momentum
     with torch.no_grad():
-        for destination, source in ((block.norm.weight, weight), (block.norm.bias, bias),
-                                    (block.norm.running_mean, mean), (block.norm.running_var, variance)):
+        for destination, source in (
+            (block.norm.weight, weight),
+            (block.norm.bias, bias),
+            (block.norm.running_mean, mean),
+            (block.norm.running_var, variance),
+        ):
             destination.copy_(tensor(source))
 
 
@@ -148,19 +173,44 @@ def test_block(name, impl, precision, monkeypatch):
     if precision == torch.float64:
         stored_basis(monkeypatch, [data["Phi"]])
     m = tensor(data["M"]) if "M" in data else None
-    block = make_block(data["kind"], tensor(data["weight"]), tensor(data["bias"]), m, mode=data["mode"],
-                       precision=precision, impl=impl, stride=data.get("stride", 1), padding=data.get("padding", 0),
-                       num_classes=data["n_classes"], pool_size=data["pooling_size"], reduced_rows=data["reduced_set"],
-                       waveform=data["waveform"], temperature=data["temperature"],
-                       label_smoothing=data["label_smoothing"], negative_slope=data["negative_slope"])
-    set_norm(block, data["bn_weight"], data["bn_bias"], data["running_mean_in"], data["running_var_in"],
-             data["bn_eps"], data["bn_momentum"])
+    block = make_block(
+        data["kind"],
+        tensor(data["weight"]),
+        tensor(data["bias"]),
+        m,
+        mode=data["mode"],
+        precision=precision,
+        impl=impl,
+        stride=data.get("stride", 1),
+        padding=data.get("padding", 0),
+        num_classes=data["n_classes"],
+        pool_size=data["pooling_size"],
+        reduced_rows=data["reduced_set"],
+        waveform=data["waveform"],
+        temperature=data["temperature"],
+        label_smoothing=data["label_smoothing"],
+        negative_slope=data["negative_slope"],
+    )
+    set_norm(
+        block,
+        data["bn_weight"],
+        data["bn_bias"],
+        data["running_mean_in"],
+        data["running_var_in"],
+        data["bn_eps"],
+        data["bn_momentum"],
+    )
     out, loss = block(tensor(data["x"], precision), tensor(data["labels"]))
     loss.backward()
     assert abs(loss.item() - data["loss"]) <= loss_tolerance
-    for key, got in (("out", out), ("grad_weight", block.layer.weight.grad), ("grad_bn_weight", block.norm.weight.grad),
-                     ("grad_bn_bias", block.norm.bias.grad), ("running_mean_out", block.norm.running_mean),
-                     ("running_var_out", block.norm.running_var)):
+    for key, got in (
+        ("out", out),
+        ("grad_weight", block.layer.weight.grad),
+        ("grad_bn_weight", block.norm.weight.grad),
+        ("grad_bn_bias", block.norm.bias.grad),
+        ("running_mean_out", block.norm.running_mean),
+        ("running_var_out", block.norm.running_var),
+    ):
         assert_relative(key, got, data[key], tolerance)
     if m is not None:
         assert_relative("grad_M", block.modulation.grad, data["grad_M"], tolerance)
@@ -169,17 +219,28 @@ def test_block(name, impl, precision, monkeypatch):
 
 # -- several training steps ------------------------------------------------------------------------------------
 
+
 def build_stack(data, precision, impl):
     layers = []
     for i, pool in enumerate(data["pooling_sizes"], 1):
         init = {k.split("/")[2]: v for k, v in data.items() if k.startswith(f"init/layer{i}/")}
         m = tensor(init["M"]) if "M" in init else None
-        block = make_block("conv" if init["weight"].ndim == 4 else "linear", tensor(init["weight"]),
-                           tensor(init["bias"]),
-                           m, mode=data["mode"], precision=precision, impl=impl, padding=1,
-                           num_classes=data["n_classes"], pool_size=int(pool), reduced_rows=data["reduced_set"],
-                           waveform=data["waveform"], temperature=data["temperature"],
-                           label_smoothing=data["label_smoothing"])
+        block = make_block(
+            "conv" if init["weight"].ndim == 4 else "linear",
+            tensor(init["weight"]),
+            tensor(init["bias"]),
+            m,
+            mode=data["mode"],
+            precision=precision,
+            impl=impl,
+            padding=1,
+            num_classes=data["n_classes"],
+            pool_size=int(pool),
+            reduced_rows=data["reduced_set"],
+            waveform=data["waveform"],
+            temperature=data["temperature"],
+            label_smoothing=data["label_smoothing"],
+        )
         set_norm(block, init["bn_weight"], init["bn_bias"], init["running_mean"], init["running_var"])
         layers.append(block)
     weight, bias = tensor(data["init/classifier/weight"]), tensor(data["init/classifier/bias"])
@@ -228,17 +289,23 @@ def test_stack(name, impl, precision, monkeypatch):
         assert_relative("losses", torch.tensor(losses, dtype=torch.float64), data[f"step{step}/losses"], tolerance)
         assert_relative("logits", hidden, data[f"step{step}/logits"], tolerance)
         for i, block in enumerate(layers, 1):
-            state = {"weight": block.layer.weight, "bn_weight": block.norm.weight, "bn_bias": block.norm.bias,
-                     "running_var": block.norm.running_var, "M": block.modulation,
-                     "running_mean": block.norm.running_mean}
+            state = {
+                "weight": block.layer.weight,
+                "bn_weight": block.norm.weight,
+                "bn_bias": block.norm.bias,
+                "running_var": block.norm.running_var,
+                "M": block.modulation,
+                "running_mean": block.norm.running_mean,
+            }
             for key, value in state.items():
                 stored = data.get(f"step{step}/layer{i}/{key}")
                 # under Adam the official bias drifts by amplified rounding noise, and the running mean follows it
                 if stored is not None and not (is_adam and key == "running_mean"):
                     assert_relative(f"step {step} layer{i} {key}", value, stored, tolerance)
     if is_adam:
-        for module, optimizer, layer in zip((*layers, classifier), optimizers,
-                                            [f"layer{i}" for i in range(1, 5)] + ["classifier"]):
+        for module, optimizer, layer in zip(
+            (*layers, classifier), optimizers, [f"layer{i}" for i in range(1, 5)] + ["classifier"]
+        ):
             optimizer.eval()
             linear = module.module if module is classifier else module.layer
             assert_relative(f"averaged {layer}", linear.weight, data[f"averaged/{layer}/weight"], tolerance)

@@ -1,27 +1,38 @@
 """Every function of every LLS backend against the reference, within the bound of tests/tolerances.py."""
+
 import pytest
 import torch
 
 from tests.cases import DTYPES, SIZES, label, random_cases, sweep
 from tests.conftest import backend_module
 from tests.ops import lls_problems
-from tests.ops.lls_problems import (HEAD, areas, check, check_head, modulation, norm_arguments, place, preactivation,
-                                    randn,
-                                    table, targets)
+from tests.ops.lls_problems import (
+    HEAD,
+    areas,
+    check,
+    check_head,
+    modulation,
+    norm_arguments,
+    place,
+    preactivation,
+    randn,
+    table,
+    targets,
+)
 from tests.tolerances import assert_bit_equal
 
 BASE = dict(B=3, C=5, H=8, W=8, P=2)
 SHAPES = [
     *sweep(BASE, B=(0, 1, 17), C=(1, 17, 65), P=(1, 4, 8)),
-    dict(B=2, C=3, H=7, W=7, P=2),      # overlapping bins
+    dict(B=2, C=3, H=7, W=7, P=2),  # overlapping bins
     dict(B=2, C=3, H=3, W=5, P=2),
     dict(B=2, C=4, H=9, W=6, P=4),
-    dict(B=2, C=3, H=1, W=1, P=2),      # up-sampling
+    dict(B=2, C=3, H=1, W=1, P=2),  # up-sampling
     dict(B=1, C=1, H=1, W=1, P=1),
     dict(B=2, C=3, H=17, W=63, P=2),
     dict(B=1, C=2, H=64, W=65, P=4),
     dict(B=1, C=2, H=16, W=127, P=4),
-    dict(B=1, C=2, H=2, W=4099, P=2),   # rows wider than a block's shared memory
+    dict(B=1, C=2, H=2, W=4099, P=2),  # rows wider than a block's shared memory
 ]
 LINEAR = [dict(B=3, N=n, P=p) for n, p in ((1, 1), (7, 7), (17, 5), (64, 128), (63, 64), (129, 129), (40, 16), (1, 4))]
 LINEAR += [dict(B=b, N=24, P=24) for b in (0, 1, 17, 65)]
@@ -48,33 +59,60 @@ def test_latents_of_any_layout_and_dtype(module, case, layout, dtype):
     check(module, "latents", (preactivation(shape_of(case), dtype, layout), case["P"]), length=16)
 
 
-HEADS = list(sweep(dict(B=3, classes=10, d=32, kind="matrix", waveform="square"), B=(0, 1, 17, 65), d=SIZES[1:],
-                   classes=(1, 2, 7, 17, 100, 300), kind=("none", "vector"), waveform=("cosine", "user")))
+HEADS = list(
+    sweep(
+        dict(B=3, classes=10, d=32, kind="matrix", waveform="square"),
+        B=(0, 1, 17, 65),
+        d=SIZES[1:],
+        classes=(1, 2, 7, 17, 100, 300),
+        kind=("none", "vector"),
+        waveform=("cosine", "user"),
+    )
+)
 
 
 @pytest.mark.parametrize("case", HEADS, ids=label)
 def test_head(module, case):
     batch, classes, dim = case["B"], case["classes"], case["d"]
     phi = randn(classes, dim, seed=9) if case["waveform"] == "user" else None
-    check_head(module, randn(batch, dim), targets(batch, classes), modulation(case["kind"], classes, classes),
-               case["waveform"], classes, phi=phi)
+    check_head(
+        module,
+        randn(batch, dim),
+        targets(batch, classes),
+        modulation(case["kind"], classes, classes),
+        case["waveform"],
+        classes,
+        phi=phi,
+    )
 
 
 @pytest.mark.parametrize("rows, classes", [(20, 10), (7, 17), (1, 3), (33, 2), (64, 65), (70, 9), (5, 300), (300, 70)])
 @pytest.mark.parametrize("waveform", ["square", "cosine"])
 def test_reduced_head(module, rows, classes, waveform):
-    check_head(module, randn(4, 33), targets(4, classes), modulation("matrix", rows, classes), waveform, classes,
-               rows=rows)
+    check_head(
+        module, randn(4, 33), targets(4, classes), modulation("matrix", rows, classes), waveform, classes, rows=rows
+    )
 
 
-OPTIONS = [dict(temperature=2.0), dict(label_smoothing=0.1), dict(normalize=False),
-           dict(normalize=False, basis_scale=1 / 33),
-           dict(basis_scale=0.25), dict(loss="hard_sigmoid_mse"),
-           dict(loss="hard_sigmoid_mse", normalize=False, temperature=1.0), dict(reduction="sum"),
-           dict(reduction="none"), dict(reduction="none", loss="hard_sigmoid_mse"), dict(ignore_index=1),
-           dict(ignore_index=1, reduction="none", label_smoothing=0.1), dict(ignore_index=1, reduction="sum"),
-           dict(eps=4.0), dict(eps=6.0, zero_gradient_below_eps=True), dict(compute_grad=False),
-           dict(temperature=0.05)]
+OPTIONS = [
+    dict(temperature=2.0),
+    dict(label_smoothing=0.1),
+    dict(normalize=False),
+    dict(normalize=False, basis_scale=1 / 33),
+    dict(basis_scale=0.25),
+    dict(loss="hard_sigmoid_mse"),
+    dict(loss="hard_sigmoid_mse", normalize=False, temperature=1.0),
+    dict(reduction="sum"),
+    dict(reduction="none"),
+    dict(reduction="none", loss="hard_sigmoid_mse"),
+    dict(ignore_index=1),
+    dict(ignore_index=1, reduction="none", label_smoothing=0.1),
+    dict(ignore_index=1, reduction="sum"),
+    dict(eps=4.0),
+    dict(eps=6.0, zero_gradient_below_eps=True),
+    dict(compute_grad=False),
+    dict(temperature=0.05),
+]
 
 
 @pytest.mark.parametrize("kind", ["none", "vector", "matrix"])
@@ -86,10 +124,12 @@ def test_head_options(module, options, kind):
 
 
 # Options that do not hide each other go together. The rows have |x| = 6.8, 7.5 and 6.0: eps lies between.
-COMBINED = [dict(basis_scale=0.25, ignore_index=1, label_smoothing=0.1),
-            dict(basis_scale=0.25, eps=6.5, zero_gradient_below_eps=True, reduction="none", loss="hard_sigmoid_mse"),
-            dict(basis_scale=0.25, normalize=False, ignore_index=1, temperature=2.0),
-            dict(ignore_index=1, label_smoothing=0.1, compute_grad=False)]
+COMBINED = [
+    dict(basis_scale=0.25, ignore_index=1, label_smoothing=0.1),
+    dict(basis_scale=0.25, eps=6.5, zero_gradient_below_eps=True, reduction="none", loss="hard_sigmoid_mse"),
+    dict(basis_scale=0.25, normalize=False, ignore_index=1, temperature=2.0),
+    dict(ignore_index=1, label_smoothing=0.1, compute_grad=False),
+]
 
 
 @pytest.mark.parametrize("rows, classes", [(40, 40), (50, 40), (300, 300), (60, 300)])
@@ -104,8 +144,9 @@ def test_head_options_of_many_classes(module, options, rows, classes):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_head_with_every_row_ignored(module, reduction):
-    loss, grad, _, grad_logits = check_head(module, randn(3, 9), torch.full((3,), -100), None, "cosine", 4,
-                                            reduction=reduction)
+    loss, grad, _, grad_logits = check_head(
+        module, randn(3, 9), torch.full((3,), -100), None, "cosine", 4, reduction=reduction
+    )
     assert torch.isnan(loss) if reduction == "mean" else (loss == 0).all()
     assert (grad == 0).all() and (grad_logits == 0).all()
 
@@ -116,8 +157,9 @@ def test_head_zero_norm_row(module, zero, reduction):
     x = randn(4, 33)
     x[1] = 0
     x[2] = 1e-20
-    grad = check_head(module, x, targets(4, 10), None, "square", 10, zero_gradient_below_eps=zero, per_row=True,
-                      reduction=reduction)[1]
+    grad = check_head(
+        module, x, targets(4, 10), None, "square", 10, zero_gradient_below_eps=zero, per_row=True, reduction=reduction
+    )[1]
     assert (grad[1] == 0).all() if zero else grad[1].abs().max() > 1e9
 
 
@@ -135,8 +177,16 @@ def test_head_large_logits(module):
 @pytest.mark.parametrize("kind", ["vector", "matrix"])
 def test_head_modulation_layout(module, layout, kind):
     from tests.layouts import arrange
-    check_head(module, randn(3, 17), targets(3, 7), arrange(modulation(kind, 9, 7), layout), "square", 7,
-               rows=7 if kind == "vector" else 9)
+
+    check_head(
+        module,
+        randn(3, 17),
+        targets(3, 7),
+        arrange(modulation(kind, 9, 7), layout),
+        "square",
+        7,
+        rows=7 if kind == "vector" else 9,
+    )
 
 
 def test_packed_and_plain_square_basis_agree(module):
@@ -186,8 +236,12 @@ BLOCKS = [c for c in SHAPES if c["B"] > 0]
 
 def norm_act_pool(module, case, dtype=torch.float32, layout="dense", slope=0.01, max_pool=False, compute_grad=True):
     z = preactivation(shape_of(case), dtype, layout)
-    return check(module, "norm_act_pool", (z, *norm_arguments(z.shape[1]), slope, case["P"], max_pool, compute_grad),
-                 length=positions(case)), z
+    return check(
+        module,
+        "norm_act_pool",
+        (z, *norm_arguments(z.shape[1]), slope, case["P"], max_pool, compute_grad),
+        length=positions(case),
+    ), z
 
 
 @pytest.mark.parametrize("case", SHAPES + LINEAR, ids=label)
@@ -202,8 +256,9 @@ def test_norm_act_pool(module, case):
 def test_norm_act_pool_variants(module, dtype, layout, max_pool, slope):
     result, z = norm_act_pool(module, dict(B=2, C=5, H=9, W=8, P=2), dtype, layout, slope, max_pool)
     if layout in ("dense", "channels_last"):
-        assert result[0].is_contiguous(memory_format=torch.channels_last if layout == "channels_last"
-                                       else torch.contiguous_format)
+        assert result[0].is_contiguous(
+            memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        )
 
 
 @pytest.mark.parametrize("case", [BASE, dict(B=3, C=4, H=7, W=7, P=2), dict(B=3, N=17, P=5)], ids=label)
@@ -225,9 +280,21 @@ def test_max_pool_of_nan_and_odd_sizes(module):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
-@pytest.mark.parametrize("shape", [(3, 5, 8, 8), (2, 1, 1, 1), (1, 17, 9, 7), (2, 65, 4, 4), (129, 3, 1, 1),
-                                   (2, 3, 64, 65),
-                                   (5, 17), (129, 65), (2, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 5, 8, 8),
+        (2, 1, 1, 1),
+        (1, 17, 9, 7),
+        (2, 65, 4, 4),
+        (129, 3, 1, 1),
+        (2, 3, 64, 65),
+        (5, 17),
+        (129, 65),
+        (2, 1),
+    ],
+    ids=str,
+)
 def test_batch_stats(module, shape, layout, dtype):
     z = preactivation(shape, dtype, layout)
     channels = shape[1]
@@ -247,7 +314,7 @@ def test_batch_stats_options(module):
 def test_batch_stats_far_from_zero(module, layout):
     """A variance from sum(z^2) - n*mean^2 in float32 loses every digit here."""
     z = preactivation((4, 6, 9, 9), layout=layout)
-    z += 1000 * (1 + torch.arange(6.).reshape(1, -1, 1, 1))
+    z += 1000 * (1 + torch.arange(6.0).reshape(1, -1, 1, 1))
     check(module, "batch_stats", (z, None, None, None, 0.1, 1e-5), length=324)
 
 
@@ -255,14 +322,20 @@ def test_batch_stats_far_from_zero(module, layout):
 def test_norm_grads(module, case):
     dim = case["C"] * case["P"] ** 2
     g, s1, s2 = (randn(case["B"], dim, seed=i) for i in range(3))
-    check(module, "norm_grads", (g, s1, s2, case["C"], areas(case["H"], case["W"], case["P"])),
-          length=case["B"] * case["P"] ** 2)
+    check(
+        module,
+        "norm_grads",
+        (g, s1, s2, case["C"], areas(case["H"], case["W"], case["P"])),
+        length=case["B"] * case["P"] ** 2,
+    )
 
 
 @pytest.mark.parametrize("kind", ["none", "vector", "matrix"])
-@pytest.mark.parametrize("batch, dim, rows, classes", [(7, 33, 10, 10), (3, 40, 40, 40), (5, 20, 20, 7), (3, 20, 20, 300)])
+@pytest.mark.parametrize(
+    "batch, dim, rows, classes", [(7, 33, 10, 10), (3, 40, 40, 40), (5, 20, 20, 7), (3, 20, 20, 300)]
+)
 def test_head_finished_by_the_norm_gradients(module, batch, dim, rows, classes, kind):
-    """A backend may leave the mean of the losses and the modulation's gradient to the launch of the norm's gradients."""
+    """A backend may leave the mean of the losses and the modulation's gradient to the norm gradients' launch."""
     if not hasattr(module, "FINISHES_HEAD"):
         pytest.skip("this backend's head is complete")
     rows = rows if kind == "matrix" else classes
@@ -278,9 +351,13 @@ def test_head_finished_by_the_norm_gradients(module, batch, dim, rows, classes, 
     linear = (*map(place, norm_arguments(17)), 0.01, place(randn(batch, 17)), 17, 1.0)
     finish = losses, head[1], *parts[1:], head[2], -100
     expected = [] if m is None else [module.modulation_grad(*parts[1:], kind == "vector", place(torch.tensor(1.0)))]
-    for plain, result in ((module.norm_grads(*norms), module.norm_grads(*norms, finish)),
-                          (module.linear_grad_preactivation_(z.clone(), *linear),
-                           module.linear_grad_preactivation_(z.clone(), *linear, finish))):
+    for plain, result in (
+        (module.norm_grads(*norms), module.norm_grads(*norms, finish)),
+        (
+            module.linear_grad_preactivation_(z.clone(), *linear),
+            module.linear_grad_preactivation_(z.clone(), *linear, finish),
+        ),
+    ):
         *grads, loss, grad_m = result
         for i, (a, b) in enumerate(zip(grads, plain)):
             assert_bit_equal(f"norm gradient {i}", a, b)
@@ -295,13 +372,19 @@ def grad_preactivation(module, case, dtype, layout, slope=0.01, scale=1.0):
     common = (z, *norm_arguments(channels), slope)
     if z.dim() == 2:
         g = randn(z.shape[0], case["P"], seed=8)
-        result = check(module, "linear_grad_preactivation_", (*common, g, case["P"], scale), inplace=(0,),
-                       length=max(z.shape[0], 4))
+        result = check(
+            module,
+            "linear_grad_preactivation_",
+            (*common, g, case["P"], scale),
+            inplace=(0,),
+            length=max(z.shape[0], 4),
+        )
         return result
     g = randn(z.shape[0], channels * case["P"] ** 2, seed=8)
     norm_gradients = randn(channels, seed=6), randn(channels, seed=7)
-    return check(module, "grad_preactivation_", (*common, g, *norm_gradients, case["P"], scale), inplace=(0,),
-                 length=16)
+    return check(
+        module, "grad_preactivation_", (*common, g, *norm_gradients, case["P"], scale), inplace=(0,), length=16
+    )
 
 
 @pytest.mark.parametrize("case", BLOCKS + [c for c in LINEAR if c["B"]], ids=label)
@@ -325,13 +408,20 @@ def test_grad_preactivation_returns_its_argument(module):
 
 # -- repeatability ---------------------------------------------------------------------------------------------
 
+
 def _everything(module):
     z = place(preactivation((5, 9, 8, 8), seed=21))
     mean, rstd = module.batch_stats(z, None, None, None, 0.1, 1e-5)
     gamma, beta = map(place, norm_arguments(9)[2:])
     out, x, s1, s2 = module.norm_act_pool(z, mean, rstd, gamma, beta, 0.01, 4, True, True)
-    loss, g, s, grad_logits = module.head(x, place(targets(5, 10)), place(modulation("matrix", 10, 10)),
-                                          place(table(module, "square", 10, 144)), **HEAD, num_classes=10)
+    loss, g, s, grad_logits = module.head(
+        x,
+        place(targets(5, 10)),
+        place(modulation("matrix", 10, 10)),
+        place(table(module, "square", 10, 144)),
+        **HEAD,
+        num_classes=10,
+    )
     grads = module.norm_grads(g, s1, s2, 9, place(areas(8, 8, 4)))
     m = module.modulation_grad(s, grad_logits, False, place(torch.tensor(1.0)))
     dz = module.grad_preactivation_(z, mean, rstd, gamma, beta, 0.01, g, *grads[:2], 4, 1.0)
@@ -358,10 +448,24 @@ def test_repeatable_bit_for_bit(module, threads):
 
 # -- seeded random cases ---------------------------------------------------------------------------------------
 
-FUZZ = random_cases(40, 2026, B=[1, 2, 3, 7, 17], C=[1, 2, 3, 5, 8, 17], H=list(range(1, 18)), W=list(range(1, 18)),
-                    P=[1, 2, 3, 4], dtype=list(DTYPES), layout=["dense", "channels_last"], slope=[0.0, 0.01, 0.3],
-                    max_pool=[False, True], classes=[1, 2, 10, 33], kind=["none", "vector", "matrix"],
-                    waveform=["square", "cosine"], smoothing=[0.0, 0.1], reduction=["mean", "sum", "none"])
+FUZZ = random_cases(
+    40,
+    2026,
+    B=[1, 2, 3, 7, 17],
+    C=[1, 2, 3, 5, 8, 17],
+    H=list(range(1, 18)),
+    W=list(range(1, 18)),
+    P=[1, 2, 3, 4],
+    dtype=list(DTYPES),
+    layout=["dense", "channels_last"],
+    slope=[0.0, 0.01, 0.3],
+    max_pool=[False, True],
+    classes=[1, 2, 10, 33],
+    kind=["none", "vector", "matrix"],
+    waveform=["square", "cosine"],
+    smoothing=[0.0, 0.1],
+    reduction=["mean", "sum", "none"],
+)
 
 
 @pytest.mark.parametrize("case", FUZZ, ids=lambda c: f"{c['B']}x{c['C']}x{c['H']}x{c['W']}-P{c['P']}")
@@ -374,12 +478,23 @@ def test_random_blocks(module, case):
     check(module, "batch_stats", (z, None, None, None, 0.1, 1e-5), length=z.numel() // shape[1])
     norm = norm_arguments(shape[1], seed=seed)
     x = check(module, "norm_act_pool", (z, *norm, case["slope"], case["P"], max_pool, True), length=300)[1]
-    g = check_head(module, x, targets(shape[0], case["classes"]), modulation(case["kind"], case["classes"],
-                                                                             case["classes"]),
-                   case["waveform"], case["classes"], label_smoothing=case["smoothing"], reduction=case["reduction"],
-                   zero_gradient_below_eps=True)[1]
-    check(module, "grad_preactivation_", (z, *norm, case["slope"], g, randn(shape[1]), randn(shape[1], seed=1),
-                                          case["P"],
-                                          1.0), inplace=(0,), length=16)
+    g = check_head(
+        module,
+        x,
+        targets(shape[0], case["classes"]),
+        modulation(case["kind"], case["classes"], case["classes"]),
+        case["waveform"],
+        case["classes"],
+        label_smoothing=case["smoothing"],
+        reduction=case["reduction"],
+        zero_gradient_below_eps=True,
+    )[1]
+    check(
+        module,
+        "grad_preactivation_",
+        (z, *norm, case["slope"], g, randn(shape[1]), randn(shape[1], seed=1), case["P"], 1.0),
+        inplace=(0,),
+        length=16,
+    )
     scale = randn(shape[0], seed=5) if case["reduction"] == "none" else torch.tensor(1.3)
     check(module, "expand_grad", (g, scale, preactivation(shape, dtype, layout), case["P"]), inplace=(2,), length=16)

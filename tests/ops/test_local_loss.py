@@ -1,4 +1,5 @@
 """The local losses as a user calls them, against autograd of the written-out definitions."""
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,11 +31,16 @@ CASES = {
     "ce-map": (lambda m, h, w, b: m.local_cross_entropy(h, w, b, Y), [(6, 4, 3, 5), (5, 4), (5,)]),
     "ce-tokens": (lambda m, h, w, b: m.local_cross_entropy(h, w, b, Y, label_smoothing=0.1), [(6, 7, 4), (5, 4), (5,)]),
     "ce-vector": (lambda m, h, w: m.local_cross_entropy(h, w, None, Y, reduction="sum"), [(6, 9), (5, 9)]),
-    "ce-rows": (lambda m, h, w, b: m.local_cross_entropy(h, w, b, Y, reduction="none", label_smoothing=1.0),
-                [(6, 4, 2, 2), (5, 4), (5,)]),
+    "ce-rows": (
+        lambda m, h, w, b: m.local_cross_entropy(h, w, b, Y, reduction="none", label_smoothing=1.0),
+        [(6, 4, 2, 2), (5, 4), (5,)],
+    ),
     "goodness-mean": (lambda m, h: m.goodness_loss(h, POSITIVE), [(6, 4, 3, 2)]),
     "goodness-sum": (lambda m, h: m.goodness_loss(h, POSITIVE, threshold=7.0, goodness="sum"), [(6, 7)]),
-    "peer": (lambda m, h: m.peer_normalization_loss(h, torch.linspace(0, 1, 7, dtype=h.dtype), momentum=0.7)[0], [(6, 7)]),
+    "peer": (
+        lambda m, h: m.peer_normalization_loss(h, torch.linspace(0, 1, 7, dtype=h.dtype), momentum=0.7)[0],
+        [(6, 7)],
+    ),
     "sim-std": (lambda m, h, w: m.similarity_matching_loss(h, Y, w, num_classes=5), [(6, 8, 4, 3), (8, 8, 3, 3)]),
     "sim-std-gram": (lambda m, h: m.similarity_matching_loss(h, Y, num_classes=5), [(6, 4, 4, 3)]),
     "sim-flat": (lambda m, h: m.similarity_matching_loss(h, Y, num_classes=5, use_std=False), [(6, 4, 4, 3)]),
@@ -42,15 +48,22 @@ CASES = {
     "sim-one-row": (lambda m, h: m.similarity_matching_loss(h, Y, num_classes=5), [(6, 8, 1, 3)]),
     "sim-linear": (lambda m, h, w: m.similarity_matching_loss(h, Y, w, num_classes=5), [(6, 9), (9, 9)]),
     "sim-linear-gram": (lambda m, h, w: m.similarity_matching_loss(h, Y, w, num_classes=5), [(6, 4), (4, 4)]),
-    "predsim": (lambda m, h, s, w, b: m.prediction_similarity_loss(
-        h, Y, s, w, b, num_classes=5, beta=0.7, pool_kernel=2, pool_padding=1), [(6, 4, 4, 4), (4, 4, 3, 3), (5, 36), (5,)]),
+    "predsim": (
+        lambda m, h, s, w, b: m.prediction_similarity_loss(
+            h, Y, s, w, b, num_classes=5, beta=0.7, pool_kernel=2, pool_padding=1
+        ),
+        [(6, 4, 4, 4), (4, 4, 3, 3), (5, 36), (5,)],
+    ),
     "predsim-linear": (lambda m, h, w: m.prediction_similarity_loss(h, Y, None, w, num_classes=5), [(6, 9), (5, 9)]),
     "ntxent": (call("nt_xent_loss"), [(6, 9)]),
     "ntxent-raw": (call("nt_xent_loss", normalize=False, temperature=2.0), [(6, 9)]),
     "supcon": (lambda m, z: m.supcon_loss(z, Y, base_temperature=0.2), [(6, 9)]),
     "supcon-views": (lambda m, z: m.supcon_loss(z, Y, temperature=0.5), [(6, 3, 9)]),
     "supcon-no-target": (call("supcon_loss", temperature=0.5), [(6, 3, 9)]),
-    "supcon-one": (lambda m, z: m.supcon_loss(z, Y, contrast_mode="one", temperature=0.3, normalize=False), [(6, 2, 5)]),
+    "supcon-one": (
+        lambda m, z: m.supcon_loss(z, Y, contrast_mode="one", temperature=0.3, normalize=False),
+        [(6, 2, 5)],
+    ),
     "supcon-no-positives": (call("supcon_loss", temperature=0.5), [(6, 9)]),
     "infonce": (call("info_nce_loss", negatives=NEGATIVES, temperature=0.5), [(6, 9), (8, 9)]),
 }
@@ -58,8 +71,10 @@ ALL = pytest.mark.parametrize("name", CASES)
 
 
 def inputs(name, dtype=torch.float32, layout="dense", only=None):
-    return [arrange(randn(*shape, seed=i + 1, dtype=dtype), layout if only in (None, i) else "dense")
-            for i, shape in enumerate(CASES[name][1])]
+    return [
+        arrange(randn(*shape, seed=i + 1, dtype=dtype), layout if only in (None, i) else "dense")
+        for i, shape in enumerate(CASES[name][1])
+    ]
 
 
 def run(module, name, tensors, scale=-1.3):
@@ -108,8 +123,9 @@ def test_dtypes(name, dtype):
 @pytest.mark.parametrize("layout", [n for n in LAYOUTS if n != "dense"])
 def test_layouts(name, layout):
     for i in range(len(CASES[name][1])):
-        if layout == "expanded" and (name.startswith(("sim", "ntxent", "supcon", "infonce"))
-                                     or name.startswith("predsim") and i < 2):
+        if layout == "expanded" and (
+            name.startswith(("sim", "ntxent", "supcon", "infonce")) or name.startswith("predsim") and i < 2
+        ):
             continue  # equal or constant rows, whose exact gradient is zero: below
         compare(name, inputs(name, layout=layout, only=i))
 
@@ -176,6 +192,7 @@ def test_map_gradient_is_one_value_per_channel():
 
 class _Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operation returns, views left out."""
+
     def __init__(self):
         super().__init__()
         self.elements = 0
@@ -189,12 +206,17 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("loss", [
-    lambda: LF.nt_xent_loss(randn(600, 8).requires_grad_()),
-    lambda: LF.supcon_loss(randn(300, 2, 8).requires_grad_(), targets(300, 7), contrast_mode="one"),
-    lambda: LF.info_nce_loss(randn(300, 16).requires_grad_(), randn(300, 16),
-                             negatives=targets(4800, 300).reshape(300, 16)),
-], ids=["ntxent", "supcon", "infonce"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda: LF.nt_xent_loss(randn(600, 8).requires_grad_()),
+        lambda: LF.supcon_loss(randn(300, 2, 8).requires_grad_(), targets(300, 7), contrast_mode="one"),
+        lambda: LF.info_nce_loss(
+            randn(300, 16).requires_grad_(), randn(300, 16), negatives=targets(4800, 300).reshape(300, 16)
+        ),
+    ],
+    ids=["ntxent", "supcon", "infonce"],
+)
 def test_row_blocks(loss, monkeypatch):
     """Small blocks give the same result, and no tensor is larger than one of them."""
     whole = loss().item()
@@ -205,8 +227,9 @@ def test_row_blocks(loss, monkeypatch):
     assert abs(blocked.item() - whole) <= 1e-5 * abs(whole)
 
 
-@pytest.mark.parametrize("name", ["ntxent", "ntxent-raw", "supcon", "supcon-views", "supcon-one", "supcon-no-target",
-                                  "infonce"])
+@pytest.mark.parametrize(
+    "name", ["ntxent", "ntxent-raw", "supcon", "supcon-views", "supcon-one", "supcon-no-target", "infonce"]
+)
 @pytest.mark.parametrize("elements", [1, 13, 100])
 def test_row_blocks_of_any_size(name, elements, monkeypatch):
     monkeypatch.setattr(reference, "ELEMENTS", elements)
@@ -241,9 +264,9 @@ def test_constant_rows_have_gradient_zero(batch, value):
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_constant_maps_and_equal_deviations_have_gradient_zero(value):
     h = randn(5, 6, 4, 4)
-    h[1] = value                                            # every map constant: deviations 0, row constant
-    h[2] = randn(1, 4, 4, seed=5).expand(6, 4, 4)           # equal deviations
-    h[3, 2] = value                                         # one dead map
+    h[1] = value  # every map constant: deviations 0, row constant
+    h[2] = randn(1, 4, 4, seed=5).expand(6, 4, 4)  # equal deviations
+    h[3, 2] = value  # one dead map
     h.requires_grad_()
     loss = LF.similarity_matching_loss(h, targets(5, 4), num_classes=4)
     loss.backward()
@@ -277,7 +300,8 @@ def test_empty_batch(name):
         "peer": lambda h: LF.peer_normalization_loss(h, torch.zeros(h.shape[1:]))[0],
         "sim": lambda h, *w: LF.similarity_matching_loss(h, empty["Y"], *w, num_classes=5),
         "predsim": lambda h, *w: LF.similarity_matching_loss(h, empty["Y"], num_classes=5),
-        "ntxent": LF.nt_xent_loss, "supcon": LF.supcon_loss,
+        "ntxent": LF.nt_xent_loss,
+        "supcon": LF.supcon_loss,
         "infonce": lambda q, k: LF.info_nce_loss(q, k, negatives=NEGATIVES[:0]),
     }
     loss = functions[name.split("-")[0]](*leaves)
@@ -343,21 +367,25 @@ def test_registered_ops(backend, impl):
     one = torch.tensor(1.0)
     sim = ops.similarity(h, Y, 5, True, True, impl)[1:]
     for op, arguments in [
-            (ops.local_cross_entropy, (h, randn(5, 4), randn(5), Y, 0.1, "none", True, impl)),
-            (ops.local_cross_entropy, (x, randn(5, 8), None, Y, 0.1, "mean", False, impl)),
-            (ops.local_cross_entropy_backward, (one, *grads, torch.bfloat16, True, True, False, impl)),
-            (ops.goodness, (h, POSITIVE, 2.0, True, True, impl)),
-            (ops.goodness_backward, (h, randn(6), one, impl)),
-            (ops.similarity, (h, Y, 5, True, True, impl)), (ops.similarity, (x, Y, 5, True, True, impl)),
-            (ops.similarity, (h, Y, 5, True, False, impl)), (ops.similarity_backward, (h, *sim, one, impl))]:
+        (ops.local_cross_entropy, (h, randn(5, 4), randn(5), Y, 0.1, "none", True, impl)),
+        (ops.local_cross_entropy, (x, randn(5, 8), None, Y, 0.1, "mean", False, impl)),
+        (ops.local_cross_entropy_backward, (one, *grads, torch.bfloat16, True, True, False, impl)),
+        (ops.goodness, (h, POSITIVE, 2.0, True, True, impl)),
+        (ops.goodness_backward, (h, randn(6), one, impl)),
+        (ops.similarity, (h, Y, 5, True, True, impl)),
+        (ops.similarity, (x, Y, 5, True, True, impl)),
+        (ops.similarity, (h, Y, 5, True, False, impl)),
+        (ops.similarity_backward, (h, *sim, one, impl)),
+    ]:
         torch.library.opcheck(op.default, arguments, test_utils=tests)
     if backend != "reference":
         return
     for op, arguments in [
-            (ops.peer_normalization, (x, randn(8), 0.5, "auto")),
-            (ops.contrastive, (x, Y, 6, 0.5, 1.0, True, True, "auto")),
-            (ops.contrastive, (x, Y, 6, 0.5, 1.0, False, False, "auto")),
-            (ops.info_nce, (x, x, NEGATIVES % 6, 0.5, True, "auto"))]:
+        (ops.peer_normalization, (x, randn(8), 0.5, "auto")),
+        (ops.contrastive, (x, Y, 6, 0.5, 1.0, True, True, "auto")),
+        (ops.contrastive, (x, Y, 6, 0.5, 1.0, False, False, "auto")),
+        (ops.info_nce, (x, x, NEGATIVES % 6, 0.5, True, "auto")),
+    ]:
         torch.library.opcheck(op.default, arguments, test_utils=tests)
 
 
@@ -365,64 +393,156 @@ X4, W5 = randn(2, 3, 4, 4), randn(5, 3)
 Y2 = torch.tensor([0, 1])
 
 
-@pytest.mark.parametrize("bad, error, message", [
-    (lambda: LF.local_cross_entropy(X4.int(), W5, None, Y2), TypeError,
-     "h must be one of float32, bfloat16, float16, float64, got int32"),
-    (lambda: LF.local_cross_entropy(X4[0, 0, 0], W5, None, Y2), ValueError,
-     "h must be (B, C, H, W), (B, T, C) or (B, C), got shape (4,)"),
-    (lambda: LF.local_cross_entropy(X4[:, :, :0], W5, None, Y2), ValueError,
-     "h must have no empty dimension but the first, got shape (2, 3, 0, 4)"),
-    (lambda: LF.local_cross_entropy(X4, W5.t(), None, Y2), ValueError,
-     "weight must be (num_classes, 3) for h of shape (2, 3, 4, 4), got shape (3, 5)"),
-    (lambda: LF.local_cross_entropy(X4, W5, randn(3), Y2), ValueError,
-     "bias must have shape (5,) (one entry per row of weight), got (3,)"),
-    (lambda: LF.local_cross_entropy(X4, W5, None, Y2 + 4), ValueError, "target must hold class indices in [0, 4], got 5"),
-    (lambda: LF.local_cross_entropy(X4, W5, None, Y2 - 100), ValueError,
-     "target must hold class indices in [0, 4], got -100"),
-    (lambda: LF.local_cross_entropy(X4, W5, None, Y2.float()), TypeError,
-     "target must hold integers (int64, int32, ...), got float32; class indices are expected"),
-    (lambda: LF.local_cross_entropy(X4, W5, None, Y2, label_smoothing=1.5), ValueError,
-     "label_smoothing must lie in [0.0, 1.0], got 1.5"),
-    (lambda: LF.local_cross_entropy(X4, W5, None, Y2, reduction="max"), ValueError,
-     "reduction must be one of 'mean', 'sum', 'none', got 'max'"),
-    (lambda: LF.local_cross_entropy(X4, W5, None, Y2.to("meta")), ValueError,
-     "target must be on cpu like h, got meta; move it with .to('cpu')"),
-    (lambda: LF.goodness_loss(X4, Y2), TypeError, "is_positive must be bool, got int64; pass `label == 1`, say"),
-    (lambda: LF.goodness_loss(X4[0, 0, 0], Y2 == 1), ValueError,
-     "h must be (B, ...) with at least 2 dimensions, got shape (4,)"),
-    (lambda: LF.goodness_loss(X4, Y2 == 1, goodness="max"), ValueError,
-     "goodness must be one of 'mean', 'sum', got 'max'"),
-    (lambda: LF.peer_normalization_loss(X4, randn(3)), ValueError,
-     "running_mean must have shape (3, 4, 4) (one row of h_pos), got (3,)"),
-    (lambda: LF.overlay_label(X4, Y2, num_classes=17), ValueError,
-     "num_classes must be at most 16, the entries that x of shape (2, 3, 4, 4) offers, got 17"),
-    (lambda: LF.overlay_label(X4, Y2 + 9, num_classes=10), ValueError, "label must hold class indices in [0, 9], got 10"),
-    (lambda: LF.similarity_matching_loss(X4[:, 0], Y2, num_classes=5), ValueError,
-     "h must be (B, C, H, W) or (B, N), got shape (2, 4, 4)"),
-    (lambda: LF.similarity_matching_loss(X4, Y2, W5, num_classes=5), ValueError,
-     "sim_weight must have shape (3, 3, 3, 3) (convolution with padding 1), got (5, 3)"),
-    (lambda: LF.similarity_matching_loss(X4, Y2, num_classes=1), ValueError,
-     "target must hold class indices in [0, 0], got 1"),
-    (lambda: LF.prediction_similarity_loss(X4, Y2, None, W5, num_classes=5), ValueError,
-     "decoder_weight must have shape (5, 48) (classes, pooled and flattened h), got (5, 3)"),
-    (lambda: LF.prediction_similarity_loss(W5, Y2, None, W5, num_classes=5, pool_kernel=2), ValueError,
-     "pool_kernel must be 1 and pool_padding 0 for h of shape (5, 3), got 2 and 0"),
-    (lambda: LF.nt_xent_loss(W5), ValueError, "z must be (2N, D), the second views below the first, got shape (5, 3)"),
-    (lambda: LF.nt_xent_loss(W5, temperature=0), ValueError, "temperature must be greater than 0, got 0"),
-    (lambda: LF.supcon_loss(X4), ValueError, "z must be (B, V, D) or (B, D), got shape (2, 3, 4, 4)"),
-    (lambda: LF.supcon_loss(W5, Y2), ValueError, "target must have shape (5,) (one label per row of z), got (2,)"),
-    (lambda: LF.supcon_loss(W5, contrast_mode="two"), ValueError, "contrast_mode must be one of 'all', 'one', got 'two'"),
-    (lambda: LF.info_nce_loss(W5, W5[:3], negatives=Y2), ValueError,
-     "keys must be (M, 3) with M >= 5 (row i is the positive of query i), got shape (3, 3)"),
-    (lambda: LF.info_nce_loss(W5, W5.half(), negatives=Y2), TypeError, "keys must be float32 like query, got float16"),
-    (lambda: LF.info_nce_loss(W5, W5, negatives=Y2), ValueError,
-     "negatives must be (5, n): row numbers of keys for each query, got shape (2,)"),
-    (lambda: LF.info_nce_loss(W5, W5, negatives=torch.full((5, 2), 5)), ValueError,
-     "negatives must hold class indices in [0, 4], got 5"),
-    (lambda: LF.nt_xent_loss(W5[:4], impl="cuda"), ValueError,
-     "impl='cuda' can't run contrastive on cpu torch.float32: contrastive has no cuda backend; usable here: "
-     "['reference']"),
-])
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        (
+            lambda: LF.local_cross_entropy(X4.int(), W5, None, Y2),
+            TypeError,
+            "h must be one of float32, bfloat16, float16, float64, got int32",
+        ),
+        (
+            lambda: LF.local_cross_entropy(X4[0, 0, 0], W5, None, Y2),
+            ValueError,
+            "h must be (B, C, H, W), (B, T, C) or (B, C), got shape (4,)",
+        ),
+        (
+            lambda: LF.local_cross_entropy(X4[:, :, :0], W5, None, Y2),
+            ValueError,
+            "h must have no empty dimension but the first, got shape (2, 3, 0, 4)",
+        ),
+        (
+            lambda: LF.local_cross_entropy(X4, W5.t(), None, Y2),
+            ValueError,
+            "weight must be (num_classes, 3) for h of shape (2, 3, 4, 4), got shape (3, 5)",
+        ),
+        (
+            lambda: LF.local_cross_entropy(X4, W5, randn(3), Y2),
+            ValueError,
+            "bias must have shape (5,) (one entry per row of weight), got (3,)",
+        ),
+        (
+            lambda: LF.local_cross_entropy(X4, W5, None, Y2 + 4),
+            ValueError,
+            "target must hold class indices in [0, 4], got 5",
+        ),
+        (
+            lambda: LF.local_cross_entropy(X4, W5, None, Y2 - 100),
+            ValueError,
+            "target must hold class indices in [0, 4], got -100",
+        ),
+        (
+            lambda: LF.local_cross_entropy(X4, W5, None, Y2.float()),
+            TypeError,
+            "target must hold integers (int64, int32, ...), got float32; class indices are expected",
+        ),
+        (
+            lambda: LF.local_cross_entropy(X4, W5, None, Y2, label_smoothing=1.5),
+            ValueError,
+            "label_smoothing must lie in [0.0, 1.0], got 1.5",
+        ),
+        (
+            lambda: LF.local_cross_entropy(X4, W5, None, Y2, reduction="max"),
+            ValueError,
+            "reduction must be one of 'mean', 'sum', 'none', got 'max'",
+        ),
+        (
+            lambda: LF.local_cross_entropy(X4, W5, None, Y2.to("meta")),
+            ValueError,
+            "target must be on cpu like h, got meta; move it with .to('cpu')",
+        ),
+        (lambda: LF.goodness_loss(X4, Y2), TypeError, "is_positive must be bool, got int64; pass `label == 1`, say"),
+        (
+            lambda: LF.goodness_loss(X4[0, 0, 0], Y2 == 1),
+            ValueError,
+            "h must be (B, ...) with at least 2 dimensions, got shape (4,)",
+        ),
+        (
+            lambda: LF.goodness_loss(X4, Y2 == 1, goodness="max"),
+            ValueError,
+            "goodness must be one of 'mean', 'sum', got 'max'",
+        ),
+        (
+            lambda: LF.peer_normalization_loss(X4, randn(3)),
+            ValueError,
+            "running_mean must have shape (3, 4, 4) (one row of h_pos), got (3,)",
+        ),
+        (
+            lambda: LF.overlay_label(X4, Y2, num_classes=17),
+            ValueError,
+            "num_classes must be at most 16, the entries that x of shape (2, 3, 4, 4) offers, got 17",
+        ),
+        (
+            lambda: LF.overlay_label(X4, Y2 + 9, num_classes=10),
+            ValueError,
+            "label must hold class indices in [0, 9], got 10",
+        ),
+        (
+            lambda: LF.similarity_matching_loss(X4[:, 0], Y2, num_classes=5),
+            ValueError,
+            "h must be (B, C, H, W) or (B, N), got shape (2, 4, 4)",
+        ),
+        (
+            lambda: LF.similarity_matching_loss(X4, Y2, W5, num_classes=5),
+            ValueError,
+            "sim_weight must have shape (3, 3, 3, 3) (convolution with padding 1), got (5, 3)",
+        ),
+        (
+            lambda: LF.similarity_matching_loss(X4, Y2, num_classes=1),
+            ValueError,
+            "target must hold class indices in [0, 0], got 1",
+        ),
+        (
+            lambda: LF.prediction_similarity_loss(X4, Y2, None, W5, num_classes=5),
+            ValueError,
+            "decoder_weight must have shape (5, 48) (classes, pooled and flattened h), got (5, 3)",
+        ),
+        (
+            lambda: LF.prediction_similarity_loss(W5, Y2, None, W5, num_classes=5, pool_kernel=2),
+            ValueError,
+            "pool_kernel must be 1 and pool_padding 0 for h of shape (5, 3), got 2 and 0",
+        ),
+        (
+            lambda: LF.nt_xent_loss(W5),
+            ValueError,
+            "z must be (2N, D), the second views below the first, got shape (5, 3)",
+        ),
+        (lambda: LF.nt_xent_loss(W5, temperature=0), ValueError, "temperature must be greater than 0, got 0"),
+        (lambda: LF.supcon_loss(X4), ValueError, "z must be (B, V, D) or (B, D), got shape (2, 3, 4, 4)"),
+        (lambda: LF.supcon_loss(W5, Y2), ValueError, "target must have shape (5,) (one label per row of z), got (2,)"),
+        (
+            lambda: LF.supcon_loss(W5, contrast_mode="two"),
+            ValueError,
+            "contrast_mode must be one of 'all', 'one', got 'two'",
+        ),
+        (
+            lambda: LF.info_nce_loss(W5, W5[:3], negatives=Y2),
+            ValueError,
+            "keys must be (M, 3) with M >= 5 (row i is the positive of query i), got shape (3, 3)",
+        ),
+        (
+            lambda: LF.info_nce_loss(W5, W5.half(), negatives=Y2),
+            TypeError,
+            "keys must be float32 like query, got float16",
+        ),
+        (
+            lambda: LF.info_nce_loss(W5, W5, negatives=Y2),
+            ValueError,
+            "negatives must be (5, n): row numbers of keys for each query, got shape (2,)",
+        ),
+        (
+            lambda: LF.info_nce_loss(W5, W5, negatives=torch.full((5, 2), 5)),
+            ValueError,
+            "negatives must hold class indices in [0, 4], got 5",
+        ),
+        (
+            lambda: LF.nt_xent_loss(W5[:4], impl="cuda"),
+            ValueError,
+            "impl='cuda' can't run contrastive on cpu torch.float32: contrastive has no cuda backend; usable here: "
+            "['reference']",
+        ),
+    ],
+)
 def test_bad_input(bad, error, message):
     with pytest.raises(error) as caught:
         bad()

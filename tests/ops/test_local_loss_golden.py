@@ -1,5 +1,6 @@
 """The authors' own numbers (tests/golden/local_loss): predsim, SupCon, NT-Xent and Forward-Forward."""
-from functools import lru_cache
+
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import lgkernels.functional as LF
 from tests.tolerances import GOLDEN, assert_relative
 
 FOLDER = Path(__file__).parents[1] / "golden" / "local_loss"
-FILES = {kind: sorted(p.stem for p in FOLDER.glob(f"{kind}_*.npz"))
-         for kind in ("predsim", "supcon", "ntxent", "ff_mean", "ff_sum", "lokr")}
+FILES = {
+    kind: sorted(p.stem for p in FOLDER.glob(f"{kind}_*.npz"))
+    for kind in ("predsim", "supcon", "ntxent", "ff_mean", "ff_sum", "lokr")
+}
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name):
     with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
         return {k: file[k].item() if file[k].ndim == 0 else file[k] for k in file.files}
@@ -46,7 +49,13 @@ def check(name, got, expected, precision):
 
 def test_every_file_is_here():
     assert {kind: len(names) for kind, names in FILES.items()} == {
-        "predsim": 8, "supcon": 5, "ntxent": 3, "ff_mean": 2, "ff_sum": 2, "lokr": 8}
+        "predsim": 8,
+        "supcon": 5,
+        "ntxent": 3,
+        "ff_mean": 2,
+        "ff_sum": 2,
+        "lokr": 8,
+    }
 
 
 @pytest.mark.parametrize("name", FILES["predsim"])
@@ -56,7 +65,9 @@ def test_predsim(name, precision):
     labels = tensor(data, "labels")
     options = dict(num_classes=data["n_classes"], use_std=data["use_std"])
     if data["kind"] == "conv":
-        pool = dict(pool_kernel=tuple(map(int, data["pool_kernel"])), pool_padding=tuple(map(int, data["pool_padding"])))
+        pool = dict(
+            pool_kernel=tuple(map(int, data["pool_kernel"])), pool_padding=tuple(map(int, data["pool_padding"]))
+        )
     else:
         pool = {}
     loss = LF.prediction_similarity_loss(h, labels, sim, decoder, bias, beta=data["beta"], **pool, **options)
@@ -76,15 +87,24 @@ def test_predsim_block(name, precision):
     weight, bias, gamma, beta = leaves(data, precision, "encoder_W", "encoder_b", "bn_weight", "bn_bias")
     if data["kind"] == "conv":
         z = F.conv2d(x, weight, bias, data["stride"], data["padding"])
-        pool = dict(pool_kernel=tuple(map(int, data["pool_kernel"])), pool_padding=tuple(map(int, data["pool_padding"])))
+        pool = dict(
+            pool_kernel=tuple(map(int, data["pool_kernel"])), pool_padding=tuple(map(int, data["pool_padding"]))
+        )
     else:
         z, pool = F.linear(x, weight, bias), {}
     h = F.batch_norm(z, None, None, gamma, beta, True, eps=data["bn_eps"])
     h = F.relu(h) if data["nonlin"] == "relu" else F.leaky_relu(h, 0.01)
     LF.prediction_similarity_loss(
-        h, labels, tensor(data, "sim_W", precision), tensor(data, "decoder_W", precision),
-        tensor(data, "decoder_b", precision), num_classes=data["n_classes"], beta=data["beta"],
-        use_std=data["use_std"], **pool).backward()
+        h,
+        labels,
+        tensor(data, "sim_W", precision),
+        tensor(data, "decoder_W", precision),
+        tensor(data, "decoder_b", precision),
+        num_classes=data["n_classes"],
+        beta=data["beta"],
+        use_std=data["use_std"],
+        **pool,
+    ).backward()
     for key, leaf in (("encoder_W", weight), ("bn_weight", gamma), ("bn_bias", beta)):
         check(key, leaf.grad, data[f"grad_{key}"], precision)
 
@@ -92,10 +112,11 @@ def test_predsim_block(name, precision):
 @pytest.mark.parametrize("name", [n for n in FILES["supcon"] if "auxhead" not in n])
 def test_supcon(name, precision):
     data = load(name)
-    z, = leaves(data, precision, "z")
+    (z,) = leaves(data, precision, "z")
     labels = tensor(data, "labels") if data["use_labels"] else None
-    options = dict(temperature=data["temperature"], base_temperature=data["base_temperature"],
-                   contrast_mode=data["contrast_mode"])
+    options = dict(
+        temperature=data["temperature"], base_temperature=data["base_temperature"], contrast_mode=data["contrast_mode"]
+    )
     loss = LF.supcon_loss(z, labels, **options)
     loss.backward()
     check_loss("loss", loss, data["loss"], precision)
@@ -113,8 +134,9 @@ def test_supcon_head(precision):
     z = x.mean((2, 3))
     z = F.relu(F.linear(z, head["head.2.weight"], head["head.2.bias"]))
     z = F.linear(z, head["head.4.weight"], head["head.4.bias"])
-    loss = LF.supcon_loss(z, tensor(data, "labels"), temperature=data["temperature"],
-                          base_temperature=data["base_temperature"])
+    loss = LF.supcon_loss(
+        z, tensor(data, "labels"), temperature=data["temperature"], base_temperature=data["base_temperature"]
+    )
     loss.backward()
     check_loss("loss", loss, data["loss"], precision)
     check("grad_x", x.grad, data["grad_x"], precision)
@@ -183,8 +205,9 @@ def test_forward_forward_sum(name, precision):
         h = _StraightThroughReLU.apply(F.linear(normalized(x), weight, bias))
         loss = LF.goodness_loss(h, positive, threshold=float(h.shape[1]), goodness="sum")
         check_loss(f"ff_loss/{i}", loss, data[f"ff_loss/{i}"], precision)
-        peer, running = LF.peer_normalization_loss(h[:batch], tensor(data, f"running_mean_in/{i}", precision),
-                                                   momentum=data["peer_momentum"])
+        peer, running = LF.peer_normalization_loss(
+            h[:batch], tensor(data, f"running_mean_in/{i}", precision), momentum=data["peer_momentum"]
+        )
         if data["peer_weight"]:
             check(f"running_mean_out/{i}", running, data[f"running_mean_out/{i}"], precision)
             peers = peers + peer.detach()

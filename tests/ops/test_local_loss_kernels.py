@@ -1,4 +1,5 @@
 """Every function of every local_loss backend against the reference, within the bound of tests/tolerances.py."""
+
 import pytest
 import torch
 
@@ -7,7 +8,7 @@ from tests.cases import DTYPES, label, random_cases, sweep
 from tests.conftest import backend_module
 from tests.layouts import arrange
 from tests.ops import lls_problems
-from tests.ops.lls_problems import place, randn, targets
+from tests.ops.lls_problems import randn, targets
 from tests.tolerances import assert_bit_equal
 
 LAYOUTS = ("dense", "transposed", "sliced", "expanded", "offset", "channels_last")
@@ -24,25 +25,38 @@ def check(module, name, arguments, **options):
 
 # -- pool, linear, cross entropy ----------------------------------------------------------------------------------
 
+
 def feature_map(case, form, dtype=torch.float32, layout="dense", mean=0.0):
     batch, channels, height, width = (case[n] for n in "BCHW")
-    shape = {"map": (batch, channels, height, width), "tokens": (batch, height * width, channels),
-             "vector": (batch, channels)}[form]
+    shape = {
+        "map": (batch, channels, height, width),
+        "tokens": (batch, height * width, channels),
+        "vector": (batch, channels),
+    }[form]
     return arrange(randn(*shape, seed=1, dtype=dtype) + mean, layout)
 
 
-def check_cross_entropy(module, case, h, smoothing=0.1, reduction="mean", compute_grad=True, bias=True,
-                        weight_dtype=torch.float32):
+def check_cross_entropy(
+    module, case, h, smoothing=0.1, reduction="mean", compute_grad=True, bias=True, weight_dtype=torch.float32
+):
     classes, length = case["K"], case["C"] + case["H"] * case["W"] + case["K"]
     weight = randn(classes, case["C"], seed=2, dtype=weight_dtype)
     bias = randn(classes, seed=3, dtype=weight_dtype) if bias else None
-    loss, *kept = check(module, "local_cross_entropy", (
-        h, weight, bias, targets(len(h), classes), smoothing, reduction, compute_grad), length=length)
+    loss, *kept = check(
+        module,
+        "local_cross_entropy",
+        (h, weight, bias, targets(len(h), classes), smoothing, reduction, compute_grad),
+        length=length,
+    )
     if not compute_grad:
         return
     scale = randn(len(h), seed=4) if reduction == "none" else torch.tensor(-1.5)
-    check(module, "local_cross_entropy_grads", (scale, *(t.cpu() for t in kept), h.dtype, True, True, True),
-          length=len(h) + classes)
+    check(
+        module,
+        "local_cross_entropy_grads",
+        (scale, *(t.cpu() for t in kept), h.dtype, True, True, True),
+        length=len(h) + classes,
+    )
 
 
 BASE = dict(B=3, C=20, H=3, W=5, K=7)
@@ -108,6 +122,7 @@ def test_logits_far_apart(module):
 
 # -- Forward-Forward ----------------------------------------------------------------------------------------------
 
+
 def check_goodness(module, h, threshold=2.0, mean=True):
     positive = torch.arange(len(h)) % 3 == 0
     _, kappa, _ = check(module, "goodness", (h, positive, threshold, mean, True), length=max(h[:1].numel(), 1))
@@ -115,9 +130,9 @@ def check_goodness(module, h, threshold=2.0, mean=True):
     assert h.numel() == 0 or h.dim() != 4 or got.stride() == torch.empty_like(h).stride()
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 7), (65, 40), (5, 4, 3, 2), (2, 16385), (1, 3, 64, 129),
-                                   (2, 70001)],
-                         ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 4), (1, 1), (3, 7), (65, 40), (5, 4, 3, 2), (2, 16385), (1, 3, 64, 129), (2, 70001)], ids=str
+)
 def test_goodness(module, shape):
     check_goodness(module, randn(*shape, seed=1))
 
@@ -142,10 +157,12 @@ def test_goodness_far_from_the_threshold(module):
 
 # -- similarity matching ------------------------------------------------------------------------------------------
 
+
 def check_similarity(module, x, classes=5, use_std=True):
     target = targets(len(x), classes)
-    _, grad, mean = check(module, "similarity", (x, target, classes, use_std, True),
-                          length=max(x[:1].numel() + len(x), 1))
+    _, grad, mean = check(
+        module, "similarity", (x, target, classes, use_std, True), length=max(x[:1].numel() + len(x), 1)
+    )
     return check(module, "similarity_grad", (x, grad.cpu(), mean.cpu(), torch.tensor(-1.3)))[0]
 
 
@@ -191,8 +208,8 @@ def test_deviations_of_more_positions_than_a_tile(module, layout):
 def test_constant_channels_and_rows_have_gradient_zero(module, layout):
     x = randn(5, 6, 10, 9, seed=1)
     x[0] = 0.0
-    x[1] = 0.1      # a dead sample, though not of zeros
-    x[2, 3] = 0.3   # a dead channel
+    x[1] = 0.1  # a dead sample, though not of zeros
+    x[2, 3] = 0.3  # a dead channel
     got = check_similarity(module, arrange(x, layout)).cpu()
     assert not got[:2].any() and not got[2, 3].any() and got[2, 4].any()
 
@@ -219,6 +236,7 @@ def test_channels_that_rounding_alone_varies_have_gradient_zero(module, layout):
 
 # -- repeatability, random cases ------------------------------------------------------------------------------------
 
+
 def _everything(module):
     """What no library product enters."""
     h, y, one = randn(6, 40, 17, 19, seed=1), targets(6, 5), torch.tensor(0.7)
@@ -228,8 +246,14 @@ def _everything(module):
         results.append(module.local_cross_entropy(x, randn(5, 40, seed=2), None, y, 0.1, "mean", True)[1])
         loss, kappa, squares = module.goodness(x, y > 2, 1.0, True, True)
         mean = module.similarity(x, y, 5, True, True)[2]
-        results += [loss, kappa, squares, module.goodness_grad(x, kappa, one), mean,
-                    module.similarity_grad(x, randn(6, 40, seed=3), mean, one)]
+        results += [
+            loss,
+            kappa,
+            squares,
+            module.goodness_grad(x, kappa, one),
+            mean,
+            module.similarity_grad(x, randn(6, 40, seed=3), mean, one),
+        ]
     return results
 
 
@@ -248,8 +272,18 @@ def test_threads_do_not_change_a_bit(module):
             assert_bit_equal(f"result {i}", a, b)
 
 
-FUZZ = random_cases(12, 2031, B=[1, 2, 5, 9], C=list(range(1, 80)), H=[1, 2, 5, 9], W=[1, 3, 8, 17], K=[2, 3, 10, 40],
-                    dtype=list(DTYPES), layout=list(LAYOUTS), form=["map", "tokens"])
+FUZZ = random_cases(
+    12,
+    2031,
+    B=[1, 2, 5, 9],
+    C=list(range(1, 80)),
+    H=[1, 2, 5, 9],
+    W=[1, 3, 8, 17],
+    K=[2, 3, 10, 40],
+    dtype=list(DTYPES),
+    layout=list(LAYOUTS),
+    form=["map", "tokens"],
+)
 
 
 @pytest.mark.parametrize("case", FUZZ, ids=lambda c: f"{c['B']}x{c['C']}x{c['H']}x{c['W']}-{c['form']}-{c['layout']}")

@@ -1,4 +1,5 @@
 """The offset step of every backend against the reference, and the optimizer around it."""
+
 import copy
 
 import pytest
@@ -23,8 +24,9 @@ def module(backend):
 
 def tensors(shapes, layouts=("dense",) * 4, offset_dtypes=(torch.float32,)):
     """Lists of parameters, gradients, buffers and offsets; every third parameter has no offset."""
-    lists = [[arrange(randn(*s, seed=10 * i + k), layout) for i, s in enumerate(shapes)]
-             for k, layout in enumerate(layouts)]
+    lists = [
+        [arrange(randn(*s, seed=10 * i + k), layout) for i, s in enumerate(shapes)] for k, layout in enumerate(layouts)
+    ]
     lists[3] = [None if i % 3 == 2 else t.to(offset_dtypes[i % len(offset_dtypes)]) for i, t in enumerate(lists[3])]
     return lists
 
@@ -40,6 +42,7 @@ def check(module, lists, **changes):
 
     def copies(convert):
         return [[None if t is None else convert(t) for t in kind] for kind in lists]
+
     got = run(module.step_, copies(lambda t: place(t.clone())), options)
     same = run(reference.step_, copies(torch.clone), options)
     truth = run(reference.step_, copies(torch.Tensor.double), options)
@@ -51,8 +54,17 @@ def check(module, lists, **changes):
                 assert_bit_equal(f"{kind}[{i}] was written to", a, before)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(momentum=0.0), dict(weight_decay=0.0), dict(offset_scale=0.0),
-                                     dict(momentum=0.0, local_scale=0.0, weight_decay=0.0)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(momentum=0.0),
+        dict(weight_decay=0.0),
+        dict(offset_scale=0.0),
+        dict(momentum=0.0, local_scale=0.0, weight_decay=0.0),
+    ],
+    ids=str,
+)
 def test_step(module, changes):
     check(module, tensors(SIZES), **changes)
 
@@ -80,10 +92,19 @@ def test_half_offsets(module, dtypes):
     check(module, tensors(SIZES, offset_dtypes=dtypes))
 
 
-@pytest.mark.parametrize("layouts", [
-    ("channels_last",) * 4, ("channels_last", "dense", "dense", "dense"), ("dense", "channels_last", "dense", "offset"),
-    ("dense", "expanded", "channels_last", "expanded"), ("sliced", "dense", "dense", "dense"),
-    ("transposed", "transposed", "sliced", "dense"), ("offset", "offset", "offset", "offset")], ids="-".join)
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("channels_last",) * 4,
+        ("channels_last", "dense", "dense", "dense"),
+        ("dense", "channels_last", "dense", "offset"),
+        ("dense", "expanded", "channels_last", "expanded"),
+        ("sliced", "dense", "dense", "dense"),
+        ("transposed", "transposed", "sliced", "dense"),
+        ("offset", "offset", "offset", "offset"),
+    ],
+    ids="-".join,
+)
 def test_any_layout(module, layouts):
     check(module, tensors([(2, 3, 5, 4), (6, 7), (40,)], layouts))
 
@@ -133,19 +154,25 @@ def test_threads_do_not_change_a_bit(module):
 
 # -- the op, and the optimizer around it ----------------------------------------------------------------------------
 
+
 def test_registered_op():
     params, grads, buffers, offsets = tensors(SIZES)
     offsets = [torch.empty(0) if o is None else o for o in offsets]
-    torch.library.opcheck(torch.ops.lgkernels.offset_sgd_.default, (
-        params, grads, buffers, offsets, *STEP.values(), "auto"), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.lgkernels.offset_sgd_.default,
+        (params, grads, buffers, offsets, *STEP.values(), "auto"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
     half = [p.bfloat16() for p in params]
     with pytest.raises(TypeError, match="params must be float32 for impl='cpu', got bfloat16"):
         torch.ops.lgkernels.offset_sgd_(half, half, [], offsets, 0.1, 0.0, 0.0, 1.0, 1.0, 1.0, "cpu")
 
 
 def optimizer(dtype=torch.float32, **options):
-    groups = [[torch.nn.Parameter(randn(*s, seed=i, dtype=dtype)) for i, s in enumerate(shapes)]
-              for shapes in ([(3, 5), (4,)], [(70,), (2, 3, 5, 4)])]
+    groups = [
+        [torch.nn.Parameter(randn(*s, seed=i, dtype=dtype)) for i, s in enumerate(shapes)]
+        for shapes in ([(3, 5), (4,)], [(70,), (2, 3, 5, 4)])
+    ]
     made = OffsetSGD([{"params": g} for g in groups], lr=0.1, momentum=0.9, weight_decay=0.01, **options)
     for p in groups[0] + groups[1]:
         p.grad = randn(*p.shape, seed=8, dtype=dtype)
@@ -155,8 +182,13 @@ def optimizer(dtype=torch.float32, **options):
 
 
 def values(made):
-    return [t for g in made.param_groups for p in g["params"]
-            for t in (p.detach(), made.state[p].get("momentum_buffer"), made.state[p]["offset"]) if t is not None]
+    return [
+        t
+        for g in made.param_groups
+        for p in g["params"]
+        for t in (p.detach(), made.state[p].get("momentum_buffer"), made.state[p]["offset"])
+        if t is not None
+    ]
 
 
 def test_optimizer_against_its_formula():
@@ -179,13 +211,19 @@ def _other_data(made, p):
 
 
 CHANGES = {
-    "nothing": lambda made, p: None, "gradient": lambda made, p: setattr(p, "grad", p.grad * 3),
-    "transposed": _transposed_gradient, "data": _other_data,
+    "nothing": lambda made, p: None,
+    "gradient": lambda made, p: setattr(p, "grad", p.grad * 3),
+    "transposed": _transposed_gradient,
+    "data": _other_data,
     "rate": lambda made, p: made.param_groups[0].update(lr=0.3, weight_decay=0.2, local_scale=2.0),
     "momentum": lambda made, p: made.param_groups[0].update(momentum=0.0),
-    "scale": lambda made, p: (made.state[p]["offset"].fill_(float("nan")), made.param_groups[0].update(offset_scale=0.0)),
+    "scale": lambda made, p: (
+        made.state[p]["offset"].fill_(float("nan")),
+        made.param_groups[0].update(offset_scale=0.0),
+    ),
     "offset": lambda made, p: made.state[p].update(offset=made.state[p]["offset"] + 1),
-    "no offset": lambda made, p: made._set_offset(p, None), "no gradient": lambda made, p: setattr(p, "grad", None),
+    "no offset": lambda made, p: made._set_offset(p, None),
+    "no gradient": lambda made, p: setattr(p, "grad", None),
     "buffer": lambda made, p: made.state[p].update(momentum_buffer=made.state[p]["momentum_buffer"] * 2),
     "copy": lambda made, p: made.load_state_dict(copy.deepcopy(made.state_dict())),
 }
@@ -222,7 +260,9 @@ def test_a_copy_of_the_optimizer_goes_on():
             q.grad = p.grad.clone()  # torch copies parameters without theirs
     for one in (made, other):
         one.step()
-        one.refresh(lambda x: sum(p.sum() for g in one.param_groups for p in g["params"]) * x.mean(), None, torch.ones(4))
+        one.refresh(
+            lambda x: sum(p.sum() for g in one.param_groups for p in g["params"]) * x.mean(), None, torch.ones(4)
+        )
     for a, b in zip(values(made), values(other)):
         assert a.dtype == b.dtype
         assert_bit_equal("state", a, b)
@@ -249,16 +289,31 @@ def test_half_offsets_survive_the_state_dict():
         optimizer(offset_dtype=torch.float16)
 
 
-@pytest.mark.parametrize("spoil, error, message", [
-    (lambda made, p: made.state[p].update(offset=torch.ones(71)), ValueError,
-     r"param_groups\[1\]: a state's offset must have"),
-    (lambda made, p: made.state[p].update(offset=torch.ones(70, dtype=torch.float16)), TypeError,
-     r"param_groups\[1\]: a state's offset must be torch.float32 like its parameter, got torch.float16"),
-    (lambda made, p: made.state[p].update(momentum_buffer=torch.ones(3)), ValueError,
-     r"param_groups\[1\]: a state's momentum_buffer must have"),
-    (lambda made, p: setattr(p, "grad", torch.ones(70).to_sparse()), TypeError,
-     r"param_groups\[1\]: a gradient is sparse"),
-])
+@pytest.mark.parametrize(
+    "spoil, error, message",
+    [
+        (
+            lambda made, p: made.state[p].update(offset=torch.ones(71)),
+            ValueError,
+            r"param_groups\[1\]: a state's offset must have",
+        ),
+        (
+            lambda made, p: made.state[p].update(offset=torch.ones(70, dtype=torch.float16)),
+            TypeError,
+            r"param_groups\[1\]: a state's offset must be torch.float32 like its parameter, got torch.float16",
+        ),
+        (
+            lambda made, p: made.state[p].update(momentum_buffer=torch.ones(3)),
+            ValueError,
+            r"param_groups\[1\]: a state's momentum_buffer must have",
+        ),
+        (
+            lambda made, p: setattr(p, "grad", torch.ones(70).to_sparse()),
+            TypeError,
+            r"param_groups\[1\]: a gradient is sparse",
+        ),
+    ],
+)
 def test_bad_input_changes_nothing(spoil, error, message):
     """The fault is in the second group: the first must not have been stepped."""
     made = optimizer()

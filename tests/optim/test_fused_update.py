@@ -1,4 +1,5 @@
 """The fused step is the plain one; what cannot go with it says so."""
+
 import copy
 import inspect
 import io
@@ -12,8 +13,9 @@ from lgkernels.optim import BatchManhattan, fuse_update
 
 def network(bias=True, dtype=torch.float32):
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 10, bias=bias), nn.Tanh(), nn.Linear(10, 8, bias=bias), nn.Tanh(),
-                         nn.Linear(8, 3)).to(dtype)
+    return nn.Sequential(
+        nn.Linear(6, 10, bias=bias), nn.Tanh(), nn.Linear(10, 8, bias=bias), nn.Tanh(), nn.Linear(8, 3)
+    ).to(dtype)
 
 
 def batch(i, *shape, dtype=torch.float32):
@@ -222,6 +224,7 @@ def test_large_layers_are_found():
 
 # -- what it refuses ---------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def fused():
     """(model, optimizer, handle); at the end no weight has moved."""
@@ -244,8 +247,13 @@ def test_gradient_accumulation(fused):
         loss_of(model).backward()
 
 
-@pytest.mark.parametrize("ask", [lambda loss, x, retain: torch.autograd.grad(loss, x, retain_graph=retain),
-                                 lambda loss, x, retain: loss.backward(inputs=[x], retain_graph=retain)])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda loss, x, retain: torch.autograd.grad(loss, x, retain_graph=retain),
+        lambda loss, x, retain: loss.backward(inputs=[x], retain_graph=retain),
+    ],
+)
 def test_a_gradient_of_the_input_alone_moves_no_weight(ask):
     plain, mine = network(), network()
     optimizers = [OPTIMIZERS["plain"](m.parameters()) for m in (plain, mine)]
@@ -298,9 +306,14 @@ def test_layer_used_twice():
     assert torch.equal(layer.weight.detach(), before)
 
 
-@pytest.mark.parametrize("clip", [lambda p: nn.utils.clip_grad_norm_(p, 1.0),
-                                  lambda p: nn.utils.clip_grad_norm_(p, 1.0, foreach=False),
-                                  lambda p: nn.utils.clip_grad_value_(p, 1.0)])
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda p: nn.utils.clip_grad_norm_(p, 1.0),
+        lambda p: nn.utils.clip_grad_norm_(p, 1.0, foreach=False),
+        lambda p: nn.utils.clip_grad_value_(p, 1.0),
+    ],
+)
 def test_clipping(fused, clip):
     model, _, _ = fused
     loss_of(model).backward()
@@ -365,6 +378,7 @@ def test_closure(fused):
         loss = loss_of(model)
         loss.backward()
         return loss
+
     with pytest.raises(RuntimeError, match=r"optimizer.step\(\) must have no closure"):
         optimizer.step(closure)
 
@@ -430,17 +444,23 @@ def shared():
     return model
 
 
-@pytest.mark.parametrize("arguments, error, message", [
-    (dict(model=3), TypeError, "model must be an nn.Module, got int"),
-    (dict(optimizer=torch.optim.Adam), TypeError, "optimizer must be torch.optim.SGD or .*, got Adam"),
-    (dict(optimizer=lambda p: BatchManhattan(p, 0.1, no_sign_change=True)), ValueError, "no_sign_change"),
-    (dict(include=["1"]), ValueError, r"names of linear layers \(0, 2, 4\), got '1'"),
-    (dict(exclude=["x"]), ValueError, "got 'x'"),
-    (dict(), ValueError, "no linear layer to fuse: none of at least min_weights=1048576"),
-    (dict(model=shared(), include=["4"]), ValueError, "layer '4' is shared with another module"),
-    (dict(optimizer=lambda p: torch.optim.SGD(list(p)[:1], 0.1), include=["4"]), ValueError,
-     "layer '4' is not among the optimizer's parameters"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(model=3), TypeError, "model must be an nn.Module, got int"),
+        (dict(optimizer=torch.optim.Adam), TypeError, "optimizer must be torch.optim.SGD or .*, got Adam"),
+        (dict(optimizer=lambda p: BatchManhattan(p, 0.1, no_sign_change=True)), ValueError, "no_sign_change"),
+        (dict(include=["1"]), ValueError, r"names of linear layers \(0, 2, 4\), got '1'"),
+        (dict(exclude=["x"]), ValueError, "got 'x'"),
+        (dict(), ValueError, "no linear layer to fuse: none of at least min_weights=1048576"),
+        (dict(model=shared(), include=["4"]), ValueError, "layer '4' is shared with another module"),
+        (
+            dict(optimizer=lambda p: torch.optim.SGD(list(p)[:1], 0.1), include=["4"]),
+            ValueError,
+            "layer '4' is not among the optimizer's parameters",
+        ),
+    ],
+)
 def test_bad_arguments(arguments, error, message):
     model = arguments.pop("model", None) or network()
     make = arguments.pop("optimizer", lambda p: torch.optim.SGD(p, 0.1))

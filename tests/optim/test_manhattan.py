@@ -1,4 +1,5 @@
 """Batch Manhattan against the formula, and the rule that no weight changes its sign."""
+
 import copy
 
 import pytest
@@ -110,11 +111,16 @@ def test_closure_and_groups():
     assert torch.equal(a.detach(), torch.full((2,), 0.9)) and torch.equal(b.detach(), torch.full((2,), 0.5))
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(lr=0.0), "lr must be greater than 0"), (dict(momentum=1.5), "momentum must lie in"),
-    (dict(weight_decay=-1.0), "weight_decay must be finite and at least 0"),
-    (dict(lr=-1.0), "lr must be greater than 0"),
-    (dict(weight_decay=float("nan")), "weight_decay must be finite and at least 0")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(lr=0.0), "lr must be greater than 0"),
+        (dict(momentum=1.5), "momentum must lie in"),
+        (dict(weight_decay=-1.0), "weight_decay must be finite and at least 0"),
+        (dict(lr=-1.0), "lr must be greater than 0"),
+        (dict(weight_decay=float("nan")), "weight_decay must be finite and at least 0"),
+    ],
+)
 def test_bad_arguments(change, message):
     p = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=message):

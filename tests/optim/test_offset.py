@@ -1,4 +1,5 @@
-"""BP-modified local loss: the property tests of the method (numbered as in the specification), and the optimizer's own."""
+"""BP-modified local loss: the property tests of the method (numbered as in the spec), and the optimizer's own."""
+
 import copy
 import warnings
 
@@ -21,8 +22,9 @@ class Net(nn.Module):
     def __init__(self, norm=False):
         super().__init__()
         torch.manual_seed(1)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6) if norm else nn.Identity(), nn.Tanh())
-                                    for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6) if norm else nn.Identity(), nn.Tanh()) for _ in range(2)
+        )
         self.heads = nn.ModuleList(nn.Linear(6, 4) for _ in range(2))
         self.last = nn.Linear(6, 4)
         self.double()
@@ -66,8 +68,12 @@ def gradients(net, losses):
 @pytest.mark.parametrize("options", [dict(), dict(momentum=0.0), dict(weight_decay=0.1)])
 def test_1_refreshed_at_every_step_on_its_own_batch_it_is_back_propagation(options):
     ours, plain = Net(), Net()
-    optimizer, rival = sgd(ours, **options), torch.optim.SGD(
-        [p for m in (plain.blocks, plain.last) for p in m.parameters()], **{"lr": 0.1, "momentum": 0.9, **options})
+    optimizer, rival = (
+        sgd(ours, **options),
+        torch.optim.SGD(
+            [p for m in (plain.blocks, plain.last) for p in m.parameters()], **{"lr": 0.1, "momentum": 0.9, **options}
+        ),
+    )
     for i in range(5):
         data = batch(i)
         optimizer.refresh(ours.bp, ours.local, data, bp_chunk=4, local_chunk=8)
@@ -100,8 +106,9 @@ def test_3_chunks_change_nothing(bp_chunk, local_chunk):
     offsets = []
     for chunks in ((40, 40), (bp_chunk, local_chunk)):
         optimizer = sgd(net)
-        optimizer.refresh(net.bp, net.local, data, bp_chunk=chunks[0], local_chunk=chunks[1], model=net,
-                          batch_norm="eval")
+        optimizer.refresh(
+            net.bp, net.local, data, bp_chunk=chunks[0], local_chunk=chunks[1], model=net, batch_norm="eval"
+        )
         offsets.append(optimizer.offsets())
     assert len(offsets[0]) == len(offsets[1]) > 6
     largest = max(o.abs().max() for _, o in offsets[0])
@@ -180,6 +187,7 @@ def test_6_also_buffers_that_forward_replaces():
             loss, self.running_mean = LF.peer_normalization_loss(h, self.running_mean)
             self.seen = torch.ones(1)
             return loss + h.square().mean()
+
     net, data = Peers(), batch(1)
     buffer = net.running_mean
     OffsetSGD(net.layer.parameters(), 0.1).refresh(lambda x, y: net(x), lambda x, y: net(x), data, model=net)
@@ -195,6 +203,7 @@ def test_7_one_block_at_a_time():
             order.append(("forward", i))
             loss.register_hook(lambda g, i=i: order.append(("backward", i)))
             yield loss
+
     sgd(net).refresh(net.bp, local, batch(1))
     assert order == [(k, i) for i in range(3) for k in ("forward", "backward")]
 
@@ -284,6 +293,7 @@ def test_state_that_moves_in_memory(momentum):
 def test_state_dict_holds_the_offsets(wrap):
     def make(net):
         return OffsetOptimizer(torch.optim.Adam(net.parameters(), lr=0.01)) if wrap else sgd(net)
+
     nets = [Net(), Net()]
     first = make(nets[0])
     first.refresh(nets[0].bp, nets[0].local, batch(1))
@@ -325,6 +335,7 @@ def test_estimated_local_scale():
 
     def product(a, b):  # of the expectations: pairs of different chunks
         return ((a.sum(0) * b.sum(0)).sum() - (a * b).sum()) / (50 * 49)
+
     group, scale = optimizer.param_groups[0], product(bp, local) / product(local, local)
     assert abs(group["local_scale"] - scale) < 1e-9 and 0.3 < scale < 0.6
     difference = 1.5 * bp - scale * local
@@ -350,6 +361,7 @@ def test_ranks_together_are_one_batch(estimates):
         for mine, theirs in zip(tensors, sent, strict=True):
             mine.add_(theirs).div_(2)
         return 2
+
     for i, (data, average) in enumerate((((x[:16], y[:16]), keep), ((x[16:], y[16:]), join), ((x, y), None))):
         optimizers[i].refresh(nets[i].bp, nets[i].local, data, bp_chunk=4, average=average, **estimates)
     _, ours, whole = optimizers
@@ -399,7 +411,7 @@ def test_divergence_guard_at_every_refresh():
         optimizer = restarted
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            optimizer.refresh(lambda x: (norm * x.sum() * w).sum(), None, torch.ones(4), max_growth=4)  # noqa: B023
+            optimizer.refresh(lambda x: (norm * x.sum() * w).sum(), None, torch.ones(4), max_growth=4)
         kept.append(bool(optimizer.offsets()))
         assert kept[-1] == (not caught)
     assert kept == [True, False, False, False, True, False, True]
@@ -418,37 +430,79 @@ def test_when_to_refresh():
     assert [s for s in range(25) if refresh_due(s, 10, first_period=3)] == [0, 3, 13, 23]
 
 
-@pytest.mark.parametrize("bad, error, message", [
-    (lambda o: OffsetSGD([nn.Parameter(torch.ones(1))], -1.0), ValueError, "lr must be at least 0, got -1.0"),
-    (lambda o: OffsetSGD([nn.Parameter(torch.ones(1))], 0.1, bp_coef="x"), TypeError, "bp_coef must be a number, got str"),
-    (lambda o: OffsetOptimizer(None), TypeError, "optimizer must be a torch.optim.Optimizer, got NoneType"),
-    (lambda o: o.refresh(None, None, torch.ones(4), bp_chunk=0), ValueError, "bp_chunk must be at least 1, got 0"),
-    (lambda o: o.refresh(None, None, (torch.ones(4), torch.ones(3))), ValueError,
-     "data must be tensors of one and the same length above 0, got lengths [4, 3]"),
-    (lambda o: OffsetSGD([nn.Parameter(torch.ones(1))], 0.1, local_scale=float("nan")), ValueError,
-     "local_scale must be finite, got nan"),
-    (lambda o: OffsetSGD([{"params": [nn.Parameter(torch.ones(1))], "local_scale": "x"}], 0.1), TypeError,
-     "param_groups[0]: local_scale must be a number, got str"),
-    (lambda o: o.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": -1}), ValueError,
-     "param_groups[1]: lr must be at least 0, got -1"),
-    (lambda o: OffsetOptimizer(o).add_param_group({"params": [nn.Parameter(torch.ones(1))], "bp_coef": "x"}), TypeError,
-     "param_groups[1]: bp_coef must be a number, got str"),
-    (lambda o: o.refresh(lambda x: x.sum(), None, torch.ones(4)), ValueError,
-     "bp_closure must return a loss that depends on a parameter, got one without gradient: do not detach it or compute "
-     "it under torch.no_grad, and freeze no parameter on its way"),
-    (lambda o: o.refresh(lambda x: x.sum(), None, torch.ones(16), estimate_offset_scale=True), ValueError,
-     "bp_closure must return a loss that depends on a parameter, got one without gradient: do not detach it or compute "
-     "it under torch.no_grad, and freeze no parameter on its way"),
-    (lambda o: torch.inference_mode(o.refresh)(None, None, torch.ones(4)), RuntimeError,
-     "refresh takes gradients, which torch.inference_mode forbids: call it outside"),
-    (lambda o: OffsetSGD([nn.Parameter(torch.ones(1), requires_grad=False)], 0.1).refresh(None, None, torch.ones(4)),
-     ValueError, "param_groups must hold a parameter that requires a gradient to refresh its offset, got none: all are "
-     "frozen"),
-    (lambda o: o.refresh(None, None, torch.ones(4), max_growth=0), ValueError,
-     "max_growth must be greater than 0, got 0"),
-    (lambda o: o.refresh(None, None, torch.ones(4), batch_norm="frozen"), ValueError,
-     "batch_norm must be one of 'train', 'eval', got 'frozen'"),
-])
+@pytest.mark.parametrize(
+    "bad, error, message",
+    [
+        (lambda o: OffsetSGD([nn.Parameter(torch.ones(1))], -1.0), ValueError, "lr must be at least 0, got -1.0"),
+        (
+            lambda o: OffsetSGD([nn.Parameter(torch.ones(1))], 0.1, bp_coef="x"),
+            TypeError,
+            "bp_coef must be a number, got str",
+        ),
+        (lambda o: OffsetOptimizer(None), TypeError, "optimizer must be a torch.optim.Optimizer, got NoneType"),
+        (lambda o: o.refresh(None, None, torch.ones(4), bp_chunk=0), ValueError, "bp_chunk must be at least 1, got 0"),
+        (
+            lambda o: o.refresh(None, None, (torch.ones(4), torch.ones(3))),
+            ValueError,
+            "data must be tensors of one and the same length above 0, got lengths [4, 3]",
+        ),
+        (
+            lambda o: OffsetSGD([nn.Parameter(torch.ones(1))], 0.1, local_scale=float("nan")),
+            ValueError,
+            "local_scale must be finite, got nan",
+        ),
+        (
+            lambda o: OffsetSGD([{"params": [nn.Parameter(torch.ones(1))], "local_scale": "x"}], 0.1),
+            TypeError,
+            "param_groups[0]: local_scale must be a number, got str",
+        ),
+        (
+            lambda o: o.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": -1}),
+            ValueError,
+            "param_groups[1]: lr must be at least 0, got -1",
+        ),
+        (
+            lambda o: OffsetOptimizer(o).add_param_group({"params": [nn.Parameter(torch.ones(1))], "bp_coef": "x"}),
+            TypeError,
+            "param_groups[1]: bp_coef must be a number, got str",
+        ),
+        (
+            lambda o: o.refresh(lambda x: x.sum(), None, torch.ones(4)),
+            ValueError,
+            "bp_closure must return a loss that depends on a parameter, got one without gradient: do not detach it or "
+            "compute it under torch.no_grad, and freeze no parameter on its way",
+        ),
+        (
+            lambda o: o.refresh(lambda x: x.sum(), None, torch.ones(16), estimate_offset_scale=True),
+            ValueError,
+            "bp_closure must return a loss that depends on a parameter, got one without gradient: do not detach it or "
+            "compute it under torch.no_grad, and freeze no parameter on its way",
+        ),
+        (
+            lambda o: torch.inference_mode(o.refresh)(None, None, torch.ones(4)),
+            RuntimeError,
+            "refresh takes gradients, which torch.inference_mode forbids: call it outside",
+        ),
+        (
+            lambda o: OffsetSGD([nn.Parameter(torch.ones(1), requires_grad=False)], 0.1).refresh(
+                None, None, torch.ones(4)
+            ),
+            ValueError,
+            "param_groups must hold a parameter that requires a gradient to refresh its offset, got none: all are "
+            "frozen",
+        ),
+        (
+            lambda o: o.refresh(None, None, torch.ones(4), max_growth=0),
+            ValueError,
+            "max_growth must be greater than 0, got 0",
+        ),
+        (
+            lambda o: o.refresh(None, None, torch.ones(4), batch_norm="frozen"),
+            ValueError,
+            "batch_norm must be one of 'train', 'eval', got 'frozen'",
+        ),
+    ],
+)
 def test_bad_input(bad, error, message):
     with pytest.raises(error) as caught:
         bad(OffsetSGD([nn.Parameter(torch.ones(1))], 0.1))

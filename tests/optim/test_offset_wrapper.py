@@ -1,4 +1,5 @@
 """OffsetOptimizer: offsets with any torch optimizer."""
+
 import copy
 
 import pytest
@@ -12,8 +13,9 @@ from tests.tolerances import assert_relative
 D = torch.float64
 
 
-@pytest.mark.parametrize("coefficients", [dict(local_scale=0.7, offset_scale=0.4), dict(local_coef=0.0),
-                                          dict(bp_coef=2.0, local_coef=0.5)])
+@pytest.mark.parametrize(
+    "coefficients", [dict(local_scale=0.7, offset_scale=0.4), dict(local_coef=0.0), dict(bp_coef=2.0, local_coef=0.5)]
+)
 def test_the_wrapper_is_offset_sgd(coefficients):
     ours, other = Net(), Net()
     optimizer = sgd(ours, **coefficients)
@@ -61,6 +63,7 @@ def test_the_wrapper_is_an_optimizer():
         loss = w.square().sum()
         loss.backward()
         return loss
+
     wrapper.step(closure)
     assert len(calls) > 1
     assert_relative("minimum of w^2 - 4 w", w, torch.full((2,), 2.0, dtype=D), 1e-6)

@@ -2,6 +2,7 @@
 
 `python -m tests.simt.executor [sanitizers]` builds and prints the module's path.
 """
+
 import functools
 import hashlib
 import importlib
@@ -57,11 +58,13 @@ def _made(path, command):
 def build(sanitizers=""):
     """Path of the module. What is compiled lies in build/simt under the hash of its sources and flags."""
     import pybind11
+
     checks = []
     if sanitizers:
         checks = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
-    include = [f"-I{path}" for path in (ROOT / "csrc/include", HERE, pybind11.get_include(),
-                                        sysconfig.get_paths()["include"])]
+    include = [
+        f"-I{path}" for path in (ROOT / "csrc/include", HERE, pybind11.get_include(), sysconfig.get_paths()["include"])
+    ]
     common = hashlib.sha256(repr((compiler(), _FLAGS, sys.version, pybind11.__version__)).encode())
     for path in [*sorted(HERE.glob("*.h")), *sorted((ROOT / "csrc/include/lgk").glob("*.h"))]:
         common.update(path.read_bytes())
@@ -71,8 +74,10 @@ def build(sanitizers=""):
         own = checks if source.suffix == ".cu" else []  # the bindings have no kernel, and half of the build's time
         digest = common.copy()
         digest.update(repr(own).encode() + source.read_bytes())
-        return _made(FOLDER / f"{source.name}-{digest.hexdigest()[:16]}.o",
-                     [compiler(), *_FLAGS, *own, *include, "-x", "c++", "-c", str(source)])
+        return _made(
+            FOLDER / f"{source.name}-{digest.hexdigest()[:16]}.o",
+            [compiler(), *_FLAGS, *own, *include, "-x", "c++", "-c", str(source)],
+        )
 
     # Bindings start first, because they take longest; of a function that both hold, the linker takes the kernels'.
     bindings, kernels = [ROOT / "csrc/cuda_bindings.cpp", HERE / "module.cpp"], [*(ROOT / "csrc/cuda").glob("*.cu")]
@@ -81,8 +86,10 @@ def build(sanitizers=""):
     objects = [str(path) for path in objects[2:] + objects[:2]]
     folder = FOLDER / hashlib.sha256(repr((objects, checks)).encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
-    return _made(folder / ("lgk_simt" + sysconfig.get_config_var("EXT_SUFFIX")),
-                 [compiler(), *_FLAGS, *checks, "-shared", *objects])
+    return _made(
+        folder / ("lgk_simt" + sysconfig.get_config_var("EXT_SUFFIX")),
+        [compiler(), *_FLAGS, *checks, "-shared", *objects],
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -109,15 +116,17 @@ class _OnExecutor:
         @functools.wraps(value)
         def run(*args, **kwargs):
             from lgkernels.core import native
+
             native.override_cuda(module())
             try:
                 return value(*args, **kwargs)
             finally:
                 native.override_cuda(None)
+
         return run
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def backend(family):
     return _OnExecutor(family)
 

@@ -23,7 +23,9 @@ void launch_warp_collectives(const int* in, int* out, int threads);
 namespace {
 
 template <typename T>
-T* pointer(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 }  // namespace
 
@@ -44,9 +46,8 @@ PYBIND11_MODULE(lgk_simt, m) {
   m.def("two_sums", [](std::uintptr_t in, std::uintptr_t out, int threads, bool with_barrier) {
     launch_two_sums(pointer<float>(in), pointer<float>(out), threads, with_barrier);
   });
-  m.def("overflow", [](std::uintptr_t out, int threads, int beyond) {
-    launch_overflow(pointer<float>(out), threads, beyond);
-  });
+  m.def("overflow",
+        [](std::uintptr_t out, int threads, int beyond) { launch_overflow(pointer<float>(out), threads, beyond); });
   m.def("divergent_barrier", &launch_divergent_barrier);
   m.def("two_barriers", [](int threads) { launch_two_barriers(1, threads, 0); });
   m.def("warp_collectives", [](std::uintptr_t in, std::uintptr_t out, int threads) {

@@ -1,4 +1,5 @@
 """A kernel's result must not depend on the order in which threads and blocks run."""
+
 from tests.simt import executor
 from tests.tolerances import assert_bit_equal
 

@@ -68,9 +68,9 @@ enum class Order { kAscending, kDescending, kShuffled };
 enum class Wait { kReady, kDone, kBarrier, kSyncWarp, kShuffle, kShuffleDown, kShuffleXor, kBallot, kAny, kAll };
 
 inline const char* name(Wait wait) {
-  static const char* const names[] = {"ready", "returned", "__syncthreads", "__syncwarp", "__shfl_sync",
-                                      "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync", "__any_sync",
-                                      "__all_sync"};
+  static const char* const names[] = {"ready",       "returned",         "__syncthreads",   "__syncwarp",
+                                      "__shfl_sync", "__shfl_down_sync", "__shfl_xor_sync", "__ballot_sync",
+                                      "__any_sync",  "__all_sync"};
   return names[static_cast<int>(wait)];
 }
 
@@ -89,8 +89,8 @@ struct Fiber {
 class Executor {
  public:
   Order order = Order::kAscending;
-  bool dry = false;                           // launches are checked and logged, nothing runs
-  std::vector<std::array<size_t, 3>> log;     // blocks, threads of a block, bytes of dynamic shared memory
+  bool dry = false;                        // launches are checked and logged, nothing runs
+  std::vector<std::array<size_t, 3>> log;  // blocks, threads of a block, bytes of dynamic shared memory
 
   static Executor& instance() {
     static Executor executor;
@@ -230,8 +230,8 @@ class Executor {
       bool complete = true;
       for (int other = 0; other < 32; ++other)
         if (first.mask >> other & 1)
-          complete &= lanes[other].wait == first.wait && lanes[other].mask == first.mask &&
-                      lanes[other].line == first.line;
+          complete &=
+              lanes[other].wait == first.wait && lanes[other].mask == first.mask && lanes[other].line == first.line;
       if (!complete) continue;
       perform(lanes, first.wait, first.mask);
       released = true;
@@ -269,8 +269,8 @@ class Executor {
       if (fiber.wait != Wait::kDone) place += " at line " + std::to_string(fiber.line);
       ++where[place];
     }
-    std::string report = "deadlock in block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) +
-                         ", " + std::to_string(blockIdx.z) + "):";
+    std::string report = "deadlock in block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
+                         std::to_string(blockIdx.z) + "):";
     for (const auto& [place, count] : where) report += " " + std::to_string(count) + " threads " + place + ";";
     return report;
   }
@@ -311,7 +311,8 @@ inline int driver_version() { return 0; }
 #define LGK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (static_cast<void>(stream),                                      \
    lgk::simt::Executor::instance().launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); }))
-#define LGK_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(lgk::simt::Executor::instance().shared())
+#define LGK_DYNAMIC_SHARED(type, name) \
+  type* const name = reinterpret_cast<type*>(lgk::simt::Executor::instance().shared())
 #define LGK_GRID_CONSTANT
 
 #define LGK_SIMT_EXCHANGE(wait, mask, value, argument) \

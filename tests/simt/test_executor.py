@@ -1,4 +1,5 @@
 """The executor itself: what a GPU does right it does too, and what is wrong in a kernel it reports."""
+
 import pytest
 import torch
 
@@ -53,15 +54,21 @@ def test_a_missing_barrier_beside_a_shuffle_shows(simt, order):
 
 
 def test_a_barrier_that_some_threads_skip_is_a_deadlock(simt):
-    with pytest.raises(RuntimeError, match=r"deadlock in block \(0, 0, 0\): 31 threads __syncthreads at line \d+; "
-                                           r"33 threads returned;"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"deadlock in block \(0, 0, 0\): 31 threads __syncthreads at line \d+; "
+        r"33 threads returned;",
+    ):
         simt.divergent_barrier(64, 31)
     simt.divergent_barrier(64, 64)
 
 
 def test_barriers_at_different_lines_are_a_deadlock(simt):
-    with pytest.raises(RuntimeError, match=r"deadlock.*32 threads __syncthreads at line (\d+); 32 threads "
-                                           r"__syncthreads at line (?!\1)\d+;"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"deadlock.*32 threads __syncthreads at line (\d+); 32 threads "
+        r"__syncthreads at line (?!\1)\d+;",
+    ):
         simt.two_barriers(64)
 
 
@@ -80,7 +87,9 @@ def test_warp_collectives(simt, order):
     assert torch.equal(out[5], (base == 0).int())
 
 
-@pytest.mark.parametrize("blocks, threads, shared", [(0, 32, 0), (1, 0, 0), (1, 33, 0), (1, 1056, 0), (1, 32, 49 * 1024)])
+@pytest.mark.parametrize(
+    "blocks, threads, shared", [(0, 32, 0), (1, 0, 0), (1, 33, 0), (1, 1056, 0), (1, 32, 49 * 1024)]
+)
 def test_impossible_launches_are_refused(simt, blocks, threads, shared):
     with pytest.raises(RuntimeError, match="threads: whole warps|grid is empty|48 KiB"):
         simt.launch_shape(blocks, threads, shared)

@@ -1,11 +1,14 @@
 """Launch shapes of whole layers of the published models, without running them."""
+
 import pytest
 import torch
 
 from tests.simt import executor
 
-pytestmark = [pytest.mark.skipif(executor.unavailable() is not None, reason=str(executor.unavailable())),
-              pytest.mark.unpoisoned]  # memory that nothing touches costs nothing
+pytestmark = [
+    pytest.mark.skipif(executor.unavailable() is not None, reason=str(executor.unavailable())),
+    pytest.mark.unpoisoned,
+]  # memory that nothing touches costs nothing
 
 # (N, K): AlexNet, a ViT, a language model, ResNet convolutions; DFA of 10 and 1000 classes to a first layer at 224
 MATRICES = [(4096, 9216), (768, 3072), (11008, 4096), (512, 4608), (64, 147), (10, 131072), (1000, 802816), (1, 1)]
@@ -55,6 +58,16 @@ def test_products(dry, shape, m, dtype):
 @pytest.mark.parametrize("m", [0, 1, 128])
 @pytest.mark.parametrize("shape", MATRICES[:-2], ids=str)
 def test_updates(dry, shape, m):
-    executor.backend("feedback").sgd_update_(torch.empty(shape), torch.empty(shape), torch.empty(m, shape[0]),
-                                             torch.empty(m, shape[1]), 0.1, 0.9, 0.0, 0.0, False, False)
+    executor.backend("feedback").sgd_update_(
+        torch.empty(shape),
+        torch.empty(shape),
+        torch.empty(m, shape[0]),
+        torch.empty(m, shape[1]),
+        0.1,
+        0.9,
+        0.0,
+        0.0,
+        False,
+        False,
+    )
     check(dry.launches(), 1)

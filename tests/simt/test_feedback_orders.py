@@ -2,6 +2,7 @@
 
 That the bits are right (all rules, dtypes, layouts, sizes) is tested in tests/ops, where "cuda-simt" is a backend.
 """
+
 import numpy as np
 import pytest
 import torch
@@ -23,8 +24,9 @@ def test_matrix_and_rows(law):
     """Lanes share the Philox calls of a tile through shared memory."""
     random, index = (STATE, *law), torch.tensor([5, 0, 2**32 - 1, 5, 9])
     weight = weights(37, 300)
-    in_every_order("feedback", lambda kernels: kernels.matrix((37, 300), weight, None, random, 0.7, False,
-                                                              torch.bfloat16, CPU))
+    in_every_order(
+        "feedback", lambda kernels: kernels.matrix((37, 300), weight, None, random, 0.7, False, torch.bfloat16, CPU)
+    )
     in_every_order("feedback", lambda kernels: kernels.rows(index, 300, random, 0.7, torch.float32))
 
 
@@ -43,7 +45,7 @@ def test_product(m, n, k, law):
     grad, random = randn(m, n, seed=1), None if law is None else (STATE, *law)
     weight = reference.pack_signs(weights(n, k)) if law is None else weights(n, k)
     arguments = (grad, k, weight, None, random, 0.7, law is None)
-    got, = in_every_order("feedback", lambda kernels: kernels.product_in_registers(*arguments))
+    (got,) = in_every_order("feedback", lambda kernels: kernels.product_in_registers(*arguments))
     truth = reference.product(grad.double(), *arguments[1:])
     assert_accurate("product", got, reference.product(*arguments), truth, n)
 
@@ -51,8 +53,9 @@ def test_product(m, n, k, law):
 def test_product_with_several_chunks():
     """So many blocks that no split is needed: a block has more rows than the 256 whose grad fits its shared memory."""
     grad, weight = randn(8192, 261, seed=1), weights(261, 1)
-    got, = in_every_order("feedback", lambda kernels: kernels.product_in_registers(grad, 1, weight, None, None, 1.0,
-                                                                                   False))
+    (got,) = in_every_order(
+        "feedback", lambda kernels: kernels.product_in_registers(grad, 1, weight, None, None, 1.0, False)
+    )
     assert_accurate("product", got, grad @ weight.sign(), grad.double() @ weight.sign().double(), 261)
 
 

@@ -1,16 +1,32 @@
 """Launch shapes of whole layers of the published models, without running them."""
+
 import pytest
 import torch
 
 from tests.ops.lls_problems import HEAD
 from tests.simt import executor
 
-pytestmark = [pytest.mark.skipif(executor.unavailable() is not None, reason=str(executor.unavailable())),
-              pytest.mark.unpoisoned]  # memory that nothing touches costs nothing
+pytestmark = [
+    pytest.mark.skipif(executor.unavailable() is not None, reason=str(executor.unavailable())),
+    pytest.mark.unpoisoned,
+]  # memory that nothing touches costs nothing
 
 # (channels, height, pool) and (features, pool): SmallConv, SmallConvL, VGG8, VGG11, MobileNetV1 at 32 to 224 pixels
-CONVS = [(32, 32, 4), (96, 32, 4), (128, 32, 4), (256, 32, 2), (256, 16, 2), (512, 8, 2), (512, 4, 2), (64, 224, 4),
-         (32, 112, 8), (1024, 7, 1), (512, 14, 2), (2048, 7, 2), (7, 224, 7)]
+CONVS = [
+    (32, 32, 4),
+    (96, 32, 4),
+    (128, 32, 4),
+    (256, 32, 2),
+    (256, 16, 2),
+    (512, 8, 2),
+    (512, 4, 2),
+    (64, 224, 4),
+    (32, 112, 8),
+    (1024, 7, 1),
+    (512, 14, 2),
+    (2048, 7, 2),
+    (7, 224, 7),
+]
 LINEARS = [(512, 512), (1024, 2048), (1024, 1024), (4096, 2048), (16384, 16384)]
 SHARED_LIMIT = 48 * 1024
 
@@ -65,8 +81,13 @@ def test_heads(dry, packed, classes, dim, batch):
     words = torch.int32 if packed else torch.float32
     phi = torch.empty(classes, -(-dim // 32) if packed else dim, dtype=words)
     _, _, similarity, grad_logits = kernels.head(
-        torch.empty(batch, dim), torch.empty(batch, dtype=torch.int64), torch.empty(classes), phi,
-        num_classes=classes, **HEAD)
+        torch.empty(batch, dim),
+        torch.empty(batch, dtype=torch.int64),
+        torch.empty(classes),
+        phi,
+        num_classes=classes,
+        **HEAD,
+    )
     kernels.modulation_grad(similarity, grad_logits, True, torch.empty(()))
     kernels.modulation_grad(similarity[:, :20], grad_logits, False, torch.empty(()))
     check(dry.launches(), 4 if batch else 3)

@@ -1,7 +1,8 @@
-"""Every LLS kernel gives the same bits whatever the order of threads and blocks, and meets the authors' numbers in each.
+"""Every LLS kernel gives the same bits whatever the order of threads and blocks, and meets the authors' numbers.
 
 That the bits are right (all modes, dtypes, layouts, sizes) is tested in tests/ops, where "cuda-simt" is a backend.
 """
+
 import functools
 from pathlib import Path
 
@@ -21,8 +22,15 @@ in_every_order = functools.partial(in_every_order_of, "lls")
 
 
 # one case a code path: 16-byte vectors or not, bins that tile, overlap or repeat, several tiles and splits
-IMAGES = [(2, 16, 8, 8, 2), (3, 5, 7, 7, 2), (2, 3, 9, 6, 4), (2, 4, 1, 1, 2), (1, 24, 32, 32, 2), (1, 2, 16, 80, 5),
-          (5, 264, 2, 2, 1)]
+IMAGES = [
+    (2, 16, 8, 8, 2),
+    (3, 5, 7, 7, 2),
+    (2, 3, 9, 6, 4),
+    (2, 4, 1, 1, 2),
+    (1, 24, 32, 32, 2),
+    (1, 2, 16, 80, 5),
+    (5, 264, 2, 2, 1),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -44,9 +52,12 @@ def test_block_kernels(image, layout, dtype):
     for max_pool in (False, True):
         in_every_order(lambda kernels: kernels.norm_act_pool(z, *norm, 0.01, pool, max_pool, True))
     _, _, s1, s2 = executor.backend("lls").norm_act_pool(z, *norm, 0.01, pool, False, True)
-    dgamma, dbeta, _ = in_every_order(lambda kernels: kernels.norm_grads(latents, s1, s2, channels,
-                                                                      areas(*shape[2:], pool)))
-    in_every_order(lambda kernels: kernels.grad_preactivation_(z.clone(), *norm, 0.01, latents, dgamma, dbeta, pool, 4.0))
+    dgamma, dbeta, _ = in_every_order(
+        lambda kernels: kernels.norm_grads(latents, s1, s2, channels, areas(*shape[2:], pool))
+    )
+    in_every_order(
+        lambda kernels: kernels.grad_preactivation_(z.clone(), *norm, 0.01, latents, dgamma, dbeta, pool, 4.0)
+    )
     in_every_order(lambda kernels: kernels.expand_grad(latents, torch.tensor(0.7), torch.empty_like(z), pool))
 
 
@@ -64,25 +75,37 @@ def test_linear_kernels(batch, features, pool):
 
 # batch 1030: four samples a block, and blocks that take several; 4100 classes: the work does not fit into shared memory
 @pytest.mark.parametrize("waveform", ["square", "cosine"])
-@pytest.mark.parametrize("batch, dim, rows, classes, kind, options", [
-    (3, 70, 10, 10, "none", {}), (5, 33, 7, 17, "matrix", dict(label_smoothing=0.1)),
-    (4, 300, 40, 40, "vector", dict(loss="hard_sigmoid_mse", reduction="none")), (1030, 20, 3, 3, "matrix", {}),
-    (1, 12600, 2, 2, "none", dict(reduction="sum")), (2, 8, 4100, 4100, "vector", {}),
-], ids=str)
+@pytest.mark.parametrize(
+    "batch, dim, rows, classes, kind, options",
+    [
+        (3, 70, 10, 10, "none", {}),
+        (5, 33, 7, 17, "matrix", dict(label_smoothing=0.1)),
+        (4, 300, 40, 40, "vector", dict(loss="hard_sigmoid_mse", reduction="none")),
+        (1030, 20, 3, 3, "matrix", {}),
+        (1, 12600, 2, 2, "none", dict(reduction="sum")),
+        (2, 8, 4100, 4100, "vector", {}),
+    ],
+    ids=str,
+)
 def test_head(batch, dim, rows, classes, kind, options, waveform):
     x, target, m = randn(batch, dim), targets(batch, classes), modulation(kind, rows, classes)
     target[0] = -100 if batch > 1 else 0
     phi = table(executor.backend("lls"), waveform, rows, dim)
-    loss, _, similarity, grad_logits = in_every_order(lambda kernels: kernels.head(
-        x, target, m, phi, num_classes=classes, **{**HEAD, **options}))
+    loss, _, similarity, grad_logits = in_every_order(
+        lambda kernels: kernels.head(x, target, m, phi, num_classes=classes, **{**HEAD, **options})
+    )
     if kind != "none":
-        in_every_order(lambda kernels: kernels.modulation_grad(similarity, grad_logits, kind == "vector",
-                                                               loss.new_ones(loss.shape)))
+        in_every_order(
+            lambda kernels: kernels.modulation_grad(
+                similarity, grad_logits, kind == "vector", loss.new_ones(loss.shape)
+            )
+        )
     losses, latents, z = randn(batch, seed=4), randn(batch, 12), randn(batch, 17)
     finish = losses, target, similarity, grad_logits, m, -100
     in_every_order(lambda kernels: kernels.norm_grads(latents, latents, latents, 3, areas(4, 4, 2), finish))
-    in_every_order(lambda kernels: kernels.linear_grad_preactivation_(z.clone(), *norm_arguments(17), 0.01, z, 17, 1.0,
-                                                                      finish))
+    in_every_order(
+        lambda kernels: kernels.linear_grad_preactivation_(z.clone(), *norm_arguments(17), 0.01, z, 17, 1.0, finish)
+    )
 
 
 def load(name):
@@ -109,8 +132,11 @@ def test_golden_heads(name):
             x = kernels.latents(activation, pool)
             loss, grad, s, grad_z = kernels.head(x, target, m, phi, num_classes=data["n_classes"], **options)
             grad_a = kernels.expand_grad(grad, loss.new_ones(()), torch.empty_like(activation), pool)
-            return loss, grad_a, *([] if m is None else [kernels.modulation_grad(s, grad_z, m.dim() == 1,
-                                                                                 loss.new_ones(()))])
+            return (
+                loss,
+                grad_a,
+                *([] if m is None else [kernels.modulation_grad(s, grad_z, m.dim() == 1, loss.new_ones(()))]),
+            )
 
         loss, grad_a, *grad_m = in_every_order(run)
         assert abs(loss.item() - data[f"{config}/loss"]) <= GOLDEN["float32_loss"]
@@ -134,8 +160,14 @@ def test_golden_blocks(name):
         running = [data[f"running_{key}_in"].float().clone() for key in ("mean", "var")]
         norm = *kernels.batch_stats(z, data["bias"].float(), *running, data["bn_momentum"], data["bn_eps"]), gamma, beta
         out, latents, s1, s2 = kernels.norm_act_pool(z, *norm, slope, pool, False, True)
-        loss, grad, s, grad_z = kernels.head(latents, target, m, phi, num_classes=data["n_classes"], **dict(
-            HEAD, temperature=data["temperature"], label_smoothing=data["label_smoothing"]))
+        loss, grad, s, grad_z = kernels.head(
+            latents,
+            target,
+            m,
+            phi,
+            num_classes=data["n_classes"],
+            **dict(HEAD, temperature=data["temperature"], label_smoothing=data["label_smoothing"]),
+        )
         if conv:
             dgamma, dbeta, _ = kernels.norm_grads(grad, s1, s2, z.shape[1], areas(*z.shape[2:], pool))
             kernels.grad_preactivation_(z, *norm, slope, grad, dgamma, dbeta, pool, 1.0)
@@ -148,5 +180,6 @@ def test_golden_blocks(name):
 
     names = ["out", "loss", "grad_weight", "grad_bn_weight", "grad_bn_bias", "running_mean_out", "running_var_out"]
     for key, got in zip(names + ["grad_M"], in_every_order(run)):
-        assert_relative(key, got, torch.as_tensor(data[key]),
-                        GOLDEN["float32_loss" if key == "loss" else "float32_gradient"])
+        assert_relative(
+            key, got, torch.as_tensor(data[key]), GOLDEN["float32_loss" if key == "loss" else "float32_gradient"]
+        )

@@ -1,4 +1,5 @@
 """The authors' numbers (tests/golden/local_loss) on the GPU backends: Triton interpreted, CUDA C++ on the executor."""
+
 import functools
 
 import pytest
@@ -16,8 +17,13 @@ def test_golden(name, backend, impl, monkeypatch):
     monkeypatch.setenv("LGKERNELS_IMPL", impl)
     peer = golden.LF.peer_normalization_loss  # plain torch alone
     monkeypatch.setattr(golden.LF, "peer_normalization_loss", functools.partial(peer, impl="reference"))
-    test = (golden.test_predsim if name.startswith("predsim") else golden.test_forward_forward_mean
-            if name in golden.FILES["ff_mean"] else golden.test_forward_forward_sum)
+    test = (
+        golden.test_predsim
+        if name.startswith("predsim")
+        else golden.test_forward_forward_mean
+        if name in golden.FILES["ff_mean"]
+        else golden.test_forward_forward_sum
+    )
     simt = executor.module() if impl == "cuda" else None
     try:
         for order in executor.ORDERS if simt else (None,):

@@ -1,11 +1,14 @@
 """Launch shapes of whole layers of the published models, without running them."""
+
 import pytest
 import torch
 
 from tests.simt import executor
 
-pytestmark = [pytest.mark.skipif(executor.unavailable() is not None, reason=str(executor.unavailable())),
-              pytest.mark.unpoisoned]  # memory that nothing touches costs nothing
+pytestmark = [
+    pytest.mark.skipif(executor.unavailable() is not None, reason=str(executor.unavailable())),
+    pytest.mark.unpoisoned,
+]  # memory that nothing touches costs nothing
 
 # ResNet-50's stages and stem at 224 pixels, a ViT's tokens, a layer of Forward-Forward
 MAPS = [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7), (64, 112, 112), (197, 768), (2000,)]

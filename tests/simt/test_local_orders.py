@@ -2,6 +2,7 @@
 
 That the bits are right (all dtypes, layouts, sizes) is tested in tests/ops, where "cuda-simt" is a backend.
 """
+
 import functools
 
 import pytest
@@ -19,8 +20,14 @@ ONE = torch.tensor(0.7)
 
 # one case a division of the work. Dense: a lane a plane, several planes a warp, a plane a warp, warps of one plane;
 # 16-byte vectors or not. Channels last: one lane, eight lanes and several tiles, more positions than a block's rows
-MAPS = [((2, 5, 1, 1), "dense"), ((2, 24, 5, 7), "dense"), ((3, 8, 16, 16), "dense"), ((1, 3, 40, 70), "dense"),
-        ((2, 3, 6, 5), "channels_last"), ((1, 72, 9, 8), "channels_last")]
+MAPS = [
+    ((2, 5, 1, 1), "dense"),
+    ((2, 24, 5, 7), "dense"),
+    ((3, 8, 16, 16), "dense"),
+    ((1, 3, 40, 70), "dense"),
+    ((2, 3, 6, 5), "channels_last"),
+    ((1, 72, 9, 8), "channels_last"),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

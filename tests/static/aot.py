@@ -12,6 +12,7 @@ A family is a module `aot_<family>.py` beside this one, named in FAMILIES:
     MATRIX_KERNELS  names of the kernels that multiply matrices
     TABLES          {kernel: (rows of its table, names of their first entries)}
 """
+
 import importlib
 import json
 import multiprocessing
@@ -32,8 +33,14 @@ from lgkernels.core import config
 
 FAMILIES = ("lls", "feedback", "local_loss", "offset")
 
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
-            torch.int64: "*i64", torch.uint8: "*u8"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 MATRIX_INSTRUCTION = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
 
@@ -83,6 +90,7 @@ def resources(compiled, directory):
 
 class Source(ASTSource):
     """A specialisation whose Python is translated at its first compilation only."""
+
     text = None
 
     def make_ir(self, *arguments):
@@ -101,18 +109,27 @@ class Source(ASTSource):
 
 def compile_one(arch, launch, source, directory):
     kernel, signature, constants, _, options = launch
-    result = {"arch": arch, "kernel": kernel.fn.__name__, "options": options,
-              "constants": {kernel.params[i].name: v for (i,), v in constants.items()},
-              "types": sorted({t for t in signature.values() if t.startswith("*")})}
+    result = {
+        "arch": arch,
+        "kernel": kernel.fn.__name__,
+        "options": options,
+        "constants": {kernel.params[i].name: v for (i,), v in constants.items()},
+        "types": sorted({t for t in signature.values() if t.startswith("*")}),
+    }
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # reported as a failed line
         return result | {"error": f"{type(error).__name__}: {error}"}
     registers, stack = resources(compiled, directory)
     found = MATRIX_INSTRUCTION.search(compiled.asm["ptx"])
-    return result | {"shared": compiled.metadata.shared, "registers": registers, "stack": stack,
-                     "wide": "ld.global.v4" in compiled.asm["ptx"] and "st.global.v4" in compiled.asm["ptx"],
-                     "dot": "tt.dot" in compiled.asm["ttir"], "matrix_instruction": found[1] if found else None}
+    return result | {
+        "shared": compiled.metadata.shared,
+        "registers": registers,
+        "stack": stack,
+        "wide": "ld.global.v4" in compiled.asm["ptx"] and "st.global.v4" in compiled.asm["ptx"],
+        "dot": "tt.dot" in compiled.asm["ttir"],
+        "matrix_instruction": found[1] if found else None,
+    }
 
 
 _recorded = {}  # key: (launch, its architectures); kernels cannot be pickled, so forked workers inherit them

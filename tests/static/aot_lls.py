@@ -1,4 +1,5 @@
 """Family lls for the ahead-of-time gate: cases that reach every row of its configuration tables."""
+
 import torch
 
 from lgkernels.core import config
@@ -7,11 +8,13 @@ from lgkernels.ops.lls import triton_kernels as lls
 
 LAUNCHER = lls
 MATRIX_KERNELS = {"similarity_kernel", "latent_grad_kernel", "logits_kernel", "grad_similarity_kernel"}
-TABLES = {"similarity_kernel": (config._SIMILARITY, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
-          "latent_grad_kernel": (config._LATENT_GRAD, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
-          "logits_kernel": (config._PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
-          "grad_similarity_kernel": (config._PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
-          "modulation_grad_kernel": (config._MODULATION_GRAD, ("BLOCK_B", "BLOCK_K", "BLOCK_C"))}
+TABLES = {
+    "similarity_kernel": (config._SIMILARITY, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
+    "latent_grad_kernel": (config._LATENT_GRAD, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
+    "logits_kernel": (config._PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "grad_similarity_kernel": (config._PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "modulation_grad_kernel": (config._MODULATION_GRAD, ("BLOCK_B", "BLOCK_K", "BLOCK_C")),
+}
 
 
 def _convolution_block(shape, pool, dtype, channels_last, windows=(False, True)):
@@ -45,17 +48,35 @@ def block_cases():
 
 def head_cases():
     """Every mode of the head, and batch and class counts on both sides of each threshold of the tables."""
-    options = dict(temperature=0.5, label_smoothing=0.1, normalize=True, eps=1e-12, zero_gradient_below_eps=False,
-                   basis_scale=1.0, loss="cross_entropy", ignore_index=-100, reduction="mean", compute_grad=True)
+    options = dict(
+        temperature=0.5,
+        label_smoothing=0.1,
+        normalize=True,
+        eps=1e-12,
+        zero_gradient_below_eps=False,
+        basis_scale=1.0,
+        loss="cross_entropy",
+        ignore_index=-100,
+        reduction="mean",
+        compute_grad=True,
+    )
     column, area = torch.empty(256), torch.empty(4)
-    for batch, dim, classes, modes in ((128, 2048, 10, (0, 1, 2)), (128, 1024, 20, (0, 2)), (128, 2048, 100, (0, 1, 2)),
-                                       (64, 2048, 200, (0, 2)), (8192, 2048, 100, (0, 1, 2)), (8192, 8192, 10, (0, 2)),
-                                       (8192, 8192, 20, (2,)), (128, 8192, 1000, (0, 2))):
+    for batch, dim, classes, modes in (
+        (128, 2048, 10, (0, 1, 2)),
+        (128, 1024, 20, (0, 2)),
+        (128, 2048, 100, (0, 1, 2)),
+        (64, 2048, 200, (0, 2)),
+        (8192, 2048, 100, (0, 1, 2)),
+        (8192, 8192, 10, (0, 2)),
+        (8192, 8192, 20, (2,)),
+        (128, 8192, 1000, (0, 2)),
+    ):
         x, target = torch.empty(batch, dim), torch.zeros(batch, dtype=torch.int64)
         for mode in modes:
             modulation = torch.empty((classes,) * mode) if mode else None
             losses, _, similarity, grad_logits = lls.head(
-                x, target, modulation, basis.signs(classes, dim), num_classes=classes, reduce=False, **options)
+                x, target, modulation, basis.signs(classes, dim), num_classes=classes, reduce=False, **options
+            )
             finish = losses, target, similarity, grad_logits, modulation, -100
             latents, z = torch.empty(batch, 1024), torch.empty(batch, 256, dtype=torch.bfloat16)
             lls.norm_grads(latents, latents, latents, 256, area, finish)

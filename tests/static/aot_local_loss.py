@@ -1,4 +1,5 @@
 """Family local_loss for the ahead-of-time gate: both layouts, aligned and odd maps, two dtypes."""
+
 import torch
 
 from lgkernels.ops.local_loss import triton_kernels as local

@@ -1,4 +1,5 @@
 """Family offset for the ahead-of-time gate: offsets of either dtype."""
+
 import torch
 
 from lgkernels.ops.offset import triton_kernels as offset

@@ -1,4 +1,5 @@
 """The int64 address helpers, interpreted (int32 wraps there as on a GPU), with strides around 2^31."""
+
 import pytest
 import torch
 

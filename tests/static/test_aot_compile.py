@@ -2,6 +2,7 @@
 
 A process of its own, without TRITON_INTERPRET, does the compiling (see aot.py); here its lines are judged.
 """
+
 import importlib
 import importlib.util
 import json
@@ -35,8 +36,13 @@ def compiled(request, tmp_path_factory):
         if not lines.exists():
             environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "LGKERNELS_IMPL")}
             environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-            run = subprocess.run([sys.executable, "-m", "tests.static.aot", *archs], cwd=ROOT,
-                                 env=environment, capture_output=True, text=True)
+            run = subprocess.run(
+                [sys.executable, "-m", "tests.static.aot", *archs],
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
             assert run.returncode == 0, run.stderr[-4000:]
             lines.write_text(run.stdout)
     results = [json.loads(line) for line in lines.read_text().splitlines()]
@@ -74,9 +80,14 @@ def test_every_row_of_the_tables_is_compiled(compiled):
 def test_large_tiles_load_sixteen_bytes_at_a_time(compiled):
     """The elementwise passes at VGG8 sizes in half precision; a lost alignment hint shows here, and nowhere else."""
     _, results = compiled
-    passes = [r for r in results if r["kernel"] in ("norm_act_pool_kernel", "grad_preactivation_kernel")
-              and "*bf16" in r["types"] and r["constants"].get("NORM", True)  # without NORM only latents are stored
-              and r["constants"]["BLOCK_P"] * r["constants"]["BLOCK_C"] == 2048]
+    passes = [
+        r
+        for r in results
+        if r["kernel"] in ("norm_act_pool_kernel", "grad_preactivation_kernel")
+        and "*bf16" in r["types"]
+        and r["constants"].get("NORM", True)  # without NORM only latents are stored
+        and r["constants"]["BLOCK_P"] * r["constants"]["BLOCK_C"] == 2048
+    ]
     layouts = {(r["kernel"], r["constants"]["CHANNELS_LAST"]) for r in passes}
     assert len(layouts) == 4
     assert not _offenders(passes, lambda r: not r["wide"])

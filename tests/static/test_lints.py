@@ -4,6 +4,7 @@
 - every matrix product states its input precision; no block pointers (gone in Triton 3.9), no libdevice (not in the
   interpreter), no atomics
 """
+
 import ast
 from pathlib import Path
 
@@ -39,8 +40,11 @@ def _assignments(function):
     for node in ast.walk(function):
         if isinstance(node, ast.Assign):
             for target in node.targets:
-                pairs = (zip(target.elts, node.value.elts) if isinstance(target, ast.Tuple)
-                         and isinstance(node.value, ast.Tuple) else [(target, node.value)])
+                pairs = (
+                    zip(target.elts, node.value.elts)
+                    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+                    else [(target, node.value)]
+                )
                 yield from ((t.id, value) for t, value in pairs if isinstance(t, ast.Name))
         elif isinstance(node, ast.For) and isinstance(node.iter, ast.Call) and isinstance(node.target, ast.Name):
             yield from ((node.target.id, argument) for argument in node.iter.args)
@@ -52,9 +56,13 @@ def int32_products(function):
     while before != names:
         before = set(names)
         names |= {name for name, value in _assignments(function) if _tainted(value, names)}
-    return [f"line {node.lineno}: a program id is multiplied in int32: use offset() or indices()"
-            for node in ast.walk(function) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)
-            and (_tainted(node.left, names) or _tainted(node.right, names))]
+    return [
+        f"line {node.lineno}: a program id is multiplied in int32: use offset() or indices()"
+        for node in ast.walk(function)
+        if isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Mult)
+        and (_tainted(node.left, names) or _tainted(node.right, names))
+    ]
 
 
 def lint(source, addressing=False):
@@ -88,21 +96,29 @@ def test_there_is_something_to_lint():
     assert {"triton_norm.py", "triton_head.py", "triton_linear.py", "addressing.py"} <= {path.name for path in SOURCES}
 
 
-@pytest.mark.parametrize("body, message", [
-    ("p = program_id(0)\n    x = tl.load(z + p * stride)", "multiplied in int32"),
-    ("p = program_id(0)\n    b, c = p // 4, p % 4\n    x = tl.load(z + (b + 1) * stride)", "multiplied in int32"),
-    ("p = program_id(0)\n    for t in range(p, n, m):\n        x = tl.load(z + t * stride)", "multiplied in int32"),
-    ("p = tl.program_id(0)", "tl.program_id"),
-    ("c = tl.dot(a, b, c)", "input_precision"),
-    ("x = tl.make_block_ptr(z)", "block pointers"),
-    ("x = tl.extra.cuda.libdevice.tanh(z)", "libdevice"),
-    ("tl.atomic_add(z, x)", "atomics"),
-])
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("p = program_id(0)\n    x = tl.load(z + p * stride)", "multiplied in int32"),
+        ("p = program_id(0)\n    b, c = p // 4, p % 4\n    x = tl.load(z + (b + 1) * stride)", "multiplied in int32"),
+        ("p = program_id(0)\n    for t in range(p, n, m):\n        x = tl.load(z + t * stride)", "multiplied in int32"),
+        ("p = tl.program_id(0)", "tl.program_id"),
+        ("c = tl.dot(a, b, c)", "input_precision"),
+        ("x = tl.make_block_ptr(z)", "block pointers"),
+        ("x = tl.extra.cuda.libdevice.tanh(z)", "libdevice"),
+        ("tl.atomic_add(z, x)", "atomics"),
+    ],
+)
 def test_a_seeded_violation_is_caught(body, message):
     found = lint(f"@triton.jit\ndef kernel(z, stride, n, m):\n    {body}\n")
     assert any(message in line for line in found), found
 
 
 def test_int64_products_pass():
-    assert lint("@triton.jit\ndef kernel(z, stride):\n    p = program_id(0)\n    i = indices(p // 4, 64)\n"
-                "    x = tl.load(z + offset(p % 4, stride) + i * stride)\n") == []
+    assert (
+        lint(
+            "@triton.jit\ndef kernel(z, stride):\n    p = program_id(0)\n    i = indices(p // 4, 64)\n"
+            "    x = tl.load(z + offset(p % 4, stride) + i * stride)\n"
+        )
+        == []
+    )

@@ -1,4 +1,5 @@
-"""Every CUDA source compiles for every architecture that wheels hold, with no spills, within the shared memory limits."""
+"""Every CUDA source compiles for every architecture of the wheels, without spills, within the shared memory limits."""
+
 import os
 import re
 import shutil
@@ -19,19 +20,42 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def compile_report(source, out, architectures=ARCHITECTURES):
     """{(architecture, kernel): {"stack", "spill", "shared", "registers"}} from the assembler's own report."""
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    result = subprocess.run([NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror", "all-warnings",
-                             f"-I{ROOT / 'csrc/include'}", *targets, "--threads", str(min(2, os.cpu_count())),
-                             "-Xptxas", "-v", "-c", str(source), "-o", str(out)], capture_output=True, text=True)
+    result = subprocess.run(
+        [
+            NVCC,
+            "-std=c++17",
+            "-O3",
+            "--expt-relaxed-constexpr",
+            "-Werror",
+            "all-warnings",
+            f"-I{ROOT / 'csrc/include'}",
+            *targets,
+            "--threads",
+            str(min(2, os.cpu_count())),
+            "-Xptxas",
+            "-v",
+            "-c",
+            str(source),
+            "-o",
+            str(out),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     report = {}
     for part in re.split(r"Compiling entry function ", result.stdout + result.stderr)[1:]:
         kernel, architecture = re.match(r"'(\w+)' for 'sm_(\w+)'", part).groups()
-        stack, stores, loads = map(int, re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
+        )
         shared = re.search(r"(\d+) bytes smem", part)
         report[architecture, kernel] = dict(
-            stack=stack, spill=stores + loads, shared=int(shared[1]) if shared else 0,
-            registers=int(re.search(r"Used (\d+) registers", part)[1]))
+            stack=stack,
+            spill=stores + loads,
+            shared=int(shared[1]) if shared else 0,
+            registers=int(re.search(r"Used (\d+) registers", part)[1]),
+        )
     return report
 
 

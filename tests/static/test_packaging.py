@@ -1,4 +1,5 @@
 """Build, metadata, import cost, and the `info` command."""
+
 import ast
 import json
 import os
@@ -16,13 +17,30 @@ import lgkernels
 from lgkernels.core import diagnostics
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md", "CONTRIBUTING.md",
-           "constraints.txt", "csrc", "lgkernels")
+SOURCES = (
+    "setup.py",
+    "pyproject.toml",
+    "CMakeLists.txt",
+    "MANIFEST.in",
+    "LICENSE",
+    "README.md",
+    "CONTRIBUTING.md",
+    "constraints.txt",
+    "csrc",
+    "lgkernels",
+)
 
 
 def python(*arguments, cwd=ROOT, **environment):
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env={**os.environ, **environment},
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def output(*arguments, **options):
@@ -32,6 +50,7 @@ def output(*arguments, **options):
 
 
 # -- the build ----------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
@@ -58,7 +77,9 @@ def pure(source):
 
 def test_setup_imports_neither_torch_nor_a_network():
     text = (ROOT / "setup.py").read_text()
-    imported = {alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names}
+    imported = {
+        alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names
+    }
     imported |= {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
     top = {name.partition(".")[0] for name in imported}
     assert top <= set(sys.stdlib_module_names) | {"setuptools", "pybind11"}
@@ -93,8 +114,11 @@ def test_unknown_build_mode_is_an_error(source):
 
 def test_wheel_holds_the_package_and_its_data(pure, source):
     packed = {name for name in zipfile.ZipFile(pure[1]).namelist() if name.startswith("lgkernels/")}
-    tree = {str(path.relative_to(source)) for path in (source / "lgkernels").rglob("*")
-            if path.is_file() and "__pycache__" not in path.parts}
+    tree = {
+        str(path.relative_to(source))
+        for path in (source / "lgkernels").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     assert packed == tree
     assert "lgkernels/py.typed" in packed
 
@@ -108,6 +132,7 @@ def test_source_distribution_can_build_the_native_module(source):
 
 
 # -- metadata -----------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def project():
@@ -149,8 +174,9 @@ def test_import_is_cheap():
 
 
 def test_import_loads_neither_triton_nor_the_native_module():
-    code = ("import sys, torch, numpy; before = set(sys.modules); " + PUBLIC +
-            "; print(*sorted(set(sys.modules) - before))")
+    code = (
+        "import sys, torch, numpy; before = set(sys.modules); " + PUBLIC + "; print(*sorted(set(sys.modules) - before))"
+    )
     loaded = output("-c", code).split()
     assert "lgkernels.functional" in loaded
     tops = {name.partition(".")[0] for name in loaded}
@@ -173,6 +199,7 @@ assert x.grad.abs().sum() > 0
 
 
 # -- python -m lgkernels --------------------------------------------------------------------------------------------
+
 
 def test_an_outdated_native_module_is_reported(tmp_path, recwarn):
     """After an update of an editable install, calls into the old module would fail with an obscure message."""
@@ -219,6 +246,7 @@ def test_selftest_passes(compiled_only, capsys):
 @pytest.mark.parametrize("broken", ["wrong", "nan", "raises"])
 def test_selftest_fails_on_a_broken_backend(broken, compiled_only, monkeypatch, capsys):
     from lgkernels.ops.lls import reference
+
     right = reference.latents
 
     def latents(activation, pool_size):
@@ -237,6 +265,7 @@ def test_selftest_fails_on_a_broken_backend(broken, compiled_only, monkeypatch, 
 
 def run_info(*flags):
     import argparse
+
     parser = argparse.ArgumentParser()
     diagnostics.add_arguments(parser)
     return diagnostics.main(parser.parse_args(flags))

@@ -1,4 +1,5 @@
 """Shared by the tests of DirectTrainer: a small network and its data, and an optimizer that keeps its gradients."""
+
 import torch
 from torch import nn
 
@@ -19,9 +20,14 @@ def gradients(trainer):
 def network(norm=False):
     torch.manual_seed(3)
     middle = [nn.BatchNorm2d(6)] if norm else []
-    return [nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU()), nn.MaxPool2d(2),
-            nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), *middle, nn.Tanh(), nn.MaxPool2d(2)), nn.Flatten(),
-            nn.Sequential(nn.Linear(24, 12), nn.Tanh()), nn.Linear(12, 3)]
+    return [
+        nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU()),
+        nn.MaxPool2d(2),
+        nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), *middle, nn.Tanh(), nn.MaxPool2d(2)),
+        nn.Flatten(),
+        nn.Sequential(nn.Linear(24, 12), nn.Tanh()),
+        nn.Linear(12, 3),
+    ]
 
 
 def images(size=8, seed=0):
@@ -38,8 +44,11 @@ def sgd(parameters):
 
 
 def weights(trainer):
-    return {f"{i}.{name}": p.detach().clone() for i, block in enumerate(trainer.blocks)
-            for name, p in block.state_dict().items()}
+    return {
+        f"{i}.{name}": p.detach().clone()
+        for i, block in enumerate(trainer.blocks)
+        for name, p in block.state_dict().items()
+    }
 
 
 def assert_equal(one, two):

@@ -1,4 +1,5 @@
 """Checkpoints: whole or not at all, and nothing in them is trusted."""
+
 import json
 
 import pytest
@@ -9,10 +10,18 @@ from lgkernels.recipes.checkpoint import CheckpointError
 
 safetensors = pytest.importorskip("safetensors.torch")
 
-TREE = {"step": 3, "lr": 0.1 + 0.2, "name": "lls", "none": None, "flags": (True, [1, 2.5]),
-        7: {0: torch.arange(6).view(2, 3)},
-        "half": torch.randn(3).bfloat16(), "scalar": torch.tensor(2.5, dtype=torch.float64), "empty": torch.zeros(0, 4),
-        "state": [None, {"rng": torch.get_rng_state(), "strided": torch.randn(4, 5).t()}]}
+TREE = {
+    "step": 3,
+    "lr": 0.1 + 0.2,
+    "name": "lls",
+    "none": None,
+    "flags": (True, [1, 2.5]),
+    7: {0: torch.arange(6).view(2, 3)},
+    "half": torch.randn(3).bfloat16(),
+    "scalar": torch.tensor(2.5, dtype=torch.float64),
+    "empty": torch.zeros(0, 4),
+    "state": [None, {"rng": torch.get_rng_state(), "strided": torch.randn(4, 5).t()}],
+}
 
 
 def same(one, two):

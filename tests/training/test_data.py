@@ -1,4 +1,5 @@
 """Readers on small files made here, the embedded data set, and the augmentations."""
+
 import gzip
 import io
 import pickle
@@ -25,8 +26,12 @@ def pixels(*shape):
 
 @pytest.fixture
 def mnist_folder(tmp_path):
-    arrays = {"train-images-idx3-ubyte": pixels(5, 28, 28), "train-labels-idx1-ubyte": np.arange(5, dtype=np.uint8),
-              "t10k-images-idx3-ubyte.gz": pixels(3, 28, 28), "t10k-labels-idx1-ubyte.gz": np.arange(3, dtype=np.uint8)}
+    arrays = {
+        "train-images-idx3-ubyte": pixels(5, 28, 28),
+        "train-labels-idx1-ubyte": np.arange(5, dtype=np.uint8),
+        "t10k-images-idx3-ubyte.gz": pixels(3, 28, 28),
+        "t10k-labels-idx1-ubyte.gz": np.arange(3, dtype=np.uint8),
+    }
     for name, array in arrays.items():
         (tmp_path / name).write_bytes(gzip.compress(idx(array)) if name.endswith("gz") else idx(array))
     return tmp_path, arrays
@@ -41,10 +46,15 @@ def test_idx(mnist_folder, name):
     assert loaded.test[1].tolist() == [0, 1, 2] and loaded.classes == 10 and loaded.image_size == 28
 
 
-@pytest.mark.parametrize("raw, message", [
-    (idx(pixels(5, 28, 28))[:-1], "cut short"), (b"\0\0\x08", "not a complete IDX"),
-    (b"PK\x03\x04zip", "not an IDX file"),
-    (gzip.compress(idx(pixels(5, 28, 28)))[:200], "not a complete IDX")])
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (idx(pixels(5, 28, 28))[:-1], "cut short"),
+        (b"\0\0\x08", "not a complete IDX"),
+        (b"PK\x03\x04zip", "not an IDX file"),
+        (gzip.compress(idx(pixels(5, 28, 28)))[:200], "not a complete IDX"),
+    ],
+)
 def test_bad_idx(mnist_folder, raw, message):
     folder, _ = mnist_folder
     (folder / "train-images-idx3-ubyte").write_bytes(raw)
@@ -58,8 +68,11 @@ def cifar_python(folder, classes, count=4, extra=None):
     folder.mkdir()
     batches = {}
     for name in names:
-        batches[name] = {b"data": pixels(count, 3072), key: [int(v) for v in RNG.integers(0, classes, count)],
-                         **(extra or {})}
+        batches[name] = {
+            b"data": pixels(count, 3072),
+            key: [int(v) for v in RNG.integers(0, classes, count)],
+            **(extra or {}),
+        }
         (folder / name).write_bytes(pickle.dumps(batches[name], protocol=2))
     return batches
 
@@ -80,14 +93,17 @@ def test_cifar_binary(tmp_path, classes, name, coarse):
     folder = tmp_path / name
     folder.mkdir()
     rows = {}
-    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"] if classes == 10 else [
-        "train.bin", "test.bin"]
+    names = (
+        [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+        if classes == 10
+        else ["train.bin", "test.bin"]
+    )
     for file in names:
         rows[file] = pixels(3, 3073 + coarse)
         rows[file][:, coarse] %= classes
         rows[file].tofile(folder / file)
     loaded = data.load(f"cifar{classes}", tmp_path)
-    assert np.array_equal(loaded.test[0].reshape(3, -1).numpy(), rows[names[-1]][:, 1 + coarse:])
+    assert np.array_equal(loaded.test[0].reshape(3, -1).numpy(), rows[names[-1]][:, 1 + coarse :])
     assert loaded.test[1].tolist() == rows[names[-1]][:, coarse].tolist()
     with open(folder / names[-1], "ab") as file:
         file.write(b"x")
@@ -125,9 +141,13 @@ def test_cifar10_jpeg(tmp_path):
         start = files[0].index(b"\xff\xda")  # all up to the scan is the same for every image
         assert all(f[:start] == files[0][:start] for f in files)
         bodies = [f[start:] for f in files]
-        np.savez(tmp_path / f"cifar10_{split}.npz", header=np.frombuffer(files[0][:start], np.uint8),
-                 bytes=np.frombuffer(b"".join(bodies), np.uint8), labels=np.array([3, 1, 2], np.uint8),
-                 offsets=np.cumsum([0] + [len(b) for b in bodies]))
+        np.savez(
+            tmp_path / f"cifar10_{split}.npz",
+            header=np.frombuffer(files[0][:start], np.uint8),
+            bytes=np.frombuffer(b"".join(bodies), np.uint8),
+            labels=np.array([3, 1, 2], np.uint8),
+            offsets=np.cumsum([0] + [len(b) for b in bodies]),
+        )
     loaded = data.load("cifar10-jpeg", tmp_path)
     with image.open(io.BytesIO(files[2])) as picture:
         assert np.array_equal(loaded.test[0][2].permute(1, 2, 0).numpy(), np.asarray(picture))
@@ -155,7 +175,7 @@ def test_image_folders(tmp_path, annotated):
     assert (batch.float().mean((1, 2, 3)) - torch.tensor([110.0, 0.0])).abs().max() < 3
     x, target = loaded.training_batch(torch.arange(4), torch.Generator().manual_seed(0))
     assert x.shape == (4, 3, 64, 64) and target.tolist() == [0, 0, 1, 1]
-    (x, _), = loaded.test_batches(8)
+    ((x, _),) = loaded.test_batches(8)
     assert x.shape == (1, 3, 64, 64)
 
 
@@ -181,10 +201,15 @@ def test_embedded_subset():
     assert len(loaded.truncated(7).train[1]) == len(loaded.truncated(7).test[0]) == 7
 
 
-@pytest.mark.parametrize("images, labels, message", [
-    ((5, 28, 28), np.arange(4, dtype=np.uint8), "5 training images and 4 labels"),
-    ((5, 28, 28), np.full(5, 11, np.uint8), "labels must lie in .0, 9., got 11"),
-    ((5, 20, 28), np.arange(5, dtype=np.uint8), "must hold images"), ((0, 28, 28), np.empty(0, np.uint8), "0 training")])
+@pytest.mark.parametrize(
+    "images, labels, message",
+    [
+        ((5, 28, 28), np.arange(4, dtype=np.uint8), "5 training images and 4 labels"),
+        ((5, 28, 28), np.full(5, 11, np.uint8), "labels must lie in .0, 9., got 11"),
+        ((5, 20, 28), np.arange(5, dtype=np.uint8), "must hold images"),
+        ((0, 28, 28), np.empty(0, np.uint8), "0 training"),
+    ],
+)
 def test_what_does_not_fit_together_is_refused(tmp_path, images, labels, message):
     (tmp_path / "MNIST/raw").mkdir(parents=True)  # torchvision's layout
     for prefix in ("train", "t10k"):
@@ -202,10 +227,18 @@ def test_truncation_draws_from_all_classes():
     assert len(loaded.truncated(40).train[1].unique()) > 5
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("imagenet",), "unknown data set 'imagenet'; expected one of: fashion-mnist"), (("cifar10",), "needs --data-dir"),
-    (("mnist", "/no/such/folder"), "/no/such/folder does not exist"),
-    (("fashion-mnist", None, "heavy"), "unknown augmentation 'heavy' of fashion-mnist; expected one of: basic, none")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("imagenet",), "unknown data set 'imagenet'; expected one of: fashion-mnist"),
+        (("cifar10",), "needs --data-dir"),
+        (("mnist", "/no/such/folder"), "/no/such/folder does not exist"),
+        (
+            ("fashion-mnist", None, "heavy"),
+            "unknown augmentation 'heavy' of fashion-mnist; expected one of: basic, none",
+        ),
+    ],
+)
 def test_bad_requests(arguments, message):
     with pytest.raises(DataError, match=message):
         data.load(*arguments)
@@ -224,7 +257,7 @@ def test_random_crop_takes_windows_of_the_padded_image():
     padded = torch.nn.functional.pad(images, (1,) * 4)
     offsets = set()
     for image, crop in zip(padded, crops):
-        hits = [(i, j) for i in range(3) for j in range(3) if torch.equal(image[:, i:i + 3, j:j + 3], crop)]
+        hits = [(i, j) for i in range(3) for j in range(3) if torch.equal(image[:, i : i + 3, j : j + 3], crop)]
         assert len(hits) == 1
         offsets.add(hits[0])
     assert len(offsets) > 1
@@ -243,7 +276,7 @@ def test_random_flip():
 def test_random_erase():
     images = torch.ones(2000, 2, 20, 16)
     out = augment.random_erase(images, 0.2, torch.Generator().manual_seed(0))
-    erased = (out == 0)
+    erased = out == 0
     assert torch.equal(erased[:, 0], erased[:, 1])
     touched = erased[:, 0].flatten(1).any(1)
     assert 0.16 < touched.float().mean() < 0.24

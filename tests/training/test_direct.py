@@ -1,4 +1,5 @@
 """DFA, sDFA, DRTP as rules: the vectors of the original code, the rule written out, conventions and targets."""
+
 import copy
 from pathlib import Path
 
@@ -21,6 +22,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 # -- the original code's vectors ---------------------------------------------------------------------------------------
 
+
 class Golden:
     def __init__(self, name, dtype):
         with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
@@ -37,8 +39,17 @@ class Golden:
 
     def layer(self, i):
         weight, conv = self[f"W/{i}"], self.text(f"kind/{i}").lower() == "conv"
-        layer = (nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], int(self.data[f"stride/{i}"]),
-                           int(self.data[f"padding/{i}"])) if conv else nn.Linear(*weight.shape[::-1]))
+        layer = (
+            nn.Conv2d(
+                weight.shape[1],
+                weight.shape[0],
+                weight.shape[2],
+                int(self.data[f"stride/{i}"]),
+                int(self.data[f"padding/{i}"]),
+            )
+            if conv
+            else nn.Linear(*weight.shape[::-1])
+        )
         layer.to(self.dtype).load_state_dict({"weight": weight, "bias": self[f"b/{i}"]})
         return layer, conv
 
@@ -65,7 +76,8 @@ class Golden:
         if self.text("loss_fn") == "CE":
             return F.cross_entropy(output, target)
         return {"BCE": F.binary_cross_entropy, "MSE": F.mse_loss}[self.text("loss_fn")](
-            output, F.one_hot(target, output.shape[1]).to(output.dtype))
+            output, F.one_hot(target, output.shape[1]).to(output.dtype)
+        )
 
     @property
     def error(self):
@@ -104,8 +116,14 @@ def test_golden(name, dtype, rule, monkeypatch):
         blocks = golden.blocks(places=False) if rule == "BP" else feedback_alignment(golden)
         trainer = BackpropTrainer(blocks, lambda p: Kept(p, lr=1.0), loss=golden.loss)
     else:
-        trainer = DirectTrainer(golden.blocks(places=True), lambda p: Kept(p, lr=1.0), rule=rule.lower(),
-                                loss=golden.loss, error=golden.error, reduce="none")
+        trainer = DirectTrainer(
+            golden.blocks(places=True),
+            lambda p: Kept(p, lr=1.0),
+            rule=rule.lower(),
+            loss=golden.loss,
+            error=golden.error,
+            reduce="none",
+        )
     loss = trainer.step(golden["x"], golden["labels"])
     assert_relative("output", trainer.output, golden["output"], TOLERANCE[dtype])
     assert abs(loss.item() - float(golden["loss"])) < (1e-12 if dtype == torch.float64 else 2e-6)
@@ -124,8 +142,17 @@ def test_golden(name, dtype, rule, monkeypatch):
 @pytest.mark.parametrize("rule", ["dfa", "sdfa", "drtp"])
 def test_float_targets_are_the_same(rule):
     golden = Golden("fc3_mse", torch.float32)
-    trainers = [DirectTrainer(golden.blocks(places=True), lambda p: Kept(p, lr=1.0), rule=rule, loss=loss,
-                              error=golden.error, reduce="none") for loss in (golden.loss, F.mse_loss)]
+    trainers = [
+        DirectTrainer(
+            golden.blocks(places=True),
+            lambda p: Kept(p, lr=1.0),
+            rule=rule,
+            loss=loss,
+            error=golden.error,
+            reduce="none",
+        )
+        for loss in (golden.loss, F.mse_loss)
+    ]
     trainers[0].step(golden["x"], golden["labels"])
     trainers[1].step(golden["x"], golden["targets"])
     for one, two in zip(*map(gradients, trainers)):
@@ -133,6 +160,7 @@ def test_float_targets_are_the_same(rule):
 
 
 # -- the rule written out --------------------------------------------------------------------------------------------
+
 
 def written_out(blocks, places, x, target, rule, error, factor):
     """Gradients by hooks on the ordinary graph of the whole network."""
@@ -155,19 +183,31 @@ def written_out(blocks, places, x, target, rule, error, factor):
     return [p.grad for block in blocks for p in block.parameters()]
 
 
-CASES = [("probs_minus_onehot", None, 1 / 8, "nokland", "uniform", True),
-         ("probs_minus_onehot", "none", 1, "kaiming", "normal", False),
-         ("output_minus_target", "mean", 1 / 8, "kaiming", "uniform", False),
-         ("loss_grad", None, 1, "lighton", "uniform", False), ("loss_grad", "mean", 1 / 8, 0.3, "sign", False),
-         ("probs_minus_onehot", "mean", 1 / 8, "lls", "uniform8", False)]
+CASES = [
+    ("probs_minus_onehot", None, 1 / 8, "nokland", "uniform", True),
+    ("probs_minus_onehot", "none", 1, "kaiming", "normal", False),
+    ("output_minus_target", "mean", 1 / 8, "kaiming", "uniform", False),
+    ("loss_grad", None, 1, "lighton", "uniform", False),
+    ("loss_grad", "mean", 1 / 8, 0.3, "sign", False),
+    ("probs_minus_onehot", "mean", 1 / 8, "lls", "uniform8", False),
+]
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("error, reduce, factor, init, law, norm", CASES)
 def test_step_is_the_rule(rule, error, reduce, factor, init, law, norm):
     x, target = images()
-    trainer = DirectTrainer(network(norm), kept, rule=rule, error=error, reduce=reduce, init=init, law=law, seed=7,
-                            shared_slice=init == "lighton" and rule != "drtp")
+    trainer = DirectTrainer(
+        network(norm),
+        kept,
+        rule=rule,
+        error=error,
+        reduce=reduce,
+        init=init,
+        law=law,
+        seed=7,
+        shared_slice=init == "lighton" and rule != "drtp",
+    )
     expected = copy.deepcopy(trainer.blocks)
     trainer.step(x, target)
     places = [b for b in trainer.blocks if isinstance(b, lnn.DirectFeedback)]
@@ -184,8 +224,11 @@ def test_conventions():
         trainer.step(*images())
         places[name] = [b for b in trainer.blocks if isinstance(b, lnn.DirectFeedback)]
     shapes = (4, 8, 8), (6, 2, 2), (12,)
-    for name, bound in (("nokland", lambda n: n**-0.5), ("kaiming", lambda n: (6 / n)**0.5),
-                        ("lighton", lambda n: 1 / 16)):
+    for name, bound in (
+        ("nokland", lambda n: n**-0.5),
+        ("kaiming", lambda n: (6 / n) ** 0.5),
+        ("lighton", lambda n: 1 / 16),
+    ):
         for place, shape in zip(places["chfrenkel" if name == "kaiming" else name], shapes):
             b, limit = place.matrix(40, shape), bound(np.prod(shape))
             assert 0.9 * limit < b.max() <= limit and -limit <= b.min() < -0.9 * limit
@@ -199,11 +242,13 @@ def test_conventions():
 @pytest.mark.parametrize("law", ["normal", "sign", "uniform8", "uniform"])
 def test_laws_have_the_variance_of_the_init(law):
     b = lnn.DirectFeedback("kaiming", law=law).matrix(200, (150,))
-    assert b.std().item() == pytest.approx((2 / 150)**0.5, rel=0.02)
+    assert b.std().item() == pytest.approx((2 / 150) ** 0.5, rel=0.02)
 
 
-@pytest.mark.parametrize("rule, error", [("dfa", "probs_minus_onehot"), ("dfa", "loss_grad"), ("drtp", "loss_grad"),
-                                         ("sdfa", "probs_minus_onehot")])
+@pytest.mark.parametrize(
+    "rule, error",
+    [("dfa", "probs_minus_onehot"), ("dfa", "loss_grad"), ("drtp", "loss_grad"), ("sdfa", "probs_minus_onehot")],
+)
 @pytest.mark.parametrize("reduce", ["mean", "none"])
 def test_ignored_targets_and_small_integers(rule, error, reduce):
     """Rows of target -100 have no part in a step, whatever the rule; targets may be of any integer dtype."""

@@ -1,4 +1,5 @@
 """What DirectTrainer promises beside the rule: memory, order, accumulation, clipping, autocast, DDP, checkpoints."""
+
 import contextlib
 import copy
 import weakref
@@ -91,19 +92,21 @@ def test_partial_batches(rule):
     assert trainer.output.shape == (1, 3)
 
 
-@pytest.mark.parametrize("error, reduce", [("probs_minus_onehot", "mean"), ("probs_minus_onehot", "none"),
-                                           ("loss_grad", "none")])
+@pytest.mark.parametrize(
+    "error, reduce", [("probs_minus_onehot", "mean"), ("probs_minus_onehot", "none"), ("loss_grad", "none")]
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_accumulation_is_the_big_batch(rule, error, reduce):
     x, target = images(12)
-    whole, parts = (DirectTrainer(network(), sgd, rule=rule, error=error, reduce=reduce, accumulation_steps=n)
-                    for n in (1, 3))
+    whole, parts = (
+        DirectTrainer(network(), sgd, rule=rule, error=error, reduce=reduce, accumulation_steps=n) for n in (1, 3)
+    )
     before = weights(parts)
     for _ in range(2):
         whole.step(x, target)
         for i in range(3):
             assert_equal(before, weights(parts))
-            parts.step(x[4 * i:4 * i + 4], target[4 * i:4 * i + 4])
+            parts.step(x[4 * i : 4 * i + 4], target[4 * i : 4 * i + 4])
         before = weights(parts)
         for name, tensor in weights(whole).items():
             torch.testing.assert_close(before[name], tensor, rtol=1e-4, atol=1e-6)
@@ -121,8 +124,10 @@ def test_clipping_is_for_each_block():
 @pytest.mark.parametrize("reduce", ["mean", "none"])
 def test_grad_scaler(rule, reduce):
     x, target = images()
-    plain, scaled = (DirectTrainer(network(), sgd, rule=rule, reduce=reduce, clip_grad_norm=0.5, grad_scaler=scaler)
-                     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)))
+    plain, scaled = (
+        DirectTrainer(network(), sgd, rule=rule, reduce=reduce, clip_grad_norm=0.5, grad_scaler=scaler)
+        for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    )
     for _ in range(2):
         torch.testing.assert_close(scaled.step(x, target), plain.step(x, target))
     for name, tensor in weights(plain).items():
@@ -163,8 +168,13 @@ def test_autocast_over_several_steps_sees_the_new_weights():
 @pytest.mark.parametrize("rule", ["dfa", "drtp"])
 def test_state_continues_bit_for_bit(rule):
     def trainer(seed):
-        return DirectTrainer(network(norm=True), sgd, rule=rule, seed=seed,
-                             scheduler_factory=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9))
+        return DirectTrainer(
+            network(norm=True),
+            sgd,
+            rule=rule,
+            seed=seed,
+            scheduler_factory=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+        )
 
     def advance(t, steps):
         for i in steps:
@@ -219,8 +229,18 @@ def test_places_of_ones_own():
     """A Sequential with places: a frozen block gets no signal, a block may hold several modules."""
     stem = nn.Linear(6, 8).requires_grad_(False)
     before = stem.weight.clone()
-    model = nn.Sequential(stem, lnn.DirectFeedback(stream=0), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(),
-                          lnn.DirectFeedback(stream=1), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    model = nn.Sequential(
+        stem,
+        lnn.DirectFeedback(stream=0),
+        nn.Linear(8, 8),
+        nn.Tanh(),
+        nn.Linear(8, 8),
+        nn.Tanh(),
+        lnn.DirectFeedback(stream=1),
+        nn.Linear(8, 8),
+        nn.Tanh(),
+        nn.Linear(8, 3),
+    )
     trainer = DirectTrainer(model, kept)
     assert [len(segment.parameters) for segment in trainer.segments] == [0, 4, 4]
     trainer.step(torch.randn(5, 6), torch.arange(5) % 3)
@@ -236,7 +256,7 @@ def test_tokens():
     x, target = torch.randn(4, 6, 5), torch.randint(0, 3, (4, 6))
     error = nn.Sequential(*blocks)(x).softmax(-1) - F.one_hot(target, 3)
     delta = (error / 24) @ place.matrix(3, (7,))
-    expected, = torch.autograd.grad(blocks[0](x), blocks[0][0].weight, delta)
+    (expected,) = torch.autograd.grad(blocks[0](x), blocks[0][0].weight, delta)
     trainer.step(x, target)
     torch.testing.assert_close(gradients(trainer)[0], expected)
 
@@ -304,31 +324,41 @@ def test_it_learns(rule):
     assert last < 0.5 * first
 
 
-@pytest.mark.parametrize("change, error, message", [
-    (dict(rule="fa"), ValueError, "rule must be one of 'dfa', 'sdfa', 'drtp', 'shallow', got 'fa'"),
-    (dict(error="mse"), ValueError, "error must be one of"),
-    (dict(reduce="sum"), ValueError, "reduce must be one of"),
-    (dict(init="xavier"), ValueError, "init must be one of"),
-    (dict(init=-1.0), ValueError, "init must be greater than 0"),
-    (dict(law="cauchy"), ValueError, "law must be one of"),
-    (dict(init="lls", law="sign"), ValueError, "law must be 'uniform' or 'uniform8' with init='lls'"),
-    (dict(rule="drtp", shared_slice=True), ValueError, "shared_slice must be False with rule='drtp'"),
-    (dict(blocks=[nn.Flatten()]), ValueError, "at least one parameter"),
-    (dict(blocks=[torch.tanh, nn.Linear(2, 2)]), TypeError, "blocks must be nn.Modules, got builtin"),
-    (dict(blocks=[nn.Sequential(nn.Linear(2, 2), lnn.DirectFeedback()), nn.Linear(2, 2)]), ValueError,
-     "got one inside a Sequential"),
-])
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(rule="fa"), ValueError, "rule must be one of 'dfa', 'sdfa', 'drtp', 'shallow', got 'fa'"),
+        (dict(error="mse"), ValueError, "error must be one of"),
+        (dict(reduce="sum"), ValueError, "reduce must be one of"),
+        (dict(init="xavier"), ValueError, "init must be one of"),
+        (dict(init=-1.0), ValueError, "init must be greater than 0"),
+        (dict(law="cauchy"), ValueError, "law must be one of"),
+        (dict(init="lls", law="sign"), ValueError, "law must be 'uniform' or 'uniform8' with init='lls'"),
+        (dict(rule="drtp", shared_slice=True), ValueError, "shared_slice must be False with rule='drtp'"),
+        (dict(blocks=[nn.Flatten()]), ValueError, "at least one parameter"),
+        (dict(blocks=[torch.tanh, nn.Linear(2, 2)]), TypeError, "blocks must be nn.Modules, got builtin"),
+        (
+            dict(blocks=[nn.Sequential(nn.Linear(2, 2), lnn.DirectFeedback()), nn.Linear(2, 2)]),
+            ValueError,
+            "got one inside a Sequential",
+        ),
+    ],
+)
 def test_bad_arguments(change, error, message):
     arguments = {"blocks": network(), **change}
     with pytest.raises(error, match=message):
         DirectTrainer(arguments.pop("blocks"), sgd, **arguments)
 
 
-@pytest.mark.parametrize("arguments, error, message", [
-    (dict(feedback=torch.ones(3)), ValueError, r"feedback must be \(C, \*shape\) or \(C, N\), got shape \(3,\)"),
-    (dict(feedback=torch.ones(3, 2, dtype=torch.int64)), TypeError, "feedback must be one of"),
-    (dict(max_features=0), ValueError, "max_features must be at least 1"),
-    (dict(seed="a"), TypeError, "seed must be an int")])
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(feedback=torch.ones(3)), ValueError, r"feedback must be \(C, \*shape\) or \(C, N\), got shape \(3,\)"),
+        (dict(feedback=torch.ones(3, 2, dtype=torch.int64)), TypeError, "feedback must be one of"),
+        (dict(max_features=0), ValueError, "max_features must be at least 1"),
+        (dict(seed="a"), TypeError, "seed must be an int"),
+    ],
+)
 def test_bad_places(arguments, error, message):
     with pytest.raises(error, match=message):
         lnn.DirectFeedback(**arguments)
@@ -340,16 +370,20 @@ def test_signal_of_another_batch():
 
 
 def test_a_norm_of_another_width_is_torchs_error():
-    blocks = [nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
-              nn.Sequential(nn.Flatten(), nn.Linear(64 * 64, 10))]
+    blocks = [
+        nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        nn.Sequential(nn.Flatten(), nn.Linear(64 * 64, 10)),
+    ]
     with pytest.raises((RuntimeError, ValueError), match="16"):
         DirectTrainer(blocks, sgd, rule="dfa").step(torch.randn(4, 3, 8, 8), torch.arange(4))
 
 
 @pytest.mark.parametrize("pool", [True, False])
 def test_relu_of_minus_infinity_is_zero(pool):
-    blocks = [nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *[nn.MaxPool2d(2)] * pool),
-              nn.Sequential(nn.Flatten(), nn.Linear(8 * 16 if pool else 8 * 64, 10))]
+    blocks = [
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *[nn.MaxPool2d(2)] * pool),
+        nn.Sequential(nn.Flatten(), nn.Linear(8 * 16 if pool else 8 * 64, 10)),
+    ]
     with torch.no_grad():
         blocks[0][1].bias[3] = float("-inf")
     trainer = DirectTrainer(blocks, sgd, rule="dfa")

@@ -1,4 +1,5 @@
 """The networks of the recipes: parameters, shapes, control variants, and the count of the learning signal."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,15 @@ def test_modulation_adds_to_each_of_the_seven_layers_of_vgg8(classes):
     assert count("vgg8", "lls-mxm-reduced", 10) == count("vgg8", "lls", 10) + 7 * 100 * 10
 
 
-@pytest.mark.parametrize("model, rule", [
-    *((model, rule) for model in ("smallconv", "mobilenetv1") for rule in models.RULES),
-    ("smallconvl", "lls"), ("vgg8", "lls"), ("vgg8", "lls-mxm-reduced")])
+@pytest.mark.parametrize(
+    "model, rule",
+    [
+        *((model, rule) for model in ("smallconv", "mobilenetv1") for rule in models.RULES),
+        ("smallconvl", "lls"),
+        ("vgg8", "lls"),
+        ("vgg8", "lls-mxm-reduced"),
+    ],
+)
 def test_one_step(model, rule):
     blocks = models.build(model, rule, in_channels=3, num_classes=10)
     trainer = loop.trainer(rule, blocks, lambda p: torch.optim.SGD(p, lr=0.1))
@@ -46,8 +53,11 @@ def test_one_step(model, rule):
 
 def test_heads_see_the_published_latents():
     def heads(model):
-        return [(getattr(b, "layer", None) is not None and b.layer.weight.shape[0], b.pool_size)
-                for b in models.build(model, "lls", in_channels=1, num_classes=10) if hasattr(b, "pool_size")]
+        return [
+            (getattr(b, "layer", None) is not None and b.layer.weight.shape[0], b.pool_size)
+            for b in models.build(model, "lls", in_channels=1, num_classes=10)
+            if hasattr(b, "pool_size")
+        ]
 
     assert heads("smallconv") == [(32, 4), (64, 2), (128, 2), (512, 512)]
     assert heads("smallconvl") == [(96, 4), (192, 2), (512, 2), (1024, 2048)]
@@ -73,8 +83,9 @@ def test_control_heads_are_the_written_out_loss(rule, shape, latents):
     x, target = torch.randn(shape), torch.tensor([0, 4, 2, 2])
     out, loss = head(x, target)
     matrix = head.basis if rule == "lls-random" else F.adaptive_avg_pool1d(head.weight, latents)
-    pooled = (F.adaptive_avg_pool2d(x.tanh(), pool) if len(shape) == 4 else
-              F.adaptive_avg_pool1d(x.tanh(), pool)).flatten(1)
+    pooled = (
+        F.adaptive_avg_pool2d(x.tanh(), pool) if len(shape) == 4 else F.adaptive_avg_pool1d(x.tanh(), pool)
+    ).flatten(1)
     torch.testing.assert_close(loss, F.cross_entropy(pooled @ matrix.t() / 0.5, target))
     assert not out.requires_grad and torch.equal(out, x.tanh())
     assert (len(list(head.parameters())) == 0) == (rule == "lls-random")
@@ -113,17 +124,22 @@ def test_signal_macs_are_those_of_the_input_gradients():
         assert sum(found[1:]) == macs(model, "bp", 10, size)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("resnet", "lls"), "unknown model 'resnet'; expected one of: smallconv"),
-    (("vgg8", "ff"), "unknown rule 'ff'; expected one of: lls"),
-    (("alexnet", "lls"), "rule 'lls' needs a model with local heads .smallconv"),
-    (("resnet18", "local-classifier"), "needs a model with local heads")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("resnet", "lls"), "unknown model 'resnet'; expected one of: smallconv"),
+        (("vgg8", "ff"), "unknown rule 'ff'; expected one of: lls"),
+        (("alexnet", "lls"), "rule 'lls' needs a model with local heads .smallconv"),
+        (("resnet18", "local-classifier"), "needs a model with local heads"),
+    ],
+)
 def test_unknown_names(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.build(*arguments, in_channels=3, num_classes=10)
 
 
 # -- the sign-symmetry paper's networks, and the rules without heads ---------------------------------------------------
+
 
 @pytest.mark.parametrize("rule", ["bp", "usf", "dfa"])
 def test_parameter_counts_of_the_networks(rule):
@@ -139,7 +155,7 @@ def test_residual_network_starts_as_published():
     assert len(convolutions) == 20 and all(c.bias is None for c in convolutions)
     for conv in convolutions:
         fan_out = conv.weight[0, 0].numel() * conv.weight.shape[0]
-        assert conv.weight.std().item() == pytest.approx((2 / fan_out)**0.5, rel=0.05)
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
     assert sum(isinstance(block, networks.BasicBlock) for block in blocks) == 8
 
 
@@ -149,8 +165,11 @@ def test_all_layers_but_the_last_are_converted(model, layers, rule):
     with torch.device("meta"):
         blocks = models.build(model, rule, in_channels=3, num_classes=10)
     found = [m for block in blocks for m in block.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    kind = (lnn.FeedbackAlignmentConv2d, lnn.FeedbackAlignmentLinear) if rule == "fa" else (
-        lnn.SignSymmetricConv2d, lnn.SignSymmetricLinear)
+    kind = (
+        (lnn.FeedbackAlignmentConv2d, lnn.FeedbackAlignmentLinear)
+        if rule == "fa"
+        else (lnn.SignSymmetricConv2d, lnn.SignSymmetricLinear)
+    )
     assert len(found) == layers and type(found[-1]) is nn.Linear
     assert all(isinstance(m, kind) for m in found[:-1])
 
@@ -161,8 +180,10 @@ def test_residual_network_takes_a_step(rule):
     trainer = loop.trainer(rule, blocks, lambda p: torch.optim.SGD(p, lr=0.01))
     before = [p.detach().clone() for block in blocks for p in block.parameters() if p.dim() > 1]
     assert torch.isfinite(trainer.step(torch.randn(4, 3, 32, 32), torch.arange(4))).all()
-    assert all(not torch.equal(a, b) for a, b in
-               zip(before, (p for block in blocks for p in block.parameters() if p.dim() > 1)))
+    assert all(
+        not torch.equal(a, b)
+        for a, b in zip(before, (p for block in blocks for p in block.parameters() if p.dim() > 1))
+    )
     if rule != "usf":
         assert len(trainer.segments) == 10
 
@@ -189,5 +210,6 @@ def test_signal_macs_of_feedback():
     assert macs("vgg8", "dfa", 10) == macs("vgg8", "sdfa", 10) == 10 * neurons and macs("vgg8", "drtp", 10) == 0
     assert macs("resnet18", "bp", 10, 224) == pytest.approx(1.814e9 - 118e6, rel=0.01)
     within = macs("resnet18", "drtp", 10, 64)  # the second convolution of each residual block
-    assert within == sum(9 * w * w * (size * size) for w, size in ((64, 16), (128, 8), (256, 4), (512, 2))
-                         for _ in range(2))
+    assert within == sum(
+        9 * w * w * (size * size) for w, size in ((64, 16), (128, 8), (256, 4), (512, 2)) for _ in range(2)
+    )

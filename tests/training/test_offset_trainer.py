@@ -1,4 +1,5 @@
 """BP-modified local losses through the block-wise trainer."""
+
 import pytest
 import torch
 from torch import nn
@@ -13,8 +14,13 @@ from tests.tolerances import assert_relative
 def blocks(norm=False):
     torch.manual_seed(3)
     make = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), *([nn.BatchNorm2d(o)] if norm else []), nn.Tanh())  # noqa: E731
-    result = [lnn.LocalClassifier(make(3, 6), 6, 4), nn.MaxPool2d(2), lnn.PredSimHead(make(6, 8), (8, 3, 3), 4),
-              nn.Flatten(), lnn.ClassifierBlock(nn.Linear(72, 4))]
+    result = [
+        lnn.LocalClassifier(make(3, 6), 6, 4),
+        nn.MaxPool2d(2),
+        lnn.PredSimHead(make(6, 8), (8, 3, 3), 4),
+        nn.Flatten(),
+        lnn.ClassifierBlock(nn.Linear(72, 4)),
+    ]
     return [b.double() for b in result]
 
 
@@ -45,7 +51,7 @@ def test_refreshed_at_every_step_it_is_back_propagation():
 
 def test_a_stale_offset_stays_nearer_to_back_propagation():
     """Refreshed every 5 steps only: the weights stay less than half as far from back-propagation's as local training's.
-    The rate is small: what is left is the drift within a period, which grows with its square (auxiliary heads included)."""
+    The rate is small: what is left is the drift within a period, which grows with its square (with auxiliary heads)."""
     data, distance = batch(0, 64), {}
     rival = BackpropTrainer(blocks(), lambda p: torch.optim.SGD(p, 0.002))
     for _ in range(20):
@@ -56,9 +62,15 @@ def test_a_stale_offset_stays_nearer_to_back_propagation():
             if i % 5 == 0:
                 refresh_trainer(trainer, data)
             trainer.step(*data)
-        distance[scale] = sum((p - q).square().sum().item() for a, b in zip(trainer.blocks, rival.blocks)
-                              for (name, p), q in zip(a.named_parameters(), b.parameters())
-                              if name.startswith("block")) ** 0.5
+        distance[scale] = (
+            sum(
+                (p - q).square().sum().item()
+                for a, b in zip(trainer.blocks, rival.blocks)
+                for (name, p), q in zip(a.named_parameters(), b.parameters())
+                if name.startswith("block")
+            )
+            ** 0.5
+        )
     assert distance[1.0] < 0.5 * distance[0.0], distance
 
 
@@ -77,6 +89,7 @@ def test_refresh_touches_nothing_else():
 def test_clipping_counts_the_offset(wrap):
     def factory(parameters):
         return OffsetOptimizer(torch.optim.SGD(parameters, 1.0)) if wrap else OffsetSGD(parameters, 1.0)
+
     schedule = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)  # noqa: E731
     for options in (dict(), dict(grad_scaler=torch.amp.GradScaler("cpu")), dict(scheduler_factory=schedule)):
         trainer = BlockwiseTrainer(blocks(), factory, clip_grad_norm=1e-3, **options)

@@ -1,4 +1,5 @@
 """Cutting models into units, and the saved-byte table of the specification (resolution 224, batch 64, float32)."""
+
 import pytest
 import torch
 from torch import nn
@@ -38,19 +39,24 @@ def vit(models):
 
 def megabytes(model, units, image):
     """(all of back-propagation, [units])."""
-    return (partition.saved_bytes(partition.chain(model), image)[0] / 1e6,
-            [b / 1e6 for b in partition.unit_bytes(units, image)])
+    return (
+        partition.saved_bytes(partition.chain(model), image)[0] / 1e6,
+        [b / 1e6 for b in partition.unit_bytes(units, image)],
+    )
 
 
 def close(got, expected):
     assert abs(got - expected) <= 0.02 * expected, f"{got:.0f} MB, expected {expected}"
 
 
-@pytest.mark.parametrize("cuts, expected", [
-    ([4, 8, 14], [2659, 1696, 1156, 347]),                   # stages, the stem in the first
-    ([1, 4, 8, 14], [552, 2107, 1696, 1156, 347]),           # the stem apart
-    ([2, 4, 8], [1426, 1439, 1696, 1452]),                   # before res2.1, res3.0, res4.0
-])
+@pytest.mark.parametrize(
+    "cuts, expected",
+    [
+        ([4, 8, 14], [2659, 1696, 1156, 347]),  # stages, the stem in the first
+        ([1, 4, 8, 14], [552, 2107, 1696, 1156, 347]),  # the stem apart
+        ([2, 4, 8], [1426, 1439, 1696, 1452]),  # before res2.1, res3.0, res4.0
+    ],
+)
 def test_resnet_stages(models, image, cuts, expected):
     model = resnet(models)
     total, units = megabytes(model, split_blocks(model, cuts), image)
@@ -65,8 +71,10 @@ def test_resnet_balanced(models, image, count, largest):
     close(max(megabytes(model, split_blocks(model, count, input=image), image)[1]), largest)
 
 
-@pytest.mark.parametrize("attention, total, count, largest", [
-    ("eager", 8870, 4, 2217), ("eager", 8870, 12, 739), ("flash", 7446, 4, 1862), ("flash", 7446, 12, 620)])
+@pytest.mark.parametrize(
+    "attention, total, count, largest",
+    [("eager", 8870, 4, 2217), ("eager", 8870, 12, 739), ("flash", 7446, 4, 1862), ("flash", 7446, 12, 620)],
+)
 def test_vit(models, image, attention, total, count, largest):
     """Encoder layers in equal groups, the embedding with the first, the head with the last."""
     model = vit(models)
@@ -87,7 +95,9 @@ def test_the_plan_of_a_resnet(models, image):
     assert not rows["BP"].fits and rows["BP-modified, 4 units"].fits
     assert rows["BP-modified, 4 units"].compute == pytest.approx(1.013, abs=1e-3)
     close(rows["two views, 18 units"].activations / 1e6, 2 * 873)
-    assert rows["BP-modified forward-forward, 4 units"].compute == pytest.approx(7 / 3 + 320 / 50_000 * 10 / 3, abs=1e-3)
+    assert rows["BP-modified forward-forward, 4 units"].compute == pytest.approx(
+        7 / 3 + 320 / 50_000 * 10 / 3, abs=1e-3
+    )
 
 
 @pytest.mark.unpoisoned
@@ -95,8 +105,11 @@ def test_the_plan_of_a_resnet(models, image):
 def test_the_plan_is_what_a_step_takes(name):
     """Within 5 % of the measured peak of a real step of back-propagation on a CPU."""
     torch.manual_seed(0)
-    parts, shape = ((networks.resnet18(3, 10), (16, 3, 96, 96)) if name == "resnet" else
-                    (networks.vit(3, 10, image=64, patch=8, dim=128, depth=4, heads=4), (64, 3, 64, 64)))
+    parts, shape = (
+        (networks.resnet18(3, 10), (16, 3, 96, 96))
+        if name == "resnet"
+        else (networks.vit(3, 10, image=64, patch=8, dim=128, depth=4, heads=4), (64, 3, 64, 64))
+    )
     model = nn.Sequential(*parts)
     x, y = randn(*shape), torch.arange(shape[0]) % 10
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
@@ -105,6 +118,7 @@ def test_the_plan_is_what_a_step_takes(name):
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
     step()  # momentum
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     there = 2 * weights + sum(b.numel() * b.element_size() for b in model.buffers()) + x.numel() * x.element_size()
@@ -125,8 +139,14 @@ def test_the_plan_of_a_converted_model(rule):
 
 def test_micro_batches_that_batch_normalisation_refuses():
     """One value per channel has no variance: no row for it, and no refresh with it."""
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 8),
-                          nn.BatchNorm1d(8), nn.Linear(8, 4))
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 64, 8),
+        nn.BatchNorm1d(8),
+        nn.Linear(8, 4),
+    )
     rows = lgkernels.plan(model, (64, 3, 8, 8), units=(6,)).rows
     assert [r.name for r in rows][:3] == ["BP", "BP, 32 at a time", "BP, 8 at a time"]
     last = lgkernels.plan(model, (2, 3, 8, 8), units=(6,)).rows[-1]
@@ -152,36 +172,51 @@ def test_our_resnet50_is_the_tables(image):
 def test_without_torchvision(monkeypatch, capsys):
     def missing():
         raise ImportError("No module named 'torchvision'")
+
     monkeypatch.setattr(optional, "torchvision", missing)
     assert main(["plan", "--model", "resnet50"]) == 1
-    assert "plan --model needs torchvision, which is not here (No module named 'torchvision')" in capsys.readouterr().out
+    assert (
+        "plan --model needs torchvision, which is not here (No module named 'torchvision')" in capsys.readouterr().out
+    )
 
 
 def test_the_plan_command(models, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     chart = tmp_path / "plan.svg"
-    assert main(["plan", "--model", "resnet18", "--batch", "8", "--image", "64", "--memory", "100MB", "--plot",
-                 str(chart)]) == 0
+    assert (
+        main(
+            ["plan", "--model", "resnet18", "--batch", "8", "--image", "64", "--memory", "100MB", "--plot", str(chart)]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert "BP, checkpointed" in text and "memory: 100 MB" in text and chart.stat().st_size > 1000
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--model", "alexnet"], "--model must be a ResNet or vision transformer of torchvision, got 'alexnet'"),
-    (["--model", "resnet"], "--model must be a ResNet or vision transformer of torchvision, got 'resnet'"),
-    (["--memory", "8G"], "--memory must be a number of bytes, or a text such as '8GB' or '24GiB', got '8G'"),
-    (["--memory", "nan"], "--memory must be a number of bytes, or a text such as '8GB' or '24GiB', got 'nan'"),
-    (["--batch", "0"], "--batch must be at least 1, got 0"),
-    (["--image", "-1"], "--image must be at least 1, got -1"),
-    (["--classes", "0"], "--classes must be at least 1, got 0"),
-    (["--optimizer-state", "-3"], "--optimizer-state must be at least 0, got -3"),
-    (["--model", "vit_b_16", "--image", "225"], "--model vit_b_16 cannot take --image 225 with --batch 8: Input "
-     "shape indivisible by patch size!"),
-    (["--batch", "1", "--image", "32"], "--model resnet18 cannot take --image 32 with --batch 1: Expected more than 1 "
-     "value per channel when training, got input size torch.Size([1, 512, 1, 1])"),
-    (["--plot", "/nonexistent/x.png"], "--plot /nonexistent/x.png cannot be written: "),
-    (["--plot", "x.unknown"], "--plot x.unknown cannot be written: "),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "alexnet"], "--model must be a ResNet or vision transformer of torchvision, got 'alexnet'"),
+        (["--model", "resnet"], "--model must be a ResNet or vision transformer of torchvision, got 'resnet'"),
+        (["--memory", "8G"], "--memory must be a number of bytes, or a text such as '8GB' or '24GiB', got '8G'"),
+        (["--memory", "nan"], "--memory must be a number of bytes, or a text such as '8GB' or '24GiB', got 'nan'"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--image", "-1"], "--image must be at least 1, got -1"),
+        (["--classes", "0"], "--classes must be at least 1, got 0"),
+        (["--optimizer-state", "-3"], "--optimizer-state must be at least 0, got -3"),
+        (
+            ["--model", "vit_b_16", "--image", "225"],
+            "--model vit_b_16 cannot take --image 225 with --batch 8: Input shape indivisible by patch size!",
+        ),
+        (
+            ["--batch", "1", "--image", "32"],
+            "--model resnet18 cannot take --image 32 with --batch 1: Expected more than 1 "
+            "value per channel when training, got input size torch.Size([1, 512, 1, 1])",
+        ),
+        (["--plot", "/nonexistent/x.png"], "--plot /nonexistent/x.png cannot be written: "),
+        (["--plot", "x.unknown"], "--plot x.unknown cannot be written: "),
+    ],
+)
 def test_wrong_options_of_the_plan_command(models, capsys, arguments, message):
     if "--plot" in arguments:
         pytest.importorskip("matplotlib")
@@ -189,8 +224,9 @@ def test_wrong_options_of_the_plan_command(models, capsys, arguments, message):
     assert message in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("memory, expected", [("8GB", 8e9), ("1.5GiB", 1.5 * 2**30), ("2e3", 2e3), ("10B", 10.0),
-                                              (7, 7.0)])
+@pytest.mark.parametrize(
+    "memory, expected", [("8GB", 8e9), ("1.5GiB", 1.5 * 2**30), ("2e3", 2e3), ("10B", 10.0), (7, 7.0)]
+)
 def test_memory_units(memory, expected):
     assert planner.parse_memory(memory) == expected
 
@@ -218,18 +254,31 @@ def in_turn(units, x):
     return x
 
 
-@pytest.mark.parametrize("name, options", [
-    ("vit", dict(pos_drop_rate=0.2)), ("vit", dict(drop_rate=0.2)), ("vit", dict(patch_drop_rate=0.5)),
-    ("vit", dict(global_pool="avg")), ("vit", dict(global_pool="map")), ("vit", dict(pre_norm=True)),
-    ("deit", dict(drop_rate=0.2)), ("resnet", dict(drop_rate=0.5))])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("vit", dict(pos_drop_rate=0.2)),
+        ("vit", dict(drop_rate=0.2)),
+        ("vit", dict(patch_drop_rate=0.5)),
+        ("vit", dict(global_pool="avg")),
+        ("vit", dict(global_pool="map")),
+        ("vit", dict(pre_norm=True)),
+        ("deit", dict(drop_rate=0.2)),
+        ("resnet", dict(drop_rate=0.5)),
+    ],
+)
 def test_units_are_timms_model(models, name, options):
     """In both modes, whether the model or the units are switched; every parameter belongs to one unit."""
     timm = pytest.importorskip("timm", reason="timm is not installed").models
     torch.manual_seed(0)
     small = dict(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2)
-    model = (timm.resnet18(num_classes=5, **options) if name == "resnet" else
-             timm.vision_transformer.VisionTransformer(**small, num_classes=5, **options) if name == "vit" else
-             timm.deit.VisionTransformerDistilled(**small, num_classes=5, **options))
+    model = (
+        timm.resnet18(num_classes=5, **options)
+        if name == "resnet"
+        else timm.vision_transformer.VisionTransformer(**small, num_classes=5, **options)
+        if name == "vit"
+        else timm.deit.VisionTransformerDistilled(**small, num_classes=5, **options)
+    )
     x = randn(4, 3, 16, 16) if name != "resnet" else randn(4, 3, 32, 32)
     units = nn.ModuleList(split_blocks(model, 3, input=x))
     assert sorted(map(id, model.parameters())) == sorted(id(p) for unit in units for p in unit.parameters())
@@ -269,6 +318,7 @@ def test_a_subclass_of_sequential():
     class Residual(nn.Sequential):
         def forward(self, x):
             return x + super().forward(x)
+
     assert [len(u) for u in split_blocks(Named(*sequential()), 2, balance="parts")] == [2, 3]
     with pytest.raises(TypeError, match="got Residual: write it as an nn.Sequential"):
         split_blocks(Residual(nn.Linear(4, 4), nn.Linear(4, 4)), 2, balance="parts")
@@ -288,19 +338,25 @@ def test_saved_bytes_of_a_real_backward():
     assert meta == partition.saved_bytes([model], x)[0] == 4 * 3 * (8 + 8 + 16)
 
 
-@pytest.mark.parametrize("arguments, error, message", [
-    (dict(units=9, balance="parts"), ValueError, "units must be at most 5, the parts of the model, got 9"),
-    (dict(units=0), ValueError, "units must be at least 1, got 0"),
-    (dict(units=[3, 2]), ValueError, "units must be increasing part numbers in [1, 4], got [3, 2]"),
-    (dict(units=[1.5, 3]), TypeError, "units[0] must be an int, got float"),
-    (dict(overlap_blocks=-1), ValueError, "overlap_blocks must be at least 0, got -1"),
-    (dict(overlap_blocks=1.5), TypeError, "overlap_blocks must be an int, got float"),
-    (dict(units=2), ValueError, 'input must be an example batch for balance="memory", got None'),
-    (dict(balance="time"), ValueError, "balance must be one of 'memory', 'parts', got 'time'"),
-    (dict(model=nn.Linear(2, 2)), TypeError,
-     "model must be an nn.Sequential, or a ResNet or vision transformer of torchvision or timm, got Linear: write it as "
-     "an nn.Sequential of its parts"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(units=9, balance="parts"), ValueError, "units must be at most 5, the parts of the model, got 9"),
+        (dict(units=0), ValueError, "units must be at least 1, got 0"),
+        (dict(units=[3, 2]), ValueError, "units must be increasing part numbers in [1, 4], got [3, 2]"),
+        (dict(units=[1.5, 3]), TypeError, "units[0] must be an int, got float"),
+        (dict(overlap_blocks=-1), ValueError, "overlap_blocks must be at least 0, got -1"),
+        (dict(overlap_blocks=1.5), TypeError, "overlap_blocks must be an int, got float"),
+        (dict(units=2), ValueError, 'input must be an example batch for balance="memory", got None'),
+        (dict(balance="time"), ValueError, "balance must be one of 'memory', 'parts', got 'time'"),
+        (
+            dict(model=nn.Linear(2, 2)),
+            TypeError,
+            "model must be an nn.Sequential, or a ResNet or vision transformer of torchvision or timm, got Linear: "
+            "write it as an nn.Sequential of its parts",
+        ),
+    ],
+)
 def test_bad_input(arguments, error, message):
     with pytest.raises(error) as caught:
         split_blocks(**{"model": sequential(), **arguments})

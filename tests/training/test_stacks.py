@@ -1,4 +1,5 @@
 """The trainer against the authors' code over several steps of a small network (golden/lls/stack_*.npz)."""
+
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +20,34 @@ def tensors_of(block):
     """Golden name -> tensor of the block."""
     if isinstance(block, lnn.ClassifierBlock):
         return {"weight": block.module.weight, "bias": block.module.bias}
-    found = {"weight": block.layer.weight, "bias": block.layer.bias, "bn_weight": block.norm.weight,
-             "bn_bias": block.norm.bias, "running_mean": block.norm.running_mean, "running_var": block.norm.running_var}
+    found = {
+        "weight": block.layer.weight,
+        "bias": block.layer.bias,
+        "bn_weight": block.norm.weight,
+        "bn_bias": block.norm.bias,
+        "running_mean": block.norm.running_mean,
+        "running_var": block.norm.running_var,
+    }
     return found if block.modulation is None else {**found, "M": block.modulation}
 
 
 def network(golden, impl, dtype):
     """(modules, name -> block), loaded with the initial tensors."""
     classes = golden["init/classifier/weight"].shape[0]
-    options = dict(num_classes=classes, modulation=MODULATION[str(golden["mode"])], waveform=str(golden["waveform"]),
-                   temperature=float(golden["temperature"]), label_smoothing=float(golden["label_smoothing"]),
-                   impl=impl)
+    options = dict(
+        num_classes=classes,
+        modulation=MODULATION[str(golden["mode"])],
+        waveform=str(golden["waveform"]),
+        temperature=float(golden["temperature"]),
+        label_smoothing=float(golden["label_smoothing"]),
+        impl=impl,
+    )
     pools = golden["pooling_sizes"].tolist()
     shapes = [golden[f"init/{name}/weight"].shape for name in NAMES]
-    conv = [lnn.LLSConvBlock(shape[1], shape[0], 3, padding=1, pool_size=pool, max_pool=i < 2, **options)
-            for i, (shape, pool) in enumerate(zip(shapes[:3], pools))]
+    conv = [
+        lnn.LLSConvBlock(shape[1], shape[0], 3, padding=1, pool_size=pool, max_pool=i < 2, **options)
+        for i, (shape, pool) in enumerate(zip(shapes[:3], pools))
+    ]
     linear = lnn.LLSLinearBlock(shapes[3][1], shapes[3][0], pool_size=pools[3], **options)
     blocks = [*conv, linear, lnn.ClassifierBlock(nn.Linear(shapes[4][1], classes))]
     for name, block in zip(NAMES, blocks):
@@ -59,8 +73,9 @@ def close(name, got, wanted, tolerance):
     assert error <= tolerance, f"{name}: {error:.2e} of the largest entry, allowed {tolerance}"
 
 
-@pytest.mark.parametrize("impl, dtype", [
-    ("auto", torch.float32), ("reference", torch.float32), ("reference", torch.float64)])
+@pytest.mark.parametrize(
+    "impl, dtype", [("auto", torch.float32), ("reference", torch.float32), ("reference", torch.float64)]
+)
 @pytest.mark.parametrize("file", FILES)
 def test_stack(file, impl, dtype):
     golden = dict(np.load(GOLDEN / f"{file}.npz", allow_pickle=False))

@@ -1,4 +1,5 @@
 """`python -m lgkernels train` from end to end, on a few hundred images."""
+
 import builtins
 import json
 import os
@@ -27,8 +28,15 @@ def run(tmp_path, *arguments):
 
 
 def settings(**changes):
-    return {**train.DEFAULTS, "device": "cpu", "augment": "basic", "limit": 128, "batch_size": 32, "epochs": 2,
-            **changes}
+    return {
+        **train.DEFAULTS,
+        "device": "cpu",
+        "augment": "basic",
+        "limit": 128,
+        "batch_size": 32,
+        "epochs": 2,
+        **changes,
+    }
 
 
 def dataset(s):
@@ -50,13 +58,35 @@ class Silent:
 
 
 def test_command(tmp_path, capfd):
-    assert run(tmp_path, "--rule", "lls", "--model", "smallconv", "--data", "fashion-mnist", "--compare", "bp", *SMALL,
-               "--name", "first") == 0
+    assert (
+        run(
+            tmp_path,
+            "--rule",
+            "lls",
+            "--model",
+            "smallconv",
+            "--data",
+            "fashion-mnist",
+            "--compare",
+            "bp",
+            *SMALL,
+            "--name",
+            "first",
+        )
+        == 0
+    )
     folder = tmp_path / "first"
     out, err = capfd.readouterr()
     assert {p.name for p in folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "curves.png", "results.json", "checkpoint.safetensors",
-        "checkpoint-bp.safetensors", "model.safetensors", "model-bp.safetensors"}
+        "config.json",
+        "metrics.jsonl",
+        "curves.png",
+        "results.json",
+        "checkpoint.safetensors",
+        "checkpoint-bp.safetensors",
+        "model.safetensors",
+        "model-bp.safetensors",
+    }
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(r["rule"], r["epoch"]) for r in rows] == [("lls", 1), ("lls", 2), ("bp", 1), ("bp", 2)]
     assert len(rows[0]["losses"]) == 5 and len(rows[2]["losses"]) == 1
@@ -66,7 +96,7 @@ def test_command(tmp_path, capfd):
     assert results["lls"]["test_accuracy"] == rows[1]["test_accuracy"]
     assert results["lls"]["signal_macs"] == 35_840 and results["bp"]["signal_macs"] == 7_492_608
     assert 0 < results["lls"]["peak_step_bytes"] < results["bp"]["peak_step_bytes"]
-    table = out[out.index("rule "):].splitlines()
+    table = out[out.index("rule ") :].splitlines()
     assert re.match(r"lls +\d+\.\d\d % +\d+\.\d +\d+ +\d+\.\d MiB +35\.8 k", table[2])
     assert re.match(r"bp +\d+\.\d\d % +\d+\.\d +\d+ +\d+\.\d MiB +7\.49 M", table[3])
     assert "USDT" not in err and "Warning" not in err
@@ -78,7 +108,7 @@ def test_command(tmp_path, capfd):
 @pytest.mark.parametrize("rule", ["lls-m", "lls-mxm", "lls-mxm-reduced", "lls-random", "local-classifier"])
 def test_other_rules(tmp_path, rule):
     assert run(tmp_path, "--rule", rule, *TINY, "--name", "r") == 0
-    record, = map(json.loads, (tmp_path / "r" / "metrics.jsonl").read_text().splitlines())
+    (record,) = map(json.loads, (tmp_path / "r" / "metrics.jsonl").read_text().splitlines())
     assert None not in record["losses"] and 0 <= record["test_accuracy"] <= 1
 
 
@@ -114,7 +144,7 @@ def test_resume_without_feedback_is_refused(tmp_path, capsys):
 def test_optimizers_and_precisions(tmp_path, optimizer, amp):
     s = settings(optimizer=optimizer, amp=amp, limit=32, batch_size=16, epochs=1)
     for rule in ("lls-m", "bp", "brsf", "dfa", "drtp"):
-        record, = loop.Run(s, rule, dataset(s), tmp_path / "c").train(Silent, lambda: False)
+        (record,) = loop.Run(s, rule, dataset(s), tmp_path / "c").train(Silent, lambda: False)
         assert None not in record["losses"] and record["test_loss"] is not None
 
 
@@ -139,8 +169,9 @@ def test_resume_is_bit_exact(tmp_path, rule, steps):
     second.load_state_dict(checkpoint.load(second.path))
     assert (second.epoch, second.batch) == {1: (0, 1), 4: (0, 4), 6: (1, 2)}[steps]
     list(second.train(Silent, lambda: False))
-    without_time = [[{k: v for k, v in r.items() if k != "train_seconds"} for r in history]
-                    for history in (records, second.history)]
+    without_time = [
+        [{k: v for k, v in r.items() if k != "train_seconds"} for r in history] for history in (records, second.history)
+    ]
     assert without_time[0] == without_time[1]
     assert whole.weights.keys() == second.weights.keys()
     assert all(torch.equal(whole.weights[k], second.weights[k]) for k in whole.weights)
@@ -149,17 +180,39 @@ def test_resume_is_bit_exact(tmp_path, rule, steps):
 def test_same_seed_same_run_other_seed_other_run(tmp_path):
     def accuracy_and_loss(seed):
         s = settings(seed=seed, epochs=1)
-        record, = loop.Run(s, "lls", dataset(s), tmp_path / "c").train(Silent, lambda: False)
+        (record,) = loop.Run(s, "lls", dataset(s), tmp_path / "c").train(Silent, lambda: False)
         return record["losses"], record["test_loss"]
 
     assert accuracy_and_loss(1) == accuracy_and_loss(1) != accuracy_and_loss(2)
 
 
 def test_ctrl_c_leaves_a_resumable_run(tmp_path):
-    arguments = [sys.executable, "-m", "lgkernels", "train", "--limit", "256", "--batch-size", "32", "--epochs", "400",
-                 "--name", "stopped", "--out", str(tmp_path), "--threads", "1"]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               cwd=Path(command.__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    arguments = [
+        sys.executable,
+        "-m",
+        "lgkernels",
+        "train",
+        "--limit",
+        "256",
+        "--batch-size",
+        "32",
+        "--epochs",
+        "400",
+        "--name",
+        "stopped",
+        "--out",
+        str(tmp_path),
+        "--threads",
+        "1",
+    ]
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(command.__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     end = time.monotonic() + 90
     while process.poll() is None and time.monotonic() < end and not (metrics.exists() and metrics.read_text()):
@@ -196,26 +249,29 @@ def test_resume_refuses_a_corrupt_checkpoint_and_other_settings(tmp_path, capsys
     assert re.fullmatch(r"python -m lgkernels train: error: checkpoint .* corrupt or cut short .*\n", err)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--rule", "xx"], "unknown rule 'xx'; expected one of: lls, "),
-    (["--compare", "bp", "xx"], "unknown rule 'xx'"),
-    (["--model", "resnet"], "unknown model 'resnet'; expected one of: smallconv, "),
-    (["--model", "resnet18"], "--rule lls needs a model with local heads (smallconv, "),
-    (["--model", "alexnet", "--rule", "usf"], "--model alexnet needs images of 63 x 63 or more, those of "),
-    (["--data", "imagenet"], "unknown data set 'imagenet'"),
-    (["--data", "cifar10"], "data set cifar10 needs --data-dir"),
-    (["--data", "mnist", "--data-dir", "/no/such/place"], "data folder /no/such/place does not exist"),
-    (["--optimizer", "lion"], "unknown optimizer 'lion'"),
-    (["--amp", "int8"], "unknown amp 'int8'"),
-    (["--epochs", "0"], "--epochs must be positive, got 0"),
-    (["--lr", "-1"], "--lr must be positive, got -1.0"),
-    (["--seed", "-1"], "--seed must lie in [0, 2**63), got -1"),
-    (["--batch-size", "1"], "--batch-size must be at least 2"),
-    (["--limit", "32"], "--batch-size 128 exceeds the 32 training samples"),
-    (["--device", "toaster"], "--device toaster cannot be used"),
-    (["--resume"], "--resume needs --name"),
-    (["--resume", "--name", "nothing"], "no run to resume in"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rule", "xx"], "unknown rule 'xx'; expected one of: lls, "),
+        (["--compare", "bp", "xx"], "unknown rule 'xx'"),
+        (["--model", "resnet"], "unknown model 'resnet'; expected one of: smallconv, "),
+        (["--model", "resnet18"], "--rule lls needs a model with local heads (smallconv, "),
+        (["--model", "alexnet", "--rule", "usf"], "--model alexnet needs images of 63 x 63 or more, those of "),
+        (["--data", "imagenet"], "unknown data set 'imagenet'"),
+        (["--data", "cifar10"], "data set cifar10 needs --data-dir"),
+        (["--data", "mnist", "--data-dir", "/no/such/place"], "data folder /no/such/place does not exist"),
+        (["--optimizer", "lion"], "unknown optimizer 'lion'"),
+        (["--amp", "int8"], "unknown amp 'int8'"),
+        (["--epochs", "0"], "--epochs must be positive, got 0"),
+        (["--lr", "-1"], "--lr must be positive, got -1.0"),
+        (["--seed", "-1"], "--seed must lie in [0, 2**63), got -1"),
+        (["--batch-size", "1"], "--batch-size must be at least 2"),
+        (["--limit", "32"], "--batch-size 128 exceeds the 32 training samples"),
+        (["--device", "toaster"], "--device toaster cannot be used"),
+        (["--resume"], "--resume needs --name"),
+        (["--resume", "--name", "nothing"], "no run to resume in"),
+    ],
+)
 def test_bad_arguments(tmp_path, capsys, arguments, message):
     assert run(tmp_path, *arguments) == 2
     err = capsys.readouterr().err
@@ -233,8 +289,10 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
 def test_missing_extras(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None if name == "tqdm" else True)
     assert run(tmp_path) == 2
-    assert capsys.readouterr().err == ('python -m lgkernels train: error: tqdm not installed; run: '
-                                       'pip install "lgkernels[demo]", in a clone: pip install -e ".[demo]"\n')
+    assert capsys.readouterr().err == (
+        "python -m lgkernels train: error: tqdm not installed; run: "
+        'pip install "lgkernels[demo]", in a clone: pip install -e ".[demo]"\n'
+    )
 
 
 def test_missing_pillow(tmp_path, capsys, monkeypatch):
@@ -267,8 +325,14 @@ def test_peak_memory_counts_what_lives_at_once():
 
 
 def test_table():
-    figures = dict(test_accuracy=0.91234, ms_per_step=12.34, samples_per_second=999.6, peak_step_bytes=2**21,
-                   signal_macs=719_000_000, train_seconds=61.2)
+    figures = dict(
+        test_accuracy=0.91234,
+        ms_per_step=12.34,
+        samples_per_second=999.6,
+        peak_step_bytes=2**21,
+        signal_macs=719_000_000,
+        train_seconds=61.2,
+    )
     lines = report.table({"bp": figures})
     assert lines[2].split() == ["bp", "91.23", "%", "12.3", "1000", "2.0", "MiB", "719", "M", "61", "s"]
     assert len({len(line) for line in lines}) == 1

@@ -1,4 +1,5 @@
 """What BlockwiseTrainer and BackpropTrainer promise beside the rule itself."""
+
 import contextlib
 import copy
 import weakref
@@ -34,9 +35,12 @@ def local_blocks():
 
 def lls_blocks(channels=4):
     torch.manual_seed(3)
-    return [lnn.LLSConvBlock(1, channels, 3, padding=1, num_classes=3, pool_size=2, max_pool=True), nn.Flatten(),
-            lnn.LLSLinearBlock(channels * 16, 12, num_classes=3, pool_size=12, modulation="matrix"),
-            lnn.ClassifierBlock(nn.Linear(12, 3))]
+    return [
+        lnn.LLSConvBlock(1, channels, 3, padding=1, num_classes=3, pool_size=2, max_pool=True),
+        nn.Flatten(),
+        lnn.LLSLinearBlock(channels * 16, 12, num_classes=3, pool_size=12, modulation="matrix"),
+        lnn.ClassifierBlock(nn.Linear(12, 3)),
+    ]
 
 
 def batch(size=8, *shape, seed=0):
@@ -53,8 +57,11 @@ def sgd(parameters):
 
 
 def weights(trainer):
-    return {f"{i}.{name}": p.detach().clone() for i, block in enumerate(trainer.blocks)
-            for name, p in block.state_dict().items()}
+    return {
+        f"{i}.{name}": p.detach().clone()
+        for i, block in enumerate(trainer.blocks)
+        for name, p in block.state_dict().items()
+    }
 
 
 def assert_equal(one, two):
@@ -121,7 +128,7 @@ def test_accumulation_is_the_big_batch(kind):
         total = whole.step(x, target)
         small = []
         for i in range(3):
-            small.append(parts.step(x[4 * i:4 * i + 4], target[4 * i:4 * i + 4]))
+            small.append(parts.step(x[4 * i : 4 * i + 4], target[4 * i : 4 * i + 4]))
             if i < 2 and parts.steps == 0:
                 assert_equal(before, weights(parts))
         torch.testing.assert_close(torch.stack(small).mean(0), total)
@@ -144,7 +151,7 @@ def test_backprop_is_the_plain_loop():
         loss.backward()
         optimizer.step()
     assert torch.equal(losses, loss.detach().reshape(1))
-    assert_equal(weights(trainer), {k: v for k, v in model.state_dict().items()})
+    assert_equal(weights(trainer), dict(model.state_dict()))
 
 
 @pytest.mark.parametrize("kind", [BlockwiseTrainer, BackpropTrainer])
@@ -186,8 +193,9 @@ def test_schedules():
     trainer.step(*batch())
     trainer.scheduler_step()
     assert [o.param_groups[0]["lr"] for o in trainer.optimizers if o] == [0.05] * 3
-    plateau = BlockwiseTrainer(local_blocks(), sgd, scheduler_factory=lambda o: schedules.ReduceLROnPlateau(
-        o, factor=0.1, patience=0))
+    plateau = BlockwiseTrainer(
+        local_blocks(), sgd, scheduler_factory=lambda o: schedules.ReduceLROnPlateau(o, factor=0.1, patience=0)
+    )
     for metric in (1.0, 2.0, 3.0):
         plateau.scheduler_step(metric)
     assert plateau.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
@@ -196,8 +204,10 @@ def test_schedules():
 @pytest.mark.parametrize("kind", [BlockwiseTrainer, BackpropTrainer])
 def test_grad_scaler(kind):
     x, target = batch()
-    plain, scaled = (kind(local_blocks(), sgd, clip_grad_norm=0.5, grad_scaler=scaler)
-                     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)))
+    plain, scaled = (
+        kind(local_blocks(), sgd, clip_grad_norm=0.5, grad_scaler=scaler)
+        for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    )
     for _ in range(2):
         torch.testing.assert_close(scaled.step(x, target), plain.step(x, target))
     for name, tensor in weights(plain).items():
@@ -266,8 +276,12 @@ def schedule_free(parameters):
 def test_state_continues_bit_for_bit(kind, factory):
     def trainer():
         blocks = lls_blocks() if kind is BlockwiseTrainer else local_blocks()
-        return kind(blocks, factory, scheduler_factory=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
-                    grad_scaler=torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=2))
+        return kind(
+            blocks,
+            factory,
+            scheduler_factory=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+            grad_scaler=torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=2),
+        )
 
     def advance(t, steps):
         for i in steps:
@@ -305,13 +319,16 @@ def test_predict_is_the_network():
     assert torch.equal(trainer.predict(images()[0]), expected)
 
 
-@pytest.mark.parametrize("change, error, message", [
-    (dict(accumulation_steps=0), ValueError, "accumulation_steps"),
-    (dict(accumulation_steps=1.5), (TypeError, ValueError), "accumulation_steps"),
-    (dict(clip_grad_norm=-1.0), ValueError, "clip_grad_norm"),
-    (dict(blocks=[]), ValueError, "at least one parameter"),
-    (dict(blocks=[nn.Flatten()]), ValueError, "at least one parameter"),
-])
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(accumulation_steps=0), ValueError, "accumulation_steps"),
+        (dict(accumulation_steps=1.5), (TypeError, ValueError), "accumulation_steps"),
+        (dict(clip_grad_norm=-1.0), ValueError, "clip_grad_norm"),
+        (dict(blocks=[]), ValueError, "at least one parameter"),
+        (dict(blocks=[nn.Flatten()]), ValueError, "at least one parameter"),
+    ],
+)
 def test_bad_arguments(change, error, message):
     arguments = {"blocks": local_blocks(), **change}
     with pytest.raises(error, match=message):

@@ -1,4 +1,5 @@
 """The rules that tune a network unit by unit, plain and BP-modified, and what they are compared with."""
+
 import json
 
 import pytest
@@ -7,9 +8,9 @@ from torch import nn
 
 import lgkernels.__main__ as command
 import lgkernels.nn as lnn
+from lgkernels.optim import OffsetSGD
 from lgkernels.recipes import checkpoint, data, loop, networks, train, tuning
 from lgkernels.training import BackpropTrainer, BlockwiseTrainer, partition, refresh_trainer
-from lgkernels.optim import OffsetSGD
 from tests.ops.lls_problems import randn, targets
 from tests.tolerances import assert_relative
 
@@ -32,8 +33,18 @@ class Silent:
 
 
 def settings(**changes):
-    return {**train.DEFAULTS, "device": "cpu", "augment": "none", "limit": 64, "batch_size": 16, "epochs": 1,
-            "model": "resnet-small", "optimizer": "sgd", "offset_batch": 32, **changes}
+    return {
+        **train.DEFAULTS,
+        "device": "cpu",
+        "augment": "none",
+        "limit": 64,
+        "batch_size": 16,
+        "epochs": 1,
+        "model": "resnet-small",
+        "optimizer": "sgd",
+        "offset_batch": 32,
+        **changes,
+    }
 
 
 def dataset(s):
@@ -43,9 +54,12 @@ def dataset(s):
 def small(seed=0):
     """conv parts of 6 and 8 channels, and a classifier, in float64."""
     torch.manual_seed(seed)
-    return nn.Sequential(networks.Part(nn.Conv2d(1, 6, 3, 2, 1), nn.Tanh()), networks.Part(nn.Conv2d(6, 8, 3, 2, 1), nn.Tanh()),
-                         networks.Part(nn.Conv2d(8, 8, 3, 1, 1), nn.Tanh()),
-                         networks.Part(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))).double()
+    return nn.Sequential(
+        networks.Part(nn.Conv2d(1, 6, 3, 2, 1), nn.Tanh()),
+        networks.Part(nn.Conv2d(6, 8, 3, 2, 1), nn.Tanh()),
+        networks.Part(nn.Conv2d(8, 8, 3, 1, 1), nn.Tanh()),
+        networks.Part(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    ).double()
 
 
 def batch(size=12):
@@ -134,23 +148,46 @@ def test_rivals_are_back_propagation(rule):
 
 def test_command(tmp_path, capsys):
     """Pre-trains once, tunes by several rules from the same weights, and shows what a refresh costs."""
-    arguments = ["--model", "resnet-small", "--limit", "64", "--batch-size", "16", "--epochs", "1", "--pretrain", "1",
-                 "--offset-batch", "16", "--period", "2", "--out", str(tmp_path), "--name", "r", "--batch-norm", "batch"]
-    assert command.main(["train", "--rule", "loco-bpm", "--compare", "forward-forward", "bp-checkpoint", *arguments]) == 0
+    arguments = [
+        "--model",
+        "resnet-small",
+        "--limit",
+        "64",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+        "--pretrain",
+        "1",
+        "--offset-batch",
+        "16",
+        "--period",
+        "2",
+        "--out",
+        str(tmp_path),
+        "--name",
+        "r",
+        "--batch-norm",
+        "batch",
+    ]
+    assert (
+        command.main(["train", "--rule", "loco-bpm", "--compare", "forward-forward", "bp-checkpoint", *arguments]) == 0
+    )
     out = capsys.readouterr().out
     assert "pre-training on 5 classes, epoch 1/1" in out and (tmp_path / "r" / "pretrained.safetensors").exists()
     results = json.loads((tmp_path / "r" / "results.json").read_text())["results"]
     assert list(results) == ["loco-bpm", "forward-forward", "bp-checkpoint"]
     assert 0 < results["loco-bpm"]["refresh_overhead_formula"] and 0 < results["loco-bpm"]["refresh_overhead"]
     assert "refresh_overhead" not in results["forward-forward"]
-    title = out[out.index("rule  "):].splitlines()[0].split()
+    title = out[out.index("rule  ") :].splitlines()[0].split()
     assert title[-3:] == ["refresh", "formula", "training"] and "signal" not in title
     assert all(r["lr"] == loop.TUNING_RATE for r in results.values())
 
 
 def test_formula():
     assert tuning.formula(dict(offset_batch=320, period=None, batch_size=64), 3.0, 3.0, 50_000) == pytest.approx(
-        2 * 320 / (781 * 64))
+        2 * 320 / (781 * 64)
+    )
 
 
 def test_resume_is_bit_exact(tmp_path):
@@ -175,7 +212,11 @@ def test_adapters(model, adapter):
     run = loop.Run(s, "predsim-bpm", dataset(s), None)
     order = torch.arange(64)
     assert run._refresh_due()
-    assert [o.param_groups[0]["offset_scale"] for o in run.trainer.optimizers] == [1, 1, 0]  # the last has the global loss
+    assert [o.param_groups[0]["offset_scale"] for o in run.trainer.optimizers] == [
+        1,
+        1,
+        0,
+    ]  # the last has the global loss
     before = {id(p): p.detach().clone() for b in run.trainer.blocks for p in b.parameters()}
     for i in range(2):
         run.refresh(order, 0)
@@ -183,8 +224,9 @@ def test_adapters(model, adapter):
     names = [name for b in run.trainer.blocks for name, p in b.named_parameters() if not torch.equal(p, before[id(p)])]
     ours = [n for n in names if n.startswith(("block", "module"))]
     factors = {"lokr": ("w1", "w2", "w2_a", "w2_b"), "lora": ("a", "b")}[adapter]
-    assert ours and all(n.split(".")[-1] in factors for n in ours if ".base." not in n and not n.endswith(
-        ("weight", "bias")))
+    assert ours and all(
+        n.split(".")[-1] in factors for n in ours if ".base." not in n and not n.endswith(("weight", "bias"))
+    )
     frozen = [n for n in ours if n.endswith(("weight", "bias"))]
     assert len(frozen) == 2  # the classifier's
     offsets = {id(p) for o in run.trainer.optimizers for p, _ in o.offsets()}
@@ -192,23 +234,39 @@ def test_adapters(model, adapter):
 
 
 def test_names_of_torchvision_and_timm():
-    """Files under those names fit our networks. (That the networks are the same functions: test_weights_of_torchvision.)"""
+    """Files under those names fit our networks. (The functions: test_weights_of_torchvision.)"""
     n = networks.vit(3, 7, image=32, patch=16, dim=8, depth=2, heads=2)
     mine = nn.Sequential(*n[:-2], networks.Part(*n[-2:]))
-    timm = {"cls_token": "0.cls_token", "pos_embed": "0.pos_embed", "patch_embed.proj.weight": "0.proj.weight",
-            "blocks.1.norm1.bias": "2.norm1.bias", "blocks.0.attn.qkv.weight": "1.qkv.weight",
-            "blocks.0.attn.proj.bias": "1.proj.bias", "blocks.1.mlp.fc2.weight": "2.fc2.weight", "norm.weight": "3.weight",
-            "head.weight": "4.1.weight"}
+    timm = {
+        "cls_token": "0.cls_token",
+        "pos_embed": "0.pos_embed",
+        "patch_embed.proj.weight": "0.proj.weight",
+        "blocks.1.norm1.bias": "2.norm1.bias",
+        "blocks.0.attn.qkv.weight": "1.qkv.weight",
+        "blocks.0.attn.proj.bias": "1.proj.bias",
+        "blocks.1.mlp.fc2.weight": "2.fc2.weight",
+        "norm.weight": "3.weight",
+        "head.weight": "4.1.weight",
+    }
     torchvision = {
-        "class_token": "0.cls_token", "encoder.pos_embedding": "0.pos_embed", "conv_proj.weight": "0.proj.weight",
+        "class_token": "0.cls_token",
+        "encoder.pos_embedding": "0.pos_embed",
+        "conv_proj.weight": "0.proj.weight",
         "encoder.layers.encoder_layer_1.ln_1.bias": "2.norm1.bias",
         "encoder.layers.encoder_layer_0.self_attention.in_proj_weight": "1.qkv.weight",
         "encoder.layers.encoder_layer_0.self_attention.out_proj.bias": "1.proj.bias",
-        "encoder.layers.encoder_layer_1.mlp.3.weight": "2.fc2.weight", "encoder.ln.weight": "3.weight",
-        "heads.head.weight": "4.1.weight"}
-    resnet = {"conv1.weight": "0.0.weight", "bn1.running_mean": "0.1.running_mean", "layer1.0.conv1.weight": "1.conv1.weight",
-              "layer1.1.bn2.bias": "2.bn2.bias", "layer2.0.downsample.1.weight": "3.downsample.1.weight",
-              "fc.weight": "9.2.weight"}
+        "encoder.layers.encoder_layer_1.mlp.3.weight": "2.fc2.weight",
+        "encoder.ln.weight": "3.weight",
+        "heads.head.weight": "4.1.weight",
+    }
+    resnet = {
+        "conv1.weight": "0.0.weight",
+        "bn1.running_mean": "0.1.running_mean",
+        "layer1.0.conv1.weight": "1.conv1.weight",
+        "layer1.1.bn2.bias": "2.bn2.bias",
+        "layer2.0.downsample.1.weight": "3.downsample.1.weight",
+        "fc.weight": "9.2.weight",
+    }
     for names, head in ((timm, "4.1"), (torchvision, "4.1"), (resnet, "9.2")):
         assert list(tuning._translated(dict.fromkeys(names, 0), head)) == list(names.values())
     assert tuning._head(mine) == "4.1" and set(timm.values()) <= set(mine.state_dict())
@@ -220,6 +278,7 @@ def test_names_of_torchvision_and_timm():
 def test_weights_of_torchvision(tmp_path, kind, size):
     """The published networks, as functions: torchvision's file gives our network torchvision's output."""
     from lgkernels.core import optional
+
     try:
         models = optional.torchvision().models
     except ImportError as error:
@@ -239,22 +298,29 @@ def test_weights_of_torchvision(tmp_path, kind, size):
         assert_relative("logits", mine(x), theirs(x), 1e-5)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--rule", "lls", "--pretrain", "1"], "--pretrain is for bp and forward-forward, "),
-    (["--rule", "loco", "--pretrain", "1", "--weights", "x"], "--pretrain and --weights exclude each other"),
-    (["--rule", "loco-bpm", "--optimizer", "adamw-schedule-free"], "takes no offsets (loco-bpm): use sgd"),
-    (["--rule", "loco", "--contrast", "x"], "--contrast must be one of: nt-xent, supcon, got 'x'"),
-    (["--rule", "loco", "--adapter", "x"], "--adapter must be one of: lora, lokr, got 'x'"),
-    (["--rule", "bp-accumulate", "--batch-size", "31"],
-     "--batch-size must be divisible by a number from 2 to 8 for bp-accumulate, got 31"),
-    (["--rule", "loco-bpm", "--local-scale", "nan"], "--local-scale must be a number or auto, got 'nan'"),
-    (["--rule", "loco-bpm", "--offset-scale", "x"], "--offset-scale must be a number or auto, got 'x'"),
-    (["--rule", "loco-bpm", "--local-scale", "auto", "--offset-batch", "48", "--offset-chunk", "7"],
-     "--local-scale auto needs an --offset-batch of at least two whole chunks, got 48 in chunks of 7"),
-    (["--rule", "loco", "--weights", "/no/such.pth"], "--weights /no/such.pth cannot be read"),
-    (["--rule", "gim", "--model", "vit-small", "--image-size", "32"], "--model vit-small needs images of 28 x 28"),
-    (["--rule", "gim", "--adapter", "lora", "--model", "resnet-small"], "--adapter lora does not fit --model"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--rule", "lls", "--pretrain", "1"], "--pretrain is for bp and forward-forward, "),
+        (["--rule", "loco", "--pretrain", "1", "--weights", "x"], "--pretrain and --weights exclude each other"),
+        (["--rule", "loco-bpm", "--optimizer", "adamw-schedule-free"], "takes no offsets (loco-bpm): use sgd"),
+        (["--rule", "loco", "--contrast", "x"], "--contrast must be one of: nt-xent, supcon, got 'x'"),
+        (["--rule", "loco", "--adapter", "x"], "--adapter must be one of: lora, lokr, got 'x'"),
+        (
+            ["--rule", "bp-accumulate", "--batch-size", "31"],
+            "--batch-size must be divisible by a number from 2 to 8 for bp-accumulate, got 31",
+        ),
+        (["--rule", "loco-bpm", "--local-scale", "nan"], "--local-scale must be a number or auto, got 'nan'"),
+        (["--rule", "loco-bpm", "--offset-scale", "x"], "--offset-scale must be a number or auto, got 'x'"),
+        (
+            ["--rule", "loco-bpm", "--local-scale", "auto", "--offset-batch", "48", "--offset-chunk", "7"],
+            "--local-scale auto needs an --offset-batch of at least two whole chunks, got 48 in chunks of 7",
+        ),
+        (["--rule", "loco", "--weights", "/no/such.pth"], "--weights /no/such.pth cannot be read"),
+        (["--rule", "gim", "--model", "vit-small", "--image-size", "32"], "--model vit-small needs images of 28 x 28"),
+        (["--rule", "gim", "--adapter", "lora", "--model", "resnet-small"], "--adapter lora does not fit --model"),
+    ],
+)
 def test_bad_arguments(tmp_path, capsys, arguments, message):
     assert command.main(["train", *arguments, "--limit", "256", "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
@@ -266,7 +332,13 @@ def test_presets(tmp_path):
     """The paper's set-ups, and what is given beside them."""
     given = dict(rule="loco-bpm", compare=["bp"], data="cifar100", preset="bpm-vit-b-16-lora", epochs=2)
     _, s = train._settings(given, tmp_path, None, False)
-    assert (s["model"], s["adapter"], s["batch_size"], s["image_size"], s["augment"]) == ("vit-b-16", "lora", 64, 224, "none")
+    assert (s["model"], s["adapter"], s["batch_size"], s["image_size"], s["augment"]) == (
+        "vit-b-16",
+        "lora",
+        64,
+        224,
+        "none",
+    )
     assert (s["epochs"], s["offset_batch"], s["offset_chunk"], s["period"], s["optimizer"]) == (2, 320, 8, None, "sgd")
     assert loop.learning_rate(s, "loco-bpm") == loop.learning_rate(s, "bp") == 1e-3
     train._validate(s)
@@ -278,8 +350,17 @@ def test_presets(tmp_path):
 
 def test_a_preset_trains(tmp_path):
     """Two refreshed steps of the real network, on small images."""
-    rule, given = "loco-bpm", dict(preset="bpm-resnet50-lokr", data="fashion-mnist", batch_size=4, offset_batch=8,
-                                   offset_chunk=4, image_size=32)
+    rule, given = (
+        "loco-bpm",
+        dict(
+            preset="bpm-resnet50-lokr",
+            data="fashion-mnist",
+            batch_size=4,
+            offset_batch=8,
+            offset_chunk=4,
+            image_size=32,
+        ),
+    )
     _, s = train._settings({"rule": rule, **given}, tmp_path, None, False)
     ds = data.load("fashion-mnist", None, "none").truncated(8)
     ds.image_size = 32
@@ -288,7 +369,9 @@ def test_a_preset_trains(tmp_path):
         run.refresh(torch.arange(8), 0)
         assert all(loss.isfinite() for loss in run.trainer.step(*run.batch_at(torch.arange(8), i)))
     offsets = [o for optimizer in run.trainer.optimizers for _, o in optimizer.offsets()]
-    assert len(offsets) == 161 and sum(o.any().item() for o in offsets) > 50  # three factors of 53 layers, the classifier
+    assert (
+        len(offsets) == 161 and sum(o.any().item() for o in offsets) > 50
+    )  # three factors of 53 layers, the classifier
 
 
 @pytest.mark.parametrize("scale", ["local_scale", "offset_scale"])

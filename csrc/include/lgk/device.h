@@ -26,7 +26,9 @@ LGK_DEVICE float to_float(f16 value) {
 template <typename T>
 T from_float(float value);
 template <>
-inline float from_float<float>(float value) { return value; }
+inline float from_float<float>(float value) {
+  return value;
+}
 template <>
 inline bf16 from_float<bf16>(float value) {
   const uint32_t bits = __float_as_uint(value);
@@ -50,11 +52,17 @@ LGK_DEVICE float to_float(f16 value) { return __half2float(__ushort_as_half(valu
 template <typename T>
 LGK_DEVICE T from_float(float value);
 template <>
-LGK_DEVICE float from_float<float>(float value) { return value; }
+LGK_DEVICE float from_float<float>(float value) {
+  return value;
+}
 template <>
-LGK_DEVICE bf16 from_float<bf16>(float value) { return bf16{__bfloat16_as_ushort(__float2bfloat16_rn(value))}; }
+LGK_DEVICE bf16 from_float<bf16>(float value) {
+  return bf16{__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+}
 template <>
-LGK_DEVICE f16 from_float<f16>(float value) { return f16{__half_as_ushort(__float2half_rn(value))}; }
+LGK_DEVICE f16 from_float<f16>(float value) {
+  return f16{__half_as_ushort(__float2half_rn(value))};
+}
 #endif
 
 // -- vector access -------------------------------------------------------------------------------------------------
@@ -113,7 +121,9 @@ LGK_DEVICE float warp_max(float value) {
 // -- launch shapes ------------------------------------------------------------------------------------------------
 
 template <typename N>
-__host__ __device__ constexpr N ceil_div(N value, N divisor) { return (value + divisor - 1) / divisor; }
+__host__ __device__ constexpr N ceil_div(N value, N divisor) {
+  return (value + divisor - 1) / divisor;
+}
 
 inline int power_of_two_from(int64_t value, int largest) {
   int power = 1;

@@ -71,9 +71,15 @@ struct FeedbackKernels {
                          float* grad_gamma, float* grad_beta, int threads);
 };
 
-namespace base { extern const FeedbackKernels feedback; }
-namespace avx2 { extern const FeedbackKernels feedback; }
-namespace avx512 { extern const FeedbackKernels feedback; }
+namespace base {
+extern const FeedbackKernels feedback;
+}
+namespace avx2 {
+extern const FeedbackKernels feedback;
+}
+namespace avx512 {
+extern const FeedbackKernels feedback;
+}
 
 // Those of the level of lls_kernels().
 const FeedbackKernels& feedback_kernels();

@@ -100,8 +100,8 @@ LGK_DEVICE LaneSource lane_source(const FeedbackMatrix& f, int64_t first_row, in
   lane.rows = static_cast<int>(end - first_row);
   if (f.weight_kind == kPackedSigns && column < f.columns) {
     const uint32_t* const words = static_cast<const uint32_t*>(f.weight) + first_row * f.weight_stride + (column >> 5);
-    lane.weight = RowReader{reinterpret_cast<const char*>(words), f.weight_stride * 4, static_cast<int>(column & 31),
-                            false};
+    lane.weight =
+        RowReader{reinterpret_cast<const char*>(words), f.weight_stride * 4, static_cast<int>(column & 31), false};
   } else if (f.weight_kind != kNoWeight) {
     lane.weight = row_reader(f.weight, f.weight_kind, f.weight_stride, first_row, column, f.columns);
   }
@@ -155,8 +155,8 @@ struct RandomState {
 LGK_DEVICE RandomState random_state(const FeedbackMatrix& f) {
   if (f.value != kRandom) return RandomState{0, 0, 0, 0};
   const uint64_t seed = static_cast<uint64_t>(f.state[0]);
-  return RandomState{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
-                     static_cast<uint32_t>(f.state[1]), static_cast<uint32_t>(f.state[2])};
+  return RandomState{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(f.state[1]),
+                     static_cast<uint32_t>(f.state[2])};
 }
 
 // Keeps what is computed from `value` inside of a loop: the compiler would hold the ten keys of Philox in registers.
@@ -232,8 +232,8 @@ LGK_DEVICE void begin_tile(const FeedbackMatrix& f, const RandomState& s, LawRow
     for (int r = 0; r < kTileRows; ++r) {  // not unrolled: much code
       float four[4];
       four_values(f.law, random_words(s, law_row(r), static_cast<uint32_t>((warp_column >> 2) + lane)), f.range, four);
-      quads[32 * r + lane] = Quad{__float_as_uint(four[0]), __float_as_uint(four[1]), __float_as_uint(four[2]),
-                                  __float_as_uint(four[3])};
+      quads[32 * r + lane] =
+          Quad{__float_as_uint(four[0]), __float_as_uint(four[1]), __float_as_uint(four[2]), __float_as_uint(four[3])};
     }
   }
   __syncwarp();

@@ -31,12 +31,12 @@ struct Norm {
 
 struct Head {
   int64_t batch, dim, rows, classes;
-  const float* x;             // (batch, dim)
-  const int64_t* target;      // (batch)
-  const float* modulation;    // null, (classes) or (rows, classes)
-  bool vector;                // modulation is (classes)
-  const float* basis;         // (rows, dim), or null with
-  const uint32_t* signs;      // the square basis as laid out by sign_layouts; column 0 is zero
+  const float* x;           // (batch, dim)
+  const int64_t* target;    // (batch)
+  const float* modulation;  // null, (classes) or (rows, classes)
+  bool vector;              // modulation is (classes)
+  const float* basis;       // (rows, dim), or null with
+  const uint32_t* signs;    // the square basis as laid out by sign_layouts; column 0 is zero
   float temperature, smoothing, eps, basis_scale;
   bool normalize, zero_below_eps, hard_sigmoid, mean, none, compute_grad;
   int64_t ignore_index;
@@ -72,9 +72,15 @@ struct LlsKernels {
 int64_t sign_layouts_size(int64_t rows, int64_t dim);
 void sign_layouts(const uint32_t* signs, int64_t rows, int64_t dim, uint32_t* out);
 
-namespace base { extern const LlsKernels kernels; }
-namespace avx2 { extern const LlsKernels kernels; }
-namespace avx512 { extern const LlsKernels kernels; }
+namespace base {
+extern const LlsKernels kernels;
+}
+namespace avx2 {
+extern const LlsKernels kernels;
+}
+namespace avx512 {
+extern const LlsKernels kernels;
+}
 
 // The level chosen by cpuid, or by LGKERNELS_CPU=default|avx2|avx512 where this machine can run it.
 const LlsKernels& lls_kernels();

@@ -48,8 +48,8 @@ int lls_batch_stats(const Image& image, const void* z, const float* bias, float*
 int lls_norm_act_pool(const Image& image, const Norm& norm, const void* z, bool max_pool, void* out, float* latents,
                       float* s1, float* s2, void* stream);
 int lls_norm_grads(int64_t batch, int channels, int bins, const float* grad_latents, const float* s1, const float* s2,
-                   const float* area, float* grad_gamma, float* grad_beta, float* grad_bias,
-                   const Finish& finish, void* stream);
+                   const float* area, float* grad_gamma, float* grad_beta, float* grad_bias, const Finish& finish,
+                   void* stream);
 int lls_grad_preactivation(const Image& image, const Norm& norm, void* z, const float* grad_latents,
                            const float* grad_gamma, const float* grad_beta, float scale, void* stream);
 // scale: one float, or with scale_per_row one a row of the batch.

@@ -39,8 +39,8 @@ LGK_DEVICE float unpool(const Image& s, bool even, const float* grad, int h, int
   float sum = 0.0f;
   for (int i = first_bin(h, s.height, s.pool_rows); i <= last_i; ++i)
     for (int j = first_bin(w, s.width, s.pool_columns); j <= last_j; ++j)
-      sum += grad[i * s.pool_columns + j] / static_cast<float>(span_size(i, s.height, s.pool_rows) *
-                                                               span_size(j, s.width, s.pool_columns));
+      sum += grad[i * s.pool_columns + j] /
+             static_cast<float>(span_size(i, s.height, s.pool_rows) * span_size(j, s.width, s.pool_columns));
   return sum;
 }
 
@@ -50,7 +50,8 @@ struct Channel {
 };
 
 LGK_DEVICE Channel channel(const Norm& norm, int c) {
-  return norm.mean == nullptr ? Channel{0.0f, 1.0f, 0.0f} : Channel{norm.mean[c], norm.gamma[c] * norm.rstd[c], norm.beta[c]};
+  return norm.mean == nullptr ? Channel{0.0f, 1.0f, 0.0f}
+                              : Channel{norm.mean[c], norm.gamma[c] * norm.rstd[c], norm.beta[c]};
 }
 
 LGK_DEVICE float rstd(const Norm& norm, int c) { return norm.rstd == nullptr ? 1.0f : norm.rstd[c]; }

@@ -34,8 +34,8 @@ LGK_DEVICE float valid_rows(int64_t batch, int64_t ignore_index, const int64_t* 
 }
 
 // One block: the mean or the sum of the rows' losses, in a fixed order.
-LGK_DEVICE void sum_losses(int64_t batch, bool mean, int64_t ignore_index, const int64_t* target,
-                           const float* row_loss, float* loss, float* reduce) {
+LGK_DEVICE void sum_losses(int64_t batch, bool mean, int64_t ignore_index, const int64_t* target, const float* row_loss,
+                           float* loss, float* reduce) {
   const float divisor = mean ? valid_rows(batch, ignore_index, target, reduce) : 1.0f;
   float sum = 0.0f;
   for (int64_t b = thread_index(); b < batch; b += kThreads) sum += row_loss[b];

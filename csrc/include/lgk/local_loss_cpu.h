@@ -34,7 +34,8 @@ struct LogitLoss {
   float smoothing;
   double divisor;
   bool none;
-  float *loss, *grad;  // () or, with `none`, (batch); (batch, classes) = (softmax - smoothed one-hot) / divisor, or null
+  float *loss,
+      *grad;  // () or, with `none`, (batch); (batch, classes) = (softmax - smoothed one-hot) / divisor, or null
   float* grad_pooled;  // (batch, channels) = pooled_scale * grad @ weight, or null
   float pooled_scale;
 };
@@ -63,9 +64,15 @@ struct LocalLossKernels {
   int (*offset_sgd)(const OffsetTensor*, int64_t count, const OffsetStep&, int threads);
 };
 
-namespace base { extern const LocalLossKernels local_loss; }
-namespace avx2 { extern const LocalLossKernels local_loss; }
-namespace avx512 { extern const LocalLossKernels local_loss; }
+namespace base {
+extern const LocalLossKernels local_loss;
+}
+namespace avx2 {
+extern const LocalLossKernels local_loss;
+}
+namespace avx512 {
+extern const LocalLossKernels local_loss;
+}
 
 // Those of the level of lls_kernels().
 const LocalLossKernels& local_loss_kernels();

@@ -26,16 +26,16 @@ int local_loss_scale(const Planes& shape, const void* x, const float* mean, cons
                      void* out, void* stream);
 
 // losses (batch) of logits (batch, classes); with `compute_grad` grad_scale times their gradients replace the logits.
-int local_loss_cross_entropy(int64_t batch, int64_t classes, float label_smoothing, float grad_scale,
-                             bool compute_grad, const int64_t* target, float* logits, float* losses, void* stream);
+int local_loss_cross_entropy(int64_t batch, int64_t classes, float label_smoothing, float grad_scale, bool compute_grad,
+                             const int64_t* target, float* logits, float* losses, void* stream);
 
 // rows = (x - mean of the row) / (1e-8 + norm), and the norms (batch); both 0 where only rounding varies in a row.
 int local_loss_normalize_rows(int64_t batch, int64_t features, int dtype, const void* x, float* rows, float* norms,
                               void* stream);
 // products (batch, batch) of rows <- clamp(products, -1, 1) - (same or other: the labels'); losses (batch) = its
 // sums of squares / batch^2.
-int local_loss_match_rows(int64_t batch, float same, float other, const int64_t* target, float* products,
-                          float* losses, void* stream);
+int local_loss_match_rows(int64_t batch, float same, float other, const int64_t* target, float* products, float* losses,
+                          void* stream);
 // The gradient `factor * grad` of rows taken through the normalisation, and with `deviation` (batch, features; mean
 // alike) through that of `positions` values: the factor of (x - mean) in the gradient of x.
 int local_loss_rows_grad(int64_t batch, int64_t features, int64_t positions, float factor, const float* grad,

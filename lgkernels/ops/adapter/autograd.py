@@ -1,4 +1,5 @@
 """autograd entries of the family adapter: factorised forward and backward; nothing the size of the weight is built."""
+
 import contextlib
 
 import torch
@@ -43,8 +44,13 @@ class _Adapter(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[4:])
         detached = [t if t is None else t.detach() for t in (*factors, *kept)]
         grads = getattr(_ops, f"{name}_backward")(g, x.detach(), weight.detach(), *sizes, *detached, scale, needs, impl)
-        return (None, None, None, None,
-                *(first_order_only(name, grad, g, x, *factors) if n else None for grad, n in zip(grads, needs)))
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(first_order_only(name, grad, g, x, *factors) if n else None for grad, n in zip(grads, needs)),
+        )
 
 
 def _linear(name, x, weight, bias, factors, scale, impl):
@@ -65,4 +71,6 @@ def lokr_linear(x, weight, bias, w1, a, b, scale, impl):
 def lokr_conv2d(x, weight, bias, stride, padding, dilation, groups, w1, a, b, scale, impl):
     x, weight, bias, *factors = _uniform(x, weight, bias, w1, a, b)
     with _without_autocast(x):
-        return _Adapter.apply("lokr_conv2d", (stride, padding, dilation, groups), scale, impl, x, weight, bias, *factors)
+        return _Adapter.apply(
+            "lokr_conv2d", (stride, padding, dilation, groups), scale, impl, x, weight, bias, *factors
+        )

@@ -9,6 +9,7 @@ LoRA: y = base + s (x a^T) b^T. LoKr: x viewed (n, c, d), y viewed (n, a, b), w1
 With a full w2, A is the identity: T = x w2^T, y = base + s w1 T. In a convolution B is a k x k convolution with r
 outputs, the same one on each of the c groups of input channels, and w1 and A are 1 x 1.
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -36,10 +37,13 @@ def lora_linear_grads(g, x, weight, a, b, t, scale, needs):
     """Gradients of x, weight, bias, a, b; those not needed are empty."""
     none = g.new_empty(0)
     grad_t = _product(g, b).mul_(scale)
-    return (_add_product(g @ weight, grad_t, a, 1) if needs[0] else none, g.t() @ x if needs[1] else none.clone(),
-            g.sum(0) if needs[2] else none.clone(),
-            _product(x.t(), grad_t).t().contiguous() if needs[3] else none.clone(),
-            _product(g.t(), t).mul_(scale) if needs[4] else none.clone())
+    return (
+        _add_product(g @ weight, grad_t, a, 1) if needs[0] else none,
+        g.t() @ x if needs[1] else none.clone(),
+        g.sum(0) if needs[2] else none.clone(),
+        _product(x.t(), grad_t).t().contiguous() if needs[3] else none.clone(),
+        _product(g.t(), t).mul_(scale) if needs[4] else none.clone(),
+    )
 
 
 def _mix(w1, t):
@@ -76,10 +80,14 @@ def lokr_linear_grads(g, x, weight, w1, a, b, t, u, scale, needs):
     if needs[0]:
         grad_x = g @ weight
         _add_product(grad_x.view(-1, b.shape[1]), grad_t, b, 1)
-    return (grad_x, g.t() @ x if needs[1] else none.clone(), g.sum(0) if needs[2] else none.clone(),
-            _pairs(v, t).mul_(scale) if needs[3] else none.clone(),
-            _product(flat.t(), u.view(-1, a.shape[1])).mul_(scale) if needs[4] and a is not None else none.clone(),
-            _product(x.reshape(-1, b.shape[1]).t(), grad_t).t().contiguous() if needs[5] else none.clone())
+    return (
+        grad_x,
+        g.t() @ x if needs[1] else none.clone(),
+        g.sum(0) if needs[2] else none.clone(),
+        _pairs(v, t).mul_(scale) if needs[3] else none.clone(),
+        _product(flat.t(), u.view(-1, a.shape[1])).mul_(scale) if needs[4] and a is not None else none.clone(),
+        _product(x.reshape(-1, b.shape[1]).t(), grad_t).t().contiguous() if needs[5] else none.clone(),
+    )
 
 
 def _grouped(x, channels):
@@ -112,7 +120,8 @@ def lokr_conv2d_grads(g, x, weight, stride, padding, dilation, groups, w1, a, b,
     """Gradients of x, weight, bias, w1, a, b; those not needed are empty."""
     none, g, area = g.new_empty(0), g.contiguous(), g.shape[2] * g.shape[3]
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        g, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, list(needs[:3]))
+        g, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, list(needs[:3])
+    )
     if a is None:
         v, grad_a = g, none.clone()
     else:
@@ -128,8 +137,18 @@ def lokr_conv2d_grads(g, x, weight, stride, padding, dilation, groups, w1, a, b,
     grad_t = torch.matmul(w1.view(groups, -1, w1.shape[1]).transpose(1, 2), v).mul_(scale)
     grad_t = grad_t.view(-1, b.shape[0], *g.shape[2:])
     through_x, grad_b, _ = torch.ops.aten.convolution_backward(
-        grad_t, _grouped(x, b.shape[1]), b, None, stride, padding, dilation, False, [0, 0], 1,
-        [needs[0], needs[5], False])
+        grad_t,
+        _grouped(x, b.shape[1]),
+        b,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        1,
+        [needs[0], needs[5], False],
+    )
     if needs[0]:
         grad_x = grad_x.contiguous().add_(through_x.view(x.shape))
     return tuple(none.clone() if t is None else t for t in (grad_x, grad_weight, grad_bias, grad_w1, grad_a, grad_b))

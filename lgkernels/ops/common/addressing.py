@@ -4,6 +4,7 @@ A program id and an index vector are int32; multiplied by a stride they overflow
 bfloat16). So kernels take program ids from `program_id`, may divide them, and multiply them only in `indices` and
 `offset`. (A CUDA grid has fewer than 2^31 programs.)
 """
+
 import triton
 import triton.language as tl
 

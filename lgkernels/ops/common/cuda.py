@@ -1,4 +1,5 @@
 """Calls of the CUDA C++ entry points of `lgkernels._C`: addresses and dtype codes go over, a status comes back."""
+
 import torch
 
 from ...core import native

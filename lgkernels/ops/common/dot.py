@@ -1,4 +1,5 @@
 """Matrix products inside Triton kernels: the precision is always stated."""
+
 import torch
 import triton
 import triton.language as tl

@@ -1,4 +1,5 @@
 """Moments inside Triton kernels."""
+
 import triton
 import triton.language as tl
 

@@ -4,6 +4,7 @@ State is the device tensor (seed, stream, step); scalars are loaded by `load_sta
 per Philox call for tiles that start at a multiple of v; `element` takes any (row, col) at one call per element.
 Rows, columns and blocks may be int32 or int64 and broadcast against each other.
 """
+
 import numpy as np
 import triton
 import triton.language as tl
@@ -115,8 +116,20 @@ def element(seed, stream, step, row, col, scale, span, low, LAW: tl.constexpr, H
 
 
 @triton.jit
-def tile(seed, stream, step, row, block, scale, span, low, LAW: tl.constexpr, HAS_LOW: tl.constexpr,
-         ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+def tile(
+    seed,
+    stream,
+    step,
+    row,
+    block,
+    scale,
+    span,
+    low,
+    LAW: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     """(ROWS, BLOCKS * v) float32 values for `row` (ROWS, 1) and `block` = col // v (1, BLOCKS)."""
     w0, w1, w2, w3 = words(seed, stream, step, row, block)
     if LAW == _NORMAL:
@@ -137,8 +150,20 @@ def tile(seed, stream, step, row, block, scale, span, low, LAW: tl.constexpr, HA
 
 
 @triton.jit
-def panel(seed, stream, step, row, block, scale, span, low, LAW: tl.constexpr, HAS_LOW: tl.constexpr,
-          ROWS: tl.constexpr, COLS: tl.constexpr):
+def panel(
+    seed,
+    stream,
+    step,
+    row,
+    block,
+    scale,
+    span,
+    low,
+    LAW: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """(ROWS, COLS) float32 values for `row` (ROWS, 1) and columns [block * COLS, (block + 1) * COLS), v | COLS."""
     CALLS: tl.constexpr = COLS // (16 if LAW == _UNIFORM8 else 128 if LAW == _SIGN else 4)
     return tile(seed, stream, step, row, indices(block, CALLS)[None, :], scale, span, low, LAW, HAS_LOW, ROWS, CALLS)

@@ -1,4 +1,5 @@
 """Rounding of float32 values inside Triton kernels, the same under the interpreter as on a GPU."""
+
 import triton
 import triton.language as tl
 

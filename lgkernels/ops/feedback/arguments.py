@@ -1,4 +1,5 @@
 """Checks of the family's public functions, and what their feedback arguments mean to the autograd entries."""
+
 import math
 from typing import NamedTuple
 
@@ -29,8 +30,10 @@ def _dtype(value):
 
 def _no_proxy(x):
     if isinstance(x, torch.fx.Proxy):
-        raise TypeError("x must be a torch.Tensor, got a Proxy of torch.fx.symbolic_trace, which cannot look into this "
-                        "layer: use torch.export, or a Tracer with is_leaf_module true for it")
+        raise TypeError(
+            "x must be a torch.Tensor, got a Proxy of torch.fx.symbolic_trace, which cannot look into this "
+            "layer: use torch.export, or a Tracer with is_leaf_module true for it"
+        )
 
 
 def _layer(x, weight, bias):
@@ -42,8 +45,9 @@ def _layer(x, weight, bias):
     if not autocasts(x.device):
         for name, tensor in (("x", x), ("bias", bias)):
             if tensor is not None and tensor.dtype != weight.dtype:
-                raise TypeError(f"{name} must have weight's dtype {_dtype(weight)} (outside of autocast), got "
-                                f"{_dtype(tensor)}")
+                raise TypeError(
+                    f"{name} must have weight's dtype {_dtype(weight)} (outside of autocast), got {_dtype(tensor)}"
+                )
 
 
 def check_linear(x, weight, bias):
@@ -58,8 +62,11 @@ def check_linear(x, weight, bias):
 
 def _pair(name, value, least):
     pair = (value, value) if isinstance(value, _INTEGERS) else value
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or any(
-            isinstance(n, bool) or not isinstance(n, _INTEGERS) for n in pair):
+    if (
+        not isinstance(pair, (tuple, list))
+        or len(pair) != 2
+        or any(isinstance(n, bool) or not isinstance(n, _INTEGERS) for n in pair)
+    ):
         raise TypeError(f"{name} must be an int or two of them, got {value!r}")
     if min(pair) < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
@@ -77,8 +84,10 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups):
     checks.dims("weight", weight, (4,), "(O, C / groups, kh, kw)")
     checks.positive_integer("groups", groups)
     if x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
-        raise ValueError(f"x must be (B, {weight.shape[1] * groups}, H, W) (weight's channels times groups) or the "
-                         f"same without B, got shape {checks.shape_of(x)}")
+        raise ValueError(
+            f"x must be (B, {weight.shape[1] * groups}, H, W) (weight's channels times groups) or the "
+            f"same without B, got shape {checks.shape_of(x)}"
+        )
     if weight.shape[0] % groups:
         raise ValueError(f"groups must divide weight's {weight.shape[0]} outputs, got {groups}")
     _layer(x, weight, bias)
@@ -96,8 +105,10 @@ def conv2d(x, weight, bias, stride, padding, dilation, groups):
     else:
         padding = _pair("padding", padding, 0)
     if any(size + 2 * p < n + 1 for size, p, n in zip(x.shape[2:], padding, reach)):
-        raise ValueError(f"x must reach over weight's kernel, {tuple(n + 1 for n in reach)} with dilation, when padded "
-                         f"by {padding}, got shape {checks.shape_of(x)}")
+        raise ValueError(
+            f"x must reach over weight's kernel, {tuple(n + 1 for n in reach)} with dilation, when padded "
+            f"by {padding}, got shape {checks.shape_of(x)}"
+        )
     return x, (stride, padding, dilation, groups), batched
 
 
@@ -107,8 +118,9 @@ def _source(name, value, weight):
         checks.same_device(weight=weight, **{name: value.state})
         return dict(law=value.law, law_scale=value.scale, low=value.low), {"state": value.state}
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or a lgkernels.random.RandomFeedback, got "
-                        f"{type(value).__name__}")
+        raise TypeError(
+            f"{name} must be a torch.Tensor or a lgkernels.random.RandomFeedback, got {type(value).__name__}"
+        )
     checks.floating(name, value)
     checks.shape(name, value, weight.shape, "that of weight")
     checks.same_device(weight=weight, **{name: value})
@@ -125,8 +137,9 @@ def sign_symmetric(weight, scale, magnitude, sign_zero, packed_signs):
     """`(formula, keywords)` of sign-symmetric feedback."""
     checks.choice("sign_zero", sign_zero, ("zero", "plus"))
     if packed_signs and sign_zero != "plus":
-        raise ValueError("sign_zero must be 'plus' with packed_signs=True (one bit cannot hold sign(0) = 0), got "
-                         f"{sign_zero!r}")
+        raise ValueError(
+            f"sign_zero must be 'plus' with packed_signs=True (one bit cannot hold sign(0) = 0), got {sign_zero!r}"
+        )
     if isinstance(scale, str):
         checks.choice("scale", scale, ("mean_abs",))
     else:
@@ -137,6 +150,7 @@ def sign_symmetric(weight, scale, magnitude, sign_zero, packed_signs):
 
 class Scaled(NamedTuple):
     """A RandomFeedback of another scale, with the same state tensor."""
+
     feedback: RandomFeedback
     scale: float
 
@@ -152,12 +166,15 @@ def projection(name, value, feedback, shape, classes=None):
         checks.same_device(**{name: value, "feedback": random.state})
         return shape, columns, (None, (random.law, scale, random.low), random.state)
     if not isinstance(feedback, torch.Tensor):
-        raise TypeError("feedback must be a torch.Tensor or a lgkernels.random.RandomFeedback, got "
-                        f"{type(feedback).__name__}")
+        raise TypeError(
+            f"feedback must be a torch.Tensor or a lgkernels.random.RandomFeedback, got {type(feedback).__name__}"
+        )
     checks.floating("feedback", feedback)
     classes = feedback.shape[0] if classes is None and feedback.dim() else classes
     if tuple(feedback.shape) not in ((classes, *shape), (classes, columns)):
-        raise ValueError(f"feedback must have shape {(classes, *shape)} or {(classes, columns)} (classes, then shape), "
-                         f"got {checks.shape_of(feedback)}")
+        raise ValueError(
+            f"feedback must have shape {(classes, *shape)} or {(classes, columns)} (classes, then shape), "
+            f"got {checks.shape_of(feedback)}"
+        )
     checks.same_device(**{name: value, "feedback": feedback})
     return shape, columns, (feedback.reshape(classes, columns), ("uniform", 1.0, None), None)

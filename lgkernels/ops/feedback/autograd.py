@@ -11,9 +11,10 @@ layer's step and a ReLU's derivative 0.1 % for 9216 -> 4096 with M = 128, 0.9 % 
 so fusing them does not pay for a linear layer. Of a block of DFA, where batch norm and a pool come with them, they are
 in the pass of direct.py.
 """
+
 import math
 import os
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,12 @@ _ops = torch.ops.lgkernels
 
 class Formula(NamedTuple):
     """F without its tensors: scale * value, or scale * |value| * sign(weight). `scale` may be "mean_abs" (of W)."""
+
     signs: str = "none"  # "none", "weight", or "packed": +-1 from packed bits
     law: str = "uniform"
     law_scale: float = 1.0
-    low: Optional[float] = None
-    scale: Union[float, str] = 1.0
+    low: float | None = None
+    scale: float | str = 1.0
     sign_plus: bool = False
 
 
@@ -74,16 +76,22 @@ class _Linear(torch.autograd.Function):
         with without_autocast(grad.device):
             if needs[0]:
                 grad_x = _ops.feedback_product(
-                    grad if factor is None else grad * factor, ctx.columns,
-                    *_formula_arguments(ctx.formula, signs, magnitude, state), ctx.impl)
+                    grad if factor is None else grad * factor,
+                    ctx.columns,
+                    *_formula_arguments(ctx.formula, signs, magnitude, state),
+                    ctx.impl,
+                )
             if needs[2]:
                 grad_bias = grad.sum(0)
             if needs[1]:
                 grad_weight = (grad.t() @ x).to(ctx.weight_dtype)
         inputs = (x, grad, signs)
-        return (first_order_only("feedback_linear", grad_x, *inputs),
-                first_order_only("feedback_linear", grad_weight, *inputs),
-                first_order_only("feedback_linear", grad_bias, grad), *(None,) * 7)
+        return (
+            first_order_only("feedback_linear", grad_x, *inputs),
+            first_order_only("feedback_linear", grad_weight, *inputs),
+            first_order_only("feedback_linear", grad_bias, grad),
+            *(None,) * 7,
+        )
 
 
 def _channels_last(weight):
@@ -120,14 +128,24 @@ def _few_positions(positions, outputs):
 
 def _multiplies(grad, x, signs, magnitude, state, groups, impl):
     """True where a convolution's dX goes by feedback_product."""
-    if (torch.compiler.is_compiling() or grad.device.type != "cpu" or grad.dtype != torch.float32 or grad.dim() != 4
-            or groups != 1 or grad.numel() == 0):
+    if (
+        torch.compiler.is_compiling()
+        or grad.device.type != "cpu"
+        or grad.dtype != torch.float32
+        or grad.dim() != 4
+        or groups != 1
+        or grad.numel() == 0
+    ):
         return False
     if signs is None or not signs.is_contiguous():
         return False  # another memory format would have to be copied
     outputs = grad.shape[1]
-    return (magnitude is None and state is None and _few_positions(grad.numel() // outputs, outputs)
-            and dispatch.choose("feedback_product", impl, grad.device, grad.dtype) == "cpu")
+    return (
+        magnitude is None
+        and state is None
+        and _few_positions(grad.numel() // outputs, outputs)
+        and dispatch.choose("feedback_product", impl, grad.device, grad.dtype) == "cpu"
+    )
 
 
 class _Conv2d(torch.autograd.Function):
@@ -146,20 +164,36 @@ class _Conv2d(torch.autograd.Function):
 
         def gradients(weight, mask):
             return torch.ops.aten.convolution_backward(
-                grad, x, weight, [ctx.shape[0]] if mask[2] else None, stride, padding, dilation, False, (0, 0), groups,
-                mask)
+                grad,
+                x,
+                weight,
+                [ctx.shape[0]] if mask[2] else None,
+                stride,
+                padding,
+                dilation,
+                False,
+                (0, 0),
+                groups,
+                mask,
+            )
+
         with without_autocast(grad.device):
             if needs[0] and _multiplies(grad, x, signs, magnitude, state, groups, ctx.impl):
                 rows = grad.permute(0, 2, 3, 1).reshape(-1, ctx.shape[0])
                 columns = _ops.feedback_product(
-                    rows if factor is None else rows * factor, math.prod(ctx.shape[1:]),
-                    *_formula_arguments(ctx.formula, signs.flatten(1), None, None), ctx.impl)
-                grad_x = _ops.feedback_fold(columns, x.shape, ctx.shape[2:], grad.shape[2:], stride, padding, dilation,
-                                            ctx.impl)
+                    rows if factor is None else rows * factor,
+                    math.prod(ctx.shape[1:]),
+                    *_formula_arguments(ctx.formula, signs.flatten(1), None, None),
+                    ctx.impl,
+                )
+                grad_x = _ops.feedback_fold(
+                    columns, x.shape, ctx.shape[2:], grad.shape[2:], stride, padding, dilation, ctx.impl
+                )
                 del rows, columns
             elif needs[0]:  # first and alone: F is gone, and its memory warm, when the weight's gradient is allocated
-                feedback = _conv_feedback(ctx.shape, signs, magnitude, state, factor, ctx.formula, grad.dtype,
-                                          grad.device, ctx.impl)
+                feedback = _conv_feedback(
+                    ctx.shape, signs, magnitude, state, factor, ctx.formula, grad.dtype, grad.device, ctx.impl
+                )
                 grad_x = gradients(feedback, [True, False, False])[0]
                 del feedback
             if needs[1] or needs[2]:  # of the weight shape and strides are read, no value
@@ -169,9 +203,12 @@ class _Conv2d(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.weight_dtype)
         inputs = (x, grad, signs)
-        return (first_order_only("feedback_conv2d", grad_x, *inputs),
-                first_order_only("feedback_conv2d", grad_weight, *inputs),
-                first_order_only("feedback_conv2d", grad_bias, grad), *(None,) * 8)
+        return (
+            first_order_only("feedback_conv2d", grad_x, *inputs),
+            first_order_only("feedback_conv2d", grad_weight, *inputs),
+            first_order_only("feedback_conv2d", grad_bias, grad),
+            *(None,) * 8,
+        )
 
 
 def _cast(tensor, dtype):
@@ -204,12 +241,14 @@ def linear(x, weight, bias, formula, *, packed=None, magnitude=None, state=None,
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def conv2d(x, weight, bias, stride, padding, dilation, groups, formula, *, packed=None, magnitude=None, state=None,
-           impl="auto"):
+def conv2d(
+    x, weight, bias, stride, padding, dilation, groups, formula, *, packed=None, magnitude=None, state=None, impl="auto"
+):
     """x (B, C, H, W), weight (O, C / groups, kh, kw); `magnitude` like the weight; pairs of integers."""
     x, bias, packed, factor, dtype = _prepare(x, weight, bias, packed, formula, impl)
-    return _Conv2d.apply(x, weight, bias, packed, magnitude, state, factor, formula, dtype,
-                         (stride, padding, dilation, groups), impl)
+    return _Conv2d.apply(
+        x, weight, bias, packed, magnitude, state, factor, formula, dtype, (stride, padding, dilation, groups), impl
+    )
 
 
 @torch.no_grad()
@@ -223,8 +262,9 @@ def weight_rows(weight, formula, start, stop, *, packed=None, state=None, impl="
         value = _ops.feedback_rows(index, columns, state, formula.law, formula.law_scale, formula.low, 1.0, dtype, impl)
     signs = packed if packed is not None else None if formula.signs == "none" else weight
     signs = None if signs is None else signs[start:stop].flatten(1)
-    feedback = _ops.feedback_matrix(stop - start, columns, *_formula_arguments(formula, signs, value, None), dtype,
-                                    weight.device, impl)
+    feedback = _ops.feedback_matrix(
+        stop - start, columns, *_formula_arguments(formula, signs, value, None), dtype, weight.device, impl
+    )
     return feedback.mul_(_mean_abs(weight)) if formula.scale == "mean_abs" else feedback
 
 

@@ -3,6 +3,7 @@
 Rows of a matrix are taken with any stride, columns dense (anything else is copied once). Arithmetic is float32, sums
 in an order that no number of threads changes.
 """
+
 import math
 
 import torch
@@ -49,8 +50,18 @@ def _matrix(t, codes=_DTYPES):
 def _feedback(shape, weight, magnitude, random, scale, sign_plus):
     state, law, law_scale, low = random or (None, "uniform", 1.0, None)
     address = 0 if state is None or magnitude is not None else state.data_ptr()
-    return _C.Feedback(*shape, _matrix(weight, _PACKED), _matrix(magnitude), address, _LAWS[law], law_scale,
-                       0.0 if low is None else low, low is not None, scale, sign_plus)
+    return _C.Feedback(
+        *shape,
+        _matrix(weight, _PACKED),
+        _matrix(magnitude),
+        address,
+        _LAWS[law],
+        law_scale,
+        0.0 if low is None else low,
+        low is not None,
+        scale,
+        sign_plus,
+    )
 
 
 def matrix(shape, weight, magnitude, random, scale, sign_plus, dtype, device):
@@ -85,8 +96,9 @@ def fold(columns, shape, kernel, positions, stride, padding, dilation):
     if columns.shape != wanted:
         raise ValueError(f"columns must be {wanted}, got {tuple(columns.shape)}")
     own, out = columns.float().contiguous(), columns.new_empty(shape, dtype=torch.float32)
-    _C.feedback_fold(shape, kernel, positions, stride, padding, dilation, own.data_ptr(), out.data_ptr(),
-                     torch.get_num_threads())
+    _C.feedback_fold(
+        shape, kernel, positions, stride, padding, dilation, own.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    )
     return out.to(columns.dtype)
 
 
@@ -97,15 +109,31 @@ def pack_signs(weight):
     return out
 
 
-def sgd_update_(weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan,
-                grad_scale=1.0):
+def sgd_update_(
+    weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale=1.0
+):
     own = [weight, momentum_buffer]
     w, v = (t if t is None else _rows(t.to(weight.dtype)) for t in own)
     grad, x = _rows(grad), _rows(x)
     _C.feedback_sgd_update(
-        *weight.shape, grad.shape[0], w.data_ptr(), w.stride(0), 0 if v is None else v.data_ptr(),
-        0 if v is None else v.stride(0), _code(weight.dtype), _matrix(grad), _matrix(x), lr, momentum, dampening,
-        weight_decay, nesterov, manhattan, grad_scale, torch.get_num_threads())
+        *weight.shape,
+        grad.shape[0],
+        w.data_ptr(),
+        w.stride(0),
+        0 if v is None else v.data_ptr(),
+        0 if v is None else v.stride(0),
+        _code(weight.dtype),
+        _matrix(grad),
+        _matrix(x),
+        lr,
+        momentum,
+        dampening,
+        weight_decay,
+        nesterov,
+        manhattan,
+        grad_scale,
+        torch.get_num_threads(),
+    )
     for mine, used in zip(own, (w, v)):
         if used is not mine:
             mine.copy_(used)
@@ -135,8 +163,15 @@ def direct_backward_(z, mean, rstd, gamma, beta, delta, error, random, slope, ma
     error = None if error is None else _rows(error.float())
     delta = None if delta is None else delta.float().contiguous()
     f = _feedback((0 if error is None else error.shape[1], 0), None, None, random, 1.0, False)
-    _C.direct_backward(block, 0 if delta is None else delta.data_ptr(), f, _matrix(error), grad_gamma.data_ptr(),
-                       grad_beta.data_ptr(), torch.get_num_threads())
+    _C.direct_backward(
+        block,
+        0 if delta is None else delta.data_ptr(),
+        f,
+        _matrix(error),
+        grad_gamma.data_ptr(),
+        grad_beta.data_ptr(),
+        torch.get_num_threads(),
+    )
     if held[0] is not z:
         z.copy_(held[0])
     return grad_gamma, grad_beta

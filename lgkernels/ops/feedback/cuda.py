@@ -2,6 +2,7 @@
 
 Every function allocates its outputs with torch.empty and launches on the current stream; nothing synchronises.
 """
+
 import torch
 
 from ...core import native
@@ -40,8 +41,17 @@ def _formula(shape, weight, magnitude, random, scale, sign_plus):
     state, law, law_scale, low = random if value == _RANDOM else (None, "uniform", 1.0, None)
     magnitude_dtype = 0 if magnitude is None else DTYPES[magnitude.dtype]
     formula = native.cuda_entries().FeedbackMatrix(
-        *shape, _rows_of(weight, kind), value, _rows_of(magnitude, magnitude_dtype), address(state), _LAWS[law],
-        law_scale, low, scale, sign_plus)
+        *shape,
+        _rows_of(weight, kind),
+        value,
+        _rows_of(magnitude, magnitude_dtype),
+        address(state),
+        _LAWS[law],
+        law_scale,
+        low,
+        scale,
+        sign_plus,
+    )
     return formula, (weight, magnitude, state)
 
 
@@ -87,13 +97,27 @@ def pack_signs(weight):
     return out
 
 
-def sgd_update_(weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan,
-                grad_scale=1.0):
+def sgd_update_(
+    weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale=1.0
+):
     ours = [_dense_rows(weight), _dense_rows(momentum_buffer)]
     pair = [_rows_of(tensor, 0 if tensor is None else DTYPES[tensor.dtype]) for tensor in ours]
     shape = (grad.shape[0], *weight.shape)
-    call("feedback_sgd_update", weight.device, lr, momentum, dampening, weight_decay, grad_scale, nesterov, manhattan,
-         shape, _strided(grad), _strided(x), *pair)
+    call(
+        "feedback_sgd_update",
+        weight.device,
+        lr,
+        momentum,
+        dampening,
+        weight_decay,
+        grad_scale,
+        nesterov,
+        manhattan,
+        shape,
+        _strided(grad),
+        _strided(x),
+        *pair,
+    )
     for theirs, own in zip((weight, momentum_buffer), ours):
         if theirs is not own:
             theirs.copy_(own)

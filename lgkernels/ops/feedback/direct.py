@@ -4,6 +4,7 @@ What stands for the gradient of its output comes by a `Signal`: the error of the
 the kernel makes delta where it uses it. The pre-activation z is the only activation that is kept; the backward turns
 it into its gradient, in place, and frees it. No other backward can follow.
 """
+
 import os
 
 import torch
@@ -18,6 +19,7 @@ _ops = torch.ops.lgkernels
 class Signal:
     """`error` (B, classes) and `random` (state, law, law_scale, low), set before the backward; else its argument is
     the gradient, like any function's."""
+
     error, random = None, (None, "uniform", 1.0, None)
 
 
@@ -46,11 +48,21 @@ class _Block(torch.autograd.Function):
         (z, ctx.z), signal, needs = (ctx.z, None), ctx.signal, ctx.needs_input_grad
         with without_autocast(z.device):
             grad_gamma, grad_beta = _ops.direct_backward_(
-                z, mean, rstd, gamma, beta, None if signal.error is not None else grad, signal.error, *signal.random,
-                *ctx.activation, "auto")
+                z,
+                mean,
+                rstd,
+                gamma,
+                beta,
+                None if signal.error is not None else grad,
+                signal.error,
+                *signal.random,
+                *ctx.activation,
+                "auto",
+            )
             stride, padding, dilation, groups = ctx.geometry
             grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-                z, x, weight, None, stride, padding, dilation, False, (0, 0), groups, [*needs[:2], False])
+                z, x, weight, None, stride, padding, dilation, False, (0, 0), groups, [*needs[:2], False]
+            )
         grad_bias = weight.new_zeros(weight.shape[0]) if needs[2] else None  # the batch norm cancels it
         return grad_x, grad_weight, grad_bias, grad_gamma, grad_beta, *(None,) * 7
 

@@ -3,6 +3,7 @@
 The random state goes in as its device tensor (seed, stream, step): no recompilation between layers of different
 seeds, and a replayed CUDA graph sees the step of the moment.
 """
+
 import contextlib
 
 import torch
@@ -12,8 +13,18 @@ from ...core import dispatch
 LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
 
 for _name in ("feedback_product", "feedback_matrix", "feedback_rows", "feedback_pack_signs", "feedback_update_"):
-    dispatch.register(_name, **{name: f"lgkernels.ops.feedback.{module}" for name, module in (
-        ("reference", "reference"), ("cpu", "cpu"), ("triton", "triton_kernels"), ("cuda", "cuda"))})
+    dispatch.register(
+        _name,
+        **{
+            name: f"lgkernels.ops.feedback.{module}"
+            for name, module in (
+                ("reference", "reference"),
+                ("cpu", "cpu"),
+                ("triton", "triton_kernels"),
+                ("cuda", "cuda"),
+            )
+        },
+    )
 
 for _name in ("direct_forward", "direct_backward_", "feedback_fold"):
     dispatch.register(_name, **{name: f"lgkernels.ops.feedback.{name}" for name in ("reference", "cpu")})
@@ -36,26 +47,39 @@ def _random(state, law, law_scale, low):
 
 
 # F = scale * value | scale * |value| * sign(weight); value = 1 | magnitude | law; see reference.py
-_FORMULA = ("Tensor? weight, Tensor? magnitude, Tensor? state, str law, float law_scale, float? low, float scale, "
-            "bool sign_plus")
+_FORMULA = (
+    "Tensor? weight, Tensor? magnitude, Tensor? state, str law, float law_scale, float? low, float scale, "
+    "bool sign_plus"
+)
 
 LIBRARY.define(f"feedback_product(Tensor grad, SymInt columns, {_FORMULA}, str impl) -> Tensor")
-LIBRARY.define(f"feedback_matrix(SymInt rows, SymInt columns, {_FORMULA}, ScalarType dtype, Device device, str impl) "
-               "-> Tensor")
-LIBRARY.define("feedback_rows(Tensor index, SymInt columns, Tensor state, str law, float law_scale, float? low, "
-               "float scale, ScalarType dtype, str impl) -> Tensor")
-LIBRARY.define("feedback_fold(Tensor columns, SymInt[] shape, SymInt[] kernel, SymInt[] positions, SymInt[] stride, "
-               "SymInt[] padding, SymInt[] dilation, str impl) -> Tensor")
+LIBRARY.define(
+    f"feedback_matrix(SymInt rows, SymInt columns, {_FORMULA}, ScalarType dtype, Device device, str impl) -> Tensor"
+)
+LIBRARY.define(
+    "feedback_rows(Tensor index, SymInt columns, Tensor state, str law, float law_scale, float? low, "
+    "float scale, ScalarType dtype, str impl) -> Tensor"
+)
+LIBRARY.define(
+    "feedback_fold(Tensor columns, SymInt[] shape, SymInt[] kernel, SymInt[] positions, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, str impl) -> Tensor"
+)
 LIBRARY.define("feedback_pack_signs(Tensor weight, str impl) -> Tensor")
-LIBRARY.define("feedback_update_(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor grad, Tensor x, float lr, "
-               "float momentum, float dampening, float weight_decay, bool nesterov, bool manhattan, "
-               "float grad_scale, str impl) -> ()")
+LIBRARY.define(
+    "feedback_update_(Tensor(a!) weight, Tensor(b!)? momentum_buffer, Tensor grad, Tensor x, float lr, "
+    "float momentum, float dampening, float weight_decay, bool nesterov, bool manhattan, "
+    "float grad_scale, str impl) -> ()"
+)
 
-LIBRARY.define("direct_forward(Tensor z, Tensor gamma, Tensor beta, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-               "float momentum, float eps, float slope, bool max_pool, str impl) -> (Tensor, Tensor, Tensor)")
-LIBRARY.define("direct_backward_(Tensor(a!) z, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, Tensor? delta, "
-               "Tensor? error, Tensor? state, str law, float law_scale, float? low, float slope, bool max_pool, "
-               "str impl) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "direct_forward(Tensor z, Tensor gamma, Tensor beta, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "float momentum, float eps, float slope, bool max_pool, str impl) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "direct_backward_(Tensor(a!) z, Tensor mean, Tensor rstd, Tensor gamma, Tensor beta, Tensor? delta, "
+    "Tensor? error, Tensor? state, str law, float law_scale, float? low, float slope, bool max_pool, "
+    "str impl) -> (Tensor, Tensor)"
+)
 
 
 def _product(grad, columns, weight, magnitude, state, law, law_scale, low, scale, sign_plus, impl):
@@ -75,8 +99,9 @@ def _product_fake(grad, columns, weight, magnitude, state, law, law_scale, low, 
 def _matrix(rows, columns, weight, magnitude, state, law, law_scale, low, scale, sign_plus, dtype, device, impl):
     kernels = dispatch.backend("feedback_matrix", impl, device, dtype)
     with without_autocast(device):
-        return kernels.matrix((rows, columns), weight, magnitude, _random(state, law, law_scale, low), scale,
-                              sign_plus, dtype, device)
+        return kernels.matrix(
+            (rows, columns), weight, magnitude, _random(state, law, law_scale, low), scale, sign_plus, dtype, device
+        )
 
 
 def _matrix_fake(rows, columns, weight, magnitude, state, law, law_scale, low, scale, sign_plus, dtype, device, impl):
@@ -109,16 +134,19 @@ def _pack_signs_fake(weight, impl):
     return weight.new_empty((weight.shape[0], (weight.shape[1] + 31) // 32), dtype=torch.int32)
 
 
-def _update(weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale,
-            impl):
+def _update(
+    weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale, impl
+):
     kernels = dispatch.backend("feedback_update_", impl, weight.device, weight.dtype)
     with without_autocast(weight.device):
-        kernels.sgd_update_(weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov,
-                            manhattan, grad_scale)
+        kernels.sgd_update_(
+            weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale
+        )
 
 
-def _update_fake(weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan,
-                 grad_scale, impl):
+def _update_fake(
+    weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale, impl
+):
     return None
 
 
@@ -143,10 +171,14 @@ def _direct_backward_fake(z, mean, rstd, gamma, beta, delta, error, state, law, 
 
 
 for _name, _implementation, _fake in (
-        ("feedback_product", _product, _product_fake), ("feedback_matrix", _matrix, _matrix_fake),
-        ("feedback_rows", _rows, _rows_fake), ("feedback_fold", _fold, _fold_fake),
-        ("feedback_pack_signs", _pack_signs, _pack_signs_fake), ("feedback_update_", _update, _update_fake),
-        ("direct_forward", _direct_forward, _direct_forward_fake),
-        ("direct_backward_", _direct_backward, _direct_backward_fake)):
+    ("feedback_product", _product, _product_fake),
+    ("feedback_matrix", _matrix, _matrix_fake),
+    ("feedback_rows", _rows, _rows_fake),
+    ("feedback_fold", _fold, _fold_fake),
+    ("feedback_pack_signs", _pack_signs, _pack_signs_fake),
+    ("feedback_update_", _update, _update_fake),
+    ("direct_forward", _direct_forward, _direct_forward_fake),
+    ("direct_backward_", _direct_backward, _direct_backward_fake),
+):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lgkernels::{_name}", _fake, lib=LIBRARY)

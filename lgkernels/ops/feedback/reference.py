@@ -12,6 +12,7 @@ sign(0) = 0, or with `sign_plus` +1 (also of -0.0); sign(nan) follows: 0 | +1. `
 
 Any device; float32 arithmetic, float64 where `dtype` or `grad` is float64.
 """
+
 import math
 
 import torch
@@ -82,8 +83,9 @@ def rows(index, columns, random, scale, dtype):
     return (value.to(wide(dtype)) * scale).to(dtype)
 
 
-def sgd_update_(weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan,
-                grad_scale=1.0):
+def sgd_update_(
+    weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale=1.0
+):
     """torch.optim.SGD's step, or Batch Manhattan's (`manhattan`), with the gradient grad_scale * grad^T x, in place.
 
         g = grad_scale * grad^T x;  manhattan: g = sign(g);  g += weight_decay * W
@@ -129,9 +131,9 @@ def direct_forward(z, gamma, beta, running_mean, running_var, momentum, eps, slo
 def direct_backward_(z, mean, rstd, gamma, beta, delta, error, random, slope, max_pool):
     """z becomes its gradient; returns `(grad_gamma, grad_beta)`.
 
-        delta = error (B, classes) @ law (classes, C * H' * W')     where no delta (B, C, H', W') is given
-        g = max-pool's backward of delta, times the activation's slope
-        grad_beta = sum g;  grad_gamma = sum g * xhat;  dz = gamma * rstd * (g - mean g - xhat * mean (g * xhat))
+    delta = error (B, classes) @ law (classes, C * H' * W')     where no delta (B, C, H', W') is given
+    g = max-pool's backward of delta, times the activation's slope
+    grad_beta = sum g;  grad_gamma = sum g * xhat;  dz = gamma * rstd * (g - mean g - xhat * mean (g * xhat))
     """
     centred, factor, activation = _normalised(z.to(wide(z.dtype)), mean, rstd, gamma, beta, slope)
     pooled, index = F.max_pool2d(activation, 2, return_indices=True) if max_pool else (activation, None)

@@ -1,4 +1,5 @@
 """Tiny cases of the family's ops for `python -m lgkernels info --selftest`: `CASES[op](impl, device, dtype)`."""
+
 import torch
 
 from . import op  # noqa: F401  registers the ops
@@ -16,10 +17,12 @@ def _formulas(device, dtype):
     """(weight, magnitude, state, law, law_scale, low, scale, sign_plus) of uSF, frSF by tensor and by formula, FA."""
     weight, magnitude = (_random(n, 40, device=device, dtype=dtype)[:6] for n in (6, 7))
     state = torch.tensor([11, 3, 2], device=device)
-    return [(weight, None, None, "uniform", 1.0, None, 0.25, False),
-            (weight, magnitude, None, "uniform", 1.0, None, 0.25, True),
-            (weight, None, state, "uniform8", 0.5, 0.0, 1.0, False),
-            (None, None, state, "normal", 0.5, None, 1.0, False)]
+    return [
+        (weight, None, None, "uniform", 1.0, None, 0.25, False),
+        (weight, magnitude, None, "uniform", 1.0, None, 0.25, True),
+        (weight, None, state, "uniform8", 0.5, 0.0, 1.0, False),
+        (None, None, state, "normal", 0.5, None, 1.0, False),
+    ]
 
 
 def product(impl, device, dtype):
@@ -62,11 +65,19 @@ def direct(impl, device, dtype):
     gamma, beta = (_random(n, 1, device=device, dtype=dtype)[:4, 0].contiguous() for n in (5, 6))
     error, state = _random(3, 5, device=device, dtype=dtype), torch.tensor([11, 3, 2], device=device)
     out, mean, rstd = _ops.direct_forward(z, gamma, beta, None, None, 0.1, 1e-5, 0.01, True, impl)
-    gradients = _ops.direct_backward_(z, mean, rstd, gamma, beta, None, error, state, "uniform", 0.5, None, 0.01, True,
-                                      impl)
+    gradients = _ops.direct_backward_(
+        z, mean, rstd, gamma, beta, None, error, state, "uniform", 0.5, None, 0.01, True, impl
+    )
     return [out, mean, rstd, *gradients, z]
 
 
-CASES = {"feedback_product": product, "feedback_matrix": matrix, "feedback_rows": rows,
-         "feedback_fold": fold, "feedback_pack_signs": pack_signs, "feedback_update_": update,
-         "direct_forward": direct, "direct_backward_": direct}
+CASES = {
+    "feedback_product": product,
+    "feedback_matrix": matrix,
+    "feedback_rows": rows,
+    "feedback_fold": fold,
+    "feedback_pack_signs": pack_signs,
+    "feedback_update_": update,
+    "direct_forward": direct,
+    "direct_backward_": direct,
+}

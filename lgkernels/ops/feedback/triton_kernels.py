@@ -4,6 +4,7 @@ Kernels in triton_matrix.py and triton_product.py; block sizes in core/config.py
 rounded once on store, half operands of a product excepted: they are multiplied as they are, so F is rounded to `grad`'s
 dtype (but for `scale`, a factor of the sum). Sums have a fixed order. CPU tensors work under TRITON_INTERPRET=1.
 """
+
 import torch
 
 from ...core.config import architecture, select_config
@@ -55,8 +56,24 @@ def matrix(shape, weight, magnitude, random, scale, sign_plus, dtype, device):
     config = _config("feedback_matrix", (N, K, v), dtype, out.device)
     programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
-        launch(triton_matrix.matrix_kernel, programs, out.device, out, weight, magnitude, *state, float(scale), *law,
-               N, K, *_strides(weight), *_strides(magnitude), SIGNS=_signs(weight, sign_plus), **meta, **config)
+        launch(
+            triton_matrix.matrix_kernel,
+            programs,
+            out.device,
+            out,
+            weight,
+            magnitude,
+            *state,
+            float(scale),
+            *law,
+            N,
+            K,
+            *_strides(weight),
+            *_strides(magnitude),
+            SIGNS=_signs(weight, sign_plus),
+            **meta,
+            **config,
+        )
     return out
 
 
@@ -73,13 +90,40 @@ def product(grad, columns, weight, magnitude, random, scale, sign_plus):
     # too few programs for the card: share N, at least four tiles each
     slices = max(1, min(_blocks(512, programs), N // (4 * config["BLOCK_N"]), 16))
     partial = out if slices == 1 else torch.empty((slices, M, K), dtype=torch.float32, device=out.device)
-    launch(triton_product.product_kernel, programs * slices, out.device, grad.contiguous(), partial, weight, magnitude,
-           *state, float(scale), *law, M, N, K, slices, *_strides(weight), *_strides(magnitude),
-           SIGNS=_signs(weight, sign_plus), PRECISION=precision(grad.dtype), **meta, **config)
+    launch(
+        triton_product.product_kernel,
+        programs * slices,
+        out.device,
+        grad.contiguous(),
+        partial,
+        weight,
+        magnitude,
+        *state,
+        float(scale),
+        *law,
+        M,
+        N,
+        K,
+        slices,
+        *_strides(weight),
+        *_strides(magnitude),
+        SIGNS=_signs(weight, sign_plus),
+        PRECISION=precision(grad.dtype),
+        **meta,
+        **config,
+    )
     if slices > 1:
         config = _config("feedback_sum", (M * K,), grad.dtype, grad.device)
-        launch(triton_product.sum_slices_kernel, _blocks(M * K, config["BLOCK"]), out.device, partial, out, M * K,
-               slices, **config)
+        launch(
+            triton_product.sum_slices_kernel,
+            _blocks(M * K, config["BLOCK"]),
+            out.device,
+            partial,
+            out,
+            M * K,
+            slices,
+            **config,
+        )
     return out
 
 
@@ -90,8 +134,20 @@ def rows(index, columns, random, scale, dtype):
     config = _config("feedback_matrix", (B, K, v), dtype, out.device)
     programs = _blocks(B, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
-        launch(triton_matrix.rows_kernel, programs, out.device, index.contiguous(), out, state, float(scale), *law, B,
-               K, **meta, **config)
+        launch(
+            triton_matrix.rows_kernel,
+            programs,
+            out.device,
+            index.contiguous(),
+            out,
+            state,
+            float(scale),
+            *law,
+            B,
+            K,
+            **meta,
+            **config,
+        )
     return out
 
 
@@ -101,19 +157,37 @@ def pack_signs(weight):
     config = _config("feedback_matrix", (N, K, 32), weight.dtype, weight.device)
     programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
-        launch(triton_matrix.pack_signs_kernel, programs, weight.device, weight, packed, N, K, *weight.stride(),
-               **config)
+        launch(
+            triton_matrix.pack_signs_kernel, programs, weight.device, weight, packed, N, K, *weight.stride(), **config
+        )
     return packed
 
 
-def sgd_update_(weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan,
-                grad_scale=1.0):
+def sgd_update_(
+    weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale=1.0
+):
     (N, K), M = weight.shape, grad.shape[0]
     dtype = torch.promote_types(grad.dtype, x.dtype)
     config = _config("feedback_update", (M, N, K), dtype, weight.device)
     programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
         numbers = map(float, (lr, momentum, dampening, weight_decay, grad_scale))
-        launch(triton_product.sgd_update_kernel, programs, weight.device, weight, momentum_buffer, grad.contiguous(),
-               x.contiguous(), *numbers, M, N, K, *weight.stride(), *_strides(momentum_buffer), NESTEROV=bool(nesterov),
-               MANHATTAN=bool(manhattan), PRECISION=precision(dtype), **config)
+        launch(
+            triton_product.sgd_update_kernel,
+            programs,
+            weight.device,
+            weight,
+            momentum_buffer,
+            grad.contiguous(),
+            x.contiguous(),
+            *numbers,
+            M,
+            N,
+            K,
+            *weight.stride(),
+            *_strides(momentum_buffer),
+            NESTEROV=bool(nesterov),
+            MANHATTAN=bool(manhattan),
+            PRECISION=precision(dtype),
+            **config,
+        )

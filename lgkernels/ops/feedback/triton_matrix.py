@@ -7,6 +7,7 @@
 random values; SIGNS says what `weight` holds: "none", "zero" (sign(0) = 0), "plus" (sign(0) = 1), or "packed", 32
 signs a word, a set bit for a negative weight.
 """
+
 import triton
 import triton.language as tl
 
@@ -19,16 +20,22 @@ from ..common.rounding import rounded
 def _strided(matrix, n, block, N, K, row_stride, column_stride, BLOCK_K: tl.constexpr):
     """Rows n and columns [block * BLOCK_K, (block + 1) * BLOCK_K) of a matrix, 0 outside of it."""
     k = indices(block, BLOCK_K)
-    return tl.load(matrix + offset(n, row_stride)[:, None] + offset(k, column_stride)[None, :],
-                   mask=(n < N)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+    return tl.load(
+        matrix + offset(n, row_stride)[:, None] + offset(k, column_stride)[None, :],
+        mask=(n < N)[:, None] & (k < K)[None, :],
+        other=0.0,
+    ).to(tl.float32)
 
 
 @triton.jit
 def _signs(weight, n, block, N, K, row_stride, column_stride, SIGNS: tl.constexpr, BLOCK_K: tl.constexpr):
     if SIGNS == "packed":
         word = indices(block, BLOCK_K // 32)
-        words = tl.load(weight + offset(n, row_stride)[:, None] + offset(word, column_stride)[None, :],
-                        mask=(n < N)[:, None] & (word * 32 < K)[None, :], other=0)
+        words = tl.load(
+            weight + offset(n, row_stride)[:, None] + offset(word, column_stride)[None, :],
+            mask=(n < N)[:, None] & (word * 32 < K)[None, :],
+            other=0,
+        )
         negative = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
         return tl.reshape(1.0 - 2.0 * negative.to(tl.float32), (n.shape[0], BLOCK_K))
     else:
@@ -37,14 +44,34 @@ def _signs(weight, n, block, N, K, row_stride, column_stride, SIGNS: tl.constexp
 
 
 @triton.jit
-def values(weight, magnitude, seed, stream, step, law_scale, span, low, n, block, N, K, weight_row, weight_column,
-           magnitude_row, magnitude_column, LAW: tl.constexpr, HAS_LOW: tl.constexpr, SIGNS: tl.constexpr,
-           BLOCK_K: tl.constexpr):
+def values(
+    weight,
+    magnitude,
+    seed,
+    stream,
+    step,
+    law_scale,
+    span,
+    low,
+    n,
+    block,
+    N,
+    K,
+    weight_row,
+    weight_column,
+    magnitude_row,
+    magnitude_column,
+    LAW: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    SIGNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """float32 tile of F / scale: rows n (any integers), columns [block * BLOCK_K, (block + 1) * BLOCK_K). Some finite
     value outside of the matrix."""
     if LAW is not None:
-        value = philox.panel(seed, stream, step, n[:, None], block, law_scale, span, low, LAW, HAS_LOW, n.shape[0],
-                             BLOCK_K)
+        value = philox.panel(
+            seed, stream, step, n[:, None], block, law_scale, span, low, LAW, HAS_LOW, n.shape[0], BLOCK_K
+        )
     elif magnitude is not None:
         value = _strided(magnitude, n, block, N, K, magnitude_row, magnitude_column, BLOCK_K)
     else:
@@ -64,24 +91,75 @@ def load_state(state, LAW: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N"])
-def matrix_kernel(out, weight, magnitude, state, scale, law_scale, span, low, N, K, weight_row, weight_column,
-                  magnitude_row, magnitude_column, LAW: tl.constexpr, HAS_LOW: tl.constexpr, SIGNS: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def matrix_kernel(
+    out,
+    weight,
+    magnitude,
+    state,
+    scale,
+    law_scale,
+    span,
+    low,
+    N,
+    K,
+    weight_row,
+    weight_column,
+    magnitude_row,
+    magnitude_column,
+    LAW: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    SIGNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """out = F (N, K)."""
     pid = program_id(0)
     blocks = tl.cdiv(K, BLOCK_K)
     n, block = indices(pid // blocks, BLOCK_N), pid % blocks
     seed, stream, step = load_state(state, LAW)
-    value = values(weight, magnitude, seed, stream, step, law_scale, span, low, n, block, N, K, weight_row,
-                   weight_column, magnitude_row, magnitude_column, LAW, HAS_LOW, SIGNS, BLOCK_K)
+    value = values(
+        weight,
+        magnitude,
+        seed,
+        stream,
+        step,
+        law_scale,
+        span,
+        low,
+        n,
+        block,
+        N,
+        K,
+        weight_row,
+        weight_column,
+        magnitude_row,
+        magnitude_column,
+        LAW,
+        HAS_LOW,
+        SIGNS,
+        BLOCK_K,
+    )
     k = indices(block, BLOCK_K)
     value = rounded(value * tl.cast(scale, tl.float32), out.dtype.element_ty)
     tl.store(out + offset(n, K)[:, None] + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["B"])
-def rows_kernel(index, out, state, scale, law_scale, span, low, B, K, LAW: tl.constexpr, HAS_LOW: tl.constexpr,
-                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def rows_kernel(
+    index,
+    out,
+    state,
+    scale,
+    law_scale,
+    span,
+    low,
+    B,
+    K,
+    LAW: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """out[b] = row index[b] of scale * law."""
     pid = program_id(0)
     blocks = tl.cdiv(K, BLOCK_K)
@@ -103,5 +181,8 @@ def pack_signs_kernel(weight, packed, N, K, row_stride, column_stride, BLOCK_N: 
     w = _strided(weight, n, block, N, K, row_stride, column_stride, BLOCK_K)
     bits = tl.reshape((w < 0).to(tl.int32), (BLOCK_N, BLOCK_K // 32, 32)) << tl.arange(0, 32)[None, None, :]
     word = indices(block, BLOCK_K // 32)
-    tl.store(packed + offset(n, tl.cdiv(K, 32))[:, None] + word[None, :], tl.sum(bits, 2),
-             mask=(n < N)[:, None] & (word * 32 < K)[None, :])
+    tl.store(
+        packed + offset(n, tl.cdiv(K, 32))[:, None] + word[None, :],
+        tl.sum(bits, 2),
+        mask=(n < N)[:, None] & (word * 32 < K)[None, :],
+    )

@@ -1,4 +1,5 @@
 """Triton kernels of the products: dX = grad F with F made in registers, and the fused update W, v <- SGD(grad^T x)."""
+
 import triton
 import triton.language as tl
 
@@ -9,10 +10,32 @@ from .triton_matrix import load_state, values
 
 
 @triton.jit(do_not_specialize=["M", "slices"])
-def product_kernel(grad, out, weight, magnitude, state, scale, law_scale, span, low, M, N, K, slices, weight_row,
-                   weight_column, magnitude_row, magnitude_column, LAW: tl.constexpr, HAS_LOW: tl.constexpr,
-                   SIGNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr):
+def product_kernel(
+    grad,
+    out,
+    weight,
+    magnitude,
+    state,
+    scale,
+    law_scale,
+    span,
+    low,
+    M,
+    N,
+    K,
+    slices,
+    weight_row,
+    weight_column,
+    magnitude_row,
+    magnitude_column,
+    LAW: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    SIGNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """out[slice] (M, K) = grad (M, N) F over every `slices`-th block of rows of F. Neighbouring programs share a panel
     of F."""
     pid = program_id(0)
@@ -24,13 +47,36 @@ def product_kernel(grad, out, weight, magnitude, state, scale, law_scale, span, 
     for rows in range(slice, tl.cdiv(N, BLOCK_N), slices):
         n = indices(rows, BLOCK_N)
         g = tl.load(grad + offset(m, N)[:, None] + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
-        f = values(weight, magnitude, seed, stream, step, law_scale, span, low, n, block, N, K, weight_row,
-                   weight_column, magnitude_row, magnitude_column, LAW, HAS_LOW, SIGNS, BLOCK_K)
+        f = values(
+            weight,
+            magnitude,
+            seed,
+            stream,
+            step,
+            law_scale,
+            span,
+            low,
+            n,
+            block,
+            N,
+            K,
+            weight_row,
+            weight_column,
+            magnitude_row,
+            magnitude_column,
+            LAW,
+            HAS_LOW,
+            SIGNS,
+            BLOCK_K,
+        )
         total = dot(g, f, total, PRECISION)
     k = indices(block, BLOCK_K)
     row = offset(offset(slice, M) + m, K)
-    tl.store(out + row[:, None] + k[None, :], rounded(total * tl.cast(scale, tl.float32), out.dtype.element_ty),
-             mask=(m < M)[:, None] & (k < K)[None, :])
+    tl.store(
+        out + row[:, None] + k[None, :],
+        rounded(total * tl.cast(scale, tl.float32), out.dtype.element_ty),
+        mask=(m < M)[:, None] & (k < K)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["slices"])
@@ -44,10 +90,30 @@ def sum_slices_kernel(partial, out, size, slices, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M"])
-def sgd_update_kernel(weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, grad_scale, M, N, K,
-                      weight_row, weight_column, buffer_row, buffer_column, NESTEROV: tl.constexpr,
-                      MANHATTAN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_K: tl.constexpr):
+def sgd_update_kernel(
+    weight,
+    momentum_buffer,
+    grad,
+    x,
+    lr,
+    momentum,
+    dampening,
+    weight_decay,
+    grad_scale,
+    M,
+    N,
+    K,
+    weight_row,
+    weight_column,
+    buffer_row,
+    buffer_column,
+    NESTEROV: tl.constexpr,
+    MANHATTAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """One tile of W and v: its whole sum over the samples, then the step of torch.optim.SGD or Batch Manhattan."""
     pid = program_id(0)
     blocks = tl.cdiv(K, BLOCK_K)

@@ -1,11 +1,12 @@
 """autograd entries of the family lls. The local gradient is taken inside the forward: it needs nothing from above."""
+
 import warnings
 
 import torch
 
 from ...core.guard import first_order_only
 from ...core.unit import is_one
-from . import op  # noqa: F401  registers the ops
+from . import op
 
 _ops = torch.ops.lgkernels
 
@@ -16,7 +17,8 @@ class _LLSLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad
         compute_grad = grad_enabled and (needs[0] or needs[2])
         loss, grad_latents, similarity, grad_logits = _ops.lls_loss_forward(
-            activation, target, modulation, *arguments, reduction, compute_grad, impl)
+            activation, target, modulation, *arguments, reduction, compute_grad, impl
+        )
         if compute_grad:
             # An intermediate activation is not kept: its gradient is constant over each bin. `link` (or the leaf
             # itself) ties a second derivative to it, so that the guard is met.
@@ -35,43 +37,127 @@ class _LLSLoss(torch.autograd.Function):
             grad_activation = grad_latents.clone()  # the graph may be kept, and the caller may write to what it gets
         else:
             grad_activation, grad_modulation = _ops.lls_loss_backward(
-                grad_loss, grad_latents, none if similarity is None else similarity, none if grad_logits is None else
-                grad_logits, *ctx.meta, modulation is not None and modulation.dim() == 1, ctx.needs_input_grad[0],
-                ctx.needs_input_grad[2], ctx.impl)
+                grad_loss,
+                grad_latents,
+                none if similarity is None else similarity,
+                none if grad_logits is None else grad_logits,
+                *ctx.meta,
+                modulation is not None and modulation.dim() == 1,
+                ctx.needs_input_grad[0],
+                ctx.needs_input_grad[2],
+                ctx.impl,
+            )
         grad_activation = grad_activation if ctx.needs_input_grad[0] else None
         grad_modulation = grad_modulation.to(modulation.dtype) if ctx.needs_input_grad[2] else None
-        return (first_order_only("lls_loss", grad_activation, link, modulation, grad_loss), None,
-                first_order_only("lls_loss", grad_modulation, link, modulation, grad_loss),
-                None, None, None, None, None, None)
+        return (
+            first_order_only("lls_loss", grad_activation, link, modulation, grad_loss),
+            None,
+            first_order_only("lls_loss", grad_modulation, link, modulation, grad_loss),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _is_done(grad_latents, grad_loss, modulation, shape, dtype, _channels_last, pool_size):
     """The activation is the latents, and nothing scales their gradient."""
-    return (len(shape) == 2 and shape[1] == pool_size and dtype == grad_latents.dtype and modulation is None
-            and not torch.compiler.is_compiling() and is_one(grad_loss))
+    return (
+        len(shape) == 2
+        and shape[1] == pool_size
+        and dtype == grad_latents.dtype
+        and modulation is None
+        and not torch.compiler.is_compiling()
+        and is_one(grad_loss)
+    )
 
 
-def lls_loss(activation, target, modulation, basis, waveform, num_classes, pool_size, temperature, label_smoothing,
-             normalize, eps, zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, impl):
+def lls_loss(
+    activation,
+    target,
+    modulation,
+    basis,
+    waveform,
+    num_classes,
+    pool_size,
+    temperature,
+    label_smoothing,
+    normalize,
+    eps,
+    zero_gradient_below_eps,
+    basis_scale,
+    loss,
+    ignore_index,
+    reduction,
+    impl,
+):
     grad_enabled = torch.is_grad_enabled()
     link = None
     if grad_enabled and activation.requires_grad and not activation.is_leaf and not torch.compiler.is_compiling():
         link = activation[:0].sum()  # tied to the activation's history, holds none of its memory
     return _LLSLoss.apply(
-        activation, target, modulation, link, pool_size, reduction, impl, grad_enabled,
-        (basis, waveform, num_classes, pool_size, temperature, label_smoothing, normalize, eps,
-         zero_gradient_below_eps, basis_scale, loss, ignore_index))
+        activation,
+        target,
+        modulation,
+        link,
+        pool_size,
+        reduction,
+        impl,
+        grad_enabled,
+        (
+            basis,
+            waveform,
+            num_classes,
+            pool_size,
+            temperature,
+            label_smoothing,
+            normalize,
+            eps,
+            zero_gradient_below_eps,
+            basis_scale,
+            loss,
+            ignore_index,
+        ),
+    )
 
 
 class _LLSBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, norm_weight, norm_bias, modulation, running_mean, running_var, target,
-                grad_enabled, arguments, impl):
+    def forward(
+        ctx,
+        x,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        modulation,
+        running_mean,
+        running_var,
+        target,
+        grad_enabled,
+        arguments,
+        impl,
+    ):
         needs = ctx.needs_input_grad
         compute_grad = grad_enabled and any(needs[1:6])
         out, loss, *grads = _ops.lls_block(
-            x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, *arguments,
-            compute_grad, needs[1], needs[5], impl)
+            x,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            running_mean,
+            running_var,
+            target,
+            modulation,
+            *arguments,
+            compute_grad,
+            needs[1],
+            needs[5],
+            impl,
+        )
         ctx.mark_non_differentiable(out)
         ctx.set_materialize_grads(False)
         ctx.grads = None
@@ -97,7 +183,8 @@ class _LLSBlock(torch.autograd.Function):
             if grads is None:
                 raise RuntimeError(
                     "backward ran twice through a fused LLS block: its local gradients are handed over once, without "
-                    "a copy. Call forward again, or use nn.LLSHead(block, ...), which keeps an ordinary graph")
+                    "a copy. Call forward again, or use nn.LLSHead(block, ...), which keeps an ordinary graph"
+                )
             if not is_one(grad_loss):  # one multiplication over all of them
                 torch._foreach_mul_([grads[0], *grads[2:]], grad_loss)  # all but the zeros of the layer's bias
             inputs = ctx.saved_tensors if torch.is_grad_enabled() else ()
@@ -123,8 +210,11 @@ def _warn_under_checkpoint():
     again = torch._C._current_graph_task_id() != -1
     if again or hooks is not None and "checkpoint" in getattr(hooks[0], "__qualname__", ""):
         _warned_checkpoint = True
-        warnings.warn("activation checkpointing around a fused LLS block saves nothing and may run it twice: the block "
-                      "keeps no activation. Checkpoint only what lies around it", stacklevel=4)
+        warnings.warn(
+            "activation checkpointing around a fused LLS block saves nothing and may run it twice: the block "
+            "keeps no activation. Checkpoint only what lies around it",
+            stacklevel=4,
+        )
 
 
 def lls_block(x, weight, bias, norm_weight, norm_bias, modulation, running_mean, running_var, target, arguments, impl):
@@ -132,8 +222,24 @@ def lls_block(x, weight, bias, norm_weight, norm_bias, modulation, running_mean,
     if grad_enabled:
         _warn_under_checkpoint()
     device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    if (
+        torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+        and x.dtype != torch.float64
+    ):
         dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype)
-    return _LLSBlock.apply(x.detach(), weight, bias, norm_weight, norm_bias, modulation, running_mean, running_var,
-                           target, grad_enabled, arguments, impl)
+    return _LLSBlock.apply(
+        x.detach(),
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        modulation,
+        running_mean,
+        running_var,
+        target,
+        grad_enabled,
+        arguments,
+        impl,
+    )

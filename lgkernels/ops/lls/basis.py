@@ -1,10 +1,10 @@
 """The periodic basis: frequencies, table, and the bit-packed signs of the square waveform."""
+
 import contextlib
 from functools import lru_cache
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@
 
 No gradient goes to x. The pre-activation z never leaves this function.
 """
+
 import math
 from functools import lru_cache
 
@@ -57,9 +58,32 @@ def _batch_stats(kernels, z, bias, running_mean, running_var, momentum, eps, wid
     return stats
 
 
-def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, basis,
-            stride, padding, momentum, norm_eps, negative_slope, max_pool, num_classes, pool_size, temperature,
-            label_smoothing, compute_grad, needs_weight, needs_modulation):
+def forward(
+    kernels,
+    x,
+    weight,
+    bias,
+    norm_weight,
+    norm_bias,
+    running_mean,
+    running_var,
+    target,
+    modulation,
+    basis,
+    stride,
+    padding,
+    momentum,
+    norm_eps,
+    negative_slope,
+    max_pool,
+    num_classes,
+    pool_size,
+    temperature,
+    label_smoothing,
+    compute_grad,
+    needs_weight,
+    needs_modulation,
+):
     """Returns (out, loss, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_modulation); the last five
     are empty where not wanted, grad_bias is zero. Gradients are those of the mean local loss, in float32 (float64 for
     float64)."""
@@ -82,20 +106,44 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
     else:
         z = x @ weight.t()
     if z.numel() == z.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got a pre-activation of size {z.shape}")
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got a pre-activation of size {z.shape}"
+        )
     z_last = channels_last(z)
     if formats and z.shape[2] * z.shape[3] <= _SMALL_PLANE:
         z = kernels.to_channels_last(z)
     mean, rstd = _batch_stats(kernels, z, bias, running_mean, running_var, momentum, norm_eps, wide)
     out, latents, s1, s2 = kernels.norm_act_pool(
-        z, mean, rstd, norm_weight, norm_bias, negative_slope, pool_size, max_pool, compute_grad,
-        **({"out_channels_last": last} if formats else {}))
+        z,
+        mean,
+        rstd,
+        norm_weight,
+        norm_bias,
+        negative_slope,
+        pool_size,
+        max_pool,
+        compute_grad,
+        **({"out_channels_last": last} if formats else {}),
+    )
     finishes = compute_grad and hasattr(kernels, "FINISHES_HEAD")  # with the norm's gradients: two launches less
     loss, grad_latents, similarity, grad_logits = kernels.head(
-        latents, target, modulation, basis, num_classes=num_classes, temperature=temperature,
-        label_smoothing=label_smoothing, normalize=True, eps=1e-12, zero_gradient_below_eps=False, basis_scale=1.0,
-        loss="cross_entropy", ignore_index=-100, reduction="mean", compute_grad=compute_grad,
-        **({"reduce": False} if finishes else {}))
+        latents,
+        target,
+        modulation,
+        basis,
+        num_classes=num_classes,
+        temperature=temperature,
+        label_smoothing=label_smoothing,
+        normalize=True,
+        eps=1e-12,
+        zero_gradient_below_eps=False,
+        basis_scale=1.0,
+        loss="cross_entropy",
+        ignore_index=-100,
+        reduction="mean",
+        compute_grad=compute_grad,
+        **({"reduce": False} if finishes else {}),
+    )
     none = loss.new_empty(0)
     if not compute_grad:
         return out, loss, none, *(loss.new_empty(0) for _ in range(4))
@@ -106,18 +154,31 @@ def forward(kernels, x, weight, bias, norm_weight, norm_bias, running_mean, runn
         areas = _bin_areas(tuple(z.shape[2:]), pool_size, z.device)
         grad_gamma, grad_beta, grad_bias, *sums = kernels.norm_grads(grad_latents, s1, s2, z.shape[1], areas, **finish)
         if needs_weight:
-            kernels.grad_preactivation_(z, mean, rstd, norm_weight, norm_bias, negative_slope, grad_latents,
-                                        grad_gamma, grad_beta, pool_size, scale)
+            kernels.grad_preactivation_(
+                z,
+                mean,
+                rstd,
+                norm_weight,
+                norm_bias,
+                negative_slope,
+                grad_latents,
+                grad_gamma,
+                grad_beta,
+                pool_size,
+                scale,
+            )
     else:
         grad_gamma, grad_beta, grad_bias, *sums = kernels.linear_grad_preactivation_(
-            z, mean, rstd, norm_weight, norm_bias, negative_slope, grad_latents, pool_size, scale, **finish)
+            z, mean, rstd, norm_weight, norm_bias, negative_slope, grad_latents, pool_size, scale, **finish
+        )
     loss, grad_modulation = sums if finishes else (loss, none)
     grad_weight = none
     if needs_weight:
         if is_conv:
             z = kernels.to_contiguous(z) if formats and not z_last else z
-            grad_weight = _convolution_backward(z, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1,
-                                                (False, True, False))[1]
+            grad_weight = _convolution_backward(
+                z, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, (False, True, False)
+            )[1]
         else:
             grad_weight = z.t() @ x
         memory_format = torch.channels_last if weight_last else torch.contiguous_format  # the parameter's

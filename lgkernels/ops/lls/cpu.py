@@ -3,6 +3,7 @@
 Tensors reach C++ as addresses, sizes and a dtype code; outputs are allocated here. Activations are taken in
 either dense memory format as they are, anything else is copied once. Arithmetic is float32.
 """
+
 import torch
 
 from ...core.native import native
@@ -79,8 +80,24 @@ def _sign_layouts(signs, dim):
     return kept[1]
 
 
-def head(x, target, modulation, basis, *, num_classes, temperature, label_smoothing, normalize, eps,
-         zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad):
+def head(
+    x,
+    target,
+    modulation,
+    basis,
+    *,
+    num_classes,
+    temperature,
+    label_smoothing,
+    normalize,
+    eps,
+    zero_gradient_below_eps,
+    basis_scale,
+    loss,
+    ignore_index,
+    reduction,
+    compute_grad,
+):
     x = _float(x)
     batch, dim = x.shape
     rows = basis.shape[0]
@@ -95,12 +112,33 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
     grad_latents = torch.empty((batch, dim) if compute_grad else 0, dtype=torch.float32)
     grad_logits = torch.empty((batch, num_classes) if compute_grad else 0, dtype=torch.float32)
     _C.lls_head(
-        batch, dim, rows, num_classes, x.data_ptr(), target.data_ptr(), _address(modulation),
-        modulation is not None and modulation.dim() == 1, 0 if packed else basis.data_ptr(),
-        basis.data_ptr() if packed else 0, temperature, label_smoothing, normalize, eps, zero_gradient_below_eps,
-        basis_scale, loss == "hard_sigmoid_mse", ignore_index, reduction == "mean", reduction == "none", compute_grad,
-        value.data_ptr(), similarity.data_ptr(), grad_latents.data_ptr(), grad_logits.data_ptr(),
-        torch.get_num_threads())
+        batch,
+        dim,
+        rows,
+        num_classes,
+        x.data_ptr(),
+        target.data_ptr(),
+        _address(modulation),
+        modulation is not None and modulation.dim() == 1,
+        0 if packed else basis.data_ptr(),
+        basis.data_ptr() if packed else 0,
+        temperature,
+        label_smoothing,
+        normalize,
+        eps,
+        zero_gradient_below_eps,
+        basis_scale,
+        loss == "hard_sigmoid_mse",
+        ignore_index,
+        reduction == "mean",
+        reduction == "none",
+        compute_grad,
+        value.data_ptr(),
+        similarity.data_ptr(),
+        grad_latents.data_ptr(),
+        grad_logits.data_ptr(),
+        torch.get_num_threads(),
+    )
     return value, grad_latents, similarity, grad_logits
 
 
@@ -108,15 +146,31 @@ def modulation_grad(similarity, grad_logits, vector, scale):
     (batch, rows), classes = similarity.shape, grad_logits.shape[1]
     s, g, scale = similarity.contiguous(), grad_logits.contiguous(), _float(scale)
     out = torch.empty(classes if vector else (rows, classes), dtype=torch.float32)
-    _C.lls_modulation_grad(batch, rows, classes, vector, s.data_ptr(), g.data_ptr(), scale.data_ptr(),
-                           scale.dim() > 0, out.data_ptr(), torch.get_num_threads())
+    _C.lls_modulation_grad(
+        batch,
+        rows,
+        classes,
+        vector,
+        s.data_ptr(),
+        g.data_ptr(),
+        scale.data_ptr(),
+        scale.dim() > 0,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
     return out
 
 
 def expand_grad(grad_latents, scale, out, pool_size):
     dense, g, scale = _dense(out), _float(grad_latents), _float(scale)
-    _C.lls_expand_grad(*_activation(dense), *_pools(out, pool_size), g.data_ptr(), scale.data_ptr(), scale.dim() > 0,
-                       torch.get_num_threads())
+    _C.lls_expand_grad(
+        *_activation(dense),
+        *_pools(out, pool_size),
+        g.data_ptr(),
+        scale.data_ptr(),
+        scale.dim() > 0,
+        torch.get_num_threads(),
+    )
     return out if dense is out else out.copy_(dense)
 
 
@@ -134,21 +188,33 @@ def to_contiguous(x):
     if not _channels_last(x):
         return x.contiguous()
     batch, channels, height, width = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype)  # the same transposition, with channels and positions in each other's place
-    _C.lls_to_channels_last(x.data_ptr(), batch, height * width, channels, 1, _code(x), out.data_ptr(),
-                            torch.get_num_threads())
+    out = torch.empty(
+        x.shape, dtype=x.dtype
+    )  # the same transposition, with channels and positions in each other's place
+    _C.lls_to_channels_last(
+        x.data_ptr(), batch, height * width, channels, 1, _code(x), out.data_ptr(), torch.get_num_threads()
+    )
     return out
 
 
 # -- the pieces of the fused block -----------------------------------------------------------------------------
+
 
 def batch_stats(z, bias, running_mean, running_var, momentum, eps):
     z = _dense(z)
     mean, rstd = (torch.empty(z.shape[1], dtype=torch.float32) for _ in range(2))
     bias = None if bias is None else _float(bias)
     running = [t if t is None else _float(t) for t in (running_mean, running_var)]
-    _C.lls_batch_stats(*_preactivation(z), _address(bias), *map(_address, running), momentum, eps, mean.data_ptr(),
-                       rstd.data_ptr(), torch.get_num_threads())
+    _C.lls_batch_stats(
+        *_preactivation(z),
+        _address(bias),
+        *map(_address, running),
+        momentum,
+        eps,
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        torch.get_num_threads(),
+    )
     for own, used in zip((running_mean, running_var), running):
         if used is not own:
             own.copy_(used)
@@ -160,8 +226,9 @@ def _norm(*vectors):
     return vectors, [v.data_ptr() for v in vectors]
 
 
-def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_pool, compute_grad,
-                  out_channels_last=None):
+def norm_act_pool(
+    z, mean, rstd, gamma, beta, negative_slope, pool_size, max_pool, compute_grad, out_channels_last=None
+):
     """`out_channels_last`: memory format of `out` where it is not to be z's."""
     z = _dense(z)
     kept, norm = _norm(mean, rstd, gamma, beta)
@@ -169,8 +236,20 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
     if z.dim() == 2:  # N channels of one position each: "latents" of 1 x 1 bins are the activation in float32
         out = torch.empty_like(z)
         activated = torch.empty(z.shape, dtype=torch.float32)
-        _C.lls_norm_act_pool(*_preactivation(z), 1, 1, *norm, negative_slope, False, out.data_ptr(), True,
-                             activated.data_ptr(), 0, 0, torch.get_num_threads())
+        _C.lls_norm_act_pool(
+            *_preactivation(z),
+            1,
+            1,
+            *norm,
+            negative_slope,
+            False,
+            out.data_ptr(),
+            True,
+            activated.data_ptr(),
+            0,
+            0,
+            torch.get_num_threads(),
+        )
         empty = activated.new_empty(0)
         return out, latents(activated, pool_size), empty, empty
     if last and not _channels_last(z):
@@ -182,26 +261,55 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
     dim = channels * pool_size * pool_size
     pooled = torch.empty(batch, dim, dtype=torch.float32)
     s1, s2 = (torch.empty((batch, dim) if compute_grad else 0, dtype=torch.float32) for _ in range(2))
-    _C.lls_norm_act_pool(*_activation(z), pool_size, pool_size, *norm, negative_slope, max_pool, out.data_ptr(), last,
-                         pooled.data_ptr(), s1.data_ptr(), s2.data_ptr(), torch.get_num_threads())
+    _C.lls_norm_act_pool(
+        *_activation(z),
+        pool_size,
+        pool_size,
+        *norm,
+        negative_slope,
+        max_pool,
+        out.data_ptr(),
+        last,
+        pooled.data_ptr(),
+        s1.data_ptr(),
+        s2.data_ptr(),
+        torch.get_num_threads(),
+    )
     return out, pooled, s1, s2
 
 
 def norm_grads(grad_latents, s1, s2, channels, area):
     g, s1, s2, area = (_float(t) for t in (grad_latents, s1, s2, area))
     grads = [torch.empty(channels, dtype=torch.float32) for _ in range(3)]
-    _C.lls_norm_grads(g.shape[0], channels, area.numel(), g.data_ptr(), s1.data_ptr(), s2.data_ptr(), area.data_ptr(),
-                      *(t.data_ptr() for t in grads), torch.get_num_threads())
+    _C.lls_norm_grads(
+        g.shape[0],
+        channels,
+        area.numel(),
+        g.data_ptr(),
+        s1.data_ptr(),
+        s2.data_ptr(),
+        area.data_ptr(),
+        *(t.data_ptr() for t in grads),
+        torch.get_num_threads(),
+    )
     return tuple(grads)
 
 
-def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size,
-                        scale):
+def grad_preactivation_(
+    z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size, scale
+):
     dense = _dense(z)
     kept, norm = _norm(mean, rstd, gamma, beta)
     grads = [_float(t) for t in (grad_latents, grad_gamma, grad_beta)]
-    _C.lls_grad_preactivation(*_activation(dense), *_pools(z, pool_size), *norm, negative_slope,
-                              *(t.data_ptr() for t in grads), float(scale), torch.get_num_threads())
+    _C.lls_grad_preactivation(
+        *_activation(dense),
+        *_pools(z, pool_size),
+        *norm,
+        negative_slope,
+        *(t.data_ptr() for t in grads),
+        float(scale),
+        torch.get_num_threads(),
+    )
     return z if dense is z else z.copy_(dense)
 
 
@@ -211,8 +319,17 @@ def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_
         grad = expand_grad(grad, torch.ones(()), torch.empty(z.shape, dtype=torch.float32), pool_size)
     kept, norm = _norm(mean, rstd, gamma, beta)
     grads = [torch.empty(z.shape[1], dtype=torch.float32) for _ in range(3)]
-    _C.lls_linear_grad_preactivation(dense.data_ptr(), *z.shape, _code(z), *norm, negative_slope, grad.data_ptr(),
-                                     *(t.data_ptr() for t in grads), float(scale), torch.get_num_threads())
+    _C.lls_linear_grad_preactivation(
+        dense.data_ptr(),
+        *z.shape,
+        _code(z),
+        *norm,
+        negative_slope,
+        grad.data_ptr(),
+        *(t.data_ptr() for t in grads),
+        float(scale),
+        torch.get_num_threads(),
+    )
     if dense is not z:
         z.copy_(dense)
     return tuple(grads)

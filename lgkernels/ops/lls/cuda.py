@@ -2,6 +2,7 @@
 
 Every function allocates its outputs with torch.empty and launches on the current stream; nothing synchronises.
 """
+
 import torch
 
 from ...core import native
@@ -52,12 +53,33 @@ def latents(activation, pool_size):
     identity, slope = [0, 0, 0, 0], 1.0
     if activation.dim() == 2:
         result = _new(dense, activation.shape[0], pool_size)
-        call("lls_linear_norm_act_pool", dense.device, *dense.shape, pool_size, DTYPES[dense.dtype], identity, slope,
-             address(dense), 0, address(result))
+        call(
+            "lls_linear_norm_act_pool",
+            dense.device,
+            *dense.shape,
+            pool_size,
+            DTYPES[dense.dtype],
+            identity,
+            slope,
+            address(dense),
+            0,
+            address(result),
+        )
         return result
     result = _new(dense, activation.shape[0], activation.shape[1] * pool_size**2)
-    call("lls_norm_act_pool", dense.device, _image(dense, channels_last, pool_size), identity, slope, address(dense),
-         False, 0, address(result), 0, 0)
+    call(
+        "lls_norm_act_pool",
+        dense.device,
+        _image(dense, channels_last, pool_size),
+        identity,
+        slope,
+        address(dense),
+        False,
+        0,
+        address(result),
+        0,
+        0,
+    )
     return result
 
 
@@ -65,25 +87,73 @@ _LOSSES = {"cross_entropy": 0, "hard_sigmoid_mse": 1}
 _REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 
-def head(x, target, modulation, basis, *, num_classes, temperature, label_smoothing, normalize, eps,
-         zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad, reduce=True):
+def head(
+    x,
+    target,
+    modulation,
+    basis,
+    *,
+    num_classes,
+    temperature,
+    label_smoothing,
+    normalize,
+    eps,
+    zero_gradient_below_eps,
+    basis_scale,
+    loss,
+    ignore_index,
+    reduction,
+    compute_grad,
+    reduce=True,
+):
     """Without `reduce` the first result are the losses of the rows, for `finish` of a later call."""
     x, modulation, target = _float(x), _float(modulation), target.contiguous()
     packed = basis.dtype == torch.int32
     basis = basis.contiguous() if packed else _float(basis)
     (batch, dim), rows = x.shape, basis.shape[0]
     problem = native.cuda_entries().LlsHead(
-        batch, dim, rows, num_classes, packed, 0 if modulation is None else modulation.dim(), _LOSSES[loss],
-        _REDUCTIONS[reduction], temperature, label_smoothing, eps, basis_scale, normalize, zero_gradient_below_eps,
-        compute_grad, ignore_index)
+        batch,
+        dim,
+        rows,
+        num_classes,
+        packed,
+        0 if modulation is None else modulation.dim(),
+        _LOSSES[loss],
+        _REDUCTIONS[reduction],
+        temperature,
+        label_smoothing,
+        eps,
+        basis_scale,
+        normalize,
+        zero_gradient_below_eps,
+        compute_grad,
+        ignore_index,
+    )
     row_loss, similarity = _new(x, batch), _new(x, batch, rows)
     value = row_loss if reduction == "none" or not reduce else _new(x)
     grad_latents, grad_logits = (_new(x, *((batch, n) if compute_grad else (0,))) for n in (dim, num_classes))
     scratch = native.cuda_entries().lls_head_scratch(problem)
     scratch = _new(x, scratch) if scratch else None
-    call("lls_head", x.device, problem, *map(address, (
-        x, target, modulation, basis, None if value is row_loss else value, row_loss, grad_latents, similarity,
-        grad_logits, scratch)))
+    call(
+        "lls_head",
+        x.device,
+        problem,
+        *map(
+            address,
+            (
+                x,
+                target,
+                modulation,
+                basis,
+                None if value is row_loss else value,
+                row_loss,
+                grad_latents,
+                similarity,
+                grad_logits,
+                scratch,
+            ),
+        ),
+    )
     return value, grad_latents, similarity, grad_logits
 
 
@@ -97,8 +167,15 @@ def modulation_grad(similarity, grad_logits, vector, scale):
 
 def _modulation_grad(similarity, grad_logits, vector, scale, grad):
     return native.cuda_entries().LlsModulationGrad(
-        *similarity.shape, grad_logits.shape[1], vector, address(similarity), address(grad_logits), address(scale),
-        scale is not None and scale.dim() == 1, address(grad))
+        *similarity.shape,
+        grad_logits.shape[1],
+        vector,
+        address(similarity),
+        address(grad_logits),
+        address(scale),
+        scale is not None and scale.dim() == 1,
+        address(grad),
+    )
 
 
 def _finishing(finish):
@@ -110,8 +187,12 @@ def _finishing(finish):
     loss, grad = _new(losses), _new(losses, *((0,) if modulation is None else modulation.shape))
     vector = modulation is not None and modulation.dim() == 1
     return native.cuda_entries().LlsFinish(
-        address(target), ignore_index, address(losses), address(loss),
-        _modulation_grad(similarity, grad_logits, vector, None, grad)), (loss, grad)
+        address(target),
+        ignore_index,
+        address(losses),
+        address(loss),
+        _modulation_grad(similarity, grad_logits, vector, None, grad),
+    ), (loss, grad)
 
 
 def expand_grad(grad_latents, scale, out, pool_size):
@@ -127,6 +208,7 @@ def expand_grad(grad_latents, scale, out, pool_size):
 
 # -- the pieces of the fused block ------------------------------------------------------------------------------
 
+
 def batch_stats(z, bias, running_mean, running_var, momentum, eps):
     dense, channels_last = _dense(z)
     image = _image(dense, channels_last, 1)
@@ -134,8 +216,19 @@ def batch_stats(z, bias, running_mean, running_var, momentum, eps):
     mean, rstd = _new(z, channels), _new(z, channels)
     scratch = _new(z, 4, native.cuda_entries().lls_batch_stats_splits(image), channels)
     running = [_float(t) for t in (running_mean, running_var)]
-    call("lls_batch_stats", z.device, image, address(dense), address(bias), *map(address, running), momentum, eps,
-         address(mean), address(rstd), address(scratch))
+    call(
+        "lls_batch_stats",
+        z.device,
+        image,
+        address(dense),
+        address(bias),
+        *map(address, running),
+        momentum,
+        eps,
+        address(mean),
+        address(rstd),
+        address(scratch),
+    )
     for theirs, ours in zip((running_mean, running_var), running):
         if theirs is not ours:
             theirs.copy_(ours)
@@ -147,18 +240,43 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
     dense, channels_last = _dense(z)
     if z.dim() == 2:
         out, result = torch.empty_like(dense), _new(z, z.shape[0], pool_size)
-        call("lls_linear_norm_act_pool", z.device, *z.shape, pool_size, DTYPES[z.dtype], addresses, negative_slope,
-             address(dense), address(out), address(result))
+        call(
+            "lls_linear_norm_act_pool",
+            z.device,
+            *z.shape,
+            pool_size,
+            DTYPES[z.dtype],
+            addresses,
+            negative_slope,
+            address(dense),
+            address(out),
+            address(result),
+        )
         return out, result, _new(z, 0), _new(z, 0)
     batch, channels, height, width = z.shape
     size = (height // 2, width // 2) if max_pool else (height, width)
     plain = not channels_last or height * width == 1 and z.is_contiguous()
-    out = torch.empty((batch, channels, *size), dtype=z.dtype, device=z.device,
-                      memory_format=torch.contiguous_format if plain else torch.channels_last)
+    out = torch.empty(
+        (batch, channels, *size),
+        dtype=z.dtype,
+        device=z.device,
+        memory_format=torch.contiguous_format if plain else torch.channels_last,
+    )
     result, *sums = (_new(z, batch, channels * pool_size**2) for _ in range(3 if compute_grad else 1))
     s1, s2 = sums or (_new(z, 0), _new(z, 0))
-    call("lls_norm_act_pool", z.device, _image(dense, channels_last, pool_size), addresses, negative_slope,
-         address(dense), max_pool, address(out), address(result), address(s1), address(s2))
+    call(
+        "lls_norm_act_pool",
+        z.device,
+        _image(dense, channels_last, pool_size),
+        addresses,
+        negative_slope,
+        address(dense),
+        max_pool,
+        address(out),
+        address(result),
+        address(s1),
+        address(s2),
+    )
     return (out.contiguous() if z.is_contiguous() else out), result, s1, s2
 
 
@@ -167,8 +285,15 @@ def norm_grads(grad_latents, s1, s2, channels, area, finish=None):
     grad_latents, area = _float(grad_latents), _float(area)
     grads = tuple(_new(s1, channels) for _ in range(3))
     finishing, finished = _finishing(finish)
-    call("lls_norm_grads", s1.device, grad_latents.shape[0], channels, area.numel(),
-         *map(address, (grad_latents, s1, s2, area, *grads)), finishing)
+    call(
+        "lls_norm_grads",
+        s1.device,
+        grad_latents.shape[0],
+        channels,
+        area.numel(),
+        *map(address, (grad_latents, s1, s2, area, *grads)),
+        finishing,
+    )
     return grads + finished
 
 
@@ -181,13 +306,24 @@ def _in_place(z, run):
     return result
 
 
-def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size,
-                        scale):
+def grad_preactivation_(
+    z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size, scale
+):
     parameters, addresses = _norm(mean, rstd, gamma, beta)
     grads = [_float(t) for t in (grad_latents, grad_gamma, grad_beta)]
-    _in_place(z, lambda dense, channels_last: call(
-        "lls_grad_preactivation", z.device, _image(dense, channels_last, pool_size), addresses, negative_slope,
-        address(dense), *map(address, grads), scale))
+    _in_place(
+        z,
+        lambda dense, channels_last: call(
+            "lls_grad_preactivation",
+            z.device,
+            _image(dense, channels_last, pool_size),
+            addresses,
+            negative_slope,
+            address(dense),
+            *map(address, grads),
+            scale,
+        ),
+    )
     return z
 
 
@@ -196,7 +332,21 @@ def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_
     grad_latents = _float(grad_latents)
     grads = tuple(_new(z, z.shape[1]) for _ in range(3))
     finishing, finished = _finishing(finish)
-    _in_place(z, lambda dense, _: call(
-        "lls_linear_grad_preactivation", z.device, *z.shape, pool_size, DTYPES[z.dtype], addresses, negative_slope,
-        address(dense), address(grad_latents), scale, *map(address, grads), finishing))
+    _in_place(
+        z,
+        lambda dense, _: call(
+            "lls_linear_grad_preactivation",
+            z.device,
+            *z.shape,
+            pool_size,
+            DTYPES[z.dtype],
+            addresses,
+            negative_slope,
+            address(dense),
+            address(grad_latents),
+            scale,
+            *map(address, grads),
+            finishing,
+        ),
+    )
     return grads + finished

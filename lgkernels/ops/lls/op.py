@@ -3,6 +3,7 @@
 `define`/`impl` instead of `torch.library.custom_op`: a third of the call's cost. Backend and basis table are
 chosen inside the op, so a compiled graph holds one opaque call and no environment look-ups.
 """
+
 import contextlib
 import os
 
@@ -15,8 +16,18 @@ from . import block
 LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
 
 for _name in ("lls_loss", "lls_block"):
-    dispatch.register(_name, **{name: f"lgkernels.ops.lls.{module}" for name, module in (
-        ("reference", "reference"), ("cpu", "cpu"), ("triton", "triton_kernels"), ("cuda", "cuda"))})
+    dispatch.register(
+        _name,
+        **{
+            name: f"lgkernels.ops.lls.{module}"
+            for name, module in (
+                ("reference", "reference"),
+                ("cpu", "cpu"),
+                ("triton", "triton_kernels"),
+                ("cuda", "cuda"),
+            )
+        },
+    )
 
 
 def without_autocast(device):
@@ -59,15 +70,35 @@ LIBRARY.define(
     "lls_loss_forward(Tensor activation, Tensor target, Tensor? modulation, Tensor? basis, str waveform, "
     "int num_classes, int pool_size, float temperature, float label_smoothing, bool normalize, float eps, "
     "bool zero_gradient_below_eps, float basis_scale, str loss, int ignore_index, str reduction, "
-    "bool compute_grad, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
+    "bool compute_grad, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 LIBRARY.define(
     "lls_loss_backward(Tensor grad_loss, Tensor grad_latents, Tensor similarity, Tensor grad_logits, "
     "SymInt[] shape, ScalarType dtype, bool channels_last, int pool_size, bool vector, bool needs_activation, "
-    "bool needs_modulation, str impl) -> (Tensor, Tensor)")
+    "bool needs_modulation, str impl) -> (Tensor, Tensor)"
+)
 
 
-def _forward(activation, target, modulation, basis, waveform, num_classes, pool_size, temperature, label_smoothing,
-             normalize, eps, zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad, impl):
+def _forward(
+    activation,
+    target,
+    modulation,
+    basis,
+    waveform,
+    num_classes,
+    pool_size,
+    temperature,
+    label_smoothing,
+    normalize,
+    eps,
+    zero_gradient_below_eps,
+    basis_scale,
+    loss,
+    ignore_index,
+    reduction,
+    compute_grad,
+    impl,
+):
     kernels = dispatch.backend("lls_loss", impl, activation.device, activation.dtype)
     target = class_indices(target, num_classes, ignore_index)
     with without_autocast(activation.device):
@@ -77,23 +108,53 @@ def _forward(activation, target, modulation, basis, waveform, num_classes, pool_
         wide = torch.float64 if activation.dtype == torch.float64 else torch.float32
         modulation = None if modulation is None else modulation.to(wide).contiguous()
         arguments = dict(
-            num_classes=num_classes, temperature=temperature, label_smoothing=label_smoothing, normalize=normalize,
-            eps=eps, zero_gradient_below_eps=zero_gradient_below_eps, basis_scale=basis_scale, loss=loss,
-            ignore_index=ignore_index, reduction=reduction, compute_grad=compute_grad)
+            num_classes=num_classes,
+            temperature=temperature,
+            label_smoothing=label_smoothing,
+            normalize=normalize,
+            eps=eps,
+            zero_gradient_below_eps=zero_gradient_below_eps,
+            basis_scale=basis_scale,
+            loss=loss,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            compute_grad=compute_grad,
+        )
         if hasattr(kernels, "loss_forward"):  # one call for pooling and head
             return kernels.loss_forward(activation, target, modulation, basis, pool_size, **arguments)
         return kernels.head(kernels.latents(activation, pool_size), target, modulation, basis, **arguments)
 
 
-def _forward_fake(activation, target, modulation, basis, waveform, num_classes, pool_size, temperature,
-                  label_smoothing, normalize, eps, zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction,
-                  compute_grad, impl):
+def _forward_fake(
+    activation,
+    target,
+    modulation,
+    basis,
+    waveform,
+    num_classes,
+    pool_size,
+    temperature,
+    label_smoothing,
+    normalize,
+    eps,
+    zero_gradient_below_eps,
+    basis_scale,
+    loss,
+    ignore_index,
+    reduction,
+    compute_grad,
+    impl,
+):
     batch = activation.shape[0]
     wide = torch.float64 if activation.dtype == torch.float64 else torch.float32
     new = lambda *shape: activation.new_empty(shape, dtype=wide)  # noqa: E731
     grads = ((batch, latent_size(activation.shape, pool_size)), (batch, num_classes)) if compute_grad else ((0,), (0,))
-    return (new(batch) if reduction == "none" else new(), new(*grads[0]),
-            new(batch, basis_rows(modulation, basis, num_classes)), new(*grads[1]))
+    return (
+        new(batch) if reduction == "none" else new(),
+        new(*grads[0]),
+        new(batch, basis_rows(modulation, basis, num_classes)),
+        new(*grads[1]),
+    )
 
 
 def _empty(shape, dtype, channels_last, device):
@@ -101,8 +162,20 @@ def _empty(shape, dtype, channels_last, device):
     return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
 
 
-def _backward(grad_loss, grad_latents, similarity, grad_logits, shape, dtype, channels_last, pool_size, vector,
-              needs_activation, needs_modulation, impl):
+def _backward(
+    grad_loss,
+    grad_latents,
+    similarity,
+    grad_logits,
+    shape,
+    dtype,
+    channels_last,
+    pool_size,
+    vector,
+    needs_activation,
+    needs_modulation,
+    impl,
+):
     kernels = dispatch.backend("lls_loss", impl, grad_latents.device, dtype)
     none = grad_latents.new_empty(0)
     with without_autocast(grad_latents.device):
@@ -115,9 +188,21 @@ def _backward(grad_loss, grad_latents, similarity, grad_logits, shape, dtype, ch
         return grad, kernels.modulation_grad(similarity, grad_logits, vector, scale)
 
 
-def _backward_fake(grad_loss, grad_latents, similarity, grad_logits, shape, dtype, channels_last, pool_size, vector,
-                   needs_activation, needs_modulation, impl):
-    grad = (_empty(shape, dtype, channels_last, grad_latents.device) if needs_activation else grad_latents.new_empty(0))
+def _backward_fake(
+    grad_loss,
+    grad_latents,
+    similarity,
+    grad_logits,
+    shape,
+    dtype,
+    channels_last,
+    pool_size,
+    vector,
+    needs_activation,
+    needs_modulation,
+    impl,
+):
+    grad = _empty(shape, dtype, channels_last, grad_latents.device) if needs_activation else grad_latents.new_empty(0)
     if not needs_modulation:
         return grad, grad_latents.new_empty(0)
     rows, classes = similarity.shape[1], grad_logits.shape[1]
@@ -131,26 +216,95 @@ LIBRARY.define(
     "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor target, Tensor? modulation, str waveform, "
     "int[] stride, int[] padding, float momentum, float norm_eps, float negative_slope, bool max_pool, "
     "int num_classes, int pool_size, float temperature, float label_smoothing, bool compute_grad, "
-    "bool needs_weight, bool needs_modulation, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+    "bool needs_weight, bool needs_modulation, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
-def _block(x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, waveform, stride,
-           padding, momentum, norm_eps, negative_slope, max_pool, num_classes, pool_size, temperature, label_smoothing,
-           compute_grad, needs_weight, needs_modulation, impl):
+def _block(
+    x,
+    weight,
+    bias,
+    norm_weight,
+    norm_bias,
+    running_mean,
+    running_var,
+    target,
+    modulation,
+    waveform,
+    stride,
+    padding,
+    momentum,
+    norm_eps,
+    negative_slope,
+    max_pool,
+    num_classes,
+    pool_size,
+    temperature,
+    label_smoothing,
+    compute_grad,
+    needs_weight,
+    needs_modulation,
+    impl,
+):
     kernels = dispatch.backend("lls_block", impl, x.device, x.dtype)
     target = class_indices(target, num_classes, -100)
     dim = latent_size((0,) * weight.dim() if weight.dim() == 2 else (0, weight.shape[0], 0, 0), pool_size)
     basis = basis_for(kernels, basis_rows(modulation, None, num_classes), dim, waveform, x.device)
     with without_autocast(x.device):
         return block.forward(
-            kernels, x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, basis,
-            stride, padding, momentum, norm_eps, negative_slope, max_pool, num_classes, pool_size, temperature,
-            label_smoothing, compute_grad, needs_weight, needs_modulation)
+            kernels,
+            x,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            running_mean,
+            running_var,
+            target,
+            modulation,
+            basis,
+            stride,
+            padding,
+            momentum,
+            norm_eps,
+            negative_slope,
+            max_pool,
+            num_classes,
+            pool_size,
+            temperature,
+            label_smoothing,
+            compute_grad,
+            needs_weight,
+            needs_modulation,
+        )
 
 
-def _block_fake(x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, waveform,
-                stride, padding, momentum, norm_eps, negative_slope, max_pool, num_classes, pool_size, temperature,
-                label_smoothing, compute_grad, needs_weight, needs_modulation, impl):
+def _block_fake(
+    x,
+    weight,
+    bias,
+    norm_weight,
+    norm_bias,
+    running_mean,
+    running_var,
+    target,
+    modulation,
+    waveform,
+    stride,
+    padding,
+    momentum,
+    norm_eps,
+    negative_slope,
+    max_pool,
+    num_classes,
+    pool_size,
+    temperature,
+    label_smoothing,
+    compute_grad,
+    needs_weight,
+    needs_modulation,
+    impl,
+):
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if weight.dim() == 2:
         out = x.new_empty((x.shape[0], weight.shape[0]))
@@ -159,14 +313,25 @@ def _block_fake(x, weight, bias, norm_weight, norm_bias, running_mean, running_v
         size = [n // 2 for n in size] if max_pool else size
         out = _empty((x.shape[0], weight.shape[0], *size), x.dtype, block.channels_last(x), x.device)
     new = lambda reference, wanted=True: (  # noqa: E731
-        torch.empty_like(reference, dtype=wide) if wanted and compute_grad and reference is not None
-        else x.new_empty(0, dtype=wide))
-    return (out, x.new_empty((), dtype=wide), new(weight, needs_weight), new(bias), new(norm_weight), new(norm_bias),
-            new(modulation, needs_modulation))
+        torch.empty_like(reference, dtype=wide)
+        if wanted and compute_grad and reference is not None
+        else x.new_empty(0, dtype=wide)
+    )
+    return (
+        out,
+        x.new_empty((), dtype=wide),
+        new(weight, needs_weight),
+        new(bias),
+        new(norm_weight),
+        new(norm_bias),
+        new(modulation, needs_modulation),
+    )
 
 
-for _name, _implementation, _fake in (("lls_loss_forward", _forward, _forward_fake),
-                                      ("lls_loss_backward", _backward, _backward_fake),
-                                      ("lls_block", _block, _block_fake)):
+for _name, _implementation, _fake in (
+    ("lls_loss_forward", _forward, _forward_fake),
+    ("lls_loss_backward", _backward, _backward_fake),
+    ("lls_block", _block, _block_fake),
+):
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lgkernels::{_name}", _fake, lib=LIBRARY)

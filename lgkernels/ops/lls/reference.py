@@ -11,6 +11,7 @@ Symbols (LLS-DNN, Apolinario, Roy, Roy, WACV 2025):
 Any device, float32 and float64 (half inputs are widened on load). Gradients are the closed forms; the
 tests compare them with autograd of the written-out loss.
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -50,8 +51,24 @@ def unpool(grad_latents, shape, pool_size, divide=True):
     return (rows.t() @ (g @ columns)).reshape(shape)
 
 
-def head(x, target, modulation, basis, *, num_classes, temperature, label_smoothing, normalize, eps,
-         zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad):
+def head(
+    x,
+    target,
+    modulation,
+    basis,
+    *,
+    num_classes,
+    temperature,
+    label_smoothing,
+    normalize,
+    eps,
+    zero_gradient_below_eps,
+    basis_scale,
+    loss,
+    ignore_index,
+    reduction,
+    compute_grad,
+):
     """Latents to loss and gradients.
 
     Returns `(loss, grad_latents, similarity, grad_logits)`: loss () or, for reduction "none", (B,);
@@ -80,8 +97,13 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
     if not compute_grad:
         return value, x.new_empty(0), s, x.new_empty(0)
     grad_z = torch.where(valid.unsqueeze(1), grad_v / (temperature * count), 0)
-    grad_s = (grad_z if modulation is None else grad_z * modulation.to(x.dtype) if modulation.dim() == 1
-              else grad_z @ modulation.to(x.dtype).t())
+    grad_s = (
+        grad_z
+        if modulation is None
+        else grad_z * modulation.to(x.dtype)
+        if modulation.dim() == 1
+        else grad_z @ modulation.to(x.dtype).t()
+    )
     grad_x = grad_s @ phi * basis_scale
     if normalize:
         rho = (grad_s * s).sum(1, keepdim=True)  # <x/|x|, grad>: a length-K dot, not a second pass over d
@@ -105,6 +127,7 @@ def expand_grad(grad_latents, scale, out, pool_size):
 
 
 # -- the pieces of the fused block: layer -> BatchNorm (batch statistics) -> LeakyReLU -> head ------------------
+
 
 def _channel(vector, z):
     return vector.to(wide(z).dtype).reshape(1, -1, *[1] * (z.dim() - 2))
@@ -167,9 +190,13 @@ def norm_grads(grad_latents, s1, s2, channels, area):
     return grad_gamma, grad_beta, torch.zeros_like(grad_beta)
 
 
-def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta,
-                        pool_size, scale):
-    """Overwrite z with scale * dL/dz = gamma*rstd*(g_u - (dbeta + xhat*dgamma)/N), g_u = lambda * unpool(grad_latents)."""
+def grad_preactivation_(
+    z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size, scale
+):
+    """Overwrite z with scale * dL/dz.
+
+    dL/dz = gamma * rstd * (g_u - (dbeta + xhat * dgamma) / N), g_u = lambda * unpool(grad_latents)
+    """
     xhat = _normalized(z, mean, rstd)
     u = xhat * _channel(gamma, z) + _channel(beta, z)
     grad_u = _derivative(u, negative_slope) * unpool(grad_latents, z.shape, pool_size)
@@ -184,5 +211,7 @@ def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_
     u = xhat * _channel(gamma, z) + _channel(beta, z)
     grad_u = _derivative(u, negative_slope) * unpool(grad_latents, z.shape, pool_size)
     grad_gamma, grad_beta = (grad_u * xhat).sum(0), grad_u.sum(0)
-    grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size, scale)
+    grad_preactivation_(
+        z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size, scale
+    )
     return grad_gamma, grad_beta, torch.zeros_like(grad_beta)

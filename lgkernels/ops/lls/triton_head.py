@@ -11,6 +11,7 @@ With a modulation matrix M two more, before and after loss_rows: `logits`, s M, 
 rho = <dL/ds, s> = <dL/dlogits, logits> in every mode. The partial sums are added in a fixed order. Phi is float32, or
 the bit-packed signs of the square waveform.
 """
+
 import triton
 import triton.language as tl
 
@@ -24,8 +25,11 @@ def _basis(basis, k, block, K, d, PACKED: tl.constexpr, BLOCK_D: tl.constexpr):
     j = indices(block, BLOCK_D)
     if PACKED:
         word = indices(block, BLOCK_D // 32)
-        words = tl.load(basis + offset(k, tl.cdiv(d, 32))[:, None] + word[None, :],
-                        mask=(k < K)[:, None] & (word * 32 < d)[None, :], other=0)
+        words = tl.load(
+            basis + offset(k, tl.cdiv(d, 32))[:, None] + word[None, :],
+            mask=(k < K)[:, None] & (word * 32 < d)[None, :],
+            other=0,
+        )
         negative = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
         signs = tl.reshape(1.0 - 2.0 * negative.to(tl.float32), (k.shape[0], BLOCK_D))
         return tl.where(j[None, :] == 0, 0.0, signs)  # sin(0) = 0: the only zero
@@ -66,8 +70,23 @@ def _valid_rows(target, B, ignore_index):
 
 
 @triton.jit(do_not_specialize=["B", "ignore_index", "slices"])
-def similarity_kernel(x, basis, target, partial, count, B, d, K, slices, ignore_index, PACKED: tl.constexpr,
-                      PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+def similarity_kernel(
+    x,
+    basis,
+    target,
+    partial,
+    count,
+    B,
+    d,
+    K,
+    slices,
+    ignore_index,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """partial[slice, b, k] = x Phi^T over every `slices`-th block of columns, partial[slice, b, K] = |x|^2 over them.
     The first program also counts the targets that are not ignored."""
     pid = program_id(0)
@@ -95,8 +114,11 @@ def _sum_slices(partial, b, k, B, width, slices):
     """Rows b, columns k of the sum over slices, in order; columns up to `width` - 1."""
     total = tl.zeros((b.shape[0], k.shape[0]), tl.float32)
     for slice in range(slices):
-        total += tl.load(partial + offset(offset(slice + tl.zeros_like(b), B) + b, width)[:, None] + k[None, :],
-                         mask=(b < B)[:, None] & (k < width - 1)[None, :], other=0.0)
+        total += tl.load(
+            partial + offset(offset(slice + tl.zeros_like(b), B) + b, width)[:, None] + k[None, :],
+            mask=(b < B)[:, None] & (k < width - 1)[None, :],
+            other=0.0,
+        )
     return total
 
 
@@ -105,8 +127,9 @@ def _norms(partial, b, B, width, slices, eps, basis_scale, NORMALIZE: tl.constex
     """|x| and the factor that turns x Phi^T into s: basis_scale, over max(|x|, eps) with NORMALIZE."""
     squares = tl.zeros((b.shape[0],), tl.float32)
     for slice in range(slices):
-        squares += tl.load(partial + offset(offset(slice + tl.zeros_like(b), B) + b, width) + (width - 1), mask=b < B,
-                           other=0.0)
+        squares += tl.load(
+            partial + offset(offset(slice + tl.zeros_like(b), B) + b, width) + (width - 1), mask=b < B, other=0.0
+        )
     norm = tl.sqrt(squares)
     factor = tl.zeros_like(norm) + tl.cast(basis_scale, tl.float32)
     if NORMALIZE:
@@ -115,9 +138,24 @@ def _norms(partial, b, B, width, slices, eps, basis_scale, NORMALIZE: tl.constex
 
 
 @triton.jit(do_not_specialize=["B", "K", "slices"])
-def logits_kernel(partial, modulation, similarity, logits, rows, B, K, C, slices, eps, basis_scale,
-                  NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr):
+def logits_kernel(
+    partial,
+    modulation,
+    similarity,
+    logits,
+    rows,
+    B,
+    K,
+    C,
+    slices,
+    eps,
+    basis_scale,
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """logits = s M for a block of classes; the first block also writes s and rows[0] = |x|."""
     pid = program_id(0)
     blocks = tl.cdiv(C, BLOCK_N)
@@ -131,15 +169,26 @@ def logits_kernel(partial, modulation, similarity, logits, rows, B, K, C, slices
         s = _sum_slices(partial, b, k, B, K + 1, slices) * factor[:, None]
         if pid % blocks == 0:
             tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=(b < B)[:, None] & (k < K)[None, :])
-        matrix = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :],
-                         other=0.0)
+        matrix = tl.load(
+            modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0
+        )
         z = dot(s, matrix, z, PRECISION)
     tl.store(logits + offset(b, C)[:, None] + c[None, :], z, mask=(b < B)[:, None] & (c < C)[None, :])
 
 
 @triton.jit(do_not_specialize=["B", "K"])
-def grad_similarity_kernel(grad_logits, modulation, grad_similarity, B, K, C, PRECISION: tl.constexpr,
-                           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def grad_similarity_kernel(
+    grad_logits,
+    modulation,
+    grad_similarity,
+    B,
+    K,
+    C,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """dL/ds = dL/dlogits M^T for a block of basis rows."""
     pid = program_id(0)
     blocks = tl.cdiv(K, BLOCK_N)
@@ -147,19 +196,43 @@ def grad_similarity_kernel(grad_logits, modulation, grad_similarity, B, K, C, PR
     grad_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, C, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
-        grad_z = tl.load(grad_logits + offset(b, C)[:, None] + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :],
-                         other=0.0)
-        matrix = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :],
-                         other=0.0)
+        grad_z = tl.load(
+            grad_logits + offset(b, C)[:, None] + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :], other=0.0
+        )
+        matrix = tl.load(
+            modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0
+        )
         grad_s = dot(grad_z, tl.trans(matrix), grad_s, PRECISION)
     tl.store(grad_similarity + offset(b, K)[:, None] + k[None, :], grad_s, mask=(b < B)[:, None] & (k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["B", "C", "ignore_index", "slices"])
-def loss_rows_kernel(partial, target, vector, logits, count, similarity, grad_logits, grad_similarity, rows, losses,
-                     B, C, slices, temperature, smoothing, eps, basis_scale, ignore_index, NORMALIZE: tl.constexpr,
-                     CROSS_ENTROPY: tl.constexpr, MEAN: tl.constexpr, GRAD: tl.constexpr, BLOCK_B: tl.constexpr,
-                     BLOCK_C: tl.constexpr):
+def loss_rows_kernel(
+    partial,
+    target,
+    vector,
+    logits,
+    count,
+    similarity,
+    grad_logits,
+    grad_similarity,
+    rows,
+    losses,
+    B,
+    C,
+    slices,
+    temperature,
+    smoothing,
+    eps,
+    basis_scale,
+    ignore_index,
+    NORMALIZE: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    MEAN: tl.constexpr,
+    GRAD: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """losses[b], dL/dlogits, rows[1] = rho. The logits are given (matrix), or computed here: s, or s * vector; then
     this also writes s, rows[0] = |x| and, with a vector, dL/ds = dL/dlogits * vector."""
     b, c = indices(program_id(0), BLOCK_B), tl.arange(0, BLOCK_C)
@@ -218,10 +291,30 @@ def _through_norm(g, x, norm, rho, eps, ZERO_BELOW: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["B"])
-def latent_grad_kernel(x, basis, grad_similarity, rows, losses, count, loss, grad_latents, B, d, K, eps, basis_scale,
-                       PACKED: tl.constexpr, NORMALIZE: tl.constexpr, ZERO_BELOW: tl.constexpr, REDUCE: tl.constexpr,
-                       MEAN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-                       BLOCK_D: tl.constexpr):
+def latent_grad_kernel(
+    x,
+    basis,
+    grad_similarity,
+    rows,
+    losses,
+    count,
+    loss,
+    grad_latents,
+    B,
+    d,
+    K,
+    eps,
+    basis_scale,
+    PACKED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ZERO_BELOW: tl.constexpr,
+    REDUCE: tl.constexpr,
+    MEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """g = basis_scale * dL/ds Phi; dL/dx = (g - xhat * rho) / |x|, below eps g / eps or 0; g itself without
     NORMALIZE. With REDUCE the first program sums the losses."""
     pid = program_id(0)
@@ -230,8 +323,9 @@ def latent_grad_kernel(x, basis, grad_similarity, rows, losses, count, loss, gra
     g = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        grad_s = tl.load(grad_similarity + offset(m, K)[:, None] + k[None, :],
-                         mask=(m < B)[:, None] & (k < K)[None, :], other=0.0)
+        grad_s = tl.load(
+            grad_similarity + offset(m, K)[:, None] + k[None, :], mask=(m < B)[:, None] & (k < K)[None, :], other=0.0
+        )
         g = dot(grad_s, _basis(basis, k, block, K, d, PACKED, BLOCK_D), g, PRECISION)
     g = g * tl.cast(basis_scale, tl.float32)
     j = indices(block, BLOCK_D)
@@ -250,9 +344,22 @@ def latent_grad_kernel(x, basis, grad_similarity, rows, losses, count, loss, gra
 
 
 @triton.jit
-def _modulation_tile(tile, similarity, grad_logits, scale, grad, B, K, C, PER_ROW: tl.constexpr,
-                     VECTOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-                     BLOCK_C: tl.constexpr):
+def _modulation_tile(
+    tile,
+    similarity,
+    grad_logits,
+    scale,
+    grad,
+    B,
+    K,
+    C,
+    PER_ROW: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """dL/dm = sum over the batch of scale * g_z * s, or dL/dM = s^T (scale * g_z), tile number `tile` of it; without
     `scale` it is 1."""
     c_blocks = tl.cdiv(C, BLOCK_C)
@@ -261,19 +368,22 @@ def _modulation_tile(tile, similarity, grad_logits, scale, grad, B, K, C, PER_RO
     by_matrix = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for start in range(0, B, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
-        g = tl.load(grad_logits + offset(b, C)[:, None] + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :],
-                    other=0.0)
+        g = tl.load(
+            grad_logits + offset(b, C)[:, None] + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :], other=0.0
+        )
         if scale is not None:
             if PER_ROW:
                 g = g * tl.load(scale + b, mask=b < B, other=0.0).to(tl.float32)[:, None]
             else:
                 g = g * tl.load(scale).to(tl.float32)
         if VECTOR:
-            by_vector += g * tl.load(similarity + offset(b, C)[:, None] + c[None, :],
-                                     mask=(b < B)[:, None] & (c < C)[None, :], other=0.0)
+            by_vector += g * tl.load(
+                similarity + offset(b, C)[:, None] + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :], other=0.0
+            )
         else:
-            s = tl.load(similarity + offset(b, K)[None, :] + k[:, None], mask=(b < B)[None, :] & (k < K)[:, None],
-                        other=0.0)
+            s = tl.load(
+                similarity + offset(b, K)[None, :] + k[:, None], mask=(b < B)[None, :] & (k < K)[:, None], other=0.0
+            )
             by_matrix = dot(s, g, by_matrix, PRECISION)
     if VECTOR:
         tl.store(grad + c, tl.sum(by_vector, 0), mask=c < C)
@@ -282,34 +392,114 @@ def _modulation_tile(tile, similarity, grad_logits, scale, grad, B, K, C, PER_RO
 
 
 @triton.jit(do_not_specialize=["B"])
-def modulation_grad_kernel(similarity, grad_logits, scale, grad, B, K, C, PER_ROW: tl.constexpr, VECTOR: tl.constexpr,
-                           PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-                           BLOCK_C: tl.constexpr):
+def modulation_grad_kernel(
+    similarity,
+    grad_logits,
+    scale,
+    grad,
+    B,
+    K,
+    C,
+    PER_ROW: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """The modulation's gradient, a tile a program."""
-    _modulation_tile(program_id(0), similarity, grad_logits, scale, grad, B, K, C, PER_ROW, VECTOR, PRECISION, BLOCK_B,
-                     BLOCK_K, BLOCK_C)
+    _modulation_tile(
+        program_id(0),
+        similarity,
+        grad_logits,
+        scale,
+        grad,
+        B,
+        K,
+        C,
+        PER_ROW,
+        VECTOR,
+        PRECISION,
+        BLOCK_B,
+        BLOCK_K,
+        BLOCK_C,
+    )
 
 
 @triton.jit
-def finish_head(program, losses, target, loss, similarity, grad_logits, grad, B, K, C, ignore_index,
-                VECTOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-                BLOCK_C: tl.constexpr):
+def finish_head(
+    program,
+    losses,
+    target,
+    loss,
+    similarity,
+    grad_logits,
+    grad,
+    B,
+    K,
+    C,
+    ignore_index,
+    VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """What a head that was told not to reduce leaves to a later launch: program 0 takes the mean of the losses, the
     others a tile of the modulation's gradient each."""
     if program == 0:
         _reduce_loss(losses, _valid_rows(target, B, ignore_index), loss, B)
     else:
         if grad is not None:
-            _modulation_tile(program - 1, similarity, grad_logits, None, grad, B, K, C, False, VECTOR, PRECISION,
-                             BLOCK_B, BLOCK_K, BLOCK_C)
+            _modulation_tile(
+                program - 1,
+                similarity,
+                grad_logits,
+                None,
+                grad,
+                B,
+                K,
+                C,
+                False,
+                VECTOR,
+                PRECISION,
+                BLOCK_B,
+                BLOCK_K,
+                BLOCK_C,
+            )
 
 
 @triton.jit(do_not_specialize=["B", "ignore_index"])
-def head_kernel(x, basis, target, modulation, losses, similarity, grad_logits, grad_latents, B, d, K, C, temperature,
-                smoothing, eps, basis_scale, ignore_index, PACKED: tl.constexpr, NORMALIZE: tl.constexpr,
-                ZERO_BELOW: tl.constexpr, CROSS_ENTROPY: tl.constexpr, MEAN: tl.constexpr, MATRIX: tl.constexpr,
-                GRAD: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-                BLOCK_D: tl.constexpr):
+def head_kernel(
+    x,
+    basis,
+    target,
+    modulation,
+    losses,
+    similarity,
+    grad_logits,
+    grad_latents,
+    B,
+    d,
+    K,
+    C,
+    temperature,
+    smoothing,
+    eps,
+    basis_scale,
+    ignore_index,
+    PACKED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ZERO_BELOW: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    MEAN: tl.constexpr,
+    MATRIX: tl.constexpr,
+    GRAD: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """The whole head of a few samples, for few rows and classes; all but the sum of the losses."""
     b, k, c = indices(program_id(0), BLOCK_B), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_C)
     count = 1.0
@@ -317,7 +507,7 @@ def head_kernel(x, basis, target, modulation, losses, similarity, grad_logits, g
         count = _valid_rows(target, B, ignore_index)
     products = tl.zeros((BLOCK_B, BLOCK_K, BLOCK_D), tl.float32)
     squares = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for block in range(0, tl.cdiv(d, BLOCK_D)):
+    for block in range(tl.cdiv(d, BLOCK_D)):
         j = indices(block, BLOCK_D)
         row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=(b < B)[:, None] & (j < d)[None, :], other=0.0)
         products += row[:, None, :] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :]
@@ -331,8 +521,9 @@ def head_kernel(x, basis, target, modulation, losses, similarity, grad_logits, g
 
     z = s
     if MATRIX:
-        m = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :],
-                    other=0.0)
+        m = tl.load(
+            modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0
+        )
         z = tl.sum(s[:, :, None] * m[None, :, :], 1)
     elif modulation is not None:
         v = tl.load(modulation + c, mask=c < C, other=0.0)[None, :]
@@ -349,7 +540,7 @@ def head_kernel(x, basis, target, modulation, losses, similarity, grad_logits, g
             grad_s = grad_z * v
         rho = tl.sum(grad_s * s, 1)
         grad_s = grad_s * tl.cast(basis_scale, tl.float32)
-        for block in range(0, tl.cdiv(d, BLOCK_D)):
+        for block in range(tl.cdiv(d, BLOCK_D)):
             j = indices(block, BLOCK_D)
             at = offset(b, d)[:, None] + j[None, :]
             mask = (b < B)[:, None] & (j < d)[None, :]
@@ -360,19 +551,45 @@ def head_kernel(x, basis, target, modulation, losses, similarity, grad_logits, g
 
 
 @triton.jit(do_not_specialize=["B", "ignore_index"])
-def wide_head_kernel(x, basis, target, modulation, losses, similarity, grad_logits, grad_similarity, grad_latents, B, d,
-                     K, C, temperature, smoothing, eps, basis_scale, ignore_index, PACKED: tl.constexpr,
-                     NORMALIZE: tl.constexpr, ZERO_BELOW: tl.constexpr, CROSS_ENTROPY: tl.constexpr,
-                     MEAN: tl.constexpr, MATRIX: tl.constexpr, GRAD: tl.constexpr, BLOCK_B: tl.constexpr,
-                     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`head_kernel` for a row of classes in registers and more rows than fit there: s and dL/ds go through memory, a tile
-    of rows at a time. A barrier makes what a program has stored visible to all of its own threads."""
+def wide_head_kernel(
+    x,
+    basis,
+    target,
+    modulation,
+    losses,
+    similarity,
+    grad_logits,
+    grad_similarity,
+    grad_latents,
+    B,
+    d,
+    K,
+    C,
+    temperature,
+    smoothing,
+    eps,
+    basis_scale,
+    ignore_index,
+    PACKED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ZERO_BELOW: tl.constexpr,
+    CROSS_ENTROPY: tl.constexpr,
+    MEAN: tl.constexpr,
+    MATRIX: tl.constexpr,
+    GRAD: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`head_kernel` for a row of classes in registers and more rows than fit there: s and dL/ds go through memory, a
+    tile of rows at a time. A barrier makes what a program has stored visible to all of its own threads."""
     b, c = indices(program_id(0), BLOCK_B), tl.arange(0, BLOCK_C)
     count = 1.0
     if MEAN:
         count = _valid_rows(target, B, ignore_index)
     squares = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for block in range(0, tl.cdiv(d, BLOCK_D)):
+    for block in range(tl.cdiv(d, BLOCK_D)):
         j = indices(block, BLOCK_D)
         row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=(b < B)[:, None] & (j < d)[None, :], other=0.0)
         squares += row * row
@@ -385,15 +602,16 @@ def wide_head_kernel(x, basis, target, modulation, losses, similarity, grad_logi
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         products = tl.zeros((BLOCK_B, BLOCK_K, BLOCK_D), tl.float32)
-        for block in range(0, tl.cdiv(d, BLOCK_D)):
+        for block in range(tl.cdiv(d, BLOCK_D)):
             j = indices(block, BLOCK_D)
             row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=(b < B)[:, None] & (j < d)[None, :], other=0.0)
             products += row[:, None, :] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :]
         s = tl.where((k < K)[None, :], tl.sum(products, 2) * factor[:, None], 0.0)
         tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=(b < B)[:, None] & (k < K)[None, :])
         if MATRIX:
-            m = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :],
-                        other=0.0)
+            m = tl.load(
+                modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0
+            )
             z += tl.sum(s[:, :, None] * m[None, :, :], 1)
     tl.debug_barrier()
     at_class = offset(b, C)[:, None] + c[None, :]
@@ -413,22 +631,29 @@ def wide_head_kernel(x, basis, target, modulation, losses, similarity, grad_logi
         if MATRIX:
             for first in range(0, K, BLOCK_K):
                 k = first + tl.arange(0, BLOCK_K)
-                m = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :],
-                            other=0.0)
-                tl.store(grad_similarity + offset(b, K)[:, None] + k[None, :],
-                         tl.sum(grad_z[:, None, :] * m[None, :, :], 2), mask=(b < B)[:, None] & (k < K)[None, :])
+                m = tl.load(
+                    modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0
+                )
+                tl.store(
+                    grad_similarity + offset(b, K)[:, None] + k[None, :],
+                    tl.sum(grad_z[:, None, :] * m[None, :, :], 2),
+                    mask=(b < B)[:, None] & (k < K)[None, :],
+                )
         elif modulation is not None:
             tl.store(grad_similarity + at_class, grad_z * v, mask=class_mask)
         tl.debug_barrier()
-        for block in range(0, tl.cdiv(d, BLOCK_D)):
+        for block in range(tl.cdiv(d, BLOCK_D)):
             j = indices(block, BLOCK_D)
             at = offset(b, d)[:, None] + j[None, :]
             mask = (b < B)[:, None] & (j < d)[None, :]
             g = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
             for first in range(0, K, BLOCK_K):
                 k = first + tl.arange(0, BLOCK_K)
-                grad_s = tl.load(grad_similarity + offset(b, K)[:, None] + k[None, :],
-                                 mask=(b < B)[:, None] & (k < K)[None, :], other=0.0)
+                grad_s = tl.load(
+                    grad_similarity + offset(b, K)[:, None] + k[None, :],
+                    mask=(b < B)[:, None] & (k < K)[None, :],
+                    other=0.0,
+                )
                 g += tl.sum(grad_s[:, :, None] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :], 1)
             g = g * tl.cast(basis_scale, tl.float32)
             if NORMALIZE:

@@ -4,6 +4,7 @@ Kernels in triton_norm.py (convolution block), triton_linear.py and triton_head.
 Half inputs are widened on load, everything is computed in float32 and rounded once on store; sums have a fixed order.
 CPU tensors work under TRITON_INTERPRET=1.
 """
+
 from functools import lru_cache
 
 import torch
@@ -88,9 +89,29 @@ def _pool(z, stats, negative_slope, pool_size, window, grad):
     config = _config("norm_act_pool", (positions, B * C, channels_last, window > 1), z)
     programs = pool_size**2 * _blocks(_planes(z), config["BLOCK_C"])
     if programs:
-        launch(triton_norm.norm_act_pool_kernel, programs, z.device, z, out, latents, s1, s2, *(stats or (None,) * 4),
-               negative_slope, B, C, H, W, pool_size, NORM=bool(stats), GRAD=grad, WINDOW=window,
-               CHANNELS_LAST=channels_last, RUN=run, **config)
+        launch(
+            triton_norm.norm_act_pool_kernel,
+            programs,
+            z.device,
+            z,
+            out,
+            latents,
+            s1,
+            s2,
+            *(stats or (None,) * 4),
+            negative_slope,
+            B,
+            C,
+            H,
+            W,
+            pool_size,
+            NORM=bool(stats),
+            GRAD=grad,
+            WINDOW=window,
+            CHANNELS_LAST=channels_last,
+            RUN=run,
+            **config,
+        )
     return out, latents, s1, s2
 
 
@@ -102,8 +123,22 @@ def _linear_pool(z, stats, negative_slope, pool_size):
     config = _config("linear_pool", (B, pool_size), z)
     programs = _blocks(B, config["BLOCK_B"]) * _blocks(pool_size, config["BLOCK_N"])
     if programs:
-        launch(triton_linear.linear_pool_kernel, programs, z.device, z, out, latents, *(stats or (None,) * 4),
-               negative_slope, B, N, pool_size, _widest(N, pool_size), NORM=bool(stats), **config)
+        launch(
+            triton_linear.linear_pool_kernel,
+            programs,
+            z.device,
+            z,
+            out,
+            latents,
+            *(stats or (None,) * 4),
+            negative_slope,
+            B,
+            N,
+            pool_size,
+            _widest(N, pool_size),
+            NORM=bool(stats),
+            **config,
+        )
     return out, latents
 
 
@@ -138,16 +173,59 @@ def batch_stats(z, bias, running_mean, running_var, momentum, eps):
     channel_blocks = _blocks(C, config["BLOCK_C"])
     splits = min(outer * _blocks(inner, config["BLOCK_P"]), 128, _blocks(1024, channel_blocks))
     partial = torch.empty((splits, 4, C), dtype=torch.float32, device=z.device)
-    launch(triton_norm.batch_moments_kernel, channel_blocks * splits, z.device, z, partial, outer, inner, C, splits,
-           CHANNELS_LAST=channels_last, **config)
+    launch(
+        triton_norm.batch_moments_kernel,
+        channel_blocks * splits,
+        z.device,
+        z,
+        partial,
+        outer,
+        inner,
+        C,
+        splits,
+        CHANNELS_LAST=channels_last,
+        **config,
+    )
     block = min(power_of_two(C), 16)
-    launch(triton_norm.batch_stats_kernel, _blocks(C, block), z.device, partial, bias, mean, rstd, running_mean,
-           running_var, float(momentum or 0.0), float(eps), splits, C, SPLITS=power_of_two(splits), BLOCK_C=block)
+    launch(
+        triton_norm.batch_stats_kernel,
+        _blocks(C, block),
+        z.device,
+        partial,
+        bias,
+        mean,
+        rstd,
+        running_mean,
+        running_var,
+        float(momentum or 0.0),
+        float(eps),
+        splits,
+        C,
+        SPLITS=power_of_two(splits),
+        BLOCK_C=block,
+    )
     return mean, rstd
 
 
-def head(x, target, modulation, basis, *, num_classes, temperature, label_smoothing, normalize, eps,
-         zero_gradient_below_eps, basis_scale, loss, ignore_index, reduction, compute_grad, reduce=True):
+def head(
+    x,
+    target,
+    modulation,
+    basis,
+    *,
+    num_classes,
+    temperature,
+    label_smoothing,
+    normalize,
+    eps,
+    zero_gradient_below_eps,
+    basis_scale,
+    loss,
+    ignore_index,
+    reduction,
+    compute_grad,
+    reduce=True,
+):
     """Without `reduce` the first result are the losses of the rows, for `finish` of a later call."""
     (B, d), K, C = x.shape, basis.shape[0], num_classes
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
@@ -166,14 +244,41 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
     grad_similarity = (new(B, K) if vector or matrix else grad_logits) if compute_grad else None
     name = _one_launch(B, d, K, C)
     if name is not None:
-        kernel, through_memory = ((triton_head.head_kernel, ()) if name == "head" else
-                                  (triton_head.wide_head_kernel, (grad_similarity,)))
+        kernel, through_memory = (
+            (triton_head.head_kernel, ()) if name == "head" else (triton_head.wide_head_kernel, (grad_similarity,))
+        )
         config = _config(name, (B, d, K, C), x)
-        launch(kernel, _blocks(B, config["BLOCK_B"]), x.device, x, basis, target, modulation, losses, similarity,
-               grad_logits, *through_memory, grad_latents, B, d, K, C, float(temperature), float(label_smoothing),
-               float(eps), float(basis_scale), ignore_index, PACKED=packed, NORMALIZE=normalize,
-               ZERO_BELOW=zero_gradient_below_eps, CROSS_ENTROPY=loss == "cross_entropy", MEAN=mean, MATRIX=matrix,
-               GRAD=compute_grad, **config)
+        launch(
+            kernel,
+            _blocks(B, config["BLOCK_B"]),
+            x.device,
+            x,
+            basis,
+            target,
+            modulation,
+            losses,
+            similarity,
+            grad_logits,
+            *through_memory,
+            grad_latents,
+            B,
+            d,
+            K,
+            C,
+            float(temperature),
+            float(label_smoothing),
+            float(eps),
+            float(basis_scale),
+            ignore_index,
+            PACKED=packed,
+            NORMALIZE=normalize,
+            ZERO_BELOW=zero_gradient_below_eps,
+            CROSS_ENTROPY=loss == "cross_entropy",
+            MEAN=mean,
+            MATRIX=matrix,
+            GRAD=compute_grad,
+            **config,
+        )
         if value is not losses:
             _reduce_loss(losses, target, value, ignore_index, mean)
         return value, grad_latents, similarity, grad_logits
@@ -182,32 +287,120 @@ def head(x, target, modulation, basis, *, num_classes, temperature, label_smooth
     programs = _blocks(B, config["BLOCK_M"]) * _blocks(K, config["BLOCK_K"])
     slices = min(_blocks(d, config["BLOCK_D"]), _blocks(256, programs), 16)
     partial, rows, count = new(slices, B, K + 1), new(2, B), new(1)
-    launch(triton_head.similarity_kernel, programs * slices, x.device, x, basis, target, partial, count, B, d, K,
-           slices, ignore_index, PACKED=packed, PRECISION=precision, **config)
+    launch(
+        triton_head.similarity_kernel,
+        programs * slices,
+        x.device,
+        x,
+        basis,
+        target,
+        partial,
+        count,
+        B,
+        d,
+        K,
+        slices,
+        ignore_index,
+        PACKED=packed,
+        PRECISION=precision,
+        **config,
+    )
 
     logits = None
     if matrix:
         logits = new(B, C)
         config = _config("logits", (B, C, K), x)
-        launch(triton_head.logits_kernel, _blocks(B, config["BLOCK_M"]) * _blocks(C, config["BLOCK_N"]), x.device,
-               partial, modulation, similarity, logits, rows, B, K, C, slices, float(eps), float(basis_scale),
-               NORMALIZE=normalize, PRECISION=precision, **config)
+        launch(
+            triton_head.logits_kernel,
+            _blocks(B, config["BLOCK_M"]) * _blocks(C, config["BLOCK_N"]),
+            x.device,
+            partial,
+            modulation,
+            similarity,
+            logits,
+            rows,
+            B,
+            K,
+            C,
+            slices,
+            float(eps),
+            float(basis_scale),
+            NORMALIZE=normalize,
+            PRECISION=precision,
+            **config,
+        )
     config = _config("loss_rows", (B, C), x)
-    launch(triton_head.loss_rows_kernel, _blocks(B, config["BLOCK_B"]), x.device, partial, target,
-           modulation if vector else None, logits, count, similarity, grad_logits, grad_similarity, rows, losses, B, C,
-           slices, float(temperature), float(label_smoothing), float(eps), float(basis_scale), ignore_index,
-           NORMALIZE=normalize, CROSS_ENTROPY=loss == "cross_entropy", MEAN=mean, GRAD=compute_grad, **config)
+    launch(
+        triton_head.loss_rows_kernel,
+        _blocks(B, config["BLOCK_B"]),
+        x.device,
+        partial,
+        target,
+        modulation if vector else None,
+        logits,
+        count,
+        similarity,
+        grad_logits,
+        grad_similarity,
+        rows,
+        losses,
+        B,
+        C,
+        slices,
+        float(temperature),
+        float(label_smoothing),
+        float(eps),
+        float(basis_scale),
+        ignore_index,
+        NORMALIZE=normalize,
+        CROSS_ENTROPY=loss == "cross_entropy",
+        MEAN=mean,
+        GRAD=compute_grad,
+        **config,
+    )
     if matrix and compute_grad:
         config = _config("grad_similarity", (B, K, C), x)
-        launch(triton_head.grad_similarity_kernel, _blocks(B, config["BLOCK_M"]) * _blocks(K, config["BLOCK_N"]),
-               x.device, grad_logits, modulation, grad_similarity, B, K, C, PRECISION=precision, **config)
+        launch(
+            triton_head.grad_similarity_kernel,
+            _blocks(B, config["BLOCK_M"]) * _blocks(K, config["BLOCK_N"]),
+            x.device,
+            grad_logits,
+            modulation,
+            grad_similarity,
+            B,
+            K,
+            C,
+            PRECISION=precision,
+            **config,
+        )
 
     if compute_grad:
         config = _config("latent_grad", (B, d, K), x)
-        launch(triton_head.latent_grad_kernel, _blocks(B, config["BLOCK_M"]) * _blocks(d, config["BLOCK_D"]), x.device,
-               x, basis, grad_similarity, rows, losses, count, value, grad_latents, B, d, K, float(eps),
-               float(basis_scale), PACKED=packed, NORMALIZE=normalize, ZERO_BELOW=zero_gradient_below_eps,
-               REDUCE=value is not losses, MEAN=mean, PRECISION=precision, **config)
+        launch(
+            triton_head.latent_grad_kernel,
+            _blocks(B, config["BLOCK_M"]) * _blocks(d, config["BLOCK_D"]),
+            x.device,
+            x,
+            basis,
+            grad_similarity,
+            rows,
+            losses,
+            count,
+            value,
+            grad_latents,
+            B,
+            d,
+            K,
+            float(eps),
+            float(basis_scale),
+            PACKED=packed,
+            NORMALIZE=normalize,
+            ZERO_BELOW=zero_gradient_below_eps,
+            REDUCE=value is not losses,
+            MEAN=mean,
+            PRECISION=precision,
+            **config,
+        )
     elif value is not losses:
         _reduce_loss(losses, target, value, ignore_index, mean)
     return value, grad_latents, similarity, grad_logits
@@ -223,8 +416,9 @@ def _one_launch(batch, dim, rows, classes):
 
 
 def _reduce_loss(losses, target, value, ignore_index, mean):
-    launch(triton_head.reduce_loss_kernel, 1, losses.device, losses, target, value, losses.numel(), ignore_index,
-           MEAN=mean)
+    launch(
+        triton_head.reduce_loss_kernel, 1, losses.device, losses, target, value, losses.numel(), ignore_index, MEAN=mean
+    )
 
 
 def _finishing(finish, device):
@@ -240,8 +434,13 @@ def _finishing(finish, device):
         vector = modulation.dim() == 1
         grad = torch.empty(modulation.shape, dtype=torch.float32, device=device)
         config = _config("finish_head", (max(B, 1), K, C), similarity)
-        blocks = dict(VECTOR=vector, PRECISION=float32_precision(), HEAD_B=config["BLOCK_B"],
-                      HEAD_K=config["BLOCK_K"], HEAD_C=config["BLOCK_C"])
+        blocks = dict(
+            VECTOR=vector,
+            PRECISION=float32_precision(),
+            HEAD_B=config["BLOCK_B"],
+            HEAD_K=config["BLOCK_K"],
+            HEAD_C=config["BLOCK_C"],
+        )
         programs += _blocks(C, config["BLOCK_C"]) * (1 if vector else _blocks(K, config["BLOCK_K"]))
     results = loss, loss.new_empty(0) if grad is None else grad
     return programs, (losses, target, loss, similarity, grad_logits, grad, K, C, ignore_index), blocks, results
@@ -252,9 +451,22 @@ def modulation_grad(similarity, grad_logits, vector, scale):
     grad = torch.empty((C,) if vector else (K, C), dtype=torch.float32, device=similarity.device)
     config = _config("modulation_grad", (max(B, 1), K, C), similarity)
     programs = _blocks(C, config["BLOCK_C"]) * (1 if vector else _blocks(K, config["BLOCK_K"]))
-    launch(triton_head.modulation_grad_kernel, programs, similarity.device, similarity.contiguous(),
-           grad_logits.contiguous(), scale.contiguous(), grad, B, K, C, PER_ROW=scale.dim() > 0, VECTOR=vector,
-           PRECISION=float32_precision(), **config)
+    launch(
+        triton_head.modulation_grad_kernel,
+        programs,
+        similarity.device,
+        similarity.contiguous(),
+        grad_logits.contiguous(),
+        scale.contiguous(),
+        grad,
+        B,
+        K,
+        C,
+        PER_ROW=scale.dim() > 0,
+        VECTOR=vector,
+        PRECISION=float32_precision(),
+        **config,
+    )
     return grad
 
 
@@ -265,16 +477,43 @@ def expand_grad(grad_latents, scale, out, pool_size):
     if out.dim() == 2:
         B, N = out.shape
         config = _config("linear_expand", (B, N), out)
-        launch(triton_linear.linear_expand_kernel, _blocks(B, config["BLOCK_B"]) * _blocks(N, config["BLOCK_N"]),
-               out.device, grad_latents, scale, out, B, N, pool_size, _cover(N, pool_size), PER_ROW=per_row, **config)
+        launch(
+            triton_linear.linear_expand_kernel,
+            _blocks(B, config["BLOCK_B"]) * _blocks(N, config["BLOCK_N"]),
+            out.device,
+            grad_latents,
+            scale,
+            out,
+            B,
+            N,
+            pool_size,
+            _cover(N, pool_size),
+            PER_ROW=per_row,
+            **config,
+        )
         return out
     dense, channels_last = _dense(out)
     B, C, H, W = out.shape
     run, positions = _bin_layout(out.shape, pool_size, channels_last, 1)
     config = _config("expand_grad", (positions, B * C, channels_last, False), out)
-    launch(triton_norm.expand_grad_kernel, pool_size**2 * _blocks(_planes(out), config["BLOCK_C"]), out.device,
-           grad_latents, scale, dense, B, C, H, W, pool_size, PER_ROW=per_row, COVER=_cover2(out.shape, pool_size),
-           CHANNELS_LAST=channels_last, RUN=run, **config)
+    launch(
+        triton_norm.expand_grad_kernel,
+        pool_size**2 * _blocks(_planes(out), config["BLOCK_C"]),
+        out.device,
+        grad_latents,
+        scale,
+        dense,
+        B,
+        C,
+        H,
+        W,
+        pool_size,
+        PER_ROW=per_row,
+        COVER=_cover2(out.shape, pool_size),
+        CHANNELS_LAST=channels_last,
+        RUN=run,
+        **config,
+    )
     return out if dense is out else out.copy_(dense)
 
 
@@ -284,24 +523,59 @@ def norm_grads(grad_latents, s1, s2, channels, area, finish=None):
     grads = tuple(torch.empty(channels, dtype=torch.float32, device=s1.device) for _ in range(3))
     config = _config("norm_grads", (max(B, 1), channels, positions), s1)
     programs, arguments, blocks, results = _finishing(finish, s1.device)
-    launch(triton_norm.norm_grads_kernel, _blocks(channels, config["BLOCK_C"]) + programs, s1.device,
-           grad_latents.contiguous(), s1.contiguous(), s2.contiguous(), area.contiguous(), *grads, B, channels,
-           positions, *arguments, **blocks, **config)
+    launch(
+        triton_norm.norm_grads_kernel,
+        _blocks(channels, config["BLOCK_C"]) + programs,
+        s1.device,
+        grad_latents.contiguous(),
+        s1.contiguous(),
+        s2.contiguous(),
+        area.contiguous(),
+        *grads,
+        B,
+        channels,
+        positions,
+        *arguments,
+        **blocks,
+        **config,
+    )
     return grads + results
 
 
-def grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta,
-                        pool_size, scale):
+def grad_preactivation_(
+    z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size, scale
+):
     if z.numel() == 0:
         return z
     dense, channels_last = _dense(z)
     B, C, H, W = z.shape
     run, positions = _bin_layout(z.shape, pool_size, channels_last, 1)
     config = _config("grad_preactivation", (positions, B * C, channels_last, False), z)
-    launch(triton_norm.grad_preactivation_kernel, pool_size**2 * _blocks(_planes(z), config["BLOCK_C"]), z.device,
-           dense, mean, rstd, gamma, beta, grad_latents.contiguous(), grad_gamma, grad_beta, float(negative_slope),
-           float(scale), 1.0 / (B * H * W), B, C, H, W, pool_size, COVER=_cover2(z.shape, pool_size),
-           CHANNELS_LAST=channels_last, RUN=run, **config)
+    launch(
+        triton_norm.grad_preactivation_kernel,
+        pool_size**2 * _blocks(_planes(z), config["BLOCK_C"]),
+        z.device,
+        dense,
+        mean,
+        rstd,
+        gamma,
+        beta,
+        grad_latents.contiguous(),
+        grad_gamma,
+        grad_beta,
+        float(negative_slope),
+        float(scale),
+        1.0 / (B * H * W),
+        B,
+        C,
+        H,
+        W,
+        pool_size,
+        COVER=_cover2(z.shape, pool_size),
+        CHANNELS_LAST=channels_last,
+        RUN=run,
+        **config,
+    )
     return z if dense is z else z.copy_(dense)
 
 
@@ -311,9 +585,27 @@ def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_
     grads = tuple(torch.empty(N, dtype=torch.float32, device=z.device) for _ in range(3))
     config = _config("linear_grad", (max(B, 1), N), z)
     programs, arguments, blocks, results = _finishing(finish, z.device)
-    launch(triton_linear.linear_grad_kernel, _blocks(N, config["BLOCK_N"]) + programs, z.device, dense, mean, rstd,
-           gamma, beta, grad_latents.contiguous(), *grads, float(negative_slope), float(scale), B, N, pool_size,
-           _cover(N, pool_size), *arguments, **blocks, **config)
+    launch(
+        triton_linear.linear_grad_kernel,
+        _blocks(N, config["BLOCK_N"]) + programs,
+        z.device,
+        dense,
+        mean,
+        rstd,
+        gamma,
+        beta,
+        grad_latents.contiguous(),
+        *grads,
+        float(negative_slope),
+        float(scale),
+        B,
+        N,
+        pool_size,
+        _cover(N, pool_size),
+        *arguments,
+        **blocks,
+        **config,
+    )
     if dense is not z:
         z.copy_(dense)
     return grads + results

@@ -1,5 +1,6 @@
 """Triton kernels of the linear block, z (B, N): every column has its own statistics, and the bins of the latents run
 over the columns. As in triton_norm.py a column is owned by one bin, which writes its output."""
+
 import triton
 import triton.language as tl
 
@@ -14,8 +15,23 @@ def _columns(vector, n, N):
 
 
 @triton.jit(do_not_specialize=["B", "P", "widest"])
-def linear_pool_kernel(z, out, latents, mean, rstd, gamma, beta, slope, B, N, P, widest, NORM: tl.constexpr,
-                       BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+def linear_pool_kernel(
+    z,
+    out,
+    latents,
+    mean,
+    rstd,
+    gamma,
+    beta,
+    slope,
+    B,
+    N,
+    P,
+    widest,
+    NORM: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """out = leaky_relu(gamma * (z - mean) * rstd + beta) (with NORM), latents = means over bins of out, or of z.
     `widest` is the number of columns of the largest bin."""
     pid = program_id(0)
@@ -47,14 +63,19 @@ def _unpooled(grad_latents, b, n, B, N, P, cover):
         covers = (n < N) & (j < last)
         left, right, _ = bin_range(j, N, P)
         width = (right - left) * 1.0
-        total += tl.load(grad_latents + offset(b, P)[:, None] + j[None, :], mask=(b < B)[:, None] & covers[None, :],
-                         other=0.0) / width[None, :]
+        total += (
+            tl.load(
+                grad_latents + offset(b, P)[:, None] + j[None, :], mask=(b < B)[:, None] & covers[None, :], other=0.0
+            )
+            / width[None, :]
+        )
     return total
 
 
 @triton.jit(do_not_specialize=["B", "P", "cover"])
-def linear_expand_kernel(grad_latents, scale, out, B, N, P, cover, PER_ROW: tl.constexpr, BLOCK_B: tl.constexpr,
-                         BLOCK_N: tl.constexpr):
+def linear_expand_kernel(
+    grad_latents, scale, out, B, N, P, cover, PER_ROW: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """out = scale * unpool(grad_latents); scale is one value or one a sample."""
     pid = program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
@@ -64,13 +85,34 @@ def linear_expand_kernel(grad_latents, scale, out, B, N, P, cover, PER_ROW: tl.c
     else:
         factor = tl.load(scale).to(tl.float32)
     result = _unpooled(grad_latents, b, n, B, N, P, cover) * factor
-    tl.store(out + offset(b, N)[:, None] + n[None, :], result.to(out.dtype.element_ty),
-             mask=(b < B)[:, None] & (n < N)[None, :])
+    tl.store(
+        out + offset(b, N)[:, None] + n[None, :],
+        result.to(out.dtype.element_ty),
+        mask=(b < B)[:, None] & (n < N)[None, :],
+    )
 
 
 @triton.jit
-def _linear_grad(block, z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, grad_bias, slope, scale, B, N,
-                 P, cover, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+def _linear_grad(
+    block,
+    z,
+    mean,
+    rstd,
+    gamma,
+    beta,
+    grad_latents,
+    grad_gamma,
+    grad_beta,
+    grad_bias,
+    slope,
+    scale,
+    B,
+    N,
+    P,
+    cover,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """For a block of columns: dgamma, dbeta over the whole batch, then z <- scale * dL/dz; grad_bias = 0."""
     n = indices(block, BLOCK_N)
     mu, r, g, shift = _columns(mean, n, N), _columns(rstd, n, N), _columns(gamma, n, N), _columns(beta, n, N)
@@ -103,20 +145,101 @@ def _linear_grad(block, z, mean, rstd, gamma, beta, grad_latents, grad_gamma, gr
 
 
 @triton.jit(do_not_specialize=["B", "P", "cover", "ignore_index"])
-def linear_grad_kernel(z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, grad_bias, slope, scale, B, N,
-                       P, cover, losses, target, loss, similarity, grad_logits, grad_modulation, K, classes,
-                       ignore_index, VECTOR: tl.constexpr, PRECISION: tl.constexpr, HEAD_B: tl.constexpr,
-                       HEAD_K: tl.constexpr, HEAD_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+def linear_grad_kernel(
+    z,
+    mean,
+    rstd,
+    gamma,
+    beta,
+    grad_latents,
+    grad_gamma,
+    grad_beta,
+    grad_bias,
+    slope,
+    scale,
+    B,
+    N,
+    P,
+    cover,
+    losses,
+    target,
+    loss,
+    similarity,
+    grad_logits,
+    grad_modulation,
+    K,
+    classes,
+    ignore_index,
+    VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    HEAD_K: tl.constexpr,
+    HEAD_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """A block of columns a program; further programs finish the head where `losses` are given."""
     pid = program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
     if losses is None:
-        _linear_grad(pid, z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, grad_bias, slope, scale, B,
-                     N, P, cover, BLOCK_B, BLOCK_N)
+        _linear_grad(
+            pid,
+            z,
+            mean,
+            rstd,
+            gamma,
+            beta,
+            grad_latents,
+            grad_gamma,
+            grad_beta,
+            grad_bias,
+            slope,
+            scale,
+            B,
+            N,
+            P,
+            cover,
+            BLOCK_B,
+            BLOCK_N,
+        )
     else:
         if pid < blocks:
-            _linear_grad(pid, z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, grad_bias, slope, scale,
-                         B, N, P, cover, BLOCK_B, BLOCK_N)
+            _linear_grad(
+                pid,
+                z,
+                mean,
+                rstd,
+                gamma,
+                beta,
+                grad_latents,
+                grad_gamma,
+                grad_beta,
+                grad_bias,
+                slope,
+                scale,
+                B,
+                N,
+                P,
+                cover,
+                BLOCK_B,
+                BLOCK_N,
+            )
         else:
-            finish_head(pid - blocks, losses, target, loss, similarity, grad_logits, grad_modulation, B, K, classes,
-                        ignore_index, VECTOR, PRECISION, HEAD_B, HEAD_K, HEAD_C)
+            finish_head(
+                pid - blocks,
+                losses,
+                target,
+                loss,
+                similarity,
+                grad_logits,
+                grad_modulation,
+                B,
+                K,
+                classes,
+                ignore_index,
+                VECTOR,
+                PRECISION,
+                HEAD_B,
+                HEAD_K,
+                HEAD_C,
+            )

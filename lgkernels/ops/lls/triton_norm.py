@@ -6,6 +6,7 @@ block of planes, so what belongs to a bin (its sums, its gradient) is stored or 
 (H % P != 0) or repeat positions (P > H). A position is *owned* by the last bin that holds it, the one bin i with
 start(i) <= position < start(i + 1): every output element is written by its owner, once.
 """
+
 import triton
 import triton.language as tl
 
@@ -45,14 +46,39 @@ def _bin_of_program(P, BLOCK_C: tl.constexpr):
 @triton.jit
 def _normalization(mean, rstd, gamma, beta, c, inside):
     """The four vectors at channels c, each (1, planes)."""
-    return (tl.load(mean + c, mask=inside, other=0.0)[None, :], tl.load(rstd + c, mask=inside, other=0.0)[None, :],
-            tl.load(gamma + c, mask=inside, other=0.0)[None, :], tl.load(beta + c, mask=inside, other=0.0)[None, :])
+    return (
+        tl.load(mean + c, mask=inside, other=0.0)[None, :],
+        tl.load(rstd + c, mask=inside, other=0.0)[None, :],
+        tl.load(gamma + c, mask=inside, other=0.0)[None, :],
+        tl.load(beta + c, mask=inside, other=0.0)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["B", "H", "W", "P"])
-def norm_act_pool_kernel(z, out, latents, s1, s2, mean, rstd, gamma, beta, slope, B, C, H, W, P,
-                         NORM: tl.constexpr, GRAD: tl.constexpr, WINDOW: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-                         RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def norm_act_pool_kernel(
+    z,
+    out,
+    latents,
+    s1,
+    s2,
+    mean,
+    rstd,
+    gamma,
+    beta,
+    slope,
+    B,
+    C,
+    H,
+    W,
+    P,
+    NORM: tl.constexpr,
+    GRAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """a = leaky_relu(gamma * (z - mean) * rstd + beta), or z itself without NORM; per bin the mean of a and the sums
     of lambda and lambda * xhat. Positions are visited in WINDOW x WINDOW groups, whose maximum is the output."""
     i, j, plane = _bin_of_program(P, BLOCK_C)
@@ -82,8 +108,11 @@ def norm_act_pool_kernel(z, out, latents, s1, s2, mean, rstd, gamma, beta, slope
                 else:
                     valid = inside & (h < H) & (w < W)
                     member = (valid & (h >= top) & (h < bottom) & (w >= left) & (w < right))[:, None]
-                value = tl.load(z + _elements(plane, h, w, C, H, W, CHANNELS_LAST, RUN),
-                                mask=valid[:, None] & exists[None, :], other=0.0).to(tl.float32)
+                value = tl.load(
+                    z + _elements(plane, h, w, C, H, W, CHANNELS_LAST, RUN),
+                    mask=valid[:, None] & exists[None, :],
+                    other=0.0,
+                ).to(tl.float32)
                 if NORM:
                     xhat = (value - mu) * r
                     u = xhat * g + shift
@@ -103,8 +132,15 @@ def norm_act_pool_kernel(z, out, latents, s1, s2, mean, rstd, gamma, beta, slope
             if RUN > 1:  # exact tiling: all are owned, in aligned runs
                 owned = inside
             else:
-                owned = (inside & (row * WINDOW >= top) & (row * WINDOW < next_top) & (row < H // WINDOW)
-                         & (column * WINDOW >= left) & (column * WINDOW < next_left) & (column < W // WINDOW))
+                owned = (
+                    inside
+                    & (row * WINDOW >= top)
+                    & (row * WINDOW < next_top)
+                    & (row < H // WINDOW)
+                    & (column * WINDOW >= left)
+                    & (column * WINDOW < next_left)
+                    & (column < W // WINDOW)
+                )
             to = _elements(plane, row, column, C, H // WINDOW, W // WINDOW, CHANNELS_LAST, RUN)
             tl.store(out + to, largest.to(out.dtype.element_ty), mask=owned[:, None] & exists[None, :])
     to = offset(plane, P * P) + (i * P + j)
@@ -140,9 +176,29 @@ def _unpooled(grad_latents, plane, exists, i, j, row, column, H, W, P, COVER: tl
 
 
 @triton.jit(do_not_specialize=["B", "H", "W", "P"])
-def grad_preactivation_kernel(z, mean, rstd, gamma, beta, grad_latents, grad_gamma, grad_beta, slope, scale,
-                              inverse_count, B, C, H, W, P, COVER: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-                              RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def grad_preactivation_kernel(
+    z,
+    mean,
+    rstd,
+    gamma,
+    beta,
+    grad_latents,
+    grad_gamma,
+    grad_beta,
+    slope,
+    scale,
+    inverse_count,
+    B,
+    C,
+    H,
+    W,
+    P,
+    COVER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """z <- scale * gamma * rstd * (lambda * g - (dbeta + xhat * dgamma) / N), g = unpool(grad_latents)."""
     i, j, plane = _bin_of_program(P, BLOCK_C)
     top, _, next_top = bin_range(i, H, P)
@@ -172,8 +228,22 @@ def grad_preactivation_kernel(z, mean, rstd, gamma, beta, grad_latents, grad_gam
 
 
 @triton.jit(do_not_specialize=["B", "H", "W", "P"])
-def expand_grad_kernel(grad_latents, scale, out, B, C, H, W, P, PER_ROW: tl.constexpr, COVER: tl.constexpr,
-                       CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def expand_grad_kernel(
+    grad_latents,
+    scale,
+    out,
+    B,
+    C,
+    H,
+    W,
+    P,
+    PER_ROW: tl.constexpr,
+    COVER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """out = scale * unpool(grad_latents); scale is one value or one a sample."""
     i, j, plane = _bin_of_program(P, BLOCK_C)
     top, _, next_top = bin_range(i, H, P)
@@ -193,13 +263,17 @@ def expand_grad_kernel(grad_latents, scale, out, B, C, H, W, P, PER_ROW: tl.cons
         if COVER > 1:
             grad = _unpooled(grad_latents, plane, exists, i, j, row, column, H, W, P, COVER)
         result = tl.broadcast_to(grad * factor, (BLOCK_P, BLOCK_C))
-        tl.store(out + _elements(plane, row, column, C, H, W, CHANNELS_LAST, RUN), result.to(out.dtype.element_ty),
-                 mask=(p < count)[:, None] & exists[None, :])
+        tl.store(
+            out + _elements(plane, row, column, C, H, W, CHANNELS_LAST, RUN),
+            result.to(out.dtype.element_ty),
+            mask=(p < count)[:, None] & exists[None, :],
+        )
 
 
 @triton.jit(do_not_specialize=["outer", "splits"])
-def batch_moments_kernel(z, partial, outer, inner, C, splits, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr,
-                         BLOCK_C: tl.constexpr):
+def batch_moments_kernel(
+    z, partial, outer, inner, C, splits, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """Pass 1: count, mean and sum of squared deviations of every `splits`-th tile, by Welford's update in each tile
     slot. z is (outer, inner, C) with channels last, (outer, C, inner) else; partial is (splits, 4, C).
 
@@ -253,15 +327,30 @@ def _store_moments(partial, count, mean, squares, c, C):
 
 
 @triton.jit(do_not_specialize=["splits", "C"])
-def batch_stats_kernel(partial, bias, mean, rstd, running_mean, running_var, momentum, eps, splits, C,
-                       SPLITS: tl.constexpr, BLOCK_C: tl.constexpr):
+def batch_stats_kernel(
+    partial,
+    bias,
+    mean,
+    rstd,
+    running_mean,
+    running_var,
+    momentum,
+    eps,
+    splits,
+    C,
+    SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Pass 2: combine the partial moments; write mean and 1/sqrt(var + eps), move the running statistics."""
     c = indices(program_id(0), BLOCK_C)
     s = tl.arange(0, SPLITS)
     at = partial + offset(s, 4 * C)[:, None] + c[None, :]
     mask = (s < splits)[:, None] & (c < C)[None, :]
-    total, mu, squares = combine(tl.load(at, mask=mask, other=0.0), tl.load(at + C, mask=mask, other=0.0),
-                                 tl.load(at + 2 * C, mask=mask, other=0.0))
+    total, mu, squares = combine(
+        tl.load(at, mask=mask, other=0.0),
+        tl.load(at + C, mask=mask, other=0.0),
+        tl.load(at + 2 * C, mask=mask, other=0.0),
+    )
     mu += tl.load(partial + 3 * C + c, mask=c < C, other=0.0)
     var = squares / total
     tl.store(mean + c, mu, mask=c < C)
@@ -279,8 +368,22 @@ def batch_stats_kernel(partial, bias, mean, rstd, running_mean, running_var, mom
 
 
 @triton.jit
-def _norm_grads(block, grad_latents, s1, s2, area, grad_gamma, grad_beta, grad_bias, B, C, positions,
-                BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+def _norm_grads(
+    block,
+    grad_latents,
+    s1,
+    s2,
+    area,
+    grad_gamma,
+    grad_beta,
+    grad_bias,
+    B,
+    C,
+    positions,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
     """dgamma, dbeta = sums over batch and bins of grad/area * s2, * s1, for a block of channels; grad_bias = 0."""
     c = indices(block, BLOCK_C)
     by_s1 = tl.zeros((BLOCK_B, BLOCK_C, BLOCK_P), tl.float32)
@@ -301,20 +404,89 @@ def _norm_grads(block, grad_latents, s1, s2, area, grad_gamma, grad_beta, grad_b
 
 
 @triton.jit(do_not_specialize=["B", "C", "positions", "ignore_index"])
-def norm_grads_kernel(grad_latents, s1, s2, area, grad_gamma, grad_beta, grad_bias, B, C, positions, losses, target,
-                      loss, similarity, grad_logits, grad_modulation, K, classes, ignore_index, VECTOR: tl.constexpr,
-                      PRECISION: tl.constexpr, HEAD_B: tl.constexpr, HEAD_K: tl.constexpr, HEAD_C: tl.constexpr,
-                      BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+def norm_grads_kernel(
+    grad_latents,
+    s1,
+    s2,
+    area,
+    grad_gamma,
+    grad_beta,
+    grad_bias,
+    B,
+    C,
+    positions,
+    losses,
+    target,
+    loss,
+    similarity,
+    grad_logits,
+    grad_modulation,
+    K,
+    classes,
+    ignore_index,
+    VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    HEAD_K: tl.constexpr,
+    HEAD_C: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
     """A block of channels a program; further programs finish the head where `losses` are given."""
     pid = program_id(0)
     blocks = tl.cdiv(C, BLOCK_C)
     if losses is None:
-        _norm_grads(pid, grad_latents, s1, s2, area, grad_gamma, grad_beta, grad_bias, B, C, positions, BLOCK_B,
-                    BLOCK_C, BLOCK_P)
+        _norm_grads(
+            pid,
+            grad_latents,
+            s1,
+            s2,
+            area,
+            grad_gamma,
+            grad_beta,
+            grad_bias,
+            B,
+            C,
+            positions,
+            BLOCK_B,
+            BLOCK_C,
+            BLOCK_P,
+        )
     else:
         if pid < blocks:
-            _norm_grads(pid, grad_latents, s1, s2, area, grad_gamma, grad_beta, grad_bias, B, C, positions, BLOCK_B,
-                        BLOCK_C, BLOCK_P)
+            _norm_grads(
+                pid,
+                grad_latents,
+                s1,
+                s2,
+                area,
+                grad_gamma,
+                grad_beta,
+                grad_bias,
+                B,
+                C,
+                positions,
+                BLOCK_B,
+                BLOCK_C,
+                BLOCK_P,
+            )
         else:
-            finish_head(pid - blocks, losses, target, loss, similarity, grad_logits, grad_modulation, B, K, classes,
-                        ignore_index, VECTOR, PRECISION, HEAD_B, HEAD_K, HEAD_C)
+            finish_head(
+                pid - blocks,
+                losses,
+                target,
+                loss,
+                similarity,
+                grad_logits,
+                grad_modulation,
+                B,
+                K,
+                classes,
+                ignore_index,
+                VECTOR,
+                PRECISION,
+                HEAD_B,
+                HEAD_K,
+                HEAD_C,
+            )

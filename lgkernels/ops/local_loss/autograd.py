@@ -1,4 +1,5 @@
 """autograd entries of the family local_loss. The local gradient needs nothing from above: the forward takes it."""
+
 import torch
 
 from ...core.guard import first_order_only
@@ -43,17 +44,21 @@ class _LocalCrossEntropy(torch.autograd.Function):
         shape, dtype, weight_dtype, bias_dtype, impl = ctx.meta
         needs = ctx.needs_input_grad[:3]
         grad_h, grad_weight, grad_bias = _ops.local_cross_entropy_backward(
-            grad_loss.contiguous(), *saved, dtype, *needs, impl)
+            grad_loss.contiguous(), *saved, dtype, *needs, impl
+        )
         if needs[0] and len(shape) > 2:  # constant over the pooled positions: one value, repeated with stride 0
             grad_h = (grad_h.unsqueeze(1) if len(shape) == 3 else grad_h[:, :, None, None]).expand(shape)
         grads = (grad_h, grad_weight.to(weight_dtype), grad_bias.to(bias_dtype or grad_bias.dtype))
-        return (*(first_order_only("local_cross_entropy", g, link, grad_loss) if n else None
-                  for g, n in zip(grads, needs)), *[None] * 6)
+        return (
+            *(first_order_only("local_cross_entropy", g, link, grad_loss) if n else None for g, n in zip(grads, needs)),
+            *[None] * 6,
+        )
 
 
 def local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, impl):
-    return _LocalCrossEntropy.apply(h, weight, bias, target, _link(h, weight, bias), label_smoothing, reduction,
-                                    torch.is_grad_enabled(), impl)
+    return _LocalCrossEntropy.apply(
+        h, weight, bias, target, _link(h, weight, bias), label_smoothing, reduction, torch.is_grad_enabled(), impl
+    )
 
 
 class _Goodness(torch.autograd.Function):
@@ -145,8 +150,9 @@ class _Contrastive(torch.autograd.Function):
 
 
 def contrastive(z, labels, anchors, temperature, factor, normalize, impl):
-    return _Contrastive.apply(z, labels, _link(z), (anchors, temperature, factor, normalize), torch.is_grad_enabled(),
-                              impl)
+    return _Contrastive.apply(
+        z, labels, _link(z), (anchors, temperature, factor, normalize), torch.is_grad_enabled(), impl
+    )
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -162,8 +168,13 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         *grads, link = ctx.saved_tensors
-        return (*(first_order_only("info_nce_loss", (g * grad_loss).to(d), link, grad_loss) if n else None
-                  for g, d, n in zip(grads, ctx.dtypes, ctx.needs_input_grad)), *[None] * 5)
+        return (
+            *(
+                first_order_only("info_nce_loss", (g * grad_loss).to(d), link, grad_loss) if n else None
+                for g, d, n in zip(grads, ctx.dtypes, ctx.needs_input_grad)
+            ),
+            *[None] * 5,
+        )
 
 
 def info_nce(query, keys, negatives, temperature, impl):

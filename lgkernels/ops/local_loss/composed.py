@@ -1,6 +1,7 @@
 """The losses as a GPU computes them: passes over the feature map by kernels that the backend hands in, and the
 library's products of the small matrices between them. Same arguments and results as reference.py; no float64.
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -57,7 +58,7 @@ def similarity(deviation, normalize, match, rows_grad, x, target, num_classes, u
         factor = 1.0
         loss, grad = reference.match(rows, target, num_classes, compute_grad, True)
     else:
-        factor = 4 / len(rows)**2
+        factor = 4 / len(rows) ** 2
         products = rows @ rows.t()
         loss = match(products, target, *reference.label_similarity(num_classes)).sum()
         grad = products @ rows if compute_grad else None

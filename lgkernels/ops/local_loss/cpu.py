@@ -3,6 +3,7 @@
 A feature map is taken as it lies, planes or channels last, with any distance between samples; anything else is copied
 once. Products of matrices are the library's. Arithmetic is float32, sums in an order that no number of threads changes.
 """
+
 import torch
 import torch.nn.functional as F
 
@@ -80,10 +81,21 @@ def local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, com
         logits = F.linear(p, weight, bias)
         products = (0, 0, 0, logits.data_ptr())
     grad_pooled = torch.empty((batch, channels) if compute_grad and small else 0)
-    _C.local_logit_loss(batch, classes, channels, *products, target.data_ptr(), label_smoothing,
-                        batch if reduction == "mean" else 1, reduction == "none", loss.data_ptr(),
-                        grad.data_ptr() if compute_grad else 0, grad_pooled.data_ptr() if compute_grad and small else 0,
-                        1 / max(positions, 1), torch.get_num_threads())
+    _C.local_logit_loss(
+        batch,
+        classes,
+        channels,
+        *products,
+        target.data_ptr(),
+        label_smoothing,
+        batch if reduction == "mean" else 1,
+        reduction == "none",
+        loss.data_ptr(),
+        grad.data_ptr() if compute_grad else 0,
+        grad_pooled.data_ptr() if compute_grad and small else 0,
+        1 / max(positions, 1),
+        torch.get_num_threads(),
+    )
     if not compute_grad:
         return loss, grad, torch.empty(0), torch.empty(0)
     if not small:
@@ -92,6 +104,7 @@ def local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, com
 
 
 # -- Forward-Forward ----------------------------------------------------------------------------------------------
+
 
 def _dense(h):
     return h.is_contiguous() or h.dim() == 4 and h.is_contiguous(memory_format=torch.channels_last)
@@ -103,9 +116,19 @@ def goodness(h, is_positive, threshold, mean, compute_grad):
     loss, squares = torch.empty(()), torch.empty(batch)
     kappa = torch.empty(batch if compute_grad else 0)
     is_positive = is_positive.contiguous()
-    _C.local_goodness(h.data_ptr(), batch, size, _code(h), is_positive.data_ptr(), threshold,
-                      1 / max(size, 1) if mean else 1.0, loss.data_ptr(), kappa.data_ptr() if compute_grad else 0,
-                      squares.data_ptr(), torch.get_num_threads())
+    _C.local_goodness(
+        h.data_ptr(),
+        batch,
+        size,
+        _code(h),
+        is_positive.data_ptr(),
+        threshold,
+        1 / max(size, 1) if mean else 1.0,
+        loss.data_ptr(),
+        kappa.data_ptr() if compute_grad else 0,
+        squares.data_ptr(),
+        torch.get_num_threads(),
+    )
     return loss, kappa, squares
 
 
@@ -120,9 +143,9 @@ def goodness_grad(h, kappa, scale):
 
 # -- similarity matching ------------------------------------------------------------------------------------------
 
+
 def similarity(x, target, num_classes, use_std, compute_grad):
-    return reference.similarity(x, target, num_classes, use_std, compute_grad,
-                                var_mean=lambda x: _moments(x, True))
+    return reference.similarity(x, target, num_classes, use_std, compute_grad, var_mean=lambda x: _moments(x, True))
 
 
 def similarity_grad(x, grad, mean, scale):

@@ -2,6 +2,7 @@
 
 Every function allocates its outputs with torch.empty and launches on the current stream; nothing synchronises.
 """
+
 from functools import partial
 
 import torch
@@ -31,25 +32,45 @@ def _scale(dense, shape, mean, factor, scale, like):
     if result.stride() == out.stride():
         result = out
     factor, scale = factor.contiguous(), scale.float()
-    call("local_loss_scale", like.device, (*shape, DTYPES[like.dtype]), address(dense), address(mean), address(factor),
-         address(scale), address(result))
+    call(
+        "local_loss_scale",
+        like.device,
+        (*shape, DTYPES[like.dtype]),
+        address(dense),
+        address(mean),
+        address(factor),
+        address(scale),
+        address(result),
+    )
     return out if result is out else out.copy_(result)
 
 
 # -- pool, linear, cross entropy ----------------------------------------------------------------------------------
 
+
 def _cross_entropy_rows(logits, target, label_smoothing, grad_scale, compute_grad):
     losses = _new(logits, len(logits))
-    call("local_loss_cross_entropy", logits.device, *logits.shape, label_smoothing, grad_scale, compute_grad,
-         address(target), address(logits), address(losses))
+    call(
+        "local_loss_cross_entropy",
+        logits.device,
+        *logits.shape,
+        label_smoothing,
+        grad_scale,
+        compute_grad,
+        address(target),
+        address(logits),
+        address(losses),
+    )
     return losses
 
 
-local_cross_entropy = partial(composed.local_cross_entropy, partial(_moments, with_deviation=False),
-                              _cross_entropy_rows)
+local_cross_entropy = partial(
+    composed.local_cross_entropy, partial(_moments, with_deviation=False), _cross_entropy_rows
+)
 
 
 # -- Forward-Forward ----------------------------------------------------------------------------------------------
+
 
 def goodness(h, is_positive, threshold, mean, compute_grad):
     if h.numel() == 0:
@@ -58,8 +79,16 @@ def goodness(h, is_positive, threshold, mean, compute_grad):
     shape, is_positive = (batch, size, 1, DTYPES[h.dtype]), is_positive.contiguous()
     partial_sums = _new(h, native.cuda_entries().local_loss_goodness_splits(shape), batch)
     loss, kappa, squares = _new(h), _new(h, batch if compute_grad else 0), _new(h, batch)
-    call("local_loss_goodness", h.device, shape, address(dense), address(is_positive), threshold,
-         1 / size if mean else 1.0, *map(address, (partial_sums, squares, kappa, loss)))
+    call(
+        "local_loss_goodness",
+        h.device,
+        shape,
+        address(dense),
+        address(is_positive),
+        threshold,
+        1 / size if mean else 1.0,
+        *map(address, (partial_sums, squares, kappa, loss)),
+    )
     return loss, kappa, squares
 
 
@@ -69,29 +98,51 @@ def goodness_grad(h, kappa, scale):
 
 # -- similarity matching ------------------------------------------------------------------------------------------
 
+
 def _normalize_rows(features):
     rows, norms = _new(features, *features.shape), _new(features, len(features))
-    call("local_loss_normalize_rows", features.device, *features.shape, DTYPES[features.dtype], address(features),
-         address(rows), address(norms))
+    call(
+        "local_loss_normalize_rows",
+        features.device,
+        *features.shape,
+        DTYPES[features.dtype],
+        address(features),
+        address(rows),
+        address(norms),
+    )
     return rows, norms
 
 
 def _match_rows(products, target, same, other):
     losses = _new(products, len(products))
-    call("local_loss_match_rows", products.device, len(products), same, other, address(target), address(products),
-         address(losses))
+    call(
+        "local_loss_match_rows",
+        products.device,
+        len(products),
+        same,
+        other,
+        address(target),
+        address(products),
+        address(losses),
+    )
     return losses
 
 
 def _rows_grad(factor, grad, rows, norms, deviation, mean, positions):
     grad, out = grad.contiguous(), torch.empty_like(rows)
-    call("local_loss_rows_grad", rows.device, (*rows.shape, positions), factor,
-         *map(address, (grad, rows, norms, deviation, mean, out)))
+    call(
+        "local_loss_rows_grad",
+        rows.device,
+        (*rows.shape, positions),
+        factor,
+        *map(address, (grad, rows, norms, deviation, mean, out)),
+    )
     return out
 
 
-similarity = partial(composed.similarity, partial(_moments, with_deviation=True), _normalize_rows, _match_rows,
-                     _rows_grad)
+similarity = partial(
+    composed.similarity, partial(_moments, with_deviation=True), _normalize_rows, _match_rows, _rows_grad
+)
 
 
 def similarity_grad(x, grad, mean, scale):

@@ -1,4 +1,5 @@
 """Registered ops of the family local_loss: schema, shapes (fake), and the call of the chosen backend."""
+
 import contextlib
 import os
 
@@ -48,6 +49,7 @@ def _new(tensor, dtype=None):
 
 # -- pool, linear, cross entropy ----------------------------------------------------------------------------------
 
+
 def _cross_entropy(h, weight, bias, target, label_smoothing, reduction, compute_grad, impl):
     kernels = dispatch.backend("local_cross_entropy", impl, h.device, h.dtype)
     target = class_indices("target", target, weight.shape[0])
@@ -58,33 +60,51 @@ def _cross_entropy(h, weight, bias, target, label_smoothing, reduction, compute_
 def _cross_entropy_fake(h, weight, bias, target, label_smoothing, reduction, compute_grad, impl):
     new, (classes, channels), batch = _new(h), weight.shape, h.shape[0]
     loss = new(True, batch) if reduction == "none" else new(True)
-    return (loss, new(compute_grad, batch, channels), new(compute_grad, batch, classes),
-            new(compute_grad, batch, channels))
+    return (
+        loss,
+        new(compute_grad, batch, channels),
+        new(compute_grad, batch, classes),
+        new(compute_grad, batch, channels),
+    )
 
 
 def _cross_entropy_backward(scale, pooled, grad_logits, grad_pooled, dtype, needs_h, needs_weight, needs_bias, impl):
     kernels = dispatch.backend("local_cross_entropy", impl, pooled.device, dtype)
     with without_autocast(pooled.device):
-        return kernels.local_cross_entropy_grads(scale, pooled, grad_logits, grad_pooled, dtype, needs_h, needs_weight,
-                                                 needs_bias)
+        return kernels.local_cross_entropy_grads(
+            scale, pooled, grad_logits, grad_pooled, dtype, needs_h, needs_weight, needs_bias
+        )
 
 
-def _cross_entropy_backward_fake(scale, pooled, grad_logits, grad_pooled, dtype, needs_h, needs_weight, needs_bias,
-                                 impl):
+def _cross_entropy_backward_fake(
+    scale, pooled, grad_logits, grad_pooled, dtype, needs_h, needs_weight, needs_bias, impl
+):
     new, (batch, channels), classes = _new(pooled), pooled.shape, grad_logits.shape[1]
-    return (_new(pooled, dtype)(needs_h, batch, channels), new(needs_weight, classes, channels),
-            new(needs_bias, classes))
+    return (
+        _new(pooled, dtype)(needs_h, batch, channels),
+        new(needs_weight, classes, channels),
+        new(needs_bias, classes),
+    )
 
 
-_op("local_cross_entropy", "(Tensor h, Tensor weight, Tensor? bias, Tensor target, float label_smoothing, "
-    "str reduction, bool compute_grad, str impl) -> (Tensor, Tensor, Tensor, Tensor)", _cross_entropy,
-    _cross_entropy_fake)
-_op("local_cross_entropy_backward", "(Tensor scale, Tensor pooled, Tensor grad_logits, Tensor grad_pooled, "
+_op(
+    "local_cross_entropy",
+    "(Tensor h, Tensor weight, Tensor? bias, Tensor target, float label_smoothing, "
+    "str reduction, bool compute_grad, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    _cross_entropy,
+    _cross_entropy_fake,
+)
+_op(
+    "local_cross_entropy_backward",
+    "(Tensor scale, Tensor pooled, Tensor grad_logits, Tensor grad_pooled, "
     "ScalarType dtype, bool needs_h, bool needs_weight, bool needs_bias, str impl) -> (Tensor, Tensor, Tensor)",
-    _cross_entropy_backward, _cross_entropy_backward_fake)
+    _cross_entropy_backward,
+    _cross_entropy_backward_fake,
+)
 
 
 # -- Forward-Forward ----------------------------------------------------------------------------------------------
+
 
 def _goodness(h, is_positive, threshold, mean, compute_grad, impl):
     kernels = dispatch.backend("goodness", impl, h.device, h.dtype)
@@ -101,10 +121,19 @@ def _goodness_backward(h, kappa, scale, impl):
     return dispatch.backend("goodness", impl, h.device, h.dtype).goodness_grad(h, kappa, scale)
 
 
-_op("goodness", "(Tensor h, Tensor is_positive, float threshold, bool mean, bool compute_grad, str impl) -> "
-    "(Tensor, Tensor, Tensor)", _goodness, _goodness_fake)
-_op("goodness_backward", "(Tensor h, Tensor kappa, Tensor scale, str impl) -> Tensor", _goodness_backward,
-    lambda h, kappa, scale, impl: torch.empty_like(h))
+_op(
+    "goodness",
+    "(Tensor h, Tensor is_positive, float threshold, bool mean, bool compute_grad, str impl) -> "
+    "(Tensor, Tensor, Tensor)",
+    _goodness,
+    _goodness_fake,
+)
+_op(
+    "goodness_backward",
+    "(Tensor h, Tensor kappa, Tensor scale, str impl) -> Tensor",
+    _goodness_backward,
+    lambda h, kappa, scale, impl: torch.empty_like(h),
+)
 
 
 def _peer(h, running_mean, momentum, impl):
@@ -113,11 +142,16 @@ def _peer(h, running_mean, momentum, impl):
         return kernels.peer_normalization(h, running_mean, momentum)
 
 
-_op("peer_normalization", "(Tensor h, Tensor running_mean, float momentum, str impl) -> (Tensor, Tensor, Tensor)",
-    _peer, lambda h, running_mean, momentum, impl: (_new(h)(True), *(_new(h)(True, *h.shape[1:]) for _ in "mg")))
+_op(
+    "peer_normalization",
+    "(Tensor h, Tensor running_mean, float momentum, str impl) -> (Tensor, Tensor, Tensor)",
+    _peer,
+    lambda h, running_mean, momentum, impl: (_new(h)(True), *(_new(h)(True, *h.shape[1:]) for _ in "mg")),
+)
 
 
 # -- similarity matching ------------------------------------------------------------------------------------------
+
 
 def _similarity(x, target, num_classes, use_std, compute_grad, impl):
     kernels = dispatch.backend("similarity", impl, x.device, x.dtype)
@@ -136,13 +170,22 @@ def _similarity_backward(x, grad, mean, scale, impl):
     return dispatch.backend("similarity", impl, x.device, x.dtype).similarity_grad(x, grad, mean, scale)
 
 
-_op("similarity", "(Tensor x, Tensor target, int num_classes, bool use_std, bool compute_grad, str impl) -> "
-    "(Tensor, Tensor, Tensor)", _similarity, _similarity_fake)
-_op("similarity_backward", "(Tensor x, Tensor grad, Tensor mean, Tensor scale, str impl) -> Tensor",
-    _similarity_backward, lambda x, grad, mean, scale, impl: torch.empty_like(x))
+_op(
+    "similarity",
+    "(Tensor x, Tensor target, int num_classes, bool use_std, bool compute_grad, str impl) -> (Tensor, Tensor, Tensor)",
+    _similarity,
+    _similarity_fake,
+)
+_op(
+    "similarity_backward",
+    "(Tensor x, Tensor grad, Tensor mean, Tensor scale, str impl) -> Tensor",
+    _similarity_backward,
+    lambda x, grad, mean, scale, impl: torch.empty_like(x),
+)
 
 
 # -- contrastive losses -------------------------------------------------------------------------------------------
+
 
 def _contrastive(z, labels, anchors, temperature, factor, normalize, compute_grad, impl):
     kernels = dispatch.backend("contrastive", impl, z.device, z.dtype)
@@ -166,7 +209,17 @@ def _info_nce_fake(query, keys, negatives, temperature, compute_grad, impl):
     return new(True), new(compute_grad, *query.shape), new(compute_grad, *keys.shape)
 
 
-_op("contrastive", "(Tensor z, Tensor labels, int anchors, float temperature, float factor, bool normalize, "
-    "bool compute_grad, str impl) -> (Tensor, Tensor)", _contrastive, _contrastive_fake)
-_op("info_nce", "(Tensor query, Tensor keys, Tensor negatives, float temperature, bool compute_grad, str impl) -> "
-    "(Tensor, Tensor, Tensor)", _info_nce, _info_nce_fake)
+_op(
+    "contrastive",
+    "(Tensor z, Tensor labels, int anchors, float temperature, float factor, bool normalize, "
+    "bool compute_grad, str impl) -> (Tensor, Tensor)",
+    _contrastive,
+    _contrastive_fake,
+)
+_op(
+    "info_nce",
+    "(Tensor query, Tensor keys, Tensor negatives, float temperature, bool compute_grad, str impl) -> "
+    "(Tensor, Tensor, Tensor)",
+    _info_nce,
+    _info_nce_fake,
+)

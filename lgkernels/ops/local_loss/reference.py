@@ -5,12 +5,13 @@ number of rows, so that a backward is one product with the incoming gradient. No
 of a one-hot table or of all pairs of rows is built, but where a docstring says so. Any device; float32 and float64
 (half inputs are widened on load).
 """
+
 import torch
 import torch.nn.functional as F
 
 ELEMENTS = 1 << 20  # of a row block's intermediate: 4 MB in float32
-EPS_NORM = 1e-8     # of the similarity matrix (anokland/local-loss)
-EPS_UNIT = 1e-12    # of torch's normalize
+EPS_NORM = 1e-8  # of the similarity matrix (anokland/local-loss)
+EPS_UNIT = 1e-12  # of torch's normalize
 
 
 def wide(tensor):
@@ -19,6 +20,7 @@ def wide(tensor):
 
 
 # -- pool, linear, cross entropy ----------------------------------------------------------------------------------
+
 
 def pooled_dims(dim):
     """Dimensions over which `local_cross_entropy` averages: (B, C, H, W) over H and W, (B, T, C) over T."""
@@ -52,7 +54,7 @@ def local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, com
 
 
 def local_cross_entropy_grads(scale, pooled, grad_logits, grad_pooled, dtype, needs_h, needs_weight, needs_bias):
-    """`scale` () or (B,) times the gradients: of one position of h (B, C) in `dtype`, of weight (K, C), of bias (K,)."""
+    """`scale` () or (B,) times the gradients of one position of h (B, C) in `dtype`, of weight (K, C), of bias (K,)."""
     factor = scale.unsqueeze(1) if scale.dim() else scale
     none = pooled.new_empty(0)
     grad_h = (grad_pooled * factor).to(dtype) if needs_h else none.to(dtype)
@@ -61,6 +63,7 @@ def local_cross_entropy_grads(scale, pooled, grad_logits, grad_pooled, dtype, ne
 
 
 # -- Forward-Forward ----------------------------------------------------------------------------------------------
+
 
 def goodness(h, is_positive, threshold, mean, compute_grad):
     """`(loss, kappa (B,), squares (B,))` from one reduction: squares = sum of h^2 over all dimensions but the first.
@@ -86,7 +89,7 @@ def goodness_grad(h, kappa, scale):
 
 def peer_normalization(h, running_mean, momentum):
     """`(loss, m, grad)`, m and grad shaped like one row: m = momentum * running + (1 - momentum) * mean over rows,
-    loss = mean((mean(m) - m)^2), grad = the gradient of every row of h alike: 2 (1 - momentum) (m - mean(m)) / (D B)."""
+    loss = mean((mean(m) - m)^2), grad = that of every row of h alike: 2 (1 - momentum) (m - mean(m)) / (D B)."""
     rows = h.mean(0, dtype=torch.float64 if h.dtype == torch.float64 else torch.float32)
     m = rows.mul_(1 - momentum).add_(running_mean.to(rows.dtype), alpha=momentum)
     centred = m - m.mean()
@@ -94,6 +97,7 @@ def peer_normalization(h, running_mean, momentum):
 
 
 # -- similarity matching ------------------------------------------------------------------------------------------
+
 
 def uses_std(shape, use_std):
     """Whether features are standard deviations over space: more than 3 channels and height above 1."""
@@ -189,6 +193,7 @@ def similarity_grad(x, grad, mean, scale):
 
 # -- contrastive losses -------------------------------------------------------------------------------------------
 
+
 def _unit(z):
     inverse = 1 / z.norm(dim=1, keepdim=True).clamp_min(EPS_UNIT)
     return z * inverse, inverse
@@ -212,9 +217,9 @@ def contrastive(z, labels, anchors, temperature, factor, normalize, compute_grad
     grad, total = torch.zeros_like(q), q.new_zeros(())
     block = max(1, ELEMENTS // max(len(q), 1))
     for start in range(0, anchors, block):
-        rows = q[start:start + block].narrow(0, 0, min(block, anchors - start))
+        rows = q[start : start + block].narrow(0, 0, min(block, anchors - start))
         s = (rows @ q.t()).div_(temperature)
-        same = labels[start:start + len(rows), None] == labels
+        same = labels[start : start + len(rows), None] == labels
         same.diagonal(start).fill_(False)
         s.diagonal(start).fill_(-torch.inf)
         lse, count = s.logsumexp(1, keepdim=True), same.sum(1, keepdim=True)
@@ -222,7 +227,7 @@ def contrastive(z, labels, anchors, temperature, factor, normalize, compute_grad
         total += torch.where(has, lse - s.masked_fill(~same, 0).sum(1, keepdim=True) * share, 0).sum()
         if compute_grad:
             p = s.sub_(lse).exp_().sub_(same * share).masked_fill_(~has, 0)
-            grad[start:start + len(rows)].addmm_(p, q)
+            grad[start : start + len(rows)].addmm_(p, q)
             grad.addmm_(p.t(), rows)
     scale = factor / anchors if anchors else float("nan")
     if not compute_grad:
@@ -242,7 +247,7 @@ def info_nce(query, keys, negatives, temperature, compute_grad):
     index = torch.cat([torch.arange(batch, device=query.device).unsqueeze(1), negatives], 1)
     for start in range(0, batch, block):
         rows = slice(start, start + block)
-        gathered = keys[index[rows]]                                          # (b, 1 + n, D), positives first
+        gathered = keys[index[rows]]  # (b, 1 + n, D), positives first
         s = (gathered @ query[rows].unsqueeze(2)).squeeze(2).div_(temperature)
         lse = s.logsumexp(1, keepdim=True)
         total += (lse - s[:, :1]).sum()

@@ -2,6 +2,7 @@
 
 `CASES[op](impl, device, dtype)` returns what the op computes, gradients included, from fixed inputs.
 """
+
 import torch
 
 from . import autograd
@@ -10,20 +11,27 @@ from . import autograd
 def _case(loss, *shapes):
     def case(impl, device, dtype):
         generator = torch.Generator().manual_seed(1)
-        tensors = [torch.randn(shape, generator=generator).bfloat16().to(device, dtype).requires_grad_()
-                   for shape in shapes]
+        tensors = [
+            torch.randn(shape, generator=generator).bfloat16().to(device, dtype).requires_grad_() for shape in shapes
+        ]
         value = loss(torch.tensor([0, 3, 1, 0], device=device), impl, *tensors)
         value.backward()
         return [value.detach(), *(t.grad for t in tensors)]
+
     return case
 
 
 CASES = {
-    "local_cross_entropy": _case(lambda y, impl, h, weight, bias: autograd.local_cross_entropy(
-        h, weight, bias, y, 0.1, "mean", impl), (4, 5, 3, 2), (4, 5), (4,)),
+    "local_cross_entropy": _case(
+        lambda y, impl, h, weight, bias: autograd.local_cross_entropy(h, weight, bias, y, 0.1, "mean", impl),
+        (4, 5, 3, 2),
+        (4, 5),
+        (4,),
+    ),
     "goodness": _case(lambda y, impl, h: autograd.goodness(h, y > 0, 2.0, True, impl)[0], (4, 5, 3, 2)),
-    "peer_normalization": _case(lambda y, impl, h: autograd.peer_normalization(
-        h, torch.ones_like(h[0]), 0.5, impl)[0], (4, 6)),
+    "peer_normalization": _case(
+        lambda y, impl, h: autograd.peer_normalization(h, torch.ones_like(h[0]), 0.5, impl)[0], (4, 6)
+    ),
     "similarity": _case(lambda y, impl, x: autograd.similarity(x, y, 4, True, impl), (4, 5, 3, 2)),
     "contrastive": _case(lambda y, impl, z: autograd.contrastive(z, y, 4, 0.5, 1.0, True, impl), (4, 6)),
     "info_nce": _case(lambda y, impl, q, k: autograd.info_nce(q, k, y.unsqueeze(1), 0.5, impl), (4, 6), (4, 6)),

@@ -4,6 +4,7 @@ Kernels in triton_maps.py and triton_rows.py, what composes them in composed.py,
 inputs are widened on load, everything is computed in float32 and rounded once on store; sums have a fixed order. CPU
 tensors work under TRITON_INTERPRET=1.
 """
+
 from functools import partial
 
 import torch
@@ -31,8 +32,11 @@ def _map(op, shape, tensor):
     planes, positions, channels = shape
     channels_last = channels > 1
     config = _config(op, (positions, channels if channels_last else planes, channels_last), tensor)
-    blocks = planes // channels * _blocks(channels, config["BLOCK_C"]) if channels_last else _blocks(
-        planes, config["BLOCK_C"])
+    blocks = (
+        planes // channels * _blocks(channels, config["BLOCK_C"])
+        if channels_last
+        else _blocks(planes, config["BLOCK_C"])
+    )
     return config, blocks, channels_last
 
 
@@ -45,8 +49,19 @@ def _mean(h):
     dense, shape = composed.planes(h)
     mean = _new(h, len(h), h.shape[1] if h.dim() == 4 else h.shape[2])
     config, blocks, channels_last = _map("local_sums", shape, dense)
-    launch(triton_maps.sums_kernel, blocks, h.device, dense, mean, *shape, 1, 1 / shape[1], SQUARES=False,
-           CHANNELS_LAST=channels_last, **config)
+    launch(
+        triton_maps.sums_kernel,
+        blocks,
+        h.device,
+        dense,
+        mean,
+        *shape,
+        1,
+        1 / shape[1],
+        SQUARES=False,
+        CHANNELS_LAST=channels_last,
+        **config,
+    )
     return mean
 
 
@@ -54,8 +69,17 @@ def _deviation(x):
     dense, shape = composed.planes(x)
     mean, deviation = _new(x, *x.shape[:2]), _new(x, *x.shape[:2])
     config, blocks, channels_last = _map("local_deviation", shape, dense)
-    launch(triton_maps.deviation_kernel, blocks, x.device, dense, mean, deviation, *shape,
-           CHANNELS_LAST=channels_last, **config)
+    launch(
+        triton_maps.deviation_kernel,
+        blocks,
+        x.device,
+        dense,
+        mean,
+        deviation,
+        *shape,
+        CHANNELS_LAST=channels_last,
+        **config,
+    )
     return mean, deviation
 
 
@@ -67,8 +91,20 @@ def _scale(dense, shape, mean, factor, scale, like):
     if dense.numel():
         config, blocks, channels_last = _map("local_scale", shape, dense)
         slices = _slices(shape[1], blocks, config)
-        launch(triton_maps.scale_kernel, blocks * slices, like.device, dense, mean, factor.contiguous(), scale, result,
-               *shape, slices, CHANNELS_LAST=channels_last, **config)
+        launch(
+            triton_maps.scale_kernel,
+            blocks * slices,
+            like.device,
+            dense,
+            mean,
+            factor.contiguous(),
+            scale,
+            result,
+            *shape,
+            slices,
+            CHANNELS_LAST=channels_last,
+            **config,
+        )
     return out if result is out else out.copy_(result)
 
 
@@ -80,11 +116,23 @@ def _rows(rows, tensor):
 
 # -- pool, linear, cross entropy ----------------------------------------------------------------------------------
 
+
 def _cross_entropy_rows(logits, target, label_smoothing, grad_scale, compute_grad):
     losses = _new(logits, len(logits))
     config, programs = _rows(logits.shape, logits)
-    launch(triton_rows.cross_entropy_kernel, programs, logits.device, logits, target, losses, *logits.shape,
-           float(label_smoothing), float(grad_scale), GRAD=compute_grad, **config)
+    launch(
+        triton_rows.cross_entropy_kernel,
+        programs,
+        logits.device,
+        logits,
+        target,
+        losses,
+        *logits.shape,
+        float(label_smoothing),
+        float(grad_scale),
+        GRAD=compute_grad,
+        **config,
+    )
     return losses
 
 
@@ -92,6 +140,7 @@ local_cross_entropy = partial(composed.local_cross_entropy, _mean, _cross_entrop
 
 
 # -- Forward-Forward ----------------------------------------------------------------------------------------------
+
 
 def goodness(h, is_positive, threshold, mean, compute_grad):
     if h.numel() == 0:
@@ -102,11 +151,35 @@ def goodness(h, is_positive, threshold, mean, compute_grad):
     slices = _slices(size, blocks, config)
     parts, loss, squares = _new(h, slices, batch), _new(h), _new(h, batch)
     kappa = _new(h, batch) if compute_grad else None
-    launch(triton_maps.sums_kernel, blocks * slices, h.device, dense, parts, *shape, slices, 1.0, SQUARES=True,
-           CHANNELS_LAST=False, **config)
-    launch(triton_rows.goodness_kernel, 1, h.device, parts, is_positive.contiguous().view(torch.uint8), squares, kappa,
-           loss, batch, slices, float(threshold), 1 / size if mean else 1.0, SLICES=power_of_two(slices),
-           BLOCK_B=max(2048 // power_of_two(slices), 16))
+    launch(
+        triton_maps.sums_kernel,
+        blocks * slices,
+        h.device,
+        dense,
+        parts,
+        *shape,
+        slices,
+        1.0,
+        SQUARES=True,
+        CHANNELS_LAST=False,
+        **config,
+    )
+    launch(
+        triton_rows.goodness_kernel,
+        1,
+        h.device,
+        parts,
+        is_positive.contiguous().view(torch.uint8),
+        squares,
+        kappa,
+        loss,
+        batch,
+        slices,
+        float(threshold),
+        1 / size if mean else 1.0,
+        SLICES=power_of_two(slices),
+        BLOCK_B=max(2048 // power_of_two(slices), 16),
+    )
     return loss, _new(h, 0) if kappa is None else kappa, squares
 
 
@@ -115,6 +188,7 @@ def goodness_grad(h, kappa, scale):
 
 
 # -- similarity matching ------------------------------------------------------------------------------------------
+
 
 def _normalize_rows(features):
     rows, norms = _new(features, *features.shape), _new(features, len(features))
@@ -126,16 +200,39 @@ def _normalize_rows(features):
 def _match_rows(products, target, same, other):
     losses = _new(products, len(products))
     config, programs = _rows(products.shape, products)
-    launch(triton_rows.match_kernel, programs, products.device, products, target, losses, *products.shape, same, other,
-           **config)
+    launch(
+        triton_rows.match_kernel,
+        programs,
+        products.device,
+        products,
+        target,
+        losses,
+        *products.shape,
+        same,
+        other,
+        **config,
+    )
     return losses
 
 
 def _rows_grad(factor, grad, rows, norms, deviation, mean, positions):
     out = torch.empty_like(rows)
     config, programs = _rows(rows.shape, rows)
-    launch(triton_rows.rows_grad_kernel, programs, rows.device, grad.contiguous(), rows, norms, deviation, mean, out,
-           *rows.shape, positions, float(factor), **config)
+    launch(
+        triton_rows.rows_grad_kernel,
+        programs,
+        rows.device,
+        grad.contiguous(),
+        rows,
+        norms,
+        deviation,
+        mean,
+        out,
+        *rows.shape,
+        positions,
+        float(factor),
+        **config,
+    )
     return out
 
 

@@ -3,6 +3,7 @@
 A tensor is read as tiles (positions, planes); `CHANNELS_LAST` tells which of the two axes is contiguous: planes are
 (planes, positions), or channels of samples (planes // channels, positions, channels).
 """
+
 import triton
 import triton.language as tl
 
@@ -33,8 +34,19 @@ def _elements(first, p, channels, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["planes", "slices"])
-def sums_kernel(x, out, planes, positions, channels, slices, factor, SQUARES: tl.constexpr,
-                CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def sums_kernel(
+    x,
+    out,
+    planes,
+    positions,
+    channels,
+    slices,
+    factor,
+    SQUARES: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """out (slices, planes) = factor * sum of x, or of its squares, over every slices-th tile of the positions."""
     pid = program_id(0)
     part = pid % slices
@@ -48,8 +60,17 @@ def sums_kernel(x, out, planes, positions, channels, slices, factor, SQUARES: tl
 
 
 @triton.jit(do_not_specialize=["planes"])
-def deviation_kernel(x, mean, deviation, planes, positions, channels, CHANNELS_LAST: tl.constexpr,
-                     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def deviation_kernel(
+    x,
+    mean,
+    deviation,
+    planes,
+    positions,
+    channels,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Mean and unbiased standard deviation of each plane, by Welford's update in each tile slot. All is counted from
     the plane's first element: a mean far from zero costs no digit, and what is constant has deviation 0."""
     plane, exists, first = _planes(program_id(0), planes, positions, channels, CHANNELS_LAST, BLOCK_C)
@@ -57,7 +78,7 @@ def deviation_kernel(x, mean, deviation, planes, positions, channels, CHANNELS_L
     count = tl.zeros((BLOCK_P,), tl.float32)
     mu = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for tile in range(0, tl.cdiv(positions, BLOCK_P)):
+    for tile in range(tl.cdiv(positions, BLOCK_P)):
         p = indices(tile, BLOCK_P)
         inside = p < positions
         value = _load(x, _elements(first, p, channels, CHANNELS_LAST), p, positions, exists) - shift[None, :]
@@ -71,8 +92,20 @@ def deviation_kernel(x, mean, deviation, planes, positions, channels, CHANNELS_L
 
 
 @triton.jit(do_not_specialize=["planes", "slices"])
-def scale_kernel(x, mean, factor, scale, out, planes, positions, channels, slices, CHANNELS_LAST: tl.constexpr,
-                 BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+def scale_kernel(
+    x,
+    mean,
+    factor,
+    scale,
+    out,
+    planes,
+    positions,
+    channels,
+    slices,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """out = (x - mean) * factor * scale: mean (None: 0) and factor of the plane, scale one value; laid out as x."""
     pid = program_id(0)
     plane, exists, first = _planes(pid // slices, planes, positions, channels, CHANNELS_LAST, BLOCK_C)
@@ -83,5 +116,6 @@ def scale_kernel(x, mean, factor, scale, out, planes, positions, channels, slice
         value = _load(x, at, p, positions, exists)
         if mean is not None:
             value -= tl.load(mean + plane, mask=exists, other=0.0)[None, :]
-        tl.store(out + at, rounded(value * slope, out.dtype.element_ty),
-                 mask=(p < positions)[:, None] & exists[None, :])
+        tl.store(
+            out + at, rounded(value * slope, out.dtype.element_ty), mask=(p < positions)[:, None] & exists[None, :]
+        )

@@ -5,6 +5,7 @@ A program owns BLOCK_B rows and runs over them, BLOCK_F columns at a time, as of
 what it reads again lies in the cache. 1e-8 is reference.py's EPS_NORM; 2^-20, eight units in the last place, is
 what rounding may leave of a constant.
 """
+
 import triton
 import triton.language as tl
 
@@ -26,8 +27,18 @@ def _log1p(x):
 
 
 @triton.jit(do_not_specialize=["B"])
-def cross_entropy_kernel(logits, target, losses, B, F, smoothing, grad_scale, GRAD: tl.constexpr,
-                         BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr):
+def cross_entropy_kernel(
+    logits,
+    target,
+    losses,
+    B,
+    F,
+    smoothing,
+    grad_scale,
+    GRAD: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
     """loss = logsumexp(v) - (1 - smoothing) v_target - smoothing * mean(v); with GRAD
     v <- grad_scale * (softmax(v) - smoothed one-hot)."""
     b = indices(program_id(0), BLOCK_B)
@@ -60,8 +71,19 @@ def cross_entropy_kernel(logits, target, losses, B, F, smoothing, grad_scale, GR
 
 
 @triton.jit(do_not_specialize=["B", "slices"])
-def goodness_kernel(partial, is_positive, squares, kappa, loss, B, slices, threshold, factor, SLICES: tl.constexpr,
-                    BLOCK_B: tl.constexpr):
+def goodness_kernel(
+    partial,
+    is_positive,
+    squares,
+    kappa,
+    loss,
+    B,
+    slices,
+    threshold,
+    factor,
+    SLICES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
     """One program: squares from their `slices` parts; loss = mean of softplus(s (threshold - factor * squares)),
     kappa (None: not wanted) = -s sigmoid(...) 2 factor / B."""
     part = tl.arange(0, SLICES)
@@ -126,8 +148,9 @@ def match_kernel(products, target, losses, B, F, same, other, BLOCK_B: tl.conste
 
 
 @triton.jit(do_not_specialize=["B", "positions"])
-def rows_grad_kernel(grad, rows, norms, deviation, mean, out, B, F, positions, factor, BLOCK_B: tl.constexpr,
-                     BLOCK_F: tl.constexpr):
+def rows_grad_kernel(
+    grad, rows, norms, deviation, mean, out, B, F, positions, factor, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr
+):
     """The gradient factor * grad of rows, through their normalisation; with `deviation` through that too."""
     b = indices(program_id(0), BLOCK_B)
     norm = tl.load(norms + b, mask=b < B, other=0.0)

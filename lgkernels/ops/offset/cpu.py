@@ -2,6 +2,7 @@
 
 Elements are independent: no number of threads changes a bit.
 """
+
 import torch
 
 from ...core.native import native
@@ -13,11 +14,20 @@ _OFFSET_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 def prepare(rows):
     """The kernel's table of addresses."""
-    return torch.tensor([
-        (param.data_ptr(), grad.data_ptr(), 0 if buffer is None else buffer.data_ptr(),
-         0 if offset is None else offset.data_ptr(), param.numel(),
-         0 if offset is None else _OFFSET_DTYPES[offset.dtype]) for param, grad, buffer, offset in rows],
-        dtype=torch.int64)
+    return torch.tensor(
+        [
+            (
+                param.data_ptr(),
+                grad.data_ptr(),
+                0 if buffer is None else buffer.data_ptr(),
+                0 if offset is None else offset.data_ptr(),
+                param.numel(),
+                0 if offset is None else _OFFSET_DTYPES[offset.dtype],
+            )
+            for param, grad, buffer, offset in rows
+        ],
+        dtype=torch.int64,
+    )
 
 
 def run(table, device, *factors):

@@ -2,6 +2,7 @@
 
 Launches on the current stream; nothing synchronises and nothing is copied to the device.
 """
+
 from ..common.cuda import DTYPES, call
 from .memory import stepper
 
@@ -10,10 +11,17 @@ _NO_OFFSET = -1
 
 def prepare(rows):
     """The kernel's table of addresses, an argument of its launch."""
-    return [(param.data_ptr(), grad.data_ptr(), 0 if buffer is None else buffer.data_ptr(),
-             0 if offset is None else offset.data_ptr(), param.numel(),
-             _NO_OFFSET if offset is None else DTYPES[offset.dtype])
-            for param, grad, buffer, offset in rows]
+    return [
+        (
+            param.data_ptr(),
+            grad.data_ptr(),
+            0 if buffer is None else buffer.data_ptr(),
+            0 if offset is None else offset.data_ptr(),
+            param.numel(),
+            _NO_OFFSET if offset is None else DTYPES[offset.dtype],
+        )
+        for param, grad, buffer, offset in rows
+    ]
 
 
 def run(table, device, *factors):

@@ -1,4 +1,5 @@
 """Tensors that a kernel walks through side by side: their elements must lie in memory in one and the same order."""
+
 import torch
 
 
@@ -46,15 +47,17 @@ def stepper(prepare, run):
 
     Returns what `prepare` made if it can be run again as long as the tensors' memory stays the same, else None.
     """
-    def step_(params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale,
-              grad_scale=1.0):
+
+    def step_(
+        params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale, grad_scale=1.0
+    ):
         if not params:
             return None
         rows, copied, copies = same_layout(params, grads, momentum_buffers if momentum else [], offsets)
         table = prepare(rows)
-        run(table, params[0].device, *map(float, (lr, momentum, weight_decay, local_scale * grad_scale,
-                                                     offset_scale)))
+        run(table, params[0].device, *map(float, (lr, momentum, weight_decay, local_scale * grad_scale, offset_scale)))
         for own, used in copies:
             own.copy_(used)
         return None if copied else table
+
     return step_

@@ -1,16 +1,24 @@
 """The registered op of the family offset: one step over all tensors of a device, by the chosen backend."""
+
 import torch
 
 from ...core import dispatch
 
 LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
 
-dispatch.register("offset_sgd_", **{name: f"lgkernels.ops.offset.{module}" for name, module in (
-    ("reference", "reference"), ("cpu", "cpu"), ("triton", "triton_kernels"), ("cuda", "cuda"))})
+dispatch.register(
+    "offset_sgd_",
+    **{
+        name: f"lgkernels.ops.offset.{module}"
+        for name, module in (("reference", "reference"), ("cpu", "cpu"), ("triton", "triton_kernels"), ("cuda", "cuda"))
+    },
+)
 
-LIBRARY.define("offset_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] offsets, "
-               "float lr, float momentum, float weight_decay, float local_scale, float offset_scale, float grad_scale, "
-               "str impl) -> ()")
+LIBRARY.define(
+    "offset_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] offsets, "
+    "float lr, float momentum, float weight_decay, float local_scale, float offset_scale, float grad_scale, "
+    "str impl) -> ()"
+)
 
 
 def kernels_for(params, impl):
@@ -28,12 +36,14 @@ def changed(tensors):
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
-def step(kernels, params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale,
-         grad_scale):
+def step(
+    kernels, params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale, grad_scale
+):
     """`offsets`: None, or an empty tensor, where a parameter has none. Returns what the backend can run again."""
     offsets = [o if o is not None and o.numel() and offset_scale else None for o in offsets]
-    table = kernels.step_(params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale,
-                          offset_scale, grad_scale)
+    table = kernels.step_(
+        params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale, grad_scale
+    )
     changed(params)
     changed(momentum_buffers if momentum else [])
     return table

@@ -1,9 +1,11 @@
 """The step in plain torch: the definition that every other backend is tested against. Any device and dtype."""
+
 import torch
 
 
-def step_(params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale,
-          grad_scale=1.0):
+def step_(
+    params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale, grad_scale=1.0
+):
     """In place, for lists of tensors of one device:
 
         g = local_scale * grad_scale * grad + offset_scale * offset + weight_decay * w

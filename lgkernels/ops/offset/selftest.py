@@ -1,4 +1,5 @@
 """A tiny case of the family's op for `python -m lgkernels info --selftest`: `CASES[op](impl, device, dtype)`."""
+
 import torch
 
 from . import op  # noqa: F401  registers the op
@@ -11,9 +12,13 @@ def step(impl, device, dtype):
 
     def tensors(dtype):
         return [torch.randn(shape, generator=generator).bfloat16().to(device, dtype) for shape in ((3, 5), (), (70,))]
+
     params, grads, buffers, offsets = (tensors(wide) for _ in range(4))
-    offsets = [offsets[0].to(half) if dtype in (torch.bfloat16, torch.float16) else offsets[0],
-               offsets[1].new_empty(0), offsets[2]]
+    offsets = [
+        offsets[0].to(half) if dtype in (torch.bfloat16, torch.float16) else offsets[0],
+        offsets[1].new_empty(0),
+        offsets[2],
+    ]
     torch.ops.lgkernels.offset_sgd_(params, grads, buffers, offsets, 0.1, 0.9, 0.01, 0.5, 2.0, 0.25, impl)
     return [*params, *buffers]
 

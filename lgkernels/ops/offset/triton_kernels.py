@@ -4,6 +4,7 @@ what belongs to it. float32 parameters; offsets in float32 or bfloat16 (one laun
 The table is an int64 tensor on the device, built once for the same addresses and sizes: `OffsetSGD` keeps its buffers,
 and a training loop's gradients return to the same memory. CPU tensors work under TRITON_INTERPRET=1.
 """
+
 from functools import lru_cache
 
 import numpy as np
@@ -24,19 +25,34 @@ def _at(address, i, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _chunk(weights, grads, buffers, offsets, size, lr, momentum, weight_decay, grad_scale, offset_scale,
-           MOMENTUM: tl.constexpr, HALF: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-           PARTS: tl.constexpr):
+def _chunk(
+    weights,
+    grads,
+    buffers,
+    offsets,
+    size,
+    lr,
+    momentum,
+    weight_decay,
+    grad_scale,
+    offset_scale,
+    MOMENTUM: tl.constexpr,
+    HALF: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     if ALIGNED:
         size = size // 16 * 16  # as it is, and now the compiler knows: the mask does not break up the loads
-    for part in range(0, PARTS):
+    for part in range(PARTS):
         i = part * BLOCK + tl.arange(0, BLOCK)
         inside = i < size
         w_at, v_at = _at(weights, i, tl.float32, ALIGNED), _at(buffers, i, tl.float32, ALIGNED)
         w = tl.load(w_at, mask=inside, other=0.0)
         g = tl.load(_at(grads, i, tl.float32, ALIGNED), mask=inside, other=0.0)
-        tilt = tl.load(_at(offsets, i, tl.bfloat16 if HALF else tl.float32, ALIGNED), mask=inside & (offsets != 0),
-                       other=0.0).to(tl.float32)
+        tilt = tl.load(
+            _at(offsets, i, tl.bfloat16 if HALF else tl.float32, ALIGNED), mask=inside & (offsets != 0), other=0.0
+        ).to(tl.float32)
         v = g * grad_scale + tilt * offset_scale + w * weight_decay
         if MOMENTUM:
             v += tl.load(v_at, mask=inside, other=0.0) * momentum
@@ -45,8 +61,18 @@ def _chunk(weights, grads, buffers, offsets, size, lr, momentum, weight_decay, g
 
 
 @triton.jit
-def offset_sgd_kernel(table, lr, momentum, weight_decay, grad_scale, offset_scale, MOMENTUM: tl.constexpr,
-                      HALF: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def offset_sgd_kernel(
+    table,
+    lr,
+    momentum,
+    weight_decay,
+    grad_scale,
+    offset_scale,
+    MOMENTUM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     """g = grad_scale * grad + offset_scale * offset + weight_decay * w; v = momentum * v + g; w -= lr * v, over one row
     (addresses of w, grad, v and offset, number of elements) of the table; 0 is the address of an offset that is 0."""
     row = table + offset(program_id(0), 5)
@@ -56,11 +82,41 @@ def offset_sgd_kernel(table, lr, momentum, weight_decay, grad_scale, offset_scal
     weight_decay = tl.cast(weight_decay, tl.float32)
     grad_scale, offset_scale = tl.cast(grad_scale, tl.float32), tl.cast(offset_scale, tl.float32)
     if (weights | grads | buffers | offsets | size) % 16 == 0:
-        _chunk(weights, grads, buffers, offsets, size, lr, momentum, weight_decay, grad_scale, offset_scale, MOMENTUM,
-               HALF, True, BLOCK, PARTS)
+        _chunk(
+            weights,
+            grads,
+            buffers,
+            offsets,
+            size,
+            lr,
+            momentum,
+            weight_decay,
+            grad_scale,
+            offset_scale,
+            MOMENTUM,
+            HALF,
+            True,
+            BLOCK,
+            PARTS,
+        )
     else:
-        _chunk(weights, grads, buffers, offsets, size, lr, momentum, weight_decay, grad_scale, offset_scale, MOMENTUM,
-               HALF, False, BLOCK, PARTS)
+        _chunk(
+            weights,
+            grads,
+            buffers,
+            offsets,
+            size,
+            lr,
+            momentum,
+            weight_decay,
+            grad_scale,
+            offset_scale,
+            MOMENTUM,
+            HALF,
+            False,
+            BLOCK,
+            PARTS,
+        )
 
 
 _captured = []  # tables that a CUDA graph reads at every replay
@@ -87,10 +143,12 @@ def _table(pieces, chunk, device):
     if device.type == "cpu":
         return host
     if _capturing(device):
-        raise RuntimeError("the offset step cannot copy a new table of addresses to the device while a CUDA graph is "
-                           "captured: take a step before the capture and keep the gradients' memory "
-                           "(zero_grad(set_to_none=False)), or set LGKERNELS_IMPL=cuda: that kernel's table is an "
-                           "argument")
+        raise RuntimeError(
+            "the offset step cannot copy a new table of addresses to the device while a CUDA graph is "
+            "captured: take a step before the capture and keep the gradients' memory "
+            "(zero_grad(set_to_none=False)), or set LGKERNELS_IMPL=cuda: that kernel's table is an "
+            "argument"
+        )
     return host.pin_memory().to(device, non_blocking=True)
 
 
@@ -114,8 +172,18 @@ def run(tables, device, lr, momentum, *factors):
     if _capturing(device):
         _captured.append(tables)
     for table, half, config in tables:
-        launch(offset_sgd_kernel, len(table), device, table, lr, momentum, *factors, MOMENTUM=bool(momentum), HALF=half,
-               **config)
+        launch(
+            offset_sgd_kernel,
+            len(table),
+            device,
+            table,
+            lr,
+            momentum,
+            *factors,
+            MOMENTUM=bool(momentum),
+            HALF=half,
+            **config,
+        )
 
 
 step_ = stepper(prepare, run)
