@@ -1,10 +1,10 @@
 """`python -m bench.gpu_check --out DIR`: one command for a machine with a GPU, within nine minutes a run.
 
-Parts: build (the native module with CUDA kernels, in place), test (tests/gpu of the first family and of what all
-share), test:feedback, test:local (the local losses and the step with an offset), bench:lls, bench:feedback and
+Parts: build (the native module with CUDA kernels, in place), test (the GPU tests of the first family and of what
+all share), test:feedback, test:local (the local losses and the step with an offset), bench:lls, bench:feedback and
 bench:local (ceilings, then every case by CUDA-graph replay). Each part saves its outcome to DIR/gpu_check.json as it
 ends; a second run does what is missing or has failed, `--only build,test,bench:lls` does those again. Benches go to
-DIR/<device>.json, what passed tests/gpu to lgkernels/core/verified.json. A table comes last.
+DIR/<device>.json, what passed the GPU tests to lgkernels/core/verified.json. A table comes last.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def passed_backends(junit, ops):
 
 
 def tests(name, selection):
-    """The part that runs tests/gpu with `selection`, arguments of pytest."""
+    """The part that runs the GPU tests with `selection`, arguments of pytest."""
 
     def part(out, limit):
         file = name.replace(":", "_")
@@ -116,7 +116,7 @@ def tests(name, selection):
                 sys.executable,
                 "-m",
                 "pytest",
-                "tests/gpu",
+                "--gpu",
                 "-q",
                 "-p",
                 "no:cacheprovider",

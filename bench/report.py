@@ -1,7 +1,7 @@
 """`python -m bench.report [RESULTS.json ...]`: results as markdown tables and SVG plots, beside the results.
 
 `--readme` also puts a short table into README.md, between its two bench marks. `--verified GPU_CHECK.json` also writes
-lgkernels/core/verified.json: which backends passed tests/gpu, and where.
+lgkernels/core/verified.json: which backends passed the GPU tests, and where.
 """
 
 import argparse
@@ -223,7 +223,7 @@ def plot(data, path):
 
 
 def write_verified(check, results):
-    """Merge a GPU's outcome of tests/gpu into verified.json; on each architecture the faster backend comes first."""
+    """Merge the outcome of the GPU tests into verified.json; on each architecture the faster backend comes first."""
     architecture = check["environment"]["capability"]
     passed = {op: backends for part in check.values() for op, backends in part.get("passed", {}).items()}
     table = json.loads(VERIFIED.read_text()) if VERIFIED.exists() else {}

@@ -18,10 +18,21 @@ BACKENDS = ("reference", "cpu", "triton", "cuda-simt")
 REQUIRED = tuple(filter(None, os.environ.get("LGKERNELS_TEST_BACKENDS", "").split(",")))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device, and only those")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With --gpu the files test_gpu*.py alone, without it all others: Triton either compiles or interprets."""
+    if collection_path.suffix in (".py", ".md") and collection_path.name != "__init__.py":
+        return collection_path.name.startswith("test_gpu") != config.getoption("--gpu") or None
+
+
 def pytest_configure(config):
-    # Triton reads the switch when a kernel is decorated. tests/gpu by itself runs the compiled kernels.
-    only_gpu = config.args and all("tests/gpu" in os.path.abspath(a).replace(os.sep, "/") for a in config.args)
-    if not (only_gpu and torch.cuda.is_available()):
+    if config.getoption("--gpu"):
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--gpu needs a CUDA device, and torch.cuda.is_available() is False")
+    else:  # Triton reads the switch when a kernel is decorated
         os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(min(2, torch.get_num_threads()))
     config.addinivalue_line("markers", "unpoisoned: torch.empty is left as it is (for tests that compile)")
@@ -80,7 +91,7 @@ def unavailable(name):
 @functools.cache
 def backend_module(family, name):
     """The module that implements `family` on `name`."""
-    module = {"triton": "triton_kernels", "cuda-simt": "cuda"}.get(name, name)
+    module = {"cuda-simt": "cuda"}.get(name, name)
     return importlib.import_module(f"lgkernels.ops.{family}.{module}")
 
 

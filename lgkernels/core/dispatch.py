@@ -2,7 +2,7 @@
 
 A family registers its backends once: `register("lls_loss", reference="...", cpu="...", ...)`, module paths that
 are imported when first used. On CUDA devices `auto` takes only what `core/verified.json` says has passed
-`tests/gpu`: first on this architecture, then on any; else the reference.
+the GPU tests: first on this architecture, then on any; else the reference.
 """
 
 import importlib
@@ -41,7 +41,7 @@ def architecture(device):
 
 @lru_cache(maxsize=1)
 def verified():
-    """{op: {architecture: [backends that passed tests/gpu, best first]}}, written by `bench.report`."""
+    """{op: {architecture: [backends that passed the GPU tests, best first]}}, written by `bench.report`."""
     return json.loads(_VERIFIED.read_text()) if _VERIFIED.exists() else {}
 
 
@@ -88,8 +88,8 @@ def explain(op, device, dtype):
         for arch in [here] + sorted(set(passed) - {here}):
             for backend in passed.get(arch, []):
                 if unavailable(op, backend, device, dtype) is None:
-                    return backend, f"passed tests/gpu on {arch}"
-        return "reference", f"no kernel of {op} has passed tests/gpu on any architecture yet"
+                    return backend, f"passed the GPU tests on {arch}"
+        return "reference", f"no kernel of {op} has passed the GPU tests on any architecture yet"
     return "reference", f"no kernels for {device.type}"
 
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 import lgkernels.functional as LF
 import lgkernels.nn as lnn
-from tests.nn.blocks import CONV, LINEAR, make, results, unfused
-from tests.ops.lls_problems import randn, targets
-from tests.tolerances import assert_accurate, assert_relative
+from tests.lls.blocks import CONV, LINEAR, make, results, unfused
+from tests.support.problems import randn, targets
+from tests.support.tolerances import assert_accurate, assert_relative
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 

@@ -9,9 +9,10 @@ import torch
 import lgkernels.functional as LF
 import lgkernels.nn as lnn
 from lgkernels.random import RandomFeedback
-from tests.nn.blocks import CONV, LINEAR, make
-from tests.ops.lls_problems import modulation, randn, targets
-from tests.tolerances import assert_relative
+from tests.lls.blocks import CONV, LINEAR, make
+from tests.lls.problems import modulation
+from tests.support.problems import randn, targets
+from tests.support.tolerances import assert_relative
 
 pytestmark = pytest.mark.unpoisoned
 

@@ -1,7 +1,7 @@
 """A kernel's result must not depend on the order in which threads and blocks run."""
 
 from tests.simt import executor
-from tests.tolerances import assert_bit_equal
+from tests.support.tolerances import assert_bit_equal
 
 
 def in_every_order(family, run):

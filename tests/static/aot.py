@@ -6,7 +6,7 @@ launch. Its Python is translated once for all architectures (Triton's IR names n
 machine code, runs for each. Prints one JSON object a line. Must run without TRITON_INTERPRET: kernels are decorated
 differently under it.
 
-A family is a module `aot_<family>.py` beside this one, named in FAMILIES:
+A family takes part by a module tests/<family>/aot.py:
     LAUNCHER        the backend's module, whose `launch` and `architecture` are replaced
     cases()         calls of its functions, one for each specialisation that matters
     MATRIX_KERNELS  names of the kernels that multiply matrices
@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import torch
 import triton
@@ -31,7 +32,9 @@ from triton.runtime.cache import triton_key
 
 from lgkernels.core import config
 
-FAMILIES = ("lls", "feedback", "local_loss", "offset")
+FAMILIES = sorted(
+    path.parent.name for path in Path(__file__).parents[1].glob("*/aot.py") if path.parent.name != "static"
+)
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -45,7 +48,7 @@ MATRIX_INSTRUCTION = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
 
 
 def families():
-    return [importlib.import_module(f"tests.static.aot_{name}") for name in FAMILIES]
+    return [importlib.import_module(f"tests.{name}.aot") for name in FAMILIES]
 
 
 def record(arch):

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
-SHARED_LIMIT = 48 * 1024  # static and dynamic together; the dynamic part: tests/simt/test_lls_launches.py
+SHARED_LIMIT = 48 * 1024  # static and dynamic together; the dynamic part: tests/lls/test_launches.py
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")

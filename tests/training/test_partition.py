@@ -11,7 +11,7 @@ from lgkernels.recipes import networks, tuning
 from lgkernels.recipes.measure import peak_memory
 from lgkernels.training import partition, planner, split_blocks
 from lgkernels.training.attention import counted_attention
-from tests.ops.lls_problems import randn
+from tests.support.problems import randn
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import lgkernels.nn as lnn
 from lgkernels.optim import OffsetSGD
 from lgkernels.recipes import checkpoint, data, loop, networks, train, tuning
 from lgkernels.training import BackpropTrainer, BlockwiseTrainer, partition, refresh_trainer
-from tests.ops.lls_problems import randn, targets
-from tests.tolerances import assert_relative
+from tests.support.problems import randn, targets
+from tests.support.tolerances import assert_relative
 
 for needed in train.NEEDED:
     pytest.importorskip(needed)

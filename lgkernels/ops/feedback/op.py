@@ -17,12 +17,7 @@ for _name in ("feedback_product", "feedback_matrix", "feedback_rows", "feedback_
         _name,
         **{
             name: f"lgkernels.ops.feedback.{module}"
-            for name, module in (
-                ("reference", "reference"),
-                ("cpu", "cpu"),
-                ("triton", "triton_kernels"),
-                ("cuda", "cuda"),
-            )
+            for name, module in (("reference", "reference"), ("cpu", "cpu"), ("triton", "triton"), ("cuda", "cuda"))
         },
     )
 

@@ -20,12 +20,7 @@ for _name in ("lls_loss", "lls_block"):
         _name,
         **{
             name: f"lgkernels.ops.lls.{module}"
-            for name, module in (
-                ("reference", "reference"),
-                ("cpu", "cpu"),
-                ("triton", "triton_kernels"),
-                ("cuda", "cuda"),
-            )
+            for name, module in (("reference", "reference"), ("cpu", "cpu"), ("triton", "triton"), ("cuda", "cuda"))
         },
     )
 

@@ -10,7 +10,7 @@ from . import reference
 
 LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
 
-_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton_kernels", "cuda": "cuda"}
+_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton", "cuda": "cuda"}
 for _name in ("local_cross_entropy", "goodness", "similarity"):
     dispatch.register(_name, **{backend: f"lgkernels.ops.local_loss.{module}" for backend, module in _MODULES.items()})
 for _name in ("peer_normalization", "contrastive", "info_nce"):

@@ -10,7 +10,7 @@ dispatch.register(
     "offset_sgd_",
     **{
         name: f"lgkernels.ops.offset.{module}"
-        for name, module in (("reference", "reference"), ("cpu", "cpu"), ("triton", "triton_kernels"), ("cuda", "cuda"))
+        for name, module in (("reference", "reference"), ("cpu", "cpu"), ("triton", "triton"), ("cuda", "cuda"))
     },
 )
 

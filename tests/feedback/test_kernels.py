@@ -1,0 +1,458 @@
+"""Every function of every feedback backend against the reference: bits where no sum is taken, else the bound of
+tests/support/tolerances.py."""
+
+import numpy as np
+import pytest
+import torch
+
+from lgkernels.ops.feedback import reference
+from tests.conftest import backend_module
+from tests.feedback.common import randn, weights
+from tests.support import problems
+from tests.support.cases import DTYPES, SIZES, label, random_cases, sweep
+from tests.support.layouts import arrange
+from tests.support.problems import place
+from tests.support.tolerances import assert_accurate, assert_bit_equal
+
+LAYOUTS = ("dense", "transposed", "sliced", "expanded", "offset")
+LAWS = {  # law, law_scale, low
+    "uniform": ("uniform", 0.7, None),
+    "uniform from 0": ("uniform", 0.7, 0.0),
+    "uniform from": ("uniform", 0.7, 0.1),
+    "uniform8": ("uniform8", 0.7, None),
+    "uniform8 from 0": ("uniform8", 0.7, 0.0),
+    "uniform8 from": ("uniform8", 0.7, -0.3),
+    "sign": ("sign", 0.3, None),
+    "normal": ("normal", 0.5, None),
+}
+VALUES = ("one", "tensor", *LAWS)
+SIGNS = ("none", "zero", "plus", "packed")
+RULES = [(value, signs) for value in VALUES for signs in SIGNS]
+STATE = (123456789012345, 7, 3)
+STEP = dict(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.01, nesterov=False, manhattan=False, grad_scale=1.0)
+
+
+@pytest.fixture
+def module(backend):
+    return backend_module("feedback", backend)
+
+
+def formula(case, value, signs, dtype=torch.float32, layout="dense", scale=0.75):
+    """(weight, magnitude, random, scale, sign_plus) for an (N, K) matrix; a fifth of the weights are zeros."""
+    shape = case["N"], case["K"]
+    weight = None if signs == "none" else arrange(weights(*shape, dtype=dtype), layout)
+    weight = reference.pack_signs(weight) if signs == "packed" else weight
+    magnitude = arrange(randn(*shape, seed=4, dtype=dtype), layout) if value == "tensor" else None
+    random = (torch.tensor(STATE), *LAWS[value]) if value in LAWS else None
+    return weight, magnitude, random, scale, signs in ("plus", "packed")
+
+
+def _place(argument):
+    if isinstance(argument, tuple) and argument and isinstance(argument[0], torch.Tensor):
+        return (place(argument[0]), *argument[1:])
+    return place(argument) if isinstance(argument, torch.Tensor) else argument
+
+
+def _double(argument):
+    return argument.double() if isinstance(argument, torch.Tensor) and argument.is_floating_point() else argument
+
+
+def call(module, name, *arguments):
+    """The function's result on the tests' device; no argument may change."""
+    placed = [_place(a) for a in arguments]
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in placed]
+    result = getattr(module, name)(*placed)
+    for i, (argument, old) in enumerate(zip(placed, before)):
+        if isinstance(argument, torch.Tensor):
+            assert_bit_equal(f"{name}: argument {i} was written to", argument, old)
+    return result.cpu()
+
+
+def assert_same_matrix(module, name, got, expected, law):
+    """Bit-equal; a normal law within 4 units in the last place, and one of the output's dtype beside."""
+    if law != "normal":
+        assert_bit_equal(name, got, expected)
+        return
+    assert got.shape == expected.shape and got.dtype == expected.dtype
+    if got.dtype == torch.float32:
+        np.testing.assert_array_max_ulp(got.numpy(), expected.numpy(), maxulp=5)
+    else:
+        torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(got.dtype).eps, atol=1e-6)
+
+
+def check_matrix(module, case, arguments, dtype=torch.float32):
+    device = torch.device(problems.DEVICE)
+    placed = [_place(a) for a in arguments]
+    got = module.matrix((case["N"], case["K"]), *placed, dtype, device)
+    expected = reference.matrix((case["N"], case["K"]), *arguments, dtype, torch.device("cpu"))
+    assert got.device.type == device.type
+    assert_same_matrix(module, "matrix", got.cpu(), expected, arguments[2] and arguments[2][1])
+
+
+def check_product(module, case, grad, arguments):
+    got = call(module, "product", grad, case["K"], *arguments)
+    same = reference.product(grad, case["K"], *arguments)
+    truth = reference.product(grad.double(), case["K"], *map(_double, arguments))
+    assert_accurate("product", got, same, truth, max(case["N"], 1))
+    return got
+
+
+# -- the matrix written out ----------------------------------------------------------------------------------------
+
+MATRIX = list(sweep(dict(N=5, K=40), N=SIZES, K=(*SIZES, 1025)))
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=label)
+@pytest.mark.parametrize(
+    "value, signs",
+    [
+        ("one", "zero"),
+        ("uniform8 from 0", "packed"),
+        ("sign", "none"),
+        ("normal", "plus"),
+        ("uniform", "zero"),
+        ("tensor", "zero"),
+    ],
+)
+def test_matrix(module, case, value, signs):
+    check_matrix(module, case, formula(case, value, signs))
+
+
+@pytest.mark.parametrize("value, signs", RULES, ids=lambda v: v.replace(" ", "_"))
+def test_matrix_of_every_rule(module, value, signs):
+    case = dict(N=9, K=300)
+    check_matrix(module, case, formula(case, value, signs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out", DTYPES, ids=str)
+@pytest.mark.parametrize("value", ["one", "tensor", "uniform8"])
+def test_matrix_dtypes(module, dtype, out, value):
+    case = dict(N=7, K=65)
+    check_matrix(module, case, formula(case, value, "zero", dtype), out)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", ["one", "tensor", "uniform8 from 0"])
+def test_matrix_of_any_layout(module, layout, dtype, value):
+    case = dict(N=7, K=65)
+    check_matrix(module, case, formula(case, value, "zero", dtype, layout), dtype)
+
+
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [1040, 1041])  # whole vectors at any instruction set, and not
+@pytest.mark.parametrize("value, signs", [("one", "zero"), ("uniform", "zero"), ("tensor", "packed"), ("sign", "none")])
+def test_matrix_that_no_cache_holds(module, value, signs, columns, out):
+    if not module.__name__.endswith("cpu"):
+        pytest.skip("the CPU kernel writes large float32 matrices past the caches")
+    case = dict(N=1030, K=columns)
+    check_matrix(module, case, formula(case, value, signs), out)
+
+
+def test_values_depend_on_row_and_column_alone(module):
+    for law in LAWS:
+        random = _place((torch.tensor(STATE), *LAWS[law]))
+        device = torch.device(problems.DEVICE)
+        large, small = (
+            module.matrix(shape, None, None, random, 1.0, False, torch.float32, device).cpu()
+            for shape in ((33, 700), (7, 129))
+        )
+        assert_bit_equal(law, small, large[:7, :129])
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
+def test_state(module, seed):
+    """All 64 bits of the seed, the low 32 of stream and step."""
+    for state in ((seed, 0, 0), (seed, 2**32 - 1, 5), (seed, 1, 2**32 - 1)):
+        case = dict(N=2, K=40)
+        check_matrix(module, case, (None, None, (torch.tensor(state), *LAWS["uniform8"]), 1.0, False))
+
+
+def test_special_weights(module):
+    """-0.0, denormals, infinities and nan have the reference's signs."""
+    weight = torch.tensor([[0.0, -0.0, 1e-42, -1e-42, float("inf"), -float("inf"), float("nan"), -float("nan"), 3.0]])
+    weight = weight.repeat(3, 9)
+    case = dict(N=3, K=weight.shape[1])
+    for plus in (False, True):
+        check_matrix(module, case, (weight, None, None, 1.0, plus))
+        check_product(module, case, randn(2, 3, seed=1), (weight, None, None, 1.0, plus))
+
+
+# -- columns folded into maps ----------------------------------------------------------------------------------------
+
+FOLDS = [  # kernel, stride, padding, dilation
+    ((3, 3), (1, 1), (1, 1), (1, 1)),
+    ((1, 1), (1, 1), (0, 0), (1, 1)),
+    ((2, 3), (2, 1), (0, 2), (1, 2)),
+    ((3, 2), (3, 3), (2, 0), (2, 1)),
+    ((7, 8), (1, 1), (0, 0), (1, 1)),
+    ((1, 2), (3, 2), (0, 1), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("geometry", FOLDS, ids=str)
+@pytest.mark.parametrize("channels", [1, 16, 35])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fold(module, geometry, channels, dtype):
+    if not hasattr(module, "fold"):
+        pytest.skip("on a GPU the library's convolution is faster")
+    kernel, stride, padding, dilation = geometry
+    size, shape = (7, 8), (3, channels, 7, 8)
+    positions = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, *geometry)]
+    columns = randn(3 * positions[0] * positions[1], channels * kernel[0] * kernel[1], seed=5, dtype=dtype)
+    arguments = shape, kernel, positions, stride, padding, dilation
+    got = call(module, "fold", columns, *arguments)
+    assert got.dtype == dtype
+    assert_accurate(
+        "fold",
+        got,
+        reference.fold(columns, *arguments),
+        reference.fold(columns.double(), *arguments),
+        kernel[0] * kernel[1],
+    )
+
+
+# -- the product ---------------------------------------------------------------------------------------------------
+
+BASE = dict(M=5, N=17, K=40)
+PRODUCTS = list(sweep(BASE, M=SIZES, N=SIZES, K=SIZES)) + [
+    dict(M=8, N=64, K=128),
+    dict(M=129, N=65, K=257),
+    dict(M=8, N=70, K=1100),
+    dict(M=130, N=7, K=3),
+    dict(M=521, N=40, K=400),
+]
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=label)
+@pytest.mark.parametrize(
+    "value, signs", [("one", "zero"), ("one", "packed"), ("uniform8 from 0", "zero"), ("sign", "none")]
+)
+def test_product(module, case, value, signs):
+    check_product(module, case, randn(case["M"], case["N"], seed=1), formula(case, value, signs))
+
+
+@pytest.mark.parametrize("value, signs", RULES, ids=lambda v: v.replace(" ", "_"))
+def test_product_of_every_rule(module, value, signs):
+    case = dict(M=9, N=40, K=300)
+    check_product(module, case, randn(9, 40, seed=1), formula(case, value, signs))
+
+
+def test_product_of_more_gradients_than_are_packed_at_a_time(module):
+    if not module.__name__.endswith("cpu"):
+        pytest.skip("the CPU kernel packs grad")
+    case = dict(M=514, N=9000, K=3)
+    check_product(module, case, randn(514, 9000, seed=1), formula(case, "one", "packed"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", ["one", "tensor", "uniform8"])
+def test_product_dtypes(module, dtype, weight_dtype, value):
+    """Under autocast the gradient is half and the weight is not."""
+    case = dict(M=9, N=33, K=65)
+    check_product(module, case, randn(9, 33, seed=1, dtype=dtype), formula(case, value, "zero", weight_dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("of", ["grad", "formula"])
+@pytest.mark.parametrize("value", ["one", "tensor"])
+def test_product_of_any_layout(module, layout, of, value):
+    case = dict(M=9, N=33, K=65)
+    grad = arrange(randn(9, 33, seed=1), layout if of == "grad" else "dense")
+    check_product(module, case, grad, formula(case, value, "zero", layout=layout if of == "formula" else "dense"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("zeros", ["none", "one", "all"])
+@pytest.mark.parametrize("plus", [False, True])
+def test_product_with_signs_of_weights_with_and_without_zeros(module, dtype, zeros, plus):
+    """Weights that hold a zero may take another way than those that hold none."""
+    case = dict(M=9, N=70, K=200)
+    weight = randn(70, 200, seed=2, dtype=dtype)
+    weight[weight == 0] = 1.0
+    if zeros == "one":
+        weight[41, 130] = -0.0
+    elif zeros == "all":
+        weight.zero_()
+    check_product(module, case, randn(9, 70, seed=1, dtype=dtype), (weight, None, None, 0.3, plus))
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (7, 31), (7, 32), (7, 33), (1, 129), (0, 5), (5, 0), (65, 300)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["dense", "transposed", "sliced"])
+def test_pack_signs(module, shape, dtype, layout):
+    weight = arrange(weights(*shape, dtype=dtype), layout)
+    assert_bit_equal("pack_signs", call(module, "pack_signs", weight), reference.pack_signs(weight))
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows(module, law, dtype):
+    index, random = torch.tensor([3, 0, 3, 2**31 + 5, 11, 2]), (torch.tensor(STATE), *LAWS[law])
+    for columns in (0, 1, 65, 700):
+        got = call(module, "rows", index, columns, random, 0.5, dtype)
+        assert_same_matrix(module, "rows", got, reference.rows(index, columns, random, 0.5, dtype), law)
+    assert call(module, "rows", index[:0], 7, random, 1.0, dtype).shape == (0, 7)
+
+
+# -- the fused update ------------------------------------------------------------------------------------------------
+
+
+def check_update(module, case, dtype=torch.float32, layout="dense", grad_dtype=torch.float32, buffer=True, **changes):
+    shape, step = (case["N"], case["K"]), {**STEP, **changes}
+    weight = arrange(randn(*shape, seed=1, dtype=dtype), layout)
+    velocity = arrange(randn(*shape, seed=2, dtype=dtype), layout) if buffer else None
+    if step["manhattan"]:  # sums of whole numbers are exact, so that their signs are
+        grad, x = (
+            torch.randint(-3, 4, (case["M"], n), generator=torch.Generator().manual_seed(n)).to(grad_dtype)
+            for n in shape
+        )
+    else:
+        grad, x = (randn(case["M"], n, seed=n + 3, dtype=grad_dtype) for n in shape)
+    grad, x = (arrange(t, layout) for t in (grad, x))
+
+    def run(source, convert, put=lambda t: t):
+        own = [None if t is None else put(convert(problems._copy(t))) for t in (weight, velocity)]
+        inputs = [put(convert(t)) for t in (grad, x)]
+        before = [t.clone() for t in inputs]
+        assert source.sgd_update_(*own, *inputs, **step) is None
+        for t, old in zip(inputs, before):
+            assert_bit_equal("sgd_update_: an input was written to", t, old)
+        return [t.cpu() for t in own if t is not None]
+
+    got, same = run(module, lambda t: t, place), run(reference, lambda t: t)
+    truth = run(reference, lambda t: t.double())
+    for name, *tensors in zip(("weight", "momentum_buffer"), got, same, truth):
+        assert_accurate(name, *tensors, max(case["M"], 1))
+
+
+UPDATES = list(sweep(dict(M=5, N=9, K=70), M=SIZES, N=SIZES, K=SIZES)) + [dict(M=8, N=64, K=4200)]
+
+
+@pytest.mark.parametrize("case", UPDATES, ids=label)
+def test_update(module, case):
+    check_update(module, case)
+
+
+@pytest.mark.parametrize("manhattan", [False, True])
+@pytest.mark.parametrize(
+    "buffer, momentum, dampening, nesterov",
+    [(True, 0.9, 0.0, False), (True, 0.9, 0.3, False), (True, 0.9, 0.0, True), (False, 0.0, 0.0, False)],
+)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_update_options(module, manhattan, buffer, momentum, dampening, nesterov, weight_decay):
+    check_update(
+        module,
+        dict(M=6, N=11, K=90),
+        buffer=buffer,
+        momentum=momentum,
+        dampening=dampening,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        manhattan=manhattan,
+        grad_scale=0.125,
+    )
+
+
+@pytest.mark.parametrize("layout", ["dense", "offset", "sliced", "transposed"])
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+def test_update_layouts_and_dtypes(module, layout, grad_dtype):
+    check_update(module, dict(M=6, N=11, K=90), layout=layout, grad_dtype=grad_dtype)
+
+
+def test_update_is_torchs_sgd(module):
+    """Three steps of torch.optim.SGD with the gradient written out; its first step sets v = g."""
+    weight, velocity = randn(13, 40, seed=1), torch.zeros(13, 40)
+    parameter = torch.nn.Parameter(weight.clone())
+    options = dict(lr=0.05, momentum=0.9, dampening=0.2, weight_decay=0.01)
+    optimizer = torch.optim.SGD([parameter], **options)
+    own, velocity = place(weight.clone()), place(velocity)
+    for step in range(3):
+        grad, x = randn(6, 13, seed=20 + step), randn(6, 40, seed=30 + step)
+        parameter.grad = grad.t() @ x
+        optimizer.step()
+        module.sgd_update_(
+            own,
+            velocity,
+            place(grad),
+            place(x),
+            **{**options, "dampening": 0.2 if step else 0.0},
+            nesterov=False,
+            manhattan=False,
+        )
+        torch.testing.assert_close(own.cpu(), parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+# -- repeatability -----------------------------------------------------------------------------------------------------
+
+
+def _everything(module):
+    case, results = dict(M=20, N=130, K=300), []
+    grad = place(randn(20, 130, seed=1))
+    for value, signs in (("one", "zero"), ("one", "packed"), ("uniform8 from 0", "zero"), ("normal", "none")):
+        placed = [_place(a) for a in formula(case, value, signs)]
+        results.append(module.product(grad, 300, *placed))
+    weight = place(torch.where(torch.arange(300) == 200, 0.0, randn(130, 300, seed=8)))  # zeros in some columns alone
+    results.append(module.product(grad, 300, weight, None, None, 1.0, False))
+    weight, velocity = place(randn(130, 300, seed=5)), place(randn(130, 300, seed=6))
+    module.sgd_update_(weight, velocity, grad, place(randn(20, 300, seed=7)), **STEP)
+    return [*results, weight, velocity]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_repeatable_bit_for_bit(module, threads):
+    if threads > 1 and (module.__name__.endswith(".triton") or problems.DEVICE != "cpu"):
+        pytest.skip("threads of the host do not matter here")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first = _everything(module)
+        for _ in range(3):
+            for i, (a, b) in enumerate(zip(first, _everything(module))):
+                assert_bit_equal(f"result {i}", a, b)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_do_not_change_a_bit(module):
+    if not module.__name__.endswith("cpu"):
+        pytest.skip("threads of the host do not matter here")
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(_everything(module))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for i, (a, b) in enumerate(zip(results[0], other)):
+            assert_bit_equal(f"result {i}", a, b)
+
+
+# -- seeded random cases ----------------------------------------------------------------------------------------------
+
+FUZZ = random_cases(
+    40,
+    2027,
+    M=[1, 2, 3, 7, 9, 17],
+    N=list(range(1, 80)),
+    K=list(range(1, 200)),
+    dtype=list(DTYPES),
+    weight_dtype=list(DTYPES),
+    layout=list(LAYOUTS),
+    value=list(VALUES),
+    signs=list(SIGNS),
+    scale=[1.0, 0.3, -2.0],
+)
+
+
+@pytest.mark.parametrize("case", FUZZ, ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}-{c['value']}-{c['signs']}")
+def test_random_cases(module, case):
+    arguments = formula(case, case["value"], case["signs"], case["weight_dtype"], case["layout"], case["scale"])
+    check_product(module, case, randn(case["M"], case["N"], seed=1, dtype=case["dtype"]), arguments)
+    check_matrix(module, case, arguments, case["dtype"])
+    check_update(
+        module, case, layout=case["layout"] if case["layout"] != "expanded" else "dense", grad_dtype=case["dtype"]
+    )

@@ -1,0 +1,195 @@
+"""Blocks with local losses: the protocol of the block-wise trainer, and the modules' own choices."""
+
+import pytest
+import torch
+from torch import nn
+
+import lgkernels.functional as LF
+import lgkernels.nn as lnn
+from lgkernels.training import BlockwiseTrainer
+from tests.support.problems import randn, targets
+from tests.support.tolerances import assert_relative
+
+
+def conv():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+
+
+BLOCKS = {
+    "classifier": lambda: lnn.LocalClassifier(conv(), 8, 5),
+    "predsim": lambda: lnn.PredSimHead(conv(), (8, 5, 5), 5),
+    "predsim-identity": lambda: lnn.PredSimHead(conv(), (8, 5, 5), 5, sim_head="identity", decoder_dim=40),
+    "nt_xent": lambda: lnn.ContrastiveHead(conv(), 8, hidden=6, dim=4),
+    "supcon": lambda: lnn.ContrastiveHead(conv(), 8, dim=4, loss="supcon"),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_protocol(name):
+    block, x, y = BLOCKS[name](), randn(6, 3, 7, 7), targets(6, 5)
+    leaf = x.clone().requires_grad_()
+    out, loss = block(leaf, y)
+    assert not out.requires_grad and out.shape == (6, 8, 5, 5) and loss.shape == ()
+    loss.backward()
+    assert leaf.grad is None and all(p.grad is not None for p in block.parameters())
+    plain = block(leaf)
+    assert plain.requires_grad and torch.equal(plain.detach(), out)
+    block.eval()
+    assert isinstance(block(x, y), torch.Tensor)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_trainer_takes_it(name):
+    torch.manual_seed(0)
+    blocks = [BLOCKS[name](), nn.Flatten(), lnn.ClassifierBlock(nn.Linear(200, 5))]
+    trainer = BlockwiseTrainer(blocks, lambda parameters: torch.optim.Adam(parameters, 0.01))
+    x, y = randn(10, 3, 7, 7), torch.arange(10) % 5
+    first = trainer.step(x, y)
+    for _ in range(20):
+        losses = trainer.step(x, y)
+    assert losses.shape == (2,) and (losses < first).all()
+
+
+def test_forward_forward_layers_learn_to_tell_apart():
+    """Samples of four clusters with the right and with a wrong label: every layer's loss falls, and a right label has
+    the larger goodness."""
+    torch.manual_seed(0)
+    y = torch.arange(40) % 4
+    x = randn(4, 20, seed=1)[y] + 0.1 * randn(40, 20)
+    layers = [
+        lnn.ForwardForwardLayer(nn.Sequential(nn.Linear(n, 64), nn.ReLU()), normalize=how)
+        for n, how in ((20, "l2"), (64, "rms"))
+    ]
+    optimizers = [torch.optim.Adam(layer.parameters(), 0.03) for layer in layers]
+    positive, history = torch.arange(80) < 40, []
+    for _ in range(200):
+        h = torch.cat([LF.overlay_label(x, y, num_classes=4), LF.overlay_label(x, (y + 1) % 4, num_classes=4)])
+        history.append([])
+        for layer, optimizer in zip(layers, optimizers):
+            optimizer.zero_grad()
+            h, loss = layer(h, positive)
+            assert not h.requires_grad
+            loss.backward()
+            optimizer.step()
+            history[-1].append(loss.item())
+    assert all(last < 0.6 * first for first, last in zip(history[0], history[-1])), (history[0], history[-1])
+    goodness = []
+    for label in (y, (y + 1) % 4):
+        h, total = LF.overlay_label(x, label, num_classes=4), 0
+        for layer in layers:
+            layer.eval()
+            total = total + layer.goodness_of(h)
+            h = layer(h)
+        goodness.append(total)
+    assert (goodness[0] > goodness[1]).float().mean() > 0.9
+
+
+def test_normalisations_of_forward_forward():
+    x = randn(3, 16)
+    l2, rms, none = (lnn.ForwardForwardLayer(nn.Identity(), normalize=n).normalized(x) for n in ("l2", "rms", "none"))
+    assert torch.allclose(l2, x / (x.norm(dim=1, keepdim=True) + 1e-4))
+    assert torch.allclose(rms, x / (x.square().mean(1, keepdim=True).sqrt() + 1e-8))
+    assert none is x
+
+
+def test_normalisation_in_half_precision():
+    """Neither a norm above float16's range nor an eps below it."""
+    x = torch.stack([torch.full((50000,), 300.0), torch.zeros(50000)]).half()
+    for how, expected in (("l2", 50000**-0.5), ("rms", 1.0)):
+        for kind in (dict(normalize=how), dict(normalize="none", normalize_output=how)):
+            layer = lnn.ForwardForwardLayer(nn.Identity(), **kind)
+            for out in (layer.eval()(x), layer.train()(x, torch.tensor([True, False]))[0]):
+                assert out.dtype == torch.float16 and not out[1].any()
+                assert_relative("row", out[0].float(), torch.full((50000,), expected), 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["l2", "rms"])
+def test_a_layer_normalises_its_output_for_the_next(kind):
+    """By the loss's own sums of squares; as if the next layer had."""
+    module, x, positive = nn.Conv2d(3, 4, 3), randn(4, 3, 6, 6), torch.arange(4) < 2
+    own = lnn.ForwardForwardLayer(module, normalize_output=kind)
+    plain, after = lnn.ForwardForwardLayer(module), lnn.ForwardForwardLayer(nn.Identity(), normalize=kind)
+    for arguments in ((x, positive), (x,)):
+        got, expected = own(*arguments), plain(*arguments)
+        if len(arguments) == 2:
+            assert torch.equal(got[1], expected[1]) and not got[0].requires_grad
+            got, expected = got[0], expected[0]
+        torch.testing.assert_close(got, after.normalized(expected))
+
+
+@pytest.mark.parametrize(
+    "shape, dim, pool, padding",
+    [
+        ((8, 32, 32), 4096, [2, 1], [0, 0]),
+        ((128, 32, 32), 4096, [8, 4], [0, 0]),
+        ((8, 7, 7), 150, [2, 2], [1, 1]),
+        ((8, 7, 7), 4096, [1, 1], [0, 0]),
+        ((9000, 2, 2), 4096, [2, 2], [0, 0]),
+    ],
+)
+def test_decoder_pool_of_predsim(shape, dim, pool, padding):
+    block = lnn.PredSimHead(nn.Identity(), shape, 5, decoder_dim=dim, sim_head="identity")
+    assert block.pool == pool and list(block.padding) == padding
+    assert not block.decoder.weight.any()
+    out, loss = block(randn(2, *shape), targets(2, 5))
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (
+            lambda: lnn.InfoProUnit(nn.Identity(), 4, 3, 3, weights=(0, 0)),
+            "weights must not all be 0: nothing would be learnt, got (0, 0)",
+        ),
+        (
+            lambda: lnn.ForwardForwardLayer(nn.Linear(4, 4), threshold=float("nan"))(
+                torch.ones(1, 4), torch.tensor([True])
+            ),
+            "threshold must be finite, got nan",
+        ),
+        (
+            lambda: lnn.ForwardForwardLayer(nn.Identity(), normalize="max"),
+            "normalize must be one of 'l2', 'rms', 'none', got 'max'",
+        ),
+        (
+            lambda: lnn.PredSimHead(nn.Identity(), (8,), 5, sim_head="conv"),
+            "sim_head must be one of 'layer', 'identity', got 'conv'",
+        ),
+        (
+            lambda: lnn.ContrastiveHead(nn.Identity(), 8, loss="triplet"),
+            "loss must be one of 'nt_xent', 'supcon', got 'triplet'",
+        ),
+    ],
+)
+def test_bad_input(bad, message):
+    with pytest.raises(ValueError) as caught:
+        bad()
+    assert str(caught.value) == message
+
+
+def test_infopro():
+    """Two units in a trainer; the loss against the formula, written out; weights of 0 leave their head out."""
+    torch.manual_seed(0)
+    assert lnn.infopro_weights(2, (5.0, 0.5), (0.0, 1.0)) == [(5.0, 0.5)]
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    first = lnn.InfoProUnit(conv(), 8, 5, 3, weights=(5.0, 0.5), mean=mean, std=std)
+    second = lnn.InfoProUnit(
+        nn.Conv2d(8, 6, 3), 6, 5, 3, weights=(0.25, 1.0), loss="cross_entropy", first=first, mean=mean, std=std
+    )
+    image, y = torch.rand(6, 3, 9, 9), targets(6, 5)
+    x = (image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    out, _ = first(x, y)
+    h, loss = second(out, y)
+    decoded = second.decoder(nn.functional.interpolate(h, (9, 9), mode="bilinear", align_corners=True)).sigmoid()
+    expected = 0.25 * nn.functional.binary_cross_entropy(decoded, image) + nn.functional.cross_entropy(second.aux(h), y)
+    assert_relative("loss", loss, expected, 1e-5)
+    assert not any(name.startswith("_first") for name, _ in second.named_parameters())
+    trainer = BlockwiseTrainer(
+        [first, second, nn.Flatten(), lnn.ClassifierBlock(nn.Linear(150, 5))], lambda p: torch.optim.Adam(p, 0.01)
+    )
+    losses = [trainer.step(x, y) for _ in range(15)]
+    assert bool((losses[-1] < losses[0]).all())
+    assert lnn.InfoProUnit(conv(), 8, 5, 3, weights=(0.0, 1.0)).decoder is None
+    with pytest.raises(RuntimeError, match="first InfoProUnit has not seen an image"):
+        lnn.InfoProUnit(conv(), 8, 5, 3, first=lnn.InfoProUnit(conv(), 8, 5, 3))(x, y)

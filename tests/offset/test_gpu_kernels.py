@@ -1,0 +1,4 @@
+"""The cases of tests/offset/test_kernels.py on a CUDA device."""
+
+from tests.offset.test_kernels import *  # noqa: F403
+from tests.support.gpu import backend, on_the_device  # noqa: F401
