@@ -41,18 +41,18 @@ def _random(random):
     return (state,), tuple(numbers), dict(LAW=LAW, HAS_LOW=HAS_LOW), values_per_call(law)
 
 
-def _signs(weight, sign_plus):
-    if weight is None:
+def _signs(f):
+    if f.weight is None:
         return "none"
-    if weight.dtype == torch.int32:
+    if f.weight.dtype == torch.int32:
         return "packed"
-    return "plus" if sign_plus else "zero"
+    return "plus" if f.sign_plus else "zero"
 
 
-def matrix(shape, weight, magnitude, random, scale, sign_plus, dtype, device):
+def matrix(shape, f, dtype, device):
     N, K = shape
     out = torch.empty((N, K), dtype=dtype, device=device)
-    state, law, meta, v = _random(random)
+    state, law, meta, v = _random(f.random)
     config = _config("feedback_matrix", (N, K, v), dtype, out.device)
     programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
@@ -61,30 +61,30 @@ def matrix(shape, weight, magnitude, random, scale, sign_plus, dtype, device):
             programs,
             out.device,
             out,
-            weight,
-            magnitude,
+            f.weight,
+            f.magnitude,
             *state,
-            float(scale),
+            float(f.scale),
             *law,
             N,
             K,
-            *_strides(weight),
-            *_strides(magnitude),
-            SIGNS=_signs(weight, sign_plus),
+            *_strides(f.weight),
+            *_strides(f.magnitude),
+            SIGNS=_signs(f),
             **meta,
             **config,
         )
     return out
 
 
-def product(grad, columns, weight, magnitude, random, scale, sign_plus):
+def product(grad, columns, f):
     (M, N), K = grad.shape, columns
     if M > ROWS_IN_REGISTERS and N > SMALL_ROWS_OF_F:
-        return grad @ matrix((N, K), weight, magnitude, random, scale, sign_plus, grad.dtype, grad.device)
+        return grad @ matrix((N, K), f, grad.dtype, grad.device)
     out = torch.empty((M, K), dtype=grad.dtype, device=grad.device)
     if out.numel() == 0:
         return out
-    state, law, meta, v = _random(random)
+    state, law, meta, v = _random(f.random)
     config = _config("feedback_product", (M, N, K, v), grad.dtype, grad.device)
     programs = _blocks(M, config["BLOCK_M"]) * _blocks(K, config["BLOCK_K"])
     # too few programs for the card: share N, at least four tiles each
@@ -96,18 +96,18 @@ def product(grad, columns, weight, magnitude, random, scale, sign_plus):
         out.device,
         grad.contiguous(),
         partial,
-        weight,
-        magnitude,
+        f.weight,
+        f.magnitude,
         *state,
-        float(scale),
+        float(f.scale),
         *law,
         M,
         N,
         K,
         slices,
-        *_strides(weight),
-        *_strides(magnitude),
-        SIGNS=_signs(weight, sign_plus),
+        *_strides(f.weight),
+        *_strides(f.magnitude),
+        SIGNS=_signs(f),
         PRECISION=precision(grad.dtype),
         **meta,
         **config,
@@ -127,10 +127,10 @@ def product(grad, columns, weight, magnitude, random, scale, sign_plus):
     return out
 
 
-def rows(index, columns, random, scale, dtype):
+def rows(index, columns, f, dtype):
     B, K = index.shape[0], columns
     out = torch.empty((B, K), dtype=dtype, device=index.device)
-    (state,), law, meta, v = _random(random)
+    (state,), law, meta, v = _random(f.random)
     config = _config("feedback_matrix", (B, K, v), dtype, out.device)
     programs = _blocks(B, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
@@ -141,7 +141,7 @@ def rows(index, columns, random, scale, dtype):
             index.contiguous(),
             out,
             state,
-            float(scale),
+            float(f.scale),
             *law,
             B,
             K,
@@ -163,15 +163,15 @@ def pack_signs(weight):
     return packed
 
 
-def sgd_update_(
-    weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale=1.0
-):
+def sgd_update_(weight, momentum_buffer, grad, x, options):
     (N, K), M = weight.shape, grad.shape[0]
     dtype = torch.promote_types(grad.dtype, x.dtype)
     config = _config("feedback_update", (M, N, K), dtype, weight.device)
     programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
-        numbers = map(float, (lr, momentum, dampening, weight_decay, grad_scale))
+        numbers = map(
+            float, (options.lr, options.momentum, options.dampening, options.weight_decay, options.grad_scale)
+        )
         launch(
             triton_product.sgd_update_kernel,
             programs,
@@ -186,8 +186,8 @@ def sgd_update_(
             K,
             *weight.stride(),
             *_strides(momentum_buffer),
-            NESTEROV=bool(nesterov),
-            MANHATTAN=bool(manhattan),
+            NESTEROV=bool(options.nesterov),
+            MANHATTAN=bool(options.manhattan),
             PRECISION=precision(dtype),
             **config,
         )
