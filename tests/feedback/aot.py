@@ -2,7 +2,7 @@
 
 import torch
 
-from lgkernels.core import config
+from lgkernels.ops.feedback import tiles
 from lgkernels.ops.feedback import triton as feedback
 from lgkernels.ops.feedback.options import SgdOptions
 from tests.feedback.common import made
@@ -10,8 +10,8 @@ from tests.feedback.common import made
 LAUNCHER = feedback
 MATRIX_KERNELS = {"product_kernel", "sgd_update_kernel"}
 TABLES = {
-    "product_kernel": (config._FEEDBACK_PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
-    "sgd_update_kernel": (config._FEEDBACK_UPDATE, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "product_kernel": (tiles.PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "sgd_update_kernel": (tiles.UPDATE, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
 }
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16

@@ -2,19 +2,18 @@
 
 import torch
 
-from lgkernels.core import config
-from lgkernels.ops.lls import basis
+from lgkernels.ops.lls import basis, tiles
 from lgkernels.ops.lls import triton as lls
 from lgkernels.ops.lls.options import HeadOptions
 
 LAUNCHER = lls
 MATRIX_KERNELS = {"similarity_kernel", "latent_grad_kernel", "logits_kernel", "grad_similarity_kernel"}
 TABLES = {
-    "similarity_kernel": (config._SIMILARITY, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
-    "latent_grad_kernel": (config._LATENT_GRAD, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
-    "logits_kernel": (config._PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
-    "grad_similarity_kernel": (config._PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
-    "modulation_grad_kernel": (config._MODULATION_GRAD, ("BLOCK_B", "BLOCK_K", "BLOCK_C")),
+    "similarity_kernel": (tiles.SIMILARITY, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
+    "latent_grad_kernel": (tiles.LATENT_GRAD, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
+    "logits_kernel": (tiles.PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "grad_similarity_kernel": (tiles.PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "modulation_grad_kernel": (tiles.MODULATION_GRAD, ("BLOCK_B", "BLOCK_K", "BLOCK_C")),
 }
 
 

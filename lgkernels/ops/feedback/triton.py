@@ -1,17 +1,18 @@
 """Feedback in Triton: the functions of reference.py, same arguments, shapes and dtypes (no float64).
 
-Kernels in triton_matrix.py and triton_product.py; block sizes in core/config.py. Everything is computed in float32 and
+Kernels in triton_matrix.py and triton_product.py; block sizes in tiles.py. Everything is computed in float32 and
 rounded once on store, half operands of a product excepted: they are multiplied as they are, so F is rounded to `grad`'s
 dtype (but for `scale`, a factor of the sum). Sums have a fixed order. CPU tensors work under TRITON_INTERPRET=1.
 """
 
 import torch
 
-from ...core.config import architecture, select_config
+from ...core.tiles import architecture, select
 from ..common.dot import precision
 from ..common.launch import launch
 from ..common.philox import law_arguments, values_per_call
 from . import triton_matrix, triton_product
+from .tiles import TILES
 
 # `product` makes F in registers up to this many rows of grad, which one tile holds (two in float32), so each weight is
 # made once. Above it every further tile would make it again: there F is written once and the library multiplies. With
@@ -21,7 +22,7 @@ SMALL_ROWS_OF_F = 128
 
 
 def _config(op, sizes, dtype, device):
-    return select_config(op, sizes, dtype, architecture(device))
+    return select(TILES[op], sizes, dtype, architecture(device))
 
 
 def _blocks(n, block):
@@ -53,7 +54,7 @@ def matrix(shape, f, dtype, device):
     N, K = shape
     out = torch.empty((N, K), dtype=dtype, device=device)
     state, law, meta, v = _random(f.random)
-    config = _config("feedback_matrix", (N, K, v), dtype, out.device)
+    config = _config("matrix", (N, K, v), dtype, out.device)
     programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
         launch(
@@ -85,7 +86,7 @@ def product(grad, columns, f):
     if out.numel() == 0:
         return out
     state, law, meta, v = _random(f.random)
-    config = _config("feedback_product", (M, N, K, v), grad.dtype, grad.device)
+    config = _config("product", (M, N, K, v), grad.dtype, grad.device)
     programs = _blocks(M, config["BLOCK_M"]) * _blocks(K, config["BLOCK_K"])
     # too few programs for the card: share N, at least four tiles each
     slices = max(1, min(_blocks(512, programs), N // (4 * config["BLOCK_N"]), 16))
@@ -113,7 +114,7 @@ def product(grad, columns, f):
         **config,
     )
     if slices > 1:
-        config = _config("feedback_sum", (M * K,), grad.dtype, grad.device)
+        config = _config("sum", (M * K,), grad.dtype, grad.device)
         launch(
             triton_product.sum_slices_kernel,
             _blocks(M * K, config["BLOCK"]),
@@ -131,7 +132,7 @@ def rows(index, columns, f, dtype):
     B, K = index.shape[0], columns
     out = torch.empty((B, K), dtype=dtype, device=index.device)
     (state,), law, meta, v = _random(f.random)
-    config = _config("feedback_matrix", (B, K, v), dtype, out.device)
+    config = _config("matrix", (B, K, v), dtype, out.device)
     programs = _blocks(B, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
         launch(
@@ -154,7 +155,7 @@ def rows(index, columns, f, dtype):
 def pack_signs(weight):
     N, K = weight.shape
     packed = torch.empty((N, _blocks(K, 32)), dtype=torch.int32, device=weight.device)
-    config = _config("feedback_matrix", (N, K, 32), weight.dtype, weight.device)
+    config = _config("matrix", (N, K, 32), weight.dtype, weight.device)
     programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
         launch(
@@ -166,7 +167,7 @@ def pack_signs(weight):
 def sgd_update_(weight, momentum_buffer, grad, x, options):
     (N, K), M = weight.shape, grad.shape[0]
     dtype = torch.promote_types(grad.dtype, x.dtype)
-    config = _config("feedback_update", (M, N, K), dtype, weight.device)
+    config = _config("update", (M, N, K), dtype, weight.device)
     programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
         numbers = map(

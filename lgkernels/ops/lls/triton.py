@@ -1,6 +1,6 @@
 """LLS in Triton: the functions of reference.py, same arguments, shapes and dtypes (no float64).
 
-Kernels in triton_norm.py (convolution block), triton_linear.py and triton_head.py; block sizes in core/config.py.
+Kernels in triton_norm.py (convolution block), triton_linear.py and triton_head.py; block sizes in tiles.py.
 Half inputs are widened on load, everything is computed in float32 and rounded once on store; sums have a fixed order.
 CPU tensors work under TRITON_INTERPRET=1.
 """
@@ -9,11 +9,12 @@ from functools import lru_cache
 
 import torch
 
-from ...core.config import architecture, power_of_two, select_config
+from ...core.tiles import architecture, power_of_two, select
 from ..common.dot import float32_precision
 from ..common.launch import launch
 from . import triton_head, triton_linear, triton_norm
 from .options import Capabilities
+from .tiles import TILES
 
 CAPABILITIES = Capabilities(packed_basis=True, finishes_head=True)
 
@@ -26,7 +27,7 @@ _LONGEST_RUN = 8  # elements of the widest load, 16 bytes in half precision
 
 
 def _config(op, sizes, tensor):
-    return select_config(op, sizes, tensor.dtype, architecture(tensor.device))
+    return select(TILES[op], sizes, tensor.dtype, architecture(tensor.device))
 
 
 def _blocks(n, block):
