@@ -15,6 +15,7 @@ from torch import nn
 import lgkernels.functional as LF
 import lgkernels.nn as lnn
 from lgkernels.core import dispatch
+from lgkernels.ops.common.matrix import FeedbackMatrix
 from lgkernels.optim import fuse_update
 
 from .common import Case, Contestant, Problem
@@ -214,11 +215,13 @@ class Product(Layer):
 
     def library(self, impl):
         formula, tensors = self.layer("reference")._formula()
-        random = (tensors["state"], formula.law, formula.law_scale, formula.low) if "state" in tensors else None
         weight = None if self.case.rule == "fa" else self.weight
+        law = {}
+        if "state" in tensors:
+            law = dict(state=tensors["state"], law=formula.law, law_scale=formula.law_scale, low=formula.low)
+        f = FeedbackMatrix(weight, scale=formula.scale, **law)
         kernels = dispatch.backend("feedback_product", impl, self.device, self.case.torch_dtype)
-        arguments = weight, None, random, formula.scale, False
-        return lambda i: {"grad_x": kernels.product(self.grad, self.case.channels, *arguments)}
+        return lambda i: {"grad_x": kernels.product(self.grad, self.case.channels, f)}
 
     def multiply(self, grad, weight, magnitude):
         return grad @ lean_matrix(weight, self.case.rule, magnitude, self.scale)

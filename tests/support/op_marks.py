@@ -12,21 +12,19 @@ def faults_of(ops, registered):
     if not ops:
         return "it has no mark op: say for which registered ops it speaks"
     unknown = sorted(set(ops) - set(registered))
-    return f"its mark op names {unknown}; registered are {sorted(registered)}" if unknown else None
+    return f"its mark op names {unknown}; registered are {registered}" if unknown else None
 
 
 def pytest_collection_modifyitems(items):
-    import lgkernels.functional
-    import lgkernels.optim  # noqa: F401  its op too
     from lgkernels.core import dispatch
 
-    faults = []
+    registered, faults = dispatch.registered_ops(), []
     for item in items:
         if not item.path.name.startswith("test_gpu"):
             continue
         mark = item.get_closest_marker("op")
         ops = mark.args if mark else ()
-        fault = faults_of(ops, dispatch.registered_ops())
+        fault = faults_of(ops, registered)
         if fault:
             faults.append(f"{item.nodeid}: {fault}")
         item.user_properties += [("op", op) for op in ops]
