@@ -140,6 +140,8 @@ def random_matrix(
     _check_state(state)
     checks.integer_between("rows", rows, 0, 2**32 + 1)
     checks.integer_between("cols", cols, 0, 2**32 + 1)
+    if not isinstance(offset, (tuple, list)):
+        raise TypeError(f"offset must be (row, col), got {type(offset).__name__}")
     row, col = checks.pair("offset", offset, 0)
     if row + rows > 2**32 or col + cols > 2**32:
         raise ValueError(

@@ -45,7 +45,7 @@ def got(value: Any) -> str:
 
 
 def tensor(name: str, value: Any, expected: str = "a torch.Tensor") -> None:
-    """A dense tensor: sparse, jagged and oneDNN tensors have layouts of their own."""
+    """A dense tensor: sparse and oneDNN tensors have layouts of their own."""
     if not isinstance(value, Tensor):
         if isinstance(value, torch.fx.Proxy):
             raise TypeError(
@@ -53,8 +53,9 @@ def tensor(name: str, value: Any, expected: str = "a torch.Tensor") -> None:
                 "layer: use torch.export, or a Tracer with is_leaf_module true for it"
             )
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    if value.layout is not _STRIDED:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; use .to_dense()")
+    if value.layout is not _STRIDED or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else f"layout {value.layout}; use .to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got {layout}")
 
 
 def floating(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:

@@ -140,14 +140,20 @@ def lokr_conv2d(
 
 def _parts(name: str, value: Any, weight: Tensor) -> Sequence[Tensor]:
     """The factor itself, or the two tensors (rows, r) and (r, columns) that stand for it."""
-    parts = value if isinstance(value, (tuple, list)) else (value,)
-    if len(parts) not in (1, 2) or len(parts) == 1 and parts is value:
-        raise ValueError(
-            f"{name} must be a tensor or a pair, got {len(parts)} tensors: the Tucker form is not supported"
-        )
-    for part in parts:
-        checks.floating(name, part)
-    if len(parts) == 2:
+    if not isinstance(value, (tuple, list)):
+        checks.tensor(name, value, "a tensor or a pair of tensors")
+        checks.floating(name, value)
+        parts: Sequence[Tensor] = (value,)
+    else:
+        parts = value
+        if len(parts) == 3 and all(isinstance(part, Tensor) for part in parts):
+            raise ValueError(f"{name} must be a tensor or a pair, got 3 tensors: the Tucker form is not supported")
+        if len(parts) != 2:
+            raise ValueError(
+                f"{name} must be a tensor or a pair of tensors, got a {type(value).__name__} of {len(value)}"
+            )
+        checks.floating(f"{name}[0]", parts[0])
+        checks.floating(f"{name}[1]", parts[1])
         checks.dims(f"{name}[0]", parts[0], (2,), "(rows, r)")
         checks.dims(f"{name}[1]", parts[1], (2,), "(r, columns)")
         checks.shape(f"{name}[1]", parts[1], (parts[0].shape[1], parts[1].shape[1]), "the columns of the first")
