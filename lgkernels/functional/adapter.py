@@ -39,8 +39,8 @@ def lora_linear(
     checks.number("scale", scale)
     checks.impl(impl)
     checks.floating("a", a)
-    checks.dims("a", a, (2,), f"(r, {width})")
-    checks.shape("a", a, (a.shape[0], width), "the columns of weight")
+    if a.dim() != 2 or a.shape[1] != width:
+        raise ValueError(f"a must be (r, {width}) (the columns of weight), got shape {checks.shape_of(a)}")
     checks.floating("b", b)
     checks.shape("b", b, (out, a.shape[0]), "the rows of weight, and of a")
     checks.same_device(weight=weight, a=a, b=b)
