@@ -8,6 +8,7 @@ from torch import Tensor
 from ..core import checks
 from ..ops.lls import autograd as _lls
 from ..ops.lls import basis as _basis
+from ..ops.lls.options import HeadOptions
 
 __all__ = ["lls_basis", "lls_loss"]
 
@@ -174,14 +175,8 @@ def lls_loss(
             which = "num_classes" if modulation is None else "those of modulation"
             raise ValueError(f"basis must have {rows} rows ({which}), got shape {checks.shape_of(basis)}")
     checks.same_device(activation=activation, target=target, modulation=modulation, basis=basis)
-    return _lls.lls_loss(
-        activation,
-        target,
-        modulation,
-        basis,
-        waveform,
+    options = HeadOptions(
         num_classes,
-        pool_size,
         float(temperature),
         float(label_smoothing),
         normalize,
@@ -191,5 +186,5 @@ def lls_loss(
         loss,
         ignore_index,
         reduction,
-        impl,
     )
+    return _lls.lls_loss(activation, target, modulation, basis, waveform, pool_size, options, impl)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import checks
+from ..core.ops import class_indices
 from ..ops.local_loss import autograd as _local
 from .contrastive import info_nce_loss, nt_xent_loss, supcon_loss
 
@@ -217,7 +218,7 @@ def overlay_label(
         )
     checks.class_targets("label", label, x, "x")
     checks.same_device(x=x, label=label)
-    label = _local.op.class_indices("label", label, num_classes)
+    label = class_indices("label", label, num_classes)
     if not x.numel():
         return x.clone()
     entry = x.detach().amax() if value is None else torch.as_tensor(value, dtype=x.dtype, device=x.device)

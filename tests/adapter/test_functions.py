@@ -320,6 +320,7 @@ def test_bad_convolution(bad, error, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("shape, dilation", [((3, 3), 1), ((2, 4), 1), ((4, 2), 3)])
 def test_same_padding_and_no_batch_as_in_torch(shape, dilation):
     x, weight, w1, b = randn(3, 6, 7, 8), randn(8, 6, *shape), randn(2, 2), randn(4, 3, *shape)

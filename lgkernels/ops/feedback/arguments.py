@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...core import checks
 from ...random import RandomFeedback
-from .autograd import Formula
+from .options import Formula
 
 _SOURCE = "a torch.Tensor or a lgkernels.random.RandomFeedback"
 
