@@ -26,17 +26,9 @@ from typing import Any
 import torch
 
 from . import checks, dispatch
+from .checks import autocasts
 
 LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
-
-
-def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on; the meta device, where memory is planned, has none."""
-    return (
-        torch._C._is_any_autocast_enabled()
-        and torch.amp.is_autocast_available(device.type)
-        and torch.is_autocast_enabled(device.type)
-    )
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
