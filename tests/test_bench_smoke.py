@@ -279,7 +279,7 @@ def test_every_gpu_test_names_its_op_and_every_gpu_kernel_has_a_test():
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("ops under test: "))
     tested = line.partition(": ")[2].split(", ")
-    assert {op for op in dispatch.registered_ops() if "cuda" in dispatch._ops[op][1]} <= set(tested)
+    assert {op for op in dispatch.registered_ops() if "cuda" in dispatch.backends(op)} <= set(tested)
 
 
 @pytest.mark.parametrize(
