@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from ..core import checks
-from .offset import COEFFICIENTS, Offsets, check_group
+from .offset import COEFFICIENTS, check_group
+from .offset_refresh import Offsets
 
 
 class OffsetOptimizer(Offsets, torch.optim.Optimizer):
