@@ -8,6 +8,8 @@ from torch import nn
 from .. import functional as LF
 from ..core import checks
 
+__all__ = ["LoKrConv2d", "LoKrLinear", "LoRALinear", "adapt", "merge", "unmerge"]
+
 
 def factorization(dim, factor=-1):
     """(m, n), m <= n, m * n = dim: the most square split (factor -1), or m (or n) the given divisor; a factor that does

@@ -4,7 +4,9 @@ import math
 
 import torch
 
-from .feedback import _FeedbackLayer
+from .feedback_layer import FeedbackLayer
+
+__all__ = ["alignment", "weight_ratio"]
 
 _ELEMENTS_AT_ONCE = 1 << 20
 
@@ -23,7 +25,7 @@ def _products(layer):
 
 
 def _layers(model):
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, _FeedbackLayer)]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, FeedbackLayer)]
 
 
 def alignment(model):

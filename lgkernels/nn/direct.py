@@ -11,6 +11,8 @@ from ..core import checks, dispatch
 from ..ops.feedback.arguments import Scaled, positive_number
 from ..random import VALUES_PER_CALL, RandomFeedback
 
+__all__ = ["DirectFeedback"]
+
 # Bound of the uniform law for N neurons, and its low end: the initialisations of the published codes.
 INITS = {
     "nokland": (lambda n: 1 / math.sqrt(n), None),  # U(-1/sqrt(N), 1/sqrt(N))

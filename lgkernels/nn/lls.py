@@ -8,6 +8,8 @@ from .. import functional as LF
 from ..core import checks, dispatch
 from ..ops.lls import autograd as _lls
 
+__all__ = ["LLSConvBlock", "LLSHead", "LLSLinearBlock"]
+
 _ACTIVATIONS = ("leaky_relu", "relu")
 _MODULATIONS = (None, "vector", "matrix", "reduced")
 

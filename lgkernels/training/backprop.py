@@ -5,7 +5,7 @@ import contextlib
 import torch.nn.functional as F
 from torch import nn
 
-from ..nn.convert import redraw_after
+from ..nn.random_state import redraw_after
 from .trainer import Trainer, trainable
 
 

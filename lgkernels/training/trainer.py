@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core import checks
 from ..core.unit import unit_gradient
-from ..nn.convert import feedback_state, load_feedback_state
+from ..nn.random_state import feedback_state, load_feedback_state
 from ..optim.offset_refresh import Offsets
 
 STATE_VERSION = 1
