@@ -275,65 +275,36 @@ def fuse_update(
             "fuse_update needs torch._C._current_graph_task_id, which this torch "
             f"({torch.__version__}) does not have: use the plain optimizer"
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if type(optimizer) is not torch.optim.SGD and not isinstance(optimizer, BatchManhattan):
-        raise TypeError(
-            f"optimizer must be torch.optim.SGD or lgkernels.optim.BatchManhattan, got {type(optimizer).__name__}"
-        )
-    for module in model.modules():
-        if (
-            isinstance(module, DistributedDataParallel)
-            or "FSDP" in type(module).__name__
-            or any("FSDP" in base.__name__ for base in type(module).__mro__)
-        ):
-            raise ValueError(
-                f"model must not be wrapped in {type(module).__name__}: ranks exchange gradients that "
-                "fuse_update never stores"
-            )
-    stepped = {p for group in optimizer.param_groups for p in group["params"]}
-    if any(group.get("no_sign_change") for group in optimizer.param_groups):
-        raise ValueError("optimizer must not have no_sign_change=True: the fused pass does not hold signs")
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise ValueError("optimizer must not have differentiable=True: the fused pass has no graph")
+    _check_model(model)
+    _check_optimizer(optimizer)
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name in (*(include or ()), *exclude):
         if name not in linear:
             raise ValueError(
                 f"include and exclude take names of linear layers ({', '.join(linear) or 'none here'}), got {name!r}"
             )
-    users: dict[torch.Tensor, set[nn.Module]] = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        for p in module.parameters(recurse=False):
-            users.setdefault(p, set()).add(module)
+    stepped = {p for group in optimizer.param_groups for p in group["params"]}
+    shared = _shared_parameters(model)
     fused = []
     for name, module in linear.items():
         weight = module.weight
         chosen = name in include if include is not None else weight.numel() >= min_weights
         if not chosen or name in exclude or not weight.requires_grad:
             continue
-        if weight not in stepped or len(users.get(weight, ())) > 1 or not weight.is_contiguous():
-            if include is None:
-                continue
-            reason = (
-                "is not among the optimizer's parameters"
-                if weight not in stepped
-                else "is shared with another module"
-                if weight.is_contiguous()
-                else "is not contiguous"
-            )
+        reason = (
+            "is not among the optimizer's parameters"
+            if weight not in stepped
+            else "is not contiguous"
+            if not weight.is_contiguous()
+            else "is shared with another module"
+            if weight in shared
+            else None
+        )
+        if reason is not None and include is None:
+            continue
+        if reason is not None:
             raise ValueError(f"include: the weight of layer {name!r} {reason}")
-        if _hooked(weight):
-            raise ValueError(
-                f"the weight of layer {name!r} has hooks for its gradient, which is never formed: exclude "
-                "the layer, or remove the hooks"
-            )
-        if isinstance(owner := getattr(vars(module).get("forward"), "__self__", None), _FusedLayer) and (
-            owner.optimizer is None
-        ):
-            del module.forward  # of a copied model
-        if "forward" in vars(module):
-            raise ValueError(f"layer {name!r} has a forward of its own (an earlier fuse_update?): remove it first")
+        _check_layer(name, module)
         fused.append((name, module))
     if not fused:
         raise ValueError(
@@ -341,3 +312,49 @@ def fuse_update(
             f"min_weights={min_weights} weights that the optimizer steps"
         )
     return FusedUpdate([_FusedLayer(*entry, optimizer) for entry in fused], optimizer)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        sharded = any("FSDP" in base.__name__ for base in type(module).__mro__)
+        if sharded or isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                f"model must not be wrapped in {type(module).__name__}: ranks exchange gradients that "
+                "fuse_update never stores"
+            )
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    if type(optimizer) is not torch.optim.SGD and not isinstance(optimizer, BatchManhattan):
+        raise TypeError(
+            f"optimizer must be torch.optim.SGD or lgkernels.optim.BatchManhattan, got {type(optimizer).__name__}"
+        )
+    if any(group.get("no_sign_change") for group in optimizer.param_groups):
+        raise ValueError("optimizer must not have no_sign_change=True: the fused pass does not hold signs")
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError("optimizer must not have differentiable=True: the fused pass has no graph")
+
+
+def _shared_parameters(model: nn.Module) -> set[torch.Tensor]:
+    """Of more than one module."""
+    users: dict[torch.Tensor, set[nn.Module]] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        for p in module.parameters(recurse=False):
+            users.setdefault(p, set()).add(module)
+    return {p for p, modules in users.items() if len(modules) > 1}
+
+
+def _check_layer(name: str, module: nn.Linear) -> None:
+    """Raises where a layer to be fused has hooks for its gradient, or a forward that is not its class's."""
+    if _hooked(module.weight):
+        raise ValueError(
+            f"the weight of layer {name!r} has hooks for its gradient, which is never formed: exclude "
+            "the layer, or remove the hooks"
+        )
+    owner = getattr(vars(module).get("forward"), "__self__", None)
+    if isinstance(owner, _FusedLayer) and owner.optimizer is None:
+        del module.forward  # of a copied model
+    if "forward" in vars(module):
+        raise ValueError(f"layer {name!r} has a forward of its own (an earlier fuse_update?): remove it first")
