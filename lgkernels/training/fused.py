@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.feedback import direct
+from ..ops.direct import autograd as direct
 
 End = tuple[nn.Module, nn.Module, nn.Module, nn.Module | None]  # convolution, norm, activation, pool
 
