@@ -12,6 +12,7 @@ from ..core import checks, dispatch
 from ..core.annotations import Law
 from ..ops.feedback import arguments as _arguments
 from ..ops.feedback import autograd as _feedback
+from ..ops.feedback.options import Formula
 from ..random import VALUES_PER_CALL, RandomFeedback
 
 __all__ = ["Conv2dForward", "FeedbackAlignment", "FeedbackLayer", "LinearForward", "SignSymmetric", "scale_of"]
@@ -107,7 +108,7 @@ class FeedbackLayer(nn.Module):
         self.feedback.to_empty(device=self.weight.device)
         self.feedback.reset_parameters()
 
-    def _formula(self) -> tuple[_feedback.Formula, dict[str, torch.Tensor]]:
+    def _formula(self) -> tuple[Formula, dict[str, torch.Tensor]]:
         """F, and the tensors that its formula reads beside the weight."""
         raise NotImplementedError
 
@@ -257,18 +258,18 @@ class SignSymmetric(FeedbackLayer):
         if getattr(self, "rule", None) == "signed_init" and self.feedback is not None:
             self.sign_weight()
 
-    def _formula(self) -> tuple[_feedback.Formula, dict[str, torch.Tensor]]:
+    def _formula(self) -> tuple[Formula, dict[str, torch.Tensor]]:
         law, tensors = self._random()
         if self.rule != "signed_init":
-            return _feedback.Formula(
+            return Formula(
                 "packed" if self.packed_signs else "weight",
                 scale=self.factor,
                 sign_plus=self.sign_zero == "plus",
                 **law,
             ), tensors
         if self.frozen_signs is None:
-            return _feedback.Formula(**law), tensors
-        return _feedback.Formula("packed", scale=self.factor, sign_plus=True), {"packed": self.frozen_signs}
+            return Formula(**law), tensors
+        return Formula("packed", scale=self.factor, sign_plus=True), {"packed": self.frozen_signs}
 
     def _rule_repr(self) -> str:
         zero = "" if self.sign_zero == "zero" else f", sign_zero={self.sign_zero!r}"
@@ -294,9 +295,9 @@ class FeedbackAlignment(FeedbackLayer):
         self._set(seed=seed, stream=stream, impl=impl, feedback_init=feedback_init)
         self._draw(law, _law_scale(feedback_init, law, number))
 
-    def _formula(self) -> tuple[_feedback.Formula, dict[str, torch.Tensor]]:
+    def _formula(self) -> tuple[Formula, dict[str, torch.Tensor]]:
         law, tensors = self._random()
-        return _feedback.Formula(**law), tensors
+        return Formula(**law), tensors
 
     def _rule_repr(self) -> str:
         return f"feedback_init={self.feedback_init!r}"

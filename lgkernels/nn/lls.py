@@ -11,6 +11,7 @@ from .. import functional as LF
 from ..core import checks, dispatch
 from ..core.annotations import BlockOutput, Device, Int2, Waveform
 from ..ops.lls import autograd as _lls
+from ..ops.lls.options import BlockOptions
 
 __all__ = ["LLSConvBlock", "LLSHead", "LLSLinearBlock"]
 
@@ -139,7 +140,7 @@ class _LLSBlock(_LLSModule):
             norm.running_mean,
             norm.running_var,
             target,
-            (
+            BlockOptions(
                 self.waveform,
                 *self._geometry(),
                 momentum,
