@@ -86,7 +86,7 @@ class FeedbackLayer(nn.Module):
 
     def _random(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The fields of Formula and the tensors of the layer's random values."""
-        random = self.feedback
+        random: Any = self.feedback
         for name, state in (
             ("feedback", None if random is None else random.state),
             ("frozen_signs", self.frozen_signs),
