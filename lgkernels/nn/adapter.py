@@ -297,7 +297,7 @@ def adapt(
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.a', '0.b', '2.weight', '2.bias']
     """
-    checks.choice("kind", kind, KINDS)
+    checks.choice("kind", kind, tuple(KINDS))
     if target is not None and not callable(target):
         words = (target,) if isinstance(target, str) else tuple(target)
         target = lambda name, module: any(word in name for word in words)  # noqa: E731

@@ -10,9 +10,8 @@ from torch import nn
 
 from .. import functional as LF
 from ..core import checks, dispatch
-from ..core.annotations import Law
-from ..ops.feedback.arguments import Scaled, positive_number
-from ..random import VALUES_PER_CALL, RandomFeedback
+from ..ops.feedback.arguments import Scaled
+from ..random import VALUES_PER_CALL, Law, RandomFeedback
 
 __all__ = ["DirectFeedback"]
 
@@ -80,7 +79,8 @@ class DirectFeedback(nn.Module):
         if isinstance(init, str):
             checks.choice("init", init, tuple(INITS))
         else:
-            init = positive_number("init", init, "a name or a number")
+            checks.positive("init", init, "a name or a number")
+            init = float(init)
         checks.choice("law", law, tuple(VALUES_PER_CALL))
         checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
         if max_features is not None:
@@ -110,7 +110,7 @@ class DirectFeedback(nn.Module):
         if isinstance(feedback, torch.Tensor) or self.impl != "auto":
             return None
         random, scale = feedback
-        return random.get_buffer("state"), random.law, scale, random.low
+        return random.state, random.law, scale, random.low
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x

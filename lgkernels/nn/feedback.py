@@ -5,7 +5,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..core.annotations import Device, Int2, Law, PaddingMode, Scale
+from ..core.annotations import Device, Int2, PaddingMode, Scale
+from ..random import Law
 from .feedback_layer import Conv2dForward, FeedbackAlignment, LinearForward, SignSymmetric
 from .feedback_layer import scale_of as scale_of
 

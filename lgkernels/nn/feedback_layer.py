@@ -9,11 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import checks, dispatch
-from ..core.annotations import Law
-from ..ops.feedback import arguments as _arguments
 from ..ops.feedback import autograd as _feedback
 from ..ops.feedback.options import Formula
-from ..random import VALUES_PER_CALL, RandomFeedback
+from ..random import VALUES_PER_CALL, Law, RandomFeedback
 
 __all__ = ["Conv2dForward", "FeedbackAlignment", "FeedbackLayer", "LinearForward", "SignSymmetric", "scale_of"]
 
@@ -31,7 +29,8 @@ def scale_of(scale: str | float, shape: Sequence[int]) -> float:
     he_fan_in        sqrt(2 / fan_in)               ChFrenkel, FA
     """
     if not isinstance(scale, str):
-        return _arguments.positive_number("scale", scale, "a name or a number")
+        checks.positive("scale", scale, "a name or a number")
+        return float(scale)
     checks.choice("scale", scale, SCALES)
     fan_in, fan_out = max(math.prod(shape[1:]), 1), max(shape[0] * math.prod(shape[2:]), 1)
     return {
@@ -86,7 +85,7 @@ class FeedbackLayer(nn.Module):
 
     def _random(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The fields of Formula and the tensors of the layer's random values."""
-        random: Any = self.feedback
+        random = self.feedback
         for name, state in (
             ("feedback", None if random is None else random.state),
             ("frozen_signs", self.frozen_signs),
@@ -145,7 +144,7 @@ class LinearForward(FeedbackLayer):
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         formula, tensors = self._formula()
-        _arguments.check_linear(input, self.weight, self.bias)
+        checks.linear(input, self.weight, self.bias)
         return _feedback.linear(input, self.weight, self.bias, formula, **tensors, impl=self.impl)
 
 
@@ -157,7 +156,7 @@ class Conv2dForward(FeedbackLayer):
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         formula, tensors = self._formula()
-        input, (stride, padding, dilation, groups), batched = _arguments.conv2d(
+        input, (stride, padding, dilation, groups), batched = checks.conv2d(
             input, weight, bias, self.stride, padding, self.dilation, self.groups
         )
         output = _feedback.conv2d(

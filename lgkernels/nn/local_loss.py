@@ -1,7 +1,7 @@
 """Blocks with a local loss: `forward(x, target)` -> `(out.detach(), loss)`, for `training.BlockwiseTrainer`."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -226,7 +226,9 @@ class PredSimHead(LocalHead):
 
     def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         out = out.mean(1) if out.dim() == 3 else out
-        pool = dict(pool_kernel=tuple(self.pool), pool_padding=tuple(self.padding)) if out.dim() == 4 else {}
+        pool: dict[str, Any] = {}
+        if out.dim() == 4:
+            pool = dict(pool_kernel=tuple(self.pool), pool_padding=tuple(self.padding))
         return LF.prediction_similarity_loss(
             out,
             target,

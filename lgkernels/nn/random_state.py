@@ -49,7 +49,7 @@ def feedback_state(model: nn.Module) -> dict[str, Any]:
     feedback: dict[str, dict[str, Any]] = {}
     for name, holder in _holders(model).items():
         if isinstance(holder, RandomFeedback):
-            seed, stream, step = holder.get_buffer("state").tolist()
+            seed, stream, step = holder.state.tolist()
             feedback[name] = dict(
                 seed=seed, stream=stream, step=step, law=holder.law, scale=holder.scale, low=holder.low
             )

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import checks
-from ..core.annotations import Law
 from ..nn.direct import DirectFeedback, Init
+from ..random import Law
 from . import fused
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
 
