@@ -1,4 +1,5 @@
-"""Feedback on the CPU: the functions of `reference.py` over the C++ kernels of `lgkernels._C` (csrc/cpu/feedback*).
+"""Feedback on the CPU: the functions of `reference.py` over the C++ kernels of `lgkernels._C` (csrc/feedback/cpu,
+csrc/direct/cpu).
 
 Rows of a matrix are taken with any stride, columns dense (anything else is copied once). Arithmetic is float32, sums
 in an order that no number of threads changes.
@@ -8,12 +9,11 @@ import math
 
 import torch
 
-from ...core.native import native
+from ...core.native import cpu_entries
 
-_C = native()
+_C = cpu_entries()
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PACKED = {**_DTYPES, torch.int32: 3}
-_LAWS = {"uniform": 0, "normal": 1, "uniform8": 2, "sign": 3}
 
 _BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # the library then has matrix instructions for bf16
 
@@ -44,24 +44,13 @@ def _rows(t):
 
 
 def _matrix(t, codes=_DTYPES):
-    return _C.Matrix(0, 0, 0) if t is None else _C.Matrix(t.data_ptr(), t.stride(0), _code(t.dtype, codes))
+    return None if t is None else (t.data_ptr(), t.stride(0), _code(t.dtype, codes))
 
 
 def _feedback(shape, weight, magnitude, random, scale, sign_plus):
     state, law, law_scale, low = random or (None, "uniform", 1.0, None)
     address = 0 if state is None or magnitude is not None else state.data_ptr()
-    return _C.Feedback(
-        *shape,
-        _matrix(weight, _PACKED),
-        _matrix(magnitude),
-        address,
-        _LAWS[law],
-        law_scale,
-        0.0 if low is None else low,
-        low is not None,
-        scale,
-        sign_plus,
-    )
+    return (*shape, _matrix(weight, _PACKED), _matrix(magnitude), address, law, law_scale, low, scale, sign_plus)
 
 
 def matrix(shape, weight, magnitude, random, scale, sign_plus, dtype, device):
@@ -96,9 +85,8 @@ def fold(columns, shape, kernel, positions, stride, padding, dilation):
     if columns.shape != wanted:
         raise ValueError(f"columns must be {wanted}, got {tuple(columns.shape)}")
     own, out = columns.float().contiguous(), columns.new_empty(shape, dtype=torch.float32)
-    _C.feedback_fold(
-        shape, kernel, positions, stride, padding, dilation, own.data_ptr(), out.data_ptr(), torch.get_num_threads()
-    )
+    windows = (*shape, kernel, positions, stride, padding, dilation)
+    _C.feedback_fold(windows, own.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out.to(columns.dtype)
 
 
@@ -116,22 +104,9 @@ def sgd_update_(
     w, v = (t if t is None else _rows(t.to(weight.dtype)) for t in own)
     grad, x = _rows(grad), _rows(x)
     _C.feedback_sgd_update(
-        *weight.shape,
-        grad.shape[0],
-        w.data_ptr(),
-        w.stride(0),
-        0 if v is None else v.data_ptr(),
-        0 if v is None else v.stride(0),
-        _code(weight.dtype),
-        _matrix(grad),
-        _matrix(x),
-        lr,
-        momentum,
-        dampening,
-        weight_decay,
-        nesterov,
-        manhattan,
-        grad_scale,
+        (lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale),
+        (*weight.shape, grad.shape[0]),
+        *map(_matrix, (w, v, grad, x)),
         torch.get_num_threads(),
     )
     for mine, used in zip(own, (w, v)):
@@ -143,7 +118,7 @@ def _direct(z, gamma, beta, mean, rstd, slope, max_pool):
     """`(z as contiguous float32 planes, the block)`."""
     own, gamma, beta = (t.float().contiguous() for t in (z, gamma, beta))
     addresses = (t.data_ptr() for t in (own, gamma, beta, mean, rstd))
-    return (own, gamma, beta), _C.DirectBlock(*z.shape, *addresses, slope, max_pool)
+    return (own, gamma, beta), (*z.shape, *addresses, slope, max_pool)
 
 
 def direct_forward(z, gamma, beta, running_mean, running_var, momentum, eps, slope, max_pool):
