@@ -3,6 +3,7 @@
 from ..core import checks, dispatch
 from ..ops.lls import autograd as _lls
 from ..ops.lls import basis as _basis
+from ..ops.lls.options import HeadOptions
 
 __all__ = ["lls_basis", "lls_loss"]
 
@@ -163,14 +164,8 @@ def lls_loss(
                 f"{'those of modulation' if modulation is not None else 'num_classes'}), got {basis.shape[0]}"
             )
     checks.same_device(activation=activation, target=target, modulation=modulation, basis=basis)
-    return _lls.lls_loss(
-        activation,
-        target,
-        modulation,
-        basis,
-        waveform,
+    options = HeadOptions(
         num_classes,
-        pool_size,
         float(temperature),
         float(label_smoothing),
         normalize,
@@ -180,5 +175,5 @@ def lls_loss(
         loss,
         ignore_index,
         reduction,
-        impl,
     )
+    return _lls.lls_loss(activation, target, modulation, basis, waveform, pool_size, options, impl)

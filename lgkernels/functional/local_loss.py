@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import checks, dispatch
+from ..core.ops import class_indices
 from ..ops.local_loss import autograd as _local
 
 __all__ = [
@@ -195,7 +196,7 @@ def overlay_label(x, label, *, num_classes, value=None, impl="auto"):
         )
     _rows("label", label, x, "one class index per row of x")
     checks.same_device(x=x, label=label)
-    label = _local.op.class_indices("label", label, num_classes)
+    label = class_indices("label", label, num_classes)
     if not x.numel():
         return x.clone()
     value = x.detach().amax() if value is None else torch.as_tensor(value, dtype=x.dtype, device=x.device)

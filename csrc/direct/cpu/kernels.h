@@ -1,5 +1,5 @@
 // The CPU kernels of the family direct: what one instruction-set level offers.
-// Formulas: lgkernels/ops/feedback/reference.py.
+// Formulas: lgkernels/ops/direct/reference.py.
 #pragma once
 #include "common/cpu/level.h"
 #include "common/formula.h"

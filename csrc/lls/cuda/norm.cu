@@ -101,7 +101,9 @@ __global__ void __launch_bounds__(kThreads, 2)
             const float a = activate(p[v], norm.negative_slope, to_float(pack[q - start].element[v]), in_bin, sums[v]);
             best[v] = UNIT == 1 || q == 0 ? a : larger(best[v], a);
           }
-          const bool last = UNIT == 1 || q == kLoads - 1, owned = rows.owns(h[u]) && columns.owns(w[u]);
+          const bool last = UNIT == 1 || q == kLoads - 1;
+          const bool owned = UNIT == 1 ? h[u] < rows.owned && w[u] < columns.owned  // and inside of the bin
+                                       : rows.owns(h[u]) && columns.owns(w[u]);
           if (last && owned && out != nullptr)
             store<T, V>(out + out_base + (h[u] / UNIT * out_width + w[u] / UNIT) * s.channels, best, channels, aligned);
         }

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from ...core import checks
+from ...core.ops import autocasts
 from ...random import RandomFeedback
-from .autograd import Formula
-from .op import autocasts
+from .options import Formula
 
 _INTEGERS = (int, torch.SymInt)
 

@@ -7,6 +7,7 @@ import torch
 
 from ...core import native
 from ..common.cuda import DTYPES, address, call
+from ..common.matrix import FeedbackMatrix
 
 _PACKED_SIGNS = 3
 
@@ -33,42 +34,42 @@ def _strided(tensor):
     return address(tensor), DTYPES[tensor.dtype], *tensor.stride()
 
 
-def _formula(shape, weight, magnitude, random, scale, sign_plus):
+def _formula(shape, f):
     """The kernels' description of F, and the tensors that must outlive the launch."""
-    weight, magnitude = _dense_rows(weight), _dense_rows(magnitude)
-    state, law, law_scale, low = random if magnitude is None and random else (None, "uniform", 1.0, None)
-    formula = (*shape, _rows_of(weight), _rows_of(magnitude), address(state), law, law_scale, low, scale, sign_plus)
+    weight, magnitude, random = _dense_rows(f.weight), _dense_rows(f.magnitude), f.random
+    state, law, law_scale, low = random or (None, "uniform", 1.0, None)
+    formula = (*shape, _rows_of(weight), _rows_of(magnitude), address(state), law, law_scale, low, f.scale, f.sign_plus)
     return formula, (weight, magnitude, state)
 
 
-def matrix(shape, weight, magnitude, random, scale, sign_plus, dtype, device):
-    formula, _keep = _formula(shape, weight, magnitude, random, scale, sign_plus)
+def matrix(shape, f, dtype, device):
+    formula, _keep = _formula(shape, f)
     out = torch.empty(shape, dtype=dtype, device=device)
     call("feedback_matrix", out.device, formula, 0, address(out), DTYPES[dtype])
     return out
 
 
-def rows(index, columns, random, scale, dtype):
+def rows(index, columns, f, dtype):
     index = index.contiguous()
-    formula, _keep = _formula((index.shape[0], columns), None, None, random, scale, False)
+    formula, _keep = _formula((index.shape[0], columns), f)
     out = torch.empty((index.shape[0], columns), dtype=dtype, device=index.device)
     call("feedback_matrix", out.device, formula, address(index), address(out), DTYPES[dtype])
     return out
 
 
-def product(grad, columns, weight, magnitude, random, scale, sign_plus):
+def product(grad, columns, f):
     (m, n), device = grad.shape, grad.device
     if n == 0:
         return torch.zeros((m, columns), dtype=grad.dtype, device=device)
     if m > _IN_REGISTERS[grad.dtype] and n > _FEW_ROWS:
-        return grad @ matrix((n, columns), weight, magnitude, random, scale, sign_plus, grad.dtype, device)
-    return product_in_registers(grad, columns, weight, magnitude, random, scale, sign_plus)
+        return grad @ matrix((n, columns), f, grad.dtype, device)
+    return product_in_registers(grad, columns, f)
 
 
-def product_in_registers(grad, columns, weight, magnitude, random, scale, sign_plus):
+def product_in_registers(grad, columns, f):
     """`product` for few rows of grad (any number, but never 0 columns of it)."""
     (m, n), device = grad.shape, grad.device
-    formula, _keep = _formula((n, columns), weight, magnitude, random, scale, sign_plus)
+    formula, _keep = _formula((n, columns), f)
     out = torch.empty((m, columns), dtype=grad.dtype, device=device)
     splits = native.cuda_entries().feedback_product_splits(formula, m)
     scratch = torch.empty((splits, m, columns), dtype=torch.float32, device=device) if splits > 1 else None
@@ -77,26 +78,16 @@ def product_in_registers(grad, columns, weight, magnitude, random, scale, sign_p
 
 
 def pack_signs(weight):
-    formula, _keep = _formula(weight.shape, weight, None, None, 1.0, False)
+    formula, _keep = _formula(weight.shape, FeedbackMatrix(weight))
     out = torch.empty((weight.shape[0], -(-weight.shape[1] // 32)), dtype=torch.int32, device=weight.device)
     call("feedback_pack_signs", out.device, formula, address(out))
     return out
 
 
-def sgd_update_(
-    weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale=1.0
-):
+def sgd_update_(weight, momentum_buffer, grad, x, options):
     ours = [_dense_rows(weight), _dense_rows(momentum_buffer)]
     shape = (grad.shape[0], *weight.shape)
-    call(
-        "feedback_sgd_update",
-        weight.device,
-        (lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale),
-        shape,
-        _strided(grad),
-        _strided(x),
-        *map(_rows_of, ours),
-    )
+    call("feedback_sgd_update", weight.device, options, shape, _strided(grad), _strided(x), *map(_rows_of, ours))
     for theirs, own in zip((weight, momentum_buffer), ours):
         if theirs is not own:
             theirs.copy_(own)
