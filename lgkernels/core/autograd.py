@@ -26,13 +26,16 @@ def apply(function: type[torch.autograd.Function], name: str, *arguments: Any) -
         )
     result = function.apply(*arguments)
     if torch.compiler.is_exporting() and torch.is_grad_enabled():
-        if isinstance(result, tuple):
-            return tuple(torch.ops.lgkernels.without_backward(t, name) for t in result)
-        return torch.ops.lgkernels.without_backward(result, name)
+        learning = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
+        if learning and isinstance(result, tuple):
+            return tuple(torch.ops.lgkernels.without_backward(t, learning, name) for t in result)
+        if learning:
+            return torch.ops.lgkernels.without_backward(result, learning, name)
     return result
 
 
-def _without_backward(x: torch.Tensor, name: str) -> torch.Tensor:
+def _without_backward(x: torch.Tensor, learning: list[torch.Tensor], name: str) -> torch.Tensor:
+    """A copy of x whose backward pass, to x and to the tensors that learn, raises."""
     return x.clone()
 
 
@@ -43,13 +46,15 @@ def _refuse(ctx: Any, _grad: torch.Tensor) -> Any:
     )
 
 
-ops.LIBRARY.define("without_backward(Tensor x, str name) -> Tensor")
+ops.LIBRARY.define("without_backward(Tensor x, Tensor[] learning, str name) -> Tensor")
 ops.LIBRARY.impl("without_backward", _without_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("lgkernels::without_backward", lambda x, name: torch.empty_like(x), lib=ops.LIBRARY)
+torch.library.register_fake(
+    "lgkernels::without_backward", lambda x, learning, name: torch.empty_like(x), lib=ops.LIBRARY
+)
 torch.library.register_autograd(
     "lgkernels::without_backward",
     _refuse,
-    setup_context=lambda ctx, inputs, output: setattr(ctx, "name", inputs[1]),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "name", inputs[2]),
     lib=ops.LIBRARY,
 )
 
@@ -93,7 +98,7 @@ class _Link(torch.autograd.Function):
 
 def link_to(*tensors: torch.Tensor | None) -> torch.Tensor | None:
     """A tensor tied to the history of `tensors` that holds none of their memory: a second derivative meets it."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return None
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     return _Link.apply(*wanted) if wanted else None

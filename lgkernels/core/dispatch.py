@@ -46,6 +46,11 @@ def registered_ops() -> list[str]:
     return sorted(_ops)
 
 
+def backends(op: str) -> tuple[str, ...]:
+    """Names of the op's backends."""
+    return _ops[op][1]
+
+
 def family(op: str) -> str:
     """Package of the op's family."""
     return _ops[op][0]
@@ -71,7 +76,7 @@ def interpreting() -> bool:
 
 def unavailable(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` can't run `op` here; None if it can."""
-    if backend not in _ops[op][1]:
+    if backend not in backends(op):
         return f"{op} has no {backend} backend"
     if backend == "reference":
         return None

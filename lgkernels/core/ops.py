@@ -20,23 +20,15 @@ registers `torch.ops.lgkernels.lls_loss_forward(activation, <the fields of HeadO
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from . import checks, dispatch
+from .checks import autocasts
 
 LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
-
-
-def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on; the meta device, where memory is planned, has none."""
-    return (
-        torch._C._is_any_autocast_enabled()
-        and torch.amp.is_autocast_available(device.type)
-        and torch.is_autocast_enabled(device.type)
-    )
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -97,7 +89,8 @@ def define(
         def implementation(*arguments):
             impl, own = arguments[-1], pack(arguments[:-1])
             device, dtype = where(*own)
-            _same_device(tensors, arguments, device)
+            for name, tensor in _tensors(tensors, arguments):
+                require_memory(name, tensor, device)
             if check is not None:
                 check(*own)
             kernels = choose(impl, *own) if choose else dispatch.backend(backends_of, impl, device, dtype)
@@ -106,12 +99,17 @@ def define(
                     return function(kernels, *own)
             return function(kernels, *own)
 
+        def shapes(*arguments):
+            own = pack(arguments[:-1])
+            device, _ = where(*own)
+            for name, tensor in _tensors(tensors, arguments):  # one on the meta device brings the others here
+                _require_device(name, tensor, device)
+            return fake(*own)
+
         function.implementation = implementation  # type: ignore[attr-defined]
         LIBRARY.define(function.__name__ + schema)
         LIBRARY.impl(function.__name__, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(
-            f"lgkernels::{function.__name__}", lambda *arguments: fake(*pack(arguments[:-1])), lib=LIBRARY
-        )
+        torch.library.register_fake(f"lgkernels::{function.__name__}", shapes, lib=LIBRARY)
         return function
 
     return register
@@ -172,16 +170,20 @@ def _has_an_address(kind: type) -> bool:
     return _plain_types[kind]
 
 
-def _same_device(tensors: list[tuple[int, str]], arguments: tuple, device: torch.device) -> None:
-    for i, name in tensors:
-        tensor = arguments[i]
-        if tensor is None:
-            continue
-        if type(tensor) is list:
-            for one in tensor:
-                require_memory(name, one, device)
-        else:
-            require_memory(name, tensor, device)
+def _tensors(places: list[tuple[int, str]], arguments: tuple) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor among the arguments, those of lists too."""
+    for i, name in places:
+        argument = arguments[i]
+        if type(argument) is list:
+            for tensor in argument:
+                yield name, tensor
+        elif argument is not None:
+            yield name, argument
+
+
+def _require_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the op's other tensors, got {tensor.device}")
 
 
 def require_memory(name: str, tensor: torch.Tensor, device: torch.device) -> None:
@@ -191,9 +193,8 @@ def require_memory(name: str, tensor: torch.Tensor, device: torch.device) -> Non
             f"{name} must be a plain torch.Tensor, got {type(tensor).__name__}, whose values lie elsewhere: pass its "
             "local tensor (DTensor: .to_local(), or .full_tensor())"
         )
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like the op's other tensors, got {tensor.device}")
-    if device.type == "cpu" and tensor.numel() and not tensor.data_ptr():
+    _require_device(name, tensor, device)
+    if device.type == "cpu" and not tensor.data_ptr() and tensor.numel():
         raise ValueError(
             f"{name} must have memory, got a tensor of shape {tuple(tensor.shape)} whose storage was freed"
         )

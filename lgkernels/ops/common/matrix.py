@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from ...core import checks
 
 
 class Law(NamedTuple):
@@ -38,3 +41,12 @@ class FeedbackMatrix(NamedTuple):
         if self.state is None or self.magnitude is not None:
             return None
         return Law(self.state, self.law, self.law_scale, self.low)
+
+
+def check_state(state: Tensor | None) -> None:
+    """Raise unless it is what the kernels read as (seed, stream, step)."""
+    if state is not None and (state.shape != (3,) or state.dtype != torch.int64 or not state.is_contiguous()):
+        raise ValueError(
+            "state must be a contiguous int64 tensor of shape (3,) (seed, stream, step), got "
+            f"{str(state.dtype)[6:]} of shape {checks.shape_of(state)}"
+        )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...core import checks
 from ...core.ops import define
+from ..common.matrix import check_state
 from .options import ActivationOptions, NormOptions, SignalLaw
 
 _define = partial(define, package=__package__)
@@ -27,6 +28,11 @@ def _check_forward(z, gamma, beta, running_mean, running_var, norm, activation):
     _check_channels(z, gamma=gamma, beta=beta, running_mean=running_mean, running_var=running_var)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must both be given, or neither")
+    if running_mean is not None and {running_mean.dtype, running_var.dtype} - {torch.float32, torch.float64}:
+        raise TypeError(
+            "running_mean and running_var must be float32 (or float64), got "
+            f"{str(running_mean.dtype)[6:]} and {str(running_var.dtype)[6:]}: they would lose what a step adds"
+        )
 
 
 def _forward_fake(z, gamma, beta, running_mean, running_var, norm, activation):
@@ -51,6 +57,7 @@ def direct_forward(
 
 def _check_backward(z, mean, rstd, gamma, beta, delta, error, state, signal, activation):
     _check_channels(z, mean=mean, rstd=rstd, gamma=gamma, beta=beta)
+    check_state(state)
     if delta is not None:
         checks.shape("delta", delta, (*z.shape[:2], *_out_size(z, activation)), "that of the block's output")
     elif error is None or state is None:

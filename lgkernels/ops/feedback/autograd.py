@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from ...core import checks, dispatch
 from ...core.autograd import apply, first_order_only
 from ...core.ops import autocasts, without_autocast
+from . import op  # noqa: F401  registers the ops
+from .options import Formula
 
 _ops = torch.ops.lgkernels
 
@@ -219,7 +221,7 @@ def _prepare(x, weight, bias, packed, formula, impl):
     return x, bias, packed, factor, None if weight.dtype == torch.float64 else dtype
 
 
-def linear(x, weight, bias, formula, *, packed=None, magnitude=None, state=None, impl="auto"):
+def linear(x, weight, bias, formula: Formula, *, packed=None, magnitude=None, state=None, impl="auto"):
     """x (..., K), weight (N, K); `packed` int32 (N, ceil(K / 32)) or None, to be made of the weight;
     `magnitude` (N, K) and `state` are the tensors of F's value, None both where it is 1."""
     x, bias, packed, factor, dtype = _prepare(x, weight, bias, packed, formula, impl)

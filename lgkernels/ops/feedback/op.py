@@ -11,18 +11,10 @@ from torch import Tensor
 
 from ...core import checks
 from ...core.ops import define
-from ..common.matrix import FeedbackMatrix
+from ..common.matrix import FeedbackMatrix, check_state
 from .options import SgdOptions
 
 _define = partial(define, package=__package__)
-
-
-def _check_state(state):
-    if state is not None and (state.shape != (3,) or state.dtype != torch.int64 or not state.is_contiguous()):
-        raise ValueError(
-            "state must be a contiguous int64 tensor of shape (3,) (seed, stream, step), got "
-            f"{str(state.dtype)[6:]} of shape {checks.shape_of(state)}"
-        )
 
 
 def _check_matrix(rows, columns, f):
@@ -34,7 +26,7 @@ def _check_matrix(rows, columns, f):
             checks.shape("weight", weight, shape, "rows and columns of the feedback (words of packed signs)")
     if f.magnitude is not None and f.magnitude.shape != (rows, columns):
         checks.shape("magnitude", f.magnitude, (rows, columns), "rows and columns of the feedback")
-    _check_state(f.state)
+    check_state(f.state)
 
 
 # -- the product with F ----------------------------------------------------------------------------------------------
@@ -76,7 +68,7 @@ def _check_rows(index, columns, state, *_):
     checks.dims("index", index, (1,), "(B,)")
     if index.dtype != torch.int64:
         raise TypeError(f"index must be int64, got {str(index.dtype)[6:]}")
-    _check_state(state)
+    check_state(state)
 
 
 @_define(
