@@ -22,6 +22,22 @@ def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device, and only those")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads its options
+def pytest_cmdline_main(config):
+    """The whole suite runs on all cores (`-n 0`: in one process); files that are named, and --gpu, in one process."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker comes by here too: it must not start workers of its own
+        return
+    option = config.option
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS and not option.gpu and not option.usepdb
+    if not (whole and getattr(option, "numprocesses", 0) is None):  # 0: xdist is not there
+        return
+    option.numprocesses, option.dist = "auto", "worksteal"
+    option.maxprocesses = option.maxprocesses or 8  # of about 1 GB each
+    if hasattr(option, "benchmark_disable"):
+        option.benchmark_disable = True  # pytest-benchmark would warn that it does this
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # they share the cores: a thread that waits must not spin
+
+
 def pytest_ignore_collect(collection_path, config):
     """With --gpu the files test_gpu*.py alone, without it all others: Triton either compiles or interprets."""
     if collection_path.suffix in (".py", ".md") and collection_path.name != "__init__.py":
