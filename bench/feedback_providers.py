@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lgkernels.nn as lnn
+from lgkernels.ops.common.matrix import FeedbackMatrix
 from lgkernels.optim import fuse_update
 from lgkernels.recipes.models import build
 from lgkernels.training import BackpropTrainer, DirectTrainer
@@ -237,12 +238,13 @@ def feedback_product(case, device, compiled):
     magnitude = feedback.to(case.torch_dtype) if case.rule == "fa" else None
     formula, tensors = _layer(case, "reference", device)._formula()
     random = (tensors["state"], formula.law, formula.law_scale, formula.low) if "state" in tensors else None
-    arguments = (None if case.rule == "fa" else weight, None, random, formula.scale, False)
+    weight_of_f = None if case.rule == "fa" else weight
+    f = FeedbackMatrix(weight_of_f, None, *(random or (None, "uniform", 1.0, None)), formula.scale)
     providers = {}
     for name in names(case, device, False):
         if name.startswith("lgkernels"):
             kernels = base.dispatch.backend("feedback_product", name.split()[1], device, case.torch_dtype)
-            providers[name] = lambda i, kernels=kernels: {"grad_x": kernels.product(grad, case.channels, *arguments)}
+            providers[name] = lambda i, kernels=kernels: {"grad_x": kernels.product(grad, case.channels, f)}
     providers["torch.mm with W"] = lambda i: {"": grad @ weight}
     result = "grad_x" if case.rule in ("usf", "fa") else "own draw"
 

@@ -20,20 +20,31 @@ within 4 ulp of the value computed here. `LAW_VERSION` changes with any of this.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .core import checks
 
 LAW_VERSION = 1
+Law = Literal["uniform", "normal", "uniform8", "sign"]
 VALUES_PER_CALL = {"uniform": 4, "normal": 4, "uniform8": 16, "sign": 128}
 
 _MASK = 0xFFFFFFFF
 _BLOCKS_AT_ONCE = 1 << 18  # counters computed together: bounds the integer temporaries to a few MB
 
 
-def philox(c0, c1, c2, c3, key_low, key_high):
+def philox(
+    c0: Tensor | int,
+    c1: Tensor | int,
+    c2: Tensor | int,
+    c3: Tensor | int,
+    key_low: Tensor | int,
+    key_high: Tensor | int,
+) -> tuple[Any, Any, Any, Any]:
     """Ten rounds of Philox4x32: six broadcastable int64 tensors (or ints) of 32-bit words in, four words out."""
     for _ in range(10):
         # x * M as x * (M - 2**32) + x * 2**32: no product leaves the signed 64-bit range
@@ -44,11 +55,11 @@ def philox(c0, c1, c2, c3, key_low, key_high):
     return c0, c1, c2, c3
 
 
-def _unit(words):
+def _unit(words: Tensor) -> Tensor:
     return ((words >> 9).float() + 0.5) * 2.0**-23
 
 
-def _normal(words):
+def _normal(words: Tensor) -> Tensor:
     """Box-Muller in float64 of the float32 angle: the correctly rounded value that float32 backends approach."""
     u = _unit(words)
     radius = torch.sqrt(-2 * torch.log(u[..., 0::2].double()))
@@ -56,12 +67,12 @@ def _normal(words):
     return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1).flatten(-2).float()
 
 
-def _affine(unit, scale, low):
+def _affine(unit: Tensor, scale: float, low: float) -> Tensor:
     # The product is exact in float64, so a fused multiply-add there changes nothing, as it would in float32.
     return (unit.double() * float(np.float32(scale - low)) + float(np.float32(low))).float()
 
 
-def law_values(words, law, scale=1.0, low=None):
+def law_values(words: Tensor, law: Law, scale: float = 1.0, low: float | None = None) -> Tensor:
     """Words (..., 4) as int64 -> float32 values (..., v) of one of the laws above."""
     if law == "normal":
         return _normal(words) * scale
@@ -74,9 +85,28 @@ def law_values(words, law, scale=1.0, low=None):
     return (1 - 2 * bits).float() * scale
 
 
-def random_rows(state, index, cols, law="uniform", scale=1.0, low=None, *, first=0, dtype=torch.float32):
+def random_rows(
+    state: Tensor,
+    index: Tensor,
+    cols: int,
+    law: Law = "uniform",
+    scale: float = 1.0,
+    low: float | None = None,
+    *,
+    first: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """(len(index), cols) elements: rows `index` (int64 tensor), columns from `first` on, of the matrix of `state`
     (int64 tensor: seed, stream, step)."""
+    _check_state(state)
+    _check_law(law, scale, low)
+    checks.integer("index", index, "row numbers are expected")
+    checks.dims("index", index, (1,), "(rows,)")
+    checks.same_device(state=state, index=index)
+    checks.integer_between("cols", cols, 0, 2**32 + 1)
+    checks.integer_between("first", first, 0, 2**32 + 1 - cols)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {checks.got(dtype)}")
     v = VALUES_PER_CALL[law]
     first, skip = divmod(first, v)
     blocks = (skip + cols + v - 1) // v
@@ -95,10 +125,30 @@ def random_rows(state, index, cols, law="uniform", scale=1.0, low=None, *, first
     return out
 
 
-def random_matrix(state, rows, cols, law="uniform", scale=1.0, low=None, *, offset=(0, 0), dtype=torch.float32):
+def random_matrix(
+    state: Tensor,
+    rows: int,
+    cols: int,
+    law: Law = "uniform",
+    scale: float = 1.0,
+    low: float | None = None,
+    *,
+    offset: Sequence[int] = (0, 0),
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """(rows, cols) elements of the matrix of `state` (int64 tensor: seed, stream, step) from (row, col) `offset` on."""
-    index = torch.arange(offset[0], offset[0] + rows, device=state.device)
-    return random_rows(state, index, cols, law, scale, low, first=offset[1], dtype=dtype)
+    _check_state(state)
+    checks.integer_between("rows", rows, 0, 2**32 + 1)
+    checks.integer_between("cols", cols, 0, 2**32 + 1)
+    if not isinstance(offset, (tuple, list)):
+        raise TypeError(f"offset must be (row, col), got {type(offset).__name__}")
+    row, col = checks.pair("offset", offset, 0)
+    if row + rows > 2**32 or col + cols > 2**32:
+        raise ValueError(
+            f"offset must keep rows and columns within [0, 2**32), got {tuple(offset)} for a ({rows}, {cols}) matrix"
+        )
+    index = torch.arange(row, row + rows, device=state.device)
+    return random_rows(state, index, cols, law, scale, low, first=col, dtype=dtype)
 
 
 class RandomFeedback(torch.nn.Module):
@@ -119,19 +169,16 @@ class RandomFeedback(torch.nn.Module):
     True
     """
 
-    def __init__(self, seed, stream=0, law="uniform", scale=1.0, low=None):
+    state: Tensor
+
+    def __init__(
+        self, seed: int, stream: int = 0, law: Law = "uniform", scale: float = 1.0, low: float | None = None
+    ) -> None:
         super().__init__()
-        _check_integer("seed", seed, -(2**63), 2**64)
-        _check_integer("stream", stream, 0, 2**32)
-        checks.choice("law", law, tuple(VALUES_PER_CALL))
-        _check_number("scale", scale)
-        checks.positive("scale", scale)
-        if low is not None:
-            if law not in ("uniform", "uniform8"):
-                raise ValueError(f"low must be None for law={law!r} (uniform laws alone have a low end), got {low!r}")
-            _check_number("low", low)
-            if low >= scale:
-                raise ValueError(f"low must be below scale={scale!r}, got {low!r}")
+        checks.integer_between("seed", seed, -(2**63), 2**64)
+        checks.integer_between("stream", stream, 0, 2**32)
+        _check_law(law, scale, low)
+        self.law: Law
         self.law, self.scale, self.low = law, float(scale), None if low is None else float(low)
         self.seed, self.stream = int(seed) - 2**64 if seed >= 2**63 else int(seed), int(stream)
         with torch.inference_mode(False):  # a state made under inference mode could not advance outside of it
@@ -139,57 +186,66 @@ class RandomFeedback(torch.nn.Module):
                 "state", torch.tensor([self.seed, self.stream, 0], dtype=torch.int64), persistent=False
             )
 
-    def materialize(self, shape, device=None, dtype=None, *, offset=(0, 0)):
+    def materialize(
+        self,
+        shape: int | Sequence[int],
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        offset: Sequence[int] = (0, 0),
+    ) -> Tensor:
         """The tensor of `shape` on `device` (default: the state's) in `dtype` (default float32; rounded once).
 
         `offset`: (row, col) of its first element in the matrix, for shards."""
-        shape = tuple(shape)
-        if not shape or any(not isinstance(n, int) or n < 0 for n in shape):
-            raise ValueError(f"shape must have at least one dimension and none negative, got {shape}")
+        shape = checks.sizes("shape", shape, "the sizes of a tensor of at least one dimension")
+        checks.device("device", device)
         dtype = torch.float32 if dtype is None else dtype
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
-        rows, cols = shape[0], math.prod(shape[1:])
-        row, col = offset
-        if row < 0 or col < 0 or row + rows > 2**32 or col + cols > 2**32:
-            raise ValueError(
-                f"offset must keep rows and columns within [0, 2**32), got {tuple(offset)} for a "
-                f"({rows}, {cols}) matrix"
-            )
         state = self.state if device is None else self.state.to(device)
+        rows, cols = shape[0], math.prod(shape[1:])
         return random_matrix(state, rows, cols, self.law, self.scale, self.low, offset=offset, dtype=dtype).view(shape)
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """The state that the constructor sets: step 0. After `to_empty`, which leaves it undefined."""
         self.set_state(self.seed, self.stream, 0)
 
     @torch.no_grad()
-    def set_state(self, seed, stream, step):
+    def set_state(self, seed: int, stream: int, step: int) -> None:
         """Another matrix: as three integers of `state.tolist()`."""
+        for name, value in (("seed", seed), ("stream", stream), ("step", step)):
+            checks.integer_between(name, value, -(2**63), 2**63)
         self.seed, self.stream = seed, stream
         self.state.copy_(torch.tensor([seed, stream, step]))
 
     @torch.no_grad()
-    def advance(self, skipped=None):
+    def advance(self, skipped: Tensor | None = None) -> None:
         """Next step, so another matrix: an addition on the device, safe in CUDA graphs. Nothing else moves it.
         `skipped`: a tensor of one number that is not 0 where nothing is to move."""
+        if skipped is not None:
+            checks.tensor("skipped", skipped)
+            if skipped.numel() != 1:
+                raise ValueError(f"skipped must hold one number, got shape {checks.shape_of(skipped)}")
         self.state[2].add_(1 if skipped is None else (skipped == 0).to(self.state).sum())
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         low = "" if self.low is None else f", low={self.low:g}"
         return f"law={self.law}, scale={self.scale:g}{low}"
 
 
-def _check_integer(name, value, low, high):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not low <= value < high:
-        raise ValueError(f"{name} must be an integer in [{low}, {high}), got {value}")
+def _check_law(law: Any, scale: Any, low: Any) -> None:
+    checks.choice("law", law, tuple(VALUES_PER_CALL))
+    checks.number("scale", scale)
+    checks.positive("scale", scale)
+    if low is not None:
+        if law not in ("uniform", "uniform8"):
+            raise ValueError(f"low must be None for law={law!r} (uniform laws alone have a low end), got {low!r}")
+        checks.number("low", low)
+        if low >= scale:
+            raise ValueError(f"low must be below scale={scale!r}, got {low!r}")
 
 
-def _check_number(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
+def _check_state(state: Any) -> None:
+    checks.integer("state", state, "seed, stream and step are expected")
+    checks.shape("state", state, (3,), "seed, stream, step")
+    if state.dtype != torch.int64:
+        raise TypeError(f"state must be int64, got {checks.dtype_of(state)}")

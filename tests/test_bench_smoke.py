@@ -177,4 +177,4 @@ def test_gpu_check_knows_every_op_that_has_a_gpu_kernel():
     from lgkernels.core import dispatch
 
     checked = [op for ops in OPS.values() for op in ops]
-    assert sorted(checked) == [op for op in dispatch.registered_ops() if "cuda" in dispatch._ops[op]]
+    assert sorted(checked) == [op for op in dispatch.registered_ops() if "cuda" in dispatch.backends(op)]

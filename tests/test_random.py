@@ -438,8 +438,8 @@ def test_bad_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     "shape, arguments, error, message",
     [
-        ((), {}, ValueError, r"shape must have at least one dimension and none negative, got \(\)"),
-        ((2, -1), {}, ValueError, r"shape must have .* got \(2, -1\)"),
+        ((), {}, ValueError, r"shape must be .* of at least one dimension, none negative, got \(\)"),
+        ((2, -1), {}, ValueError, r"shape must be .* got \(2, -1\)"),
         ((2, 2), dict(dtype=torch.int64), TypeError, "dtype must be a floating-point dtype, got torch.int64"),
         (
             (2, 2),

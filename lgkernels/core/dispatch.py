@@ -1,16 +1,18 @@
 """Which backend runs an op: `impl=` argument, then `LGKERNELS_IMPL`, then a choice by device, dtype and evidence.
 
-A family registers its backends once: `register("lls_loss", reference="...", cpu="...", ...)`, module paths that
-are imported when first used. On CUDA devices `auto` takes only what `core/verified.json` says has passed
-the GPU tests: first on this architecture, then on any; else the reference.
+A backend of an op is a module of its family's package, named as the backend (`ops/lls/triton.py`), imported when first
+used. On CUDA devices `auto` takes only what `core/verified.json` says has passed the GPU tests: first on this
+architecture, then on any; else the reference.
 """
 
 import importlib
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -19,20 +21,42 @@ from . import native
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLEMENTATIONS = ("auto", *BACKENDS)
 _VERIFIED = Path(__file__).with_name("verified.json")
-_ops = {}
+_ops: dict[str, tuple[str, tuple[str, ...]]] = {}  # op: (package, backends)
 
 
-def register(op, **modules):
-    """Declare an op and the module path of each of its backends."""
-    _ops[op] = modules
+def register(op: str, package: str, backends: Sequence[str] | None = None) -> None:
+    """Declare an op of a family's package, and its backends where they are not all that have a file there."""
+    if backends is None:
+        folder = Path(importlib.util.find_spec(package).submodule_search_locations[0])  # type: ignore[union-attr,index]
+        backends = [name for name in BACKENDS if (folder / f"{name}.py").exists()]
+    _ops[op] = package, tuple(backends)
 
 
-def registered_ops():
-    """Names of the registered ops. The families register on import of `lgkernels.functional`."""
+@lru_cache(maxsize=1)
+def families() -> tuple[str, ...]:
+    """Names of the families: the packages of `lgkernels.ops` that have an `op.py`."""
+    folder = Path(__file__).parents[1] / "ops"
+    return tuple(sorted(path.parent.name for path in folder.glob("*/op.py")))
+
+
+def registered_ops() -> list[str]:
+    """Names of the ops of all families."""
+    for name in families():
+        importlib.import_module(f"lgkernels.ops.{name}.op")
     return sorted(_ops)
 
 
-def architecture(device):
+def backends(op: str) -> tuple[str, ...]:
+    """Names of the op's backends."""
+    return _ops[op][1]
+
+
+def family(op: str) -> str:
+    """Package of the op's family."""
+    return _ops[op][0]
+
+
+def architecture(device: torch.device) -> str:
     """`"sm_86"` for a CUDA device, else the device type."""
     if device.type != "cuda":
         return device.type
@@ -40,19 +64,19 @@ def architecture(device):
 
 
 @lru_cache(maxsize=1)
-def verified():
+def verified() -> dict[str, dict[str, list[str]]]:
     """{op: {architecture: [backends that passed the GPU tests, best first]}}, written by `bench.report`."""
     return json.loads(_VERIFIED.read_text()) if _VERIFIED.exists() else {}
 
 
-def interpreting():
+def interpreting() -> bool:
     """True when Triton kernels run in its CPU interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def unavailable(op, backend, device, dtype):
+def unavailable(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` can't run `op` here; None if it can."""
-    if backend not in _ops[op]:
+    if backend not in backends(op):
         return f"{op} has no {backend} backend"
     if backend == "reference":
         return None
@@ -75,7 +99,7 @@ def unavailable(op, backend, device, dtype):
     return None
 
 
-def explain(op, device, dtype):
+def explain(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:
     """`(backend, reason)` that `impl="auto"` uses for this op on this device and dtype."""
     device = torch.device(device)
     if dtype == torch.float64:
@@ -85,7 +109,7 @@ def explain(op, device, dtype):
         return ("reference", why_not) if why_not else ("cpu", f"native C++ ({native.native().cpu_level()})")
     if device.type == "cuda":
         passed, here = verified().get(op, {}), architecture(device)
-        for arch in [here] + sorted(set(passed) - {here}):
+        for arch in [here, *sorted(set(passed) - {here})]:
             for backend in passed.get(arch, []):
                 if unavailable(op, backend, device, dtype) is None:
                     return backend, f"passed the GPU tests on {arch}"
@@ -94,25 +118,31 @@ def explain(op, device, dtype):
 
 
 @lru_cache(maxsize=1024)
-def _choose(op, impl, device, dtype, _environment):
+def _chosen(
+    op: str, impl: str, device: torch.device, dtype: torch.dtype, _environment: tuple
+) -> tuple[str, ModuleType]:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "auto":
-        return explain(op, device, dtype)[0]
+        impl = explain(op, device, dtype)[0]
     why_not = unavailable(op, impl, device, dtype)
     if why_not:
         usable = [b for b in BACKENDS if unavailable(op, b, device, dtype) is None]
         raise ValueError(f"impl={impl!r} can't run {op} on {device.type} {dtype}: {why_not}; usable here: {usable}")
-    return impl
+    return impl, importlib.import_module(f"{_ops[op][0]}.{impl}")
 
 
-def choose(op, impl, device, dtype):
-    """Name of the backend that runs `op`; ValueError if the one asked for can't."""
+def _choice(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ModuleType]:
     if impl == "auto":
         impl = os.environ.get("LGKERNELS_IMPL", "auto")
-    return _choose(op, impl, device, dtype, (interpreting(), id(native.cuda_entries())))
+    return _chosen(op, impl, device, dtype, (interpreting(), id(native.cuda_entries())))
 
 
-def backend(op, impl, device, dtype):
+def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the backend that runs `op`; ValueError if the one asked for can't."""
+    return _choice(op, impl, device, dtype)[0]
+
+
+def backend(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The module that runs `op` on tensors of this device and dtype."""
-    return importlib.import_module(_ops[op][choose(op, impl, device, dtype)])
+    return _choice(op, impl, device, dtype)[1]

@@ -1,12 +1,19 @@
 """Adapters: check the arguments, then call the family's autograd entry."""
 
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
 from ..core import checks
 from ..ops.adapter import autograd as _adapter
 
 __all__ = ["lokr_conv2d", "lokr_linear", "lora_linear"]
 
 
-def lora_linear(x, weight, bias=None, *, a, b, scale, impl="auto"):
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, a: Tensor, b: Tensor, scale: float, impl: str = "auto"
+) -> Tensor:
     r"""Linear layer with a low-rank adapter: :math:`y = x W^T + \beta + s\,(x a^T)\, b^T`.
 
     Args:
@@ -27,17 +34,29 @@ def lora_linear(x, weight, bias=None, *, a, b, scale, impl="auto"):
         >>> LF.lora_linear(torch.ones(1, 2), torch.eye(2), a=torch.ones(1, 2), b=torch.ones(2, 1), scale=0.5)
         tensor([[2., 2.]])
     """
-    out, width = _linear_arguments(x, weight, bias)
+    checks.linear(x, weight, bias, one_dtype=False)
+    out, width = weight.shape
+    checks.number("scale", scale)
+    checks.impl(impl)
     checks.floating("a", a)
-    checks.dims("a", a, (2,), f"(r, {width})")
-    checks.shape("a", a, (a.shape[0], width), "the columns of weight")
+    if a.dim() != 2 or a.shape[1] != width:
+        raise ValueError(f"a must be (r, {width}) (the columns of weight), got shape {checks.shape_of(a)}")
     checks.floating("b", b)
     checks.shape("b", b, (out, a.shape[0]), "the rows of weight, and of a")
-    checks.same_device(x=x, weight=weight, bias=bias, a=a, b=b)
+    checks.same_device(weight=weight, a=a, b=b)
     return _adapter.lora_linear(x, weight, bias, a, b, float(scale), impl)
 
 
-def lokr_linear(x, weight, bias=None, *, w1, w2, scale, impl="auto"):
+def lokr_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    w1: Tensor | Sequence[Tensor],
+    w2: Tensor | Sequence[Tensor],
+    scale: float,
+    impl: str = "auto",
+) -> Tensor:
     r"""Linear layer with a Kronecker adapter: :math:`y = x (W + s\, w_1 \otimes w_2)^T + \beta`.
 
     Factorised, forward and backward: neither the Kronecker product nor its gradient is built.
@@ -61,19 +80,34 @@ def lokr_linear(x, weight, bias=None, *, w1, w2, scale, impl="auto"):
         >>> LF.lokr_linear(torch.ones(1, 4), torch.zeros(4, 4), w1=torch.eye(2), w2=torch.ones(2, 2), scale=0.5)
         tensor([[1., 1., 1., 1.]])
     """
-    out, width = _linear_arguments(x, weight, bias)
-    w1, a, b = _factors(w1, w2, None)
-    _kronecker_shapes(w1, a, b, out, width)
-    checks.same_device(x=x, weight=weight, bias=bias, w1=w1, w2=b)
+    checks.linear(x, weight, bias, one_dtype=False)
+    checks.number("scale", scale)
+    checks.impl(impl)
+    w1, a, b = _factors(w1, w2, weight)
     return _adapter.lokr_linear(x, weight, bias, w1, a, b, float(scale), impl)
 
 
-def lokr_conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, w1, w2, scale, impl="auto"):
+def lokr_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | Literal["same", "valid"] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    w1: Tensor | Sequence[Tensor],
+    w2: Tensor | Sequence[Tensor],
+    scale: float,
+    impl: str = "auto",
+) -> Tensor:
     r"""Convolution with a Kronecker adapter: :func:`lokr_linear` over the channels, w2 holding the kernel window.
 
     Args:
-        x (Tensor): (B, in, H, W). weight (Tensor): (out, in / groups, kh, kw). bias (Tensor, optional): (out,).
-        stride, padding, dilation (int or pair), groups (int): as torch's; groups must divide the rows of w1.
+        x (Tensor): (B, in, H, W) or (in, H, W). weight (Tensor): (out, in / groups, kh, kw). bias (Tensor, optional):
+            (out,).
+        stride, padding, dilation (int or pair), groups (int): as torch's, ``padding="same"`` and ``"valid"`` too;
+            groups must divide the rows of w1.
         w1 (Tensor, or pair): (out1, in1).
         w2 (Tensor, or pair): (out2, in2, kh, kw), or ``(a, b)`` with a (out2, r) and b (r, in2 * kh * kw).
         scale (float), impl (str): as :func:`lokr_linear`.
@@ -92,87 +126,68 @@ def lokr_conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1,
         >>> y[0, 0, 1]
         tensor([24., 36., 24.])
     """
-    checks.floating("x", x)
-    checks.dims("x", x, (4,), "(B, C, H, W)")
-    checks.floating("weight", weight)
-    checks.dims("weight", weight, (4,), "(out, in / groups, kh, kw)")
-    checks.positive_integer("groups", groups)
-    if x.shape[1] != weight.shape[1] * groups:
-        raise ValueError(
-            f"x must have {weight.shape[1] * groups} channels (columns of weight * groups), got shape "
-            f"{checks.shape_of(x)}"
-        )
-    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
-    padding = _pair("padding", padding, low=0)
-    _bias(bias, weight)
-    w1, a, b = _factors(w1, w2, weight.shape[2:])
-    _kronecker_shapes(w1, a, b, weight.shape[0], weight.shape[1])
-    if tuple(b.shape[2:]) != tuple(weight.shape[2:]):
-        raise ValueError(f"w2 must have weight's window {tuple(weight.shape[2:])}, got shape {checks.shape_of(b)}")
+    x, (stride, padding, dilation, groups), batched = checks.conv2d(
+        x, weight, bias, stride, padding, dilation, groups, one_dtype=False
+    )
+    checks.number("scale", scale)
+    checks.impl(impl)
+    w1, a, b = _factors(w1, w2, weight)
     if w1.shape[0] % groups:
         raise ValueError(f"groups must divide the rows of w1, got {groups} and w1 of shape {checks.shape_of(w1)}")
-    checks.same_device(x=x, weight=weight, bias=bias, w1=w1, w2=b)
-    return _adapter.lokr_conv2d(x, weight, bias, stride, padding, dilation, groups, w1, a, b, float(scale), impl)
+    y = _adapter.lokr_conv2d(x, weight, bias, stride, padding, dilation, groups, w1, a, b, float(scale), impl)
+    return y if batched else y.squeeze(0)
 
 
-def _bias(bias, weight):
-    if bias is not None:
-        checks.floating("bias", bias)
-        checks.shape("bias", bias, weight.shape[:1], "one entry per row of weight")
-
-
-def _linear_arguments(x, weight, bias):
-    checks.floating("x", x)
-    checks.floating("weight", weight)
-    checks.dims("weight", weight, (2,), "(out, in)")
-    if not x.dim() or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x must be (..., {weight.shape[1]}), the columns of weight, got shape {checks.shape_of(x)}")
-    _bias(bias, weight)
-    return weight.shape
-
-
-def _pair(name, value, low=1):
-    if isinstance(value, int):
-        value = (value, value)
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(v, int) for v in value):
-        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    if min(value) < low:
-        raise ValueError(f"{name} must be at least {low}, got {tuple(value)}")
-    return list(value)
-
-
-def _factors(w1, w2, window):
-    """w1 as a matrix (a pair is multiplied: it is small), w2 as `(a, b)`, or `(None, w2)` where it is full."""
-    for name, value in (("w1", w1), ("w2", w2)):
-        parts = value if isinstance(value, (tuple, list)) else (value,)
-        if len(parts) > 2:
+def _parts(name: str, value: Any, weight: Tensor) -> Sequence[Tensor]:
+    """The factor itself, or the two tensors (rows, r) and (r, columns) that stand for it."""
+    if not isinstance(value, (tuple, list)):
+        checks.tensor(name, value, "a tensor or a pair of tensors")
+        checks.floating(name, value)
+        parts: Sequence[Tensor] = (value,)
+    else:
+        parts = value
+        if len(parts) == 3 and all(isinstance(part, Tensor) for part in parts):
+            raise ValueError(f"{name} must be a tensor or a pair, got 3 tensors: the Tucker form is not supported")
+        if len(parts) != 2:
             raise ValueError(
-                f"{name} must be a tensor or a pair, got {len(parts)} tensors: the Tucker form is not supported"
+                f"{name} must be a tensor or a pair of tensors, got a {type(value).__name__} of {len(value)}"
             )
-        for part in parts:
-            checks.floating(name, part)
-        if len(parts) == 2:
-            checks.dims(f"{name}[0]", parts[0], (2,), "(rows, r)")
-            checks.dims(f"{name}[1]", parts[1], (2,), "(r, columns)")
-            checks.shape(f"{name}[1]", parts[1], (parts[0].shape[1], parts[1].shape[1]), "the columns of the first")
-    if isinstance(w1, (tuple, list)):
-        w1 = w1[0] @ w1[1]
+        checks.floating(f"{name}[0]", parts[0])
+        checks.floating(f"{name}[1]", parts[1])
+        checks.dims(f"{name}[0]", parts[0], (2,), "(rows, r)")
+        checks.dims(f"{name}[1]", parts[1], (2,), "(r, columns)")
+        checks.shape(f"{name}[1]", parts[1], (parts[0].shape[1], parts[1].shape[1]), "the columns of the first")
+    for part in parts:
+        checks.same_device(weight=weight, **{name: part})
+    return parts
+
+
+def _factors(w1: Any, w2: Any, weight: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """w1 as a matrix (a pair is multiplied: it is small), w2 as `(a, b)`, or `(None, w2)` where it is full."""
+    first, second = _parts("w1", w1, weight), _parts("w2", w2, weight)
+    window = weight.shape[2:]
+    if len(first) == 2:
+        if first[0].dtype != first[1].dtype and not checks.autocasts(weight.device):
+            raise TypeError(
+                f"w1[1] must have w1[0]'s dtype {checks.dtype_of(first[0])} (outside of autocast), "
+                f"got {checks.dtype_of(first[1])}"
+            )
+        w1 = first[0] @ first[1]
     checks.dims("w1", w1, (2,), "(out1, in1)")
-    if not isinstance(w2, (tuple, list)):
-        checks.dims("w2", w2, (2 if window is None else 4,), "(out2, in2)" if window is None else "(out2, in2, kh, kw)")
-        return w1, None, w2
-    a, b = w2
-    if window is not None:
+    if len(second) == 1:
+        checks.dims("w2", w2, (2 + len(window),), "(out2, in2, kh, kw)" if window else "(out2, in2)")
+        if w2.shape[2:] != window:
+            raise ValueError(f"w2 must have weight's window {tuple(window)}, got shape {checks.shape_of(w2)}")
+        a, b = None, w2
+    else:
+        a, b = second
         if b.shape[1] % window.numel():
             raise ValueError(f"w2[1] must be (r, in2 * {window[0]} * {window[1]}), got shape {checks.shape_of(b)}")
-        b = b.reshape(b.shape[0], -1, *window)
-    return w1, a, b
-
-
-def _kronecker_shapes(w1, a, b, out, width):
+        b = b.reshape(b.shape[0], b.shape[1] // window.numel(), *window) if window else b
     rows = b.shape[0] if a is None else a.shape[0]
-    if w1.shape[0] * rows != out or w1.shape[1] * b.shape[1] != width:
+    if w1.shape[0] * rows != weight.shape[0] or w1.shape[1] * b.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"w1 and w2 must give a ({out}, {width}) Kronecker product, got ({w1.shape[0]}, {w1.shape[1]}) "
+            f"w1 and w2 must give a {tuple(weight.shape[:2])} Kronecker product, got ({w1.shape[0]}, {w1.shape[1]}) "
             f"and ({rows}, {b.shape[1]})"
         )
+    return w1, a, b

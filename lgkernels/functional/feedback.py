@@ -1,8 +1,14 @@
 """Feedback without weight transport: check the arguments, then call the family's autograd entry."""
 
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
 from ..core import checks
 from ..ops.feedback import arguments as _arguments
 from ..ops.feedback import autograd as _feedback
+from ..random import RandomFeedback
 
 __all__ = [
     "feedback_conv2d",
@@ -13,8 +19,12 @@ __all__ = [
     "target_projection",
 ]
 
+_Projecting = Tensor | RandomFeedback | _arguments.Scaled
 
-def feedback_linear(x, weight, bias=None, *, feedback, impl="auto"):
+
+def feedback_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, feedback: Tensor | RandomFeedback, impl: str = "auto"
+) -> Tensor:
     r"""Linear layer of feedback alignment (FA): the error goes down through a fixed matrix instead of the weight.
 
     .. math:: y = x W^T + b, \qquad dX = g F, \quad dW = g^T x, \quad db = \sum g
@@ -43,12 +53,24 @@ def feedback_linear(x, weight, bias=None, *, feedback, impl="auto"):
         >>> x.grad
         tensor([[1.5000, 1.5000]])
     """
-    _arguments.check_linear(x, weight, bias)
+    checks.linear(x, weight, bias)
+    checks.impl(impl)
     formula, source = _arguments.alignment(weight, feedback)
     return _feedback.linear(x, weight, bias, formula, **source, impl=impl)
 
 
-def feedback_conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, *, feedback, impl="auto"):
+def feedback_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | Literal["same", "valid"] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    feedback: Tensor | RandomFeedback,
+    impl: str = "auto",
+) -> Tensor:
     r"""Convolution of feedback alignment (FA): dX is the input gradient of the convolution with F instead of W.
 
     Args:
@@ -76,15 +98,24 @@ def feedback_conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, group
         >>> y.shape, x.grad.shape
         (torch.Size([1, 4, 8, 8]), torch.Size([1, 3, 8, 8]))
     """
-    x, geometry, batched = _arguments.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    x, geometry, batched = checks.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    checks.impl(impl)
     formula, source = _arguments.alignment(weight, feedback)
     y = _feedback.conv2d(x, weight, bias, *geometry, formula, **source, impl=impl)
     return y if batched else y.squeeze(0)
 
 
 def sign_symmetric_linear(
-    x, weight, bias=None, *, scale=1.0, magnitude=None, sign_zero="zero", packed_signs=False, impl="auto"
-):
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float | Literal["mean_abs"] = 1.0,
+    magnitude: Tensor | RandomFeedback | None = None,
+    sign_zero: Literal["zero", "plus"] = "zero",
+    packed_signs: bool = False,
+    impl: str = "auto",
+) -> Tensor:
     r"""Linear layer with sign-symmetric feedback: the error goes down through the signs of the weight.
 
     .. math::
@@ -120,26 +151,27 @@ def sign_symmetric_linear(
         >>> x.grad
         tensor([[ 1.0000, -0.5000]])
     """
-    _arguments.check_linear(x, weight, bias)
+    checks.linear(x, weight, bias)
+    checks.impl(impl)
     formula, source = _arguments.sign_symmetric(weight, scale, magnitude, sign_zero, packed_signs)
     return _feedback.linear(x, weight, bias, formula, **source, impl=impl)
 
 
 def sign_symmetric_conv2d(
-    x,
-    weight,
-    bias=None,
-    stride=1,
-    padding=0,
-    dilation=1,
-    groups=1,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | Literal["same", "valid"] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
     *,
-    scale=1.0,
-    magnitude=None,
-    sign_zero="zero",
-    packed_signs=False,
-    impl="auto",
-):
+    scale: float | Literal["mean_abs"] = 1.0,
+    magnitude: Tensor | RandomFeedback | None = None,
+    sign_zero: Literal["zero", "plus"] = "zero",
+    packed_signs: bool = False,
+    impl: str = "auto",
+) -> Tensor:
     r"""Convolution with sign-symmetric feedback: dX is the input gradient of the convolution with F instead of W.
 
     Args:
@@ -164,13 +196,16 @@ def sign_symmetric_conv2d(
         tensor([[[[0.2500, 0.2500],
                   [0.2500, 0.2500]]]])
     """
-    x, geometry, batched = _arguments.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    x, geometry, batched = checks.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    checks.impl(impl)
     formula, source = _arguments.sign_symmetric(weight, scale, magnitude, sign_zero, packed_signs)
     y = _feedback.conv2d(x, weight, bias, *geometry, formula, **source, impl=impl)
     return y if batched else y.squeeze(0)
 
 
-def feedback_projection(error, feedback, shape, *, impl="auto"):
+def feedback_projection(
+    error: Tensor, feedback: _Projecting, shape: int | Sequence[int], *, impl: str = "auto"
+) -> Tensor:
     r"""Direct feedback alignment (DFA): the output's error, projected to a layer.
 
     .. math:: \delta = e B
@@ -196,13 +231,12 @@ def feedback_projection(error, feedback, shape, *, impl="auto"):
         >>> LF.feedback_projection(torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.5]]), (3,))
         tensor([[1., 0., 2.]])
     """
-    checks.floating("error", error)
-    checks.dims("error", error, (2,), "(B, C)")
-    shape, columns, source = _arguments.projection("error", error, feedback, shape, error.shape[1])
-    return _feedback.project(error, columns, *source, impl).view(error.shape[0], *shape)
+    return _projected("error", error, feedback, shape, impl)
 
 
-def target_projection(target, feedback, shape, *, impl="auto"):
+def target_projection(
+    target: Tensor, feedback: _Projecting, shape: int | Sequence[int], *, impl: str = "auto"
+) -> Tensor:
     r"""Direct random target projection (DRTP): the target, projected to a layer. It needs no output, so no error.
 
     .. math:: \delta = t B \quad\text{(class indices: row } B_y \text{)}
@@ -232,8 +266,17 @@ def target_projection(target, feedback, shape, *, impl="auto"):
     """
     checks.tensor("target", target)
     if target.is_floating_point() and target.dim() == 2:
-        return feedback_projection(target, feedback, shape, impl=impl)
+        return _projected("target", target, feedback, shape, impl)
     checks.integer("target", target)
     checks.dims("target", target, (1,), "(B,) class indices or (B, C) floats")
+    checks.impl(impl)
     shape, columns, source = _arguments.projection("target", target, feedback, shape)
     return _feedback.rows(target, columns, *source, impl).view(target.shape[0], *shape)
+
+
+def _projected(name: str, error: Tensor, feedback: _Projecting, shape: int | Sequence[int], impl: str) -> Tensor:
+    checks.floating(name, error)
+    checks.dims(name, error, (2,), "(B, C)")
+    checks.impl(impl)
+    shape, columns, source = _arguments.projection(name, error, feedback, shape, error.shape[1])
+    return _feedback.project(error, columns, *source, impl).view(error.shape[0], *shape)

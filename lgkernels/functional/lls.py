@@ -1,16 +1,31 @@
-"""Local Learning Signals: check the arguments, then call the family's autograd entry."""
+"""LLS (Local Learning rule inspired by neural activity Synchronization): check, then call the autograd entry."""
 
-from ..core import checks, dispatch
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..core import checks
 from ..ops.lls import autograd as _lls
 from ..ops.lls import basis as _basis
+from ..ops.lls.options import HeadOptions
 
 __all__ = ["lls_basis", "lls_loss"]
 
 _WAVEFORMS = ("square", "cosine")
 
 
-def lls_basis(rows, dim, *, waveform="square", min_freq=50.0, max_freq=512.0, device=None, impl="auto"):
-    r"""Periodic basis of Local Learning Signals.
+def lls_basis(
+    rows: int,
+    dim: int,
+    *,
+    waveform: Literal["square", "cosine"] = "square",
+    min_freq: float = 50.0,
+    max_freq: float = 512.0,
+    device: torch.device | str | int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Periodic basis of LLS.
 
     .. math:: \Phi_{kj} = \sin(\mathrm{fl32}(f_k\, j)), \qquad f = \mathrm{linspace}(f_{min}, f_{max}, K)
 
@@ -46,30 +61,31 @@ def lls_basis(rows, dim, *, waveform="square", min_freq=50.0, max_freq=512.0, de
     checks.choice("waveform", waveform, _WAVEFORMS)
     checks.number("min_freq", min_freq)
     checks.number("max_freq", max_freq)
-    checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
+    checks.device("device", device)
+    checks.impl(impl)
     return _basis.table(rows, dim, waveform, min_freq, max_freq, device).clone()
 
 
 def lls_loss(
-    activation,
-    target,
-    modulation=None,
+    activation: Tensor,
+    target: Tensor,
+    modulation: Tensor | None = None,
     *,
-    num_classes,
-    pool_size,
-    waveform="square",
-    temperature=0.5,
-    label_smoothing=0.0,
-    normalize=True,
-    eps=1e-12,
-    zero_gradient_below_eps=False,
-    basis=None,
-    basis_scale=1.0,
-    loss="cross_entropy",
-    ignore_index=-100,
-    reduction="mean",
-    impl="auto",
-):
+    num_classes: int,
+    pool_size: int,
+    waveform: Literal["square", "cosine"] = "square",
+    temperature: float = 0.5,
+    label_smoothing: float = 0.0,
+    normalize: bool = True,
+    eps: float = 1e-12,
+    zero_gradient_below_eps: bool = False,
+    basis: Tensor | None = None,
+    basis_scale: float = 1.0,
+    loss: Literal["cross_entropy", "hard_sigmoid_mse"] = "cross_entropy",
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    impl: str = "auto",
+) -> Tensor:
     r"""Local loss of LLS, LLS-M and LLS-MxM: the layer's pooled activation against a fixed periodic basis.
 
     .. math::
@@ -119,8 +135,7 @@ def lls_loss(
     """
     checks.floating("activation", activation)
     checks.dims("activation", activation, (2, 4), "(B, C, H, W) or (B, N)")
-    checks.integer("target", target)
-    checks.shape("target", target, activation.shape[:1], "one class index per row of activation")
+    checks.class_targets("target", target, activation, "activation")
     checks.positive_integer("num_classes", num_classes)
     checks.positive_integer("pool_size", pool_size)
     checks.choice("waveform", waveform, _WAVEFORMS)
@@ -132,8 +147,7 @@ def lls_loss(
     checks.boolean("normalize", normalize)
     checks.boolean("zero_gradient_below_eps", zero_gradient_below_eps)
     checks.whole_number("ignore_index", ignore_index)
-    if not isinstance(impl, str):
-        raise TypeError(f"impl must be a str, got {type(impl).__name__}")
+    checks.impl(impl)
     checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
     if loss != "cross_entropy" and label_smoothing:
         raise ValueError(f"label_smoothing must be 0 with loss={loss!r}, got {label_smoothing}")
@@ -158,19 +172,11 @@ def lls_loss(
     if basis is not None:
         rows = modulation.shape[0] if modulation is not None else num_classes
         if basis.shape[0] != rows:
-            raise ValueError(
-                f"basis must have {rows} rows ("
-                f"{'those of modulation' if modulation is not None else 'num_classes'}), got {basis.shape[0]}"
-            )
+            which = "num_classes" if modulation is None else "those of modulation"
+            raise ValueError(f"basis must have {rows} rows ({which}), got shape {checks.shape_of(basis)}")
     checks.same_device(activation=activation, target=target, modulation=modulation, basis=basis)
-    return _lls.lls_loss(
-        activation,
-        target,
-        modulation,
-        basis,
-        waveform,
+    options = HeadOptions(
         num_classes,
-        pool_size,
         float(temperature),
         float(label_smoothing),
         normalize,
@@ -180,5 +186,5 @@ def lls_loss(
         loss,
         ignore_index,
         reduction,
-        impl,
     )
+    return _lls.lls_loss(activation, target, modulation, basis, waveform, pool_size, options, impl)

@@ -1,10 +1,16 @@
 """Local losses: check the arguments, then call the family's autograd entry."""
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ..core import checks, dispatch
+from ..core import checks
+from ..core.ops import class_indices
 from ..ops.local_loss import autograd as _local
+from .contrastive import info_nce_loss, nt_xent_loss, supcon_loss
 
 __all__ = [
     "goodness_loss",
@@ -19,17 +25,22 @@ __all__ = [
 ]
 
 
-def _rows(name, value, h, meaning):
-    checks.integer(name, value)
-    checks.shape(name, value, h.shape[:1], meaning)
+def _samples(name: str, value: Tensor) -> None:
+    checks.floating(name, value)
+    if value.dim() < 2:
+        raise ValueError(f"{name} must be (B, ...) with at least 2 dimensions, got shape {checks.shape_of(value)}")
 
 
-def _not_empty(name, value):
-    if 0 in value.shape[1:]:
-        raise ValueError(f"{name} must have no empty dimension but the first, got shape {checks.shape_of(value)}")
-
-
-def local_cross_entropy(h, weight, bias, target, *, label_smoothing=0.0, reduction="mean", impl="auto"):
+def local_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    impl: str = "auto",
+) -> Tensor:
     r"""Local classifier: average pool, linear layer, cross entropy.
 
     .. math:: L = \mathrm{CE}(\bar h W^T + b,\; y)
@@ -61,7 +72,7 @@ def local_cross_entropy(h, weight, bias, target, *, label_smoothing=0.0, reducti
     """
     checks.floating("h", h)
     checks.dims("h", h, (2, 3, 4), "(B, C, H, W), (B, T, C) or (B, C)")
-    _not_empty("h", h)
+    checks.not_empty("h", h)
     checks.floating("weight", weight)
     checks.dims("weight", weight, (2,), "(num_classes, C)")
     channels = h.shape[1] if h.dim() == 4 else h.shape[-1]
@@ -70,17 +81,23 @@ def local_cross_entropy(h, weight, bias, target, *, label_smoothing=0.0, reducti
             f"weight must be (num_classes, {channels}) for h of shape {checks.shape_of(h)}, "
             f"got shape {checks.shape_of(weight)}"
         )
-    if bias is not None:
-        checks.floating("bias", bias)
-        checks.shape("bias", bias, weight.shape[:1], "one entry per row of weight")
-    _rows("target", target, h, "one class index per row of h")
+    checks.bias("bias", bias, weight)
+    checks.class_targets("target", target, h, "h")
     checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.impl(impl)
     checks.same_device(h=h, weight=weight, bias=bias, target=target)
     return _local.local_cross_entropy(h, weight, bias, target, float(label_smoothing), reduction, impl)
 
 
-def goodness_loss(h, is_positive, *, threshold=2.0, goodness="mean", impl="auto"):
+def goodness_loss(
+    h: Tensor,
+    is_positive: Tensor,
+    *,
+    threshold: float = 2.0,
+    goodness: Literal["mean", "sum"] = "mean",
+    impl: str = "auto",
+) -> Tensor:
     r"""Forward-Forward: the activity of positive samples above a threshold, that of negative ones below it.
 
     .. math:: L = \frac1B \sum_i \mathrm{softplus}(s_i (\theta - g_i)), \quad g_i = \frac1D \sum_d h_{id}^2
@@ -110,23 +127,26 @@ def goodness_loss(h, is_positive, *, threshold=2.0, goodness="mean", impl="auto"
     return goodness_and_squares(h, is_positive, threshold, goodness, impl)[0]
 
 
-def goodness_and_squares(h, is_positive, threshold, goodness, impl="auto"):
+def goodness_and_squares(
+    h: Tensor, is_positive: Tensor, threshold: float, goodness: str, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """`(loss, squares (B,))`: the rows' sums of squares also normalise the next layer's input."""
-    checks.floating("h", h)
-    if h.dim() < 2:
-        raise ValueError(f"h must be (B, ...) with at least 2 dimensions, got shape {checks.shape_of(h)}")
-    _not_empty("h", h)
+    _samples("h", h)
+    checks.not_empty("h", h)
     checks.tensor("is_positive", is_positive)
     if is_positive.dtype != torch.bool:
-        raise TypeError(f"is_positive must be bool, got {str(is_positive.dtype)[6:]}; pass `label == 1`, say")
+        raise TypeError(f"is_positive must be bool, got {checks.dtype_of(is_positive)}; pass `label == 1`, say")
     checks.shape("is_positive", is_positive, h.shape[:1], "one entry per row of h")
     checks.choice("goodness", goodness, ("mean", "sum"))
     checks.number("threshold", threshold)
+    checks.impl(impl)
     checks.same_device(h=h, is_positive=is_positive)
     return _local.goodness(h, is_positive, float(threshold), goodness == "mean", impl)
 
 
-def peer_normalization_loss(h_pos, running_mean, *, momentum=0.9, impl="auto"):
+def peer_normalization_loss(
+    h_pos: Tensor, running_mean: Tensor, *, momentum: float = 0.9, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
     r"""Forward-Forward's peer normalisation: units whose mean activity leaves that of their peers are pulled back.
 
     .. math:: m = \mu\, m_{old} + (1 - \mu)\, \mathrm{mean}_b h, \qquad L = \mathrm{mean}_d (\mathrm{mean}(m) - m_d)^2
@@ -151,17 +171,18 @@ def peer_normalization_loss(h_pos, running_mean, *, momentum=0.9, impl="auto"):
         >>> mean
         tensor([1.0000, 1.2000])
     """
-    checks.floating("h_pos", h_pos)
-    if h_pos.dim() < 2:
-        raise ValueError(f"h_pos must be (B, ...) with at least 2 dimensions, got shape {checks.shape_of(h_pos)}")
+    _samples("h_pos", h_pos)
     checks.floating("running_mean", running_mean)
     checks.shape("running_mean", running_mean, h_pos.shape[1:], "one row of h_pos")
     checks.between("momentum", momentum, 0.0, 1.0)
+    checks.impl(impl)
     checks.same_device(h_pos=h_pos, running_mean=running_mean)
     return _local.peer_normalization(h_pos, running_mean, float(momentum), impl)
 
 
-def overlay_label(x, label, *, num_classes, value=None, impl="auto"):
+def overlay_label(
+    x: Tensor, label: Tensor, *, num_classes: int, value: float | None = None, impl: str = "auto"
+) -> Tensor:
     """Forward-Forward's label in the input: the first ``num_classes`` entries of a copy are 0, entry ``label`` is not.
 
     Args:
@@ -186,27 +207,37 @@ def overlay_label(x, label, *, num_classes, value=None, impl="auto"):
     checks.floating("x", x)
     checks.dims("x", x, (2, 4), "(B, D) or (B, C, H, W)")
     checks.positive_integer("num_classes", num_classes)
-    checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
+    if value is not None:
+        checks.number("value", value)
+    checks.impl(impl)
     entries = x.shape[1:].numel() if x.dim() == 2 else x.shape[2] * x.shape[3]
     if num_classes > entries:
         raise ValueError(
             f"num_classes must be at most {entries}, the entries that x of shape {checks.shape_of(x)} "
             f"offers, got {num_classes}"
         )
-    _rows("label", label, x, "one class index per row of x")
+    checks.class_targets("label", label, x, "x")
     checks.same_device(x=x, label=label)
-    label = _local.op.class_indices("label", label, num_classes)
+    label = class_indices("label", label, num_classes)
     if not x.numel():
         return x.clone()
-    value = x.detach().amax() if value is None else torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    entry = x.detach().amax() if value is None else torch.as_tensor(value, dtype=x.dtype, device=x.device)
     classes = torch.arange(num_classes, device=x.device)
-    patch = torch.where(label.unsqueeze(1) == classes, value, torch.zeros_like(value))
+    patch = torch.where(label.unsqueeze(1) == classes, entry, torch.zeros_like(entry))
     flat = x.reshape(x.shape[0], -1, entries)
     patch = patch.unsqueeze(1).expand(-1, flat.shape[1], -1)
     return torch.cat([patch, flat[:, :, num_classes:]], 2).reshape(x.shape)
 
 
-def similarity_matching_loss(h, target, sim_weight=None, *, num_classes, use_std=True, impl="auto"):
+def similarity_matching_loss(
+    h: Tensor,
+    target: Tensor,
+    sim_weight: Tensor | None = None,
+    *,
+    num_classes: int,
+    use_std: bool = True,
+    impl: str = "auto",
+) -> Tensor:
     r"""Similarity matching: samples as alike as their labels.
 
     .. math:: L = \frac{1}{B^2} \sum_{ij} (R(x)_{ij} - R(\mathrm{onehot}(y))_{ij})^2
@@ -240,41 +271,39 @@ def similarity_matching_loss(h, target, sim_weight=None, *, num_classes, use_std
     """
     checks.floating("h", h)
     checks.dims("h", h, (2, 4), "(B, C, H, W) or (B, N)")
-    _not_empty("h", h)
+    checks.not_empty("h", h)
     checks.positive_integer("num_classes", num_classes)
-    _rows("target", target, h, "one class index per row of h")
-    x = h
+    checks.boolean("use_std", use_std)
+    checks.impl(impl)
+    checks.class_targets("target", target, h, "h")
     if sim_weight is not None:
         checks.floating("sim_weight", sim_weight)
+    checks.same_device(h=h, target=target, sim_weight=sim_weight)
+    x = h
+    if sim_weight is not None:
         n = h.shape[1]
-        checks.shape(
-            "sim_weight",
-            sim_weight,
-            (n, n, 3, 3) if h.dim() == 4 else (n, n),
-            "convolution with padding 1" if h.dim() == 4 else "linear layer",
-        )
-        checks.same_device(h=h, target=target, sim_weight=sim_weight)
-        if not torch.is_autocast_enabled(h.device.type):
+        expected, why = ((n, n, 3, 3), "convolution with padding 1") if h.dim() == 4 else ((n, n), "linear layer")
+        checks.shape("sim_weight", sim_weight, expected, why)
+        if not checks.autocasts(h.device):
             sim_weight = sim_weight.to(h.dtype)
         x = F.conv2d(h, sim_weight, padding=1) if h.dim() == 4 else F.linear(h, sim_weight)
-    checks.same_device(h=h, target=target)
     return _local.similarity(x, target, num_classes, bool(use_std), impl)
 
 
 def prediction_similarity_loss(
-    h,
-    target,
-    sim_weight,
-    decoder_weight,
-    decoder_bias=None,
+    h: Tensor,
+    target: Tensor,
+    sim_weight: Tensor | None,
+    decoder_weight: Tensor,
+    decoder_bias: Tensor | None = None,
     *,
-    num_classes,
-    beta=0.99,
-    use_std=True,
-    pool_kernel=1,
-    pool_padding=0,
-    impl="auto",
-):
+    num_classes: int,
+    beta: float = 0.99,
+    use_std: bool = True,
+    pool_kernel: int | Sequence[int] = 1,
+    pool_padding: int | Sequence[int] = 0,
+    impl: str = "auto",
+) -> Tensor:
     r"""Nokland and Eidnes' predsim: :math:`(1 - \beta)\,` cross entropy of a decoder :math:`+\; \beta\,` similarity.
 
     Args:
@@ -302,153 +331,29 @@ def prediction_similarity_loss(
     """
     checks.floating("h", h)
     checks.dims("h", h, (2, 4), "(B, C, H, W) or (B, N)")
+    checks.not_empty("h", h)
     checks.between("beta", beta, 0.0, 1.0)
-    pools = pool_kernel not in (1, (1, 1)) or pool_padding not in (0, (0, 0))
-    if pools and h.dim() == 2:
-        raise ValueError(
-            f"pool_kernel must be 1 and pool_padding 0 for h of shape {checks.shape_of(h)}, "
-            f"got {pool_kernel} and {pool_padding}"
-        )
+    checks.positive_integer("num_classes", num_classes)
+    kernel, padding = checks.pair("pool_kernel", pool_kernel, 1), checks.pair("pool_padding", pool_padding, 0)
+    pooled = h
+    if (kernel, padding) != ((1, 1), (0, 0)):
+        if h.dim() == 2:
+            raise ValueError(
+                f"pool_kernel must be 1 and pool_padding 0 for h of shape {checks.shape_of(h)}, "
+                f"got {pool_kernel} and {pool_padding}"
+            )
+        if any(2 * p > k for k, p in zip(kernel, padding)):
+            raise ValueError(f"pool_padding must be at most half of pool_kernel {kernel}, got {padding}")
+        if any(n + 2 * p < k for n, k, p in zip(h.shape[2:], kernel, padding)):
+            raise ValueError(
+                f"pool_kernel must fit into h of shape {checks.shape_of(h)} padded by {padding}, got {kernel}"
+            )
+        pooled = F.avg_pool2d(h, kernel, padding=padding)
+    pooled = pooled.flatten(1)
     checks.floating("decoder_weight", decoder_weight)
-    pooled = (F.avg_pool2d(h, pool_kernel, padding=pool_padding) if pools else h).flatten(1)
     checks.shape("decoder_weight", decoder_weight, (num_classes, pooled.shape[1]), "classes, pooled and flattened h")
+    checks.bias("decoder_bias", decoder_bias, decoder_weight)
+    checks.same_device(h=h, decoder_weight=decoder_weight, decoder_bias=decoder_bias)
     prediction = local_cross_entropy(pooled, decoder_weight, decoder_bias, target, impl=impl)
     similarity = similarity_matching_loss(h, target, sim_weight, num_classes=num_classes, use_std=use_std, impl=impl)
     return (1 - beta) * prediction + beta * similarity
-
-
-def _contrastive_input(z, temperature):
-    checks.floating("z", z)
-    checks.positive("temperature", temperature)
-    _not_empty("z", z)
-
-
-def nt_xent_loss(z, *, temperature=0.1, normalize=True, impl="auto"):
-    r"""NT-Xent (SimCLR): every view against its partner among all other views.
-
-    .. math:: L = \frac{1}{2N} \sum_i \Big(\log \sum_{j \ne i} e^{S_{ij}} - S_{i, i \pm N}\Big), \quad S = q q^T / T
-
-    with :math:`q = z / |z|`. Rows are taken in blocks: memory O(N), and the gradient comes from the same pass.
-
-    Args:
-        z (Tensor): (2N, D); rows i and i + N are the two views of a sample.
-        temperature (float): T.
-        normalize (bool): divide rows by their norm.
-        impl (str): ``"auto"`` or ``"reference"``: plain torch is its only backend.
-
-    Returns:
-        Tensor: (), float32 (float64 for float64). First derivatives only.
-
-    Raises: ValueError, TypeError naming the argument.
-
-    Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (2020).
-
-    Example:
-        >>> import torch, lgkernels.functional as LF
-        >>> print(f"{LF.nt_xent_loss(torch.eye(2).repeat(2, 1), temperature=1.0).item():.4f}")
-        0.5514
-    """
-    _contrastive_input(z, temperature)
-    if z.dim() != 2 or z.shape[0] % 2:
-        raise ValueError(f"z must be (2N, D), the second views below the first, got shape {checks.shape_of(z)}")
-    labels = torch.arange(z.shape[0] // 2, device=z.device).repeat(2)
-    return _local.contrastive(z, labels, z.shape[0], float(temperature), 1.0, bool(normalize), impl)
-
-
-def supcon_loss(
-    z, target=None, *, temperature=0.07, base_temperature=None, contrast_mode="all", normalize=True, impl="auto"
-):
-    r"""Supervised contrastive loss: every anchor against all other rows, its class (or its other views) as positives.
-
-    .. math::
-        L = \frac{T / T_0}{A} \sum_i \Big(\log \sum_{j \ne i} e^{S_{ij}} - \frac{1}{|P_i|} \sum_{p \in P_i} S_{ip}\Big)
-
-    with :math:`S = q q^T / T`, q the normalised rows. An anchor without positives contributes 0 and stays in the mean.
-
-    Args:
-        z (Tensor): (B, V, D), V views of each sample, or (B, D).
-        target (Tensor, optional): (B,) labels. None: the other views of the same sample are the positives.
-        temperature (float): T. base_temperature (float, optional): T_0; None: T / T_0 is 1.
-        contrast_mode (str): ``"all"``: every view is an anchor; ``"one"``: the first.
-        normalize (bool): divide rows by their norm.
-        impl (str): ``"auto"`` or ``"reference"``: plain torch is its only backend.
-
-    Returns:
-        Tensor: (), float32 (float64 for float64). First derivatives only.
-
-    Raises: ValueError, TypeError naming the argument.
-
-    Source: Khosla et al., "Supervised Contrastive Learning" (2020); InfoPro's code for rows without positives.
-
-    Example:
-        >>> import torch, lgkernels.functional as LF
-        >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-        >>> print(f"{LF.supcon_loss(z, torch.tensor([0, 0, 1]), temperature=1.0).item():.4f}")
-        0.2088
-    """
-    _contrastive_input(z, temperature)
-    checks.dims("z", z, (2, 3), "(B, V, D) or (B, D)")
-    if base_temperature is not None:
-        checks.positive("base_temperature", base_temperature)
-    checks.choice("contrast_mode", contrast_mode, ("all", "one"))
-    if target is None:
-        labels = torch.arange(z.shape[0], device=z.device)
-    else:
-        _rows("target", target, z, "one label per row of z")
-        checks.same_device(z=z, target=target)
-        labels = target
-    rows, views = z, 1
-    if z.dim() == 3:
-        views = z.shape[1]
-        rows = z.transpose(0, 1).reshape(-1, z.shape[2])
-    anchors = z.shape[0] if contrast_mode == "one" else rows.shape[0]
-    factor = 1.0 if base_temperature is None else temperature / base_temperature
-    return _local.contrastive(rows, labels.repeat(views), anchors, float(temperature), factor, bool(normalize), impl)
-
-
-def info_nce_loss(query, keys, *, negatives, temperature=1.0, impl="auto"):
-    r"""InfoNCE with given negatives: query i against its key and the keys listed for it.
-
-    .. math:: L = \frac1N \sum_i \Big(\log\big(e^{q_i k_i / T} + \sum_n e^{q_i k_n / T}\big) - q_i k_i / T\Big)
-
-    The keys are gathered for a block of rows at a time, never for all of them.
-
-    Args:
-        query (Tensor): (N, D). keys (Tensor): (M, D), M >= N; row i is the positive of query i.
-        negatives (Tensor): (N, n) integers: row numbers of ``keys``.
-        temperature (float): T.
-        impl (str): ``"auto"`` or ``"reference"``: plain torch is its only backend.
-
-    Returns:
-        Tensor: (), float32 (float64 for float64). First derivatives only.
-
-    Raises: ValueError, TypeError naming the argument.
-
-    Source: van den Oord et al. (2018); Lowe et al., "Greedy InfoMax" (2019), whose queries are already multiplied by
-    the prediction matrix (its 1e-11 inside the logarithm is left out).
-
-    Example:
-        >>> import torch, lgkernels.functional as LF
-        >>> print(f"{LF.info_nce_loss(torch.eye(2), torch.eye(2), negatives=torch.tensor([[1], [0]])).item():.4f}")
-        0.3133
-    """
-    checks.floating("query", query)
-    checks.dims("query", query, (2,), "(N, D)")
-    _not_empty("query", query)
-    checks.floating("keys", keys)
-    if keys.dim() != 2 or keys.shape[1] != query.shape[1] or keys.shape[0] < query.shape[0]:
-        raise ValueError(
-            f"keys must be (M, {query.shape[1]}) with M >= {query.shape[0]} (row i is the positive of "
-            f"query i), got shape {checks.shape_of(keys)}"
-        )
-    if keys.dtype != query.dtype:
-        raise TypeError(f"keys must be {str(query.dtype)[6:]} like query, got {str(keys.dtype)[6:]}")
-    checks.integer("negatives", negatives)
-    if negatives.dim() != 2 or negatives.shape[0] != query.shape[0]:
-        raise ValueError(
-            f"negatives must be ({query.shape[0]}, n): row numbers of keys for each query, "
-            f"got shape {checks.shape_of(negatives)}"
-        )
-    checks.positive("temperature", temperature)
-    checks.same_device(query=query, keys=keys, negatives=negatives)
-    return _local.info_nce(query, keys, negatives, float(temperature), impl)

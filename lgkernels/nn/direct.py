@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import functional as LF
 from ..core import checks, dispatch
-from ..ops.feedback.arguments import Scaled, positive_number
+from ..ops.feedback.arguments import Scaled
 from ..random import VALUES_PER_CALL, RandomFeedback
 
 # Bound of the uniform law for N neurons, and its low end: the initialisations of the published codes.
@@ -63,7 +63,8 @@ class DirectFeedback(nn.Module):
         if isinstance(init, str):
             checks.choice("init", init, tuple(INITS))
         else:
-            init = positive_number("init", init, "a name or a number")
+            checks.positive("init", init, "a name or a number")
+            init = float(init)
         checks.choice("law", law, tuple(VALUES_PER_CALL))
         checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
         if max_features is not None:

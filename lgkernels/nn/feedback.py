@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core import checks, dispatch
-from ..ops.feedback import arguments as _arguments
 from ..ops.feedback import autograd as _feedback
 from ..random import VALUES_PER_CALL, RandomFeedback
 
@@ -25,7 +24,8 @@ def scale_of(scale, shape):
     he_fan_in        sqrt(2 / fan_in)               ChFrenkel, FA
     """
     if not isinstance(scale, str):
-        return _arguments.positive_number("scale", scale, "a name or a number")
+        checks.positive("scale", scale, "a name or a number")
+        return float(scale)
     checks.choice("scale", scale, SCALES)
     fan_in, fan_out = max(math.prod(shape[1:]), 1), max(shape[0] * math.prod(shape[2:]), 1)
     return {
@@ -120,7 +120,7 @@ class _FeedbackLayer:
 class _LinearForward:
     def forward(self, input):
         formula, tensors = self._formula()
-        _arguments.check_linear(input, self.weight, self.bias)
+        checks.linear(input, self.weight, self.bias)
         return _feedback.linear(input, self.weight, self.bias, formula, **tensors, impl=self.impl)
 
 
@@ -130,9 +130,7 @@ class _Conv2dForward:
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
         formula, tensors = self._formula()
-        input, geometry, batched = _arguments.conv2d(
-            input, weight, bias, self.stride, padding, self.dilation, self.groups
-        )
+        input, geometry, batched = checks.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
         output = _feedback.conv2d(input, weight, bias, *geometry, formula, **tensors, impl=self.impl)
         return output if batched else output.squeeze(0)
 

@@ -49,8 +49,8 @@ class BatchManhattan(torch.optim.Optimizer):
 
     def add_param_group(self, param_group):
         group = {**self.defaults, **param_group}
-        checks.positive("lr", group["lr"])
-        checks.between("momentum", group["momentum"], 0.0, 1.0)
+        checks.positive("lr", checks.item(group["lr"]))
+        checks.between("momentum", checks.item(group["momentum"]), 0.0, 1.0)
         if not 0 <= group["weight_decay"] < math.inf:
             raise ValueError(f"weight_decay must be finite and at least 0, got {group['weight_decay']}")
         super().add_param_group(param_group)

@@ -344,10 +344,10 @@ def check_group(values, where=""):
     """The numbers among a group's `values`; `where` names it in messages."""
     for name in COEFFICIENTS:
         if name in values and not (name == "local_coef" and values[name] is None):
-            checks.number(where + name, values[name])
+            checks.number(where + name, checks.item(values[name]))
     for name in ("lr", "momentum", "weight_decay"):
         if name in values:
-            checks.number(where + name, values[name])
+            checks.number(where + name, checks.item(values[name]))
             if values[name] < 0:
                 raise ValueError(f"{where}{name} must be at least 0, got {values[name]}")
 

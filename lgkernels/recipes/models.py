@@ -9,12 +9,14 @@ heads before they are pooled to the size of the latents. Source: the authors' co
 
 import math
 from collections import namedtuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .. import nn as lnn
-from .heads import LocalClassifierHead, RandomBasisHead
+from . import options, rules
 from .networks import NETWORKS
 
 Conv = namedtuple("Conv", "channels pool hidden stride max_pool", defaults=(2048, 1, False))
@@ -85,104 +87,163 @@ MODELS = {
     ),
 }
 
-LOCAL_RULES = ("lls", "lls-m", "lls-mxm", "lls-mxm-reduced", "lls-random", "local-classifier")
-FEEDBACK_RULES = ("fa", "usf", "frsf", "brsf", "signed-init")
-DIRECT_RULES = ("dfa", "sdfa", "drtp")
-RULES = (*LOCAL_RULES, *FEEDBACK_RULES, *DIRECT_RULES, "bp")
-_MODULATION = {"lls-m": "vector", "lls-mxm": "matrix", "lls-mxm-reduced": "reduced"}
+
+class Classifier(NamedTuple):
+    """The linear layer at the end of every table."""
+
+    features: int
 
 
-def build(model, rule, *, in_channels, num_classes, temperature=0.5, waveform="square", impl="auto", seed=0):
-    """List of blocks and transforms for the rule's trainer, see `loop.trainer`.
+class Place(NamedTuple):
+    """A layer of a table with the sizes that it has there."""
+
+    layer: Any
+    inputs: int  # channels, or features
+    outputs: int
+    latents: int = 0  # of its local head, which sees the activation pooled
+    size: int = 1  # height and width of the output, before the max-pool
+
+
+def walk(model: str, in_channels: int, num_classes: int, image_size: int = 1) -> Iterator[Place]:
+    """The layers of a table of `MODELS`, classifier included. Without an image size all but `Place.size` is right."""
+    width, positions, size = in_channels, 1, image_size
+    for layer in MODELS[model].layers:
+        if isinstance(layer, Pool):
+            positions, size = layer.size**2, layer.size
+            yield Place(layer, width, width, size=size)
+            continue
+        inputs, width, positions = width * positions, layer[0], 1
+        if isinstance(layer, Linear):
+            yield Place(layer, inputs, width, latents=layer.pool)
+            continue
+        padding = layer.stride if isinstance(layer, Separable) else 1
+        size = (size + 2 * padding - 3) // layer.stride + 1
+        yield Place(layer, inputs, width, latents=width * layer.pool**2, size=size)
+        if getattr(layer, "max_pool", False):
+            size //= 2
+    yield Place(Classifier(num_classes), width * positions, num_classes)
+
+
+def build(
+    model: str,
+    rule: str,
+    *,
+    in_channels: int,
+    num_classes: int,
+    temperature: float = 0.5,
+    waveform: str = "square",
+    impl: str = "auto",
+    seed: int = 0,
+) -> list[nn.Module]:
+    """List of blocks and transforms for the rule's trainer.
 
     Args:
-        model (str): one of `MODELS`, or of `NETWORKS` (not for `LOCAL_RULES`). rule (str): one of `RULES`.
-        in_channels, num_classes (int): of the data. temperature, waveform: of the LLS heads.
+        model (str): one of `MODELS`, or of `NETWORKS` where the rule needs no local heads. rule (str): the name of a
+            rule that starts from random weights, see `rules`.
+        in_channels, num_classes (int): of the data. temperature, waveform: of the rules that have these options.
         impl (str): of the rule's kernels. seed (int): of FA's and sign-symmetry's random feedback; the last layer
             has the exact gradient.
     """
-    _lookup("rule", rule, RULES)
-    if model in NETWORKS:
-        if rule in LOCAL_RULES:
-            raise ValueError(f"rule {rule!r} needs a model with local heads ({', '.join(MODELS)}), got {model!r}")
-        return _converted(NETWORKS[model](in_channels, num_classes), rule, seed, impl)
-    spec = _lookup("model", model, {**MODELS, **NETWORKS})
-    if rule in FEEDBACK_RULES or rule in DIRECT_RULES:
-        return _converted(_plain(spec, in_channels, num_classes), rule, seed, impl)
-    options = {"num_classes": num_classes, "temperature": temperature}
-    fused = {
-        "waveform": waveform,
-        "impl": impl,
-        "modulation": _MODULATION.get(rule),
-        "reduced_rows": reduced_rows(model, num_classes),
-        **options,
-    }
-    control = {"lls-random": RandomBasisHead, "local-classifier": LocalClassifierHead}.get(rule)
-    blocks, width, positions = [], in_channels, 1
-    for layer in spec.layers:
+    given = {"temperature": temperature, "waveform": waveform}
+    task = _task(model, rule, given, in_channels=in_channels, num_classes=num_classes, seed=seed, impl=impl)
+    return task.rule.build(task)
+
+
+def signal_macs(model: str, rule: str, *, in_channels: int, num_classes: int, image_size: int) -> int:
+    """Multiply-accumulates for each sample that carry the learning signal to the layers, by the rule's own count.
+
+    Weight gradients, which every rule needs, and pooling are not counted.
+    """
+    task = _task(model, rule, {}, in_channels=in_channels, num_classes=num_classes)
+    if task.rule.measures.signal_macs is None:
+        raise ValueError(f"rule {rule!r} has no count of its learning signal")
+    return task.rule.measures.signal_macs(task, image_size)
+
+
+def _task(model: str, rule: str, given: dict[str, Any], **sizes: Any) -> rules.Task:
+    options.known("rule", rule, [name for name, found in rules.found().items() if found.starts != "network"])
+    options.known("model", model, [*MODELS, *NETWORKS])
+    record = rules.get(rule)
+    if record.heads and model not in MODELS:
+        raise ValueError(f"rule {rule!r} needs a model with local heads ({', '.join(MODELS)}), got {model!r}")
+    return rules.Task(record, options.make(record.options, given), model, **sizes)
+
+
+def with_heads(
+    model: str,
+    in_channels: int,
+    num_classes: int,
+    *,
+    temperature: float = 0.5,
+    waveform: str = "square",
+    impl: str = "auto",
+    modulation: str | None = None,
+    control: type[nn.Module] | None = None,
+) -> list[nn.Module]:
+    """A table's network, an LLS head in each block, or one of the class `control`."""
+    common = {"num_classes": num_classes, "temperature": temperature}
+    fused = {"waveform": waveform, "impl": impl, "modulation": modulation, **common}
+    fused["reduced_rows"] = reduced_rows(model, num_classes)
+    blocks: list[nn.Module] = []
+    for place in walk(model, in_channels, num_classes):
+        layer, inputs, outputs = place[:3]
         if isinstance(layer, Pool):
-            blocks += [nn.AdaptiveAvgPool2d(layer.size), nn.Flatten()]
-            positions = layer.size**2
-            continue
-        if isinstance(layer, Linear):
-            inputs, width, positions = width * positions, layer.features, 1
-            latents = layer.pool
-        else:
-            inputs, width = width, layer.channels
-            latents = width * layer.pool**2
-        if control is not None or isinstance(layer, Separable):
-            block = _unit(layer, inputs)
-            blocks.append(
-                lnn.LLSHead(block, pool_size=layer.pool, **fused)
-                if control is None
-                else control(block, pool_size=layer.pool, latents=latents, hidden=layer.hidden, **options)
-            )
+            blocks += _pooling(layer)
+        elif isinstance(layer, Classifier):
+            blocks.append(lnn.ClassifierBlock(nn.Linear(inputs, outputs)))
+        elif control is not None:
+            head = {"pool_size": layer.pool, "latents": place.latents, "hidden": layer.hidden}
+            blocks.append(control(_unit(place), **head, **common))
             blocks += [nn.MaxPool2d(2)] if getattr(layer, "max_pool", False) else []
+        elif isinstance(layer, Separable):
+            blocks.append(lnn.LLSHead(_unit(place), pool_size=layer.pool, **fused))
         elif isinstance(layer, Linear):
-            blocks.append(lnn.LLSLinearBlock(inputs, width, pool_size=layer.pool, **fused))
+            blocks.append(lnn.LLSLinearBlock(inputs, outputs, pool_size=layer.pool, **fused))
         else:
-            blocks.append(
-                lnn.LLSConvBlock(
-                    inputs, width, 3, layer.stride, 1, pool_size=layer.pool, max_pool=layer.max_pool, **fused
-                )
-            )
-    return blocks + [lnn.ClassifierBlock(nn.Linear(width * positions, num_classes))]
-
-
-def _unit(layer, inputs):
-    """Layer, batch normalisation, LeakyReLU."""
-    if isinstance(layer, Separable):
-        return separable(inputs, layer.channels, layer.stride)
-    if isinstance(layer, Linear):
-        return nn.Sequential(nn.Linear(inputs, layer.features), nn.BatchNorm1d(layer.features), nn.LeakyReLU())
-    return nn.Sequential(
-        nn.Conv2d(inputs, layer.channels, 3, layer.stride, 1), nn.BatchNorm2d(layer.channels), nn.LeakyReLU()
-    )
-
-
-def _plain(spec, in_channels, num_classes):
-    """The network of a table without heads. A max-pool belongs to its block, so direct signals enter after it."""
-    blocks, width, positions = [], in_channels, 1
-    for layer in spec.layers:
-        if isinstance(layer, Pool):
-            blocks += [nn.AdaptiveAvgPool2d(layer.size), nn.Flatten()]
-            positions = layer.size**2
-            continue
-        blocks.append(_unit(layer, width * positions))
-        if getattr(layer, "max_pool", False):
-            blocks[-1].append(nn.MaxPool2d(2))
-        width, positions = layer[0], 1
-    return [*blocks, nn.Linear(width * positions, num_classes)]
-
-
-def _converted(blocks, rule, seed, impl):
-    if rule in FEEDBACK_RULES:
-        signs = {"signs": "formula"} if rule == "signed-init" else {}  # nothing is trained yet
-        lnn.convert(nn.Sequential(*blocks), rule.replace("-", "_"), seed=seed, impl=impl, verbose=False, **signs)
+            pools = {"pool_size": layer.pool, "max_pool": layer.max_pool}
+            blocks.append(lnn.LLSConvBlock(inputs, outputs, 3, layer.stride, 1, **pools, **fused))
     return blocks
 
 
-def separable(inputs, outputs, stride):
+def usual(model: str, in_channels: int, num_classes: int) -> list[nn.Module]:
+    """A model for back-propagation. A table has its heads, which take no part: it is the network of the local rules."""
+    if model in NETWORKS:
+        return NETWORKS[model](in_channels, num_classes)
+    return with_heads(model, in_channels, num_classes)
+
+
+def plain(model: str, in_channels: int, num_classes: int) -> list[nn.Module]:
+    """A model without heads. A max-pool belongs to its block, so direct signals enter after it."""
+    if model in NETWORKS:
+        return NETWORKS[model](in_channels, num_classes)
+    blocks: list[nn.Module] = []
+    for place in walk(model, in_channels, num_classes):
+        if isinstance(place.layer, Pool):
+            blocks += _pooling(place.layer)
+        elif isinstance(place.layer, Classifier):
+            blocks.append(nn.Linear(place.inputs, place.outputs))
+        else:
+            blocks.append(_unit(place))
+            if getattr(place.layer, "max_pool", False):
+                blocks[-1].append(nn.MaxPool2d(2))
+    return blocks
+
+
+def _pooling(layer: Pool) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(layer.size), nn.Flatten()]
+
+
+def _unit(place: Place) -> nn.Sequential:
+    """Layer, batch normalisation, LeakyReLU."""
+    layer, inputs, outputs = place[:3]
+    if isinstance(layer, Separable):
+        return separable(inputs, outputs, layer.stride)
+    if isinstance(layer, Linear):
+        return nn.Sequential(nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.LeakyReLU())
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, layer.stride, 1), nn.BatchNorm2d(outputs), nn.LeakyReLU())
+
+
+def separable(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     """MobileNet's block, trained as one. The depthwise padding is the stride, as in the authors' code."""
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, 3, stride, padding=stride, groups=inputs, bias=False),
@@ -194,70 +255,27 @@ def separable(inputs, outputs, stride):
     )
 
 
-def reduced_rows(model, num_classes):
+def reduced_rows(model: str, num_classes: int) -> int:
     """Basis rows of LLS-MxM-reduced."""
     return 100 if model == "mobilenetv1" and num_classes > 200 else MODELS[model].reduced_rows
 
 
-def signal_macs(model, rule, *, in_channels, num_classes, image_size):
-    """Multiply-accumulates for each sample that carry the learning signal to the layers.
-
-    BP, FA and sign-symmetry: the gradients to the inputs of all layers but the first. DFA: the projections of the
-    error to each block (DRTP: none, it gathers), and gradients within a block of two convolutions. Local rules: the
-    two products of each head with its basis (similarity and its adjoint), with the modulation, and gradients within a
-    block. Weight gradients, which every rule needs, and pooling are not counted.
-    """
-    _lookup("rule", rule, RULES)
-    if model in NETWORKS or rule in FEEDBACK_RULES or rule in DIRECT_RULES:
-        return _macs_of_gradients(model, rule, in_channels, num_classes, image_size)
-    spec = _lookup("model", model, {**MODELS, **NETWORKS})
-    rows = reduced_rows(model, num_classes) if rule == "lls-mxm-reduced" else num_classes
-    modulation = {"lls-m": num_classes, "lls-mxm": num_classes**2, "lls-mxm-reduced": rows * num_classes}.get(rule, 0)
-    through, heads, within = [], 0, 0
-    size, width, positions = image_size, in_channels, 1
-    for layer in spec.layers:
-        if isinstance(layer, Pool):
-            positions = layer.size**2
-            continue
-        if isinstance(layer, Linear):
-            through.append(width * positions * layer.features)
-            width, positions, latents = layer.features, 1, layer.pool
-        else:
-            padding = layer.stride if isinstance(layer, Separable) else 1
-            size = (size + 2 * padding - 3) // layer.stride + 1
-            if isinstance(layer, Separable):
-                through.append(9 * width * size**2)
-                within += width * layer.channels * size**2
-                through.append(width * layer.channels * size**2)
-            else:
-                through.append(9 * width * layer.channels * size**2)
-            width, latents = layer.channels, layer.channels * layer.pool**2
-            size = size // 2 if getattr(layer, "max_pool", False) else size
-        heads += 2 * (rows * latents + modulation)
-    through.append(width * positions * num_classes)
-    return sum(through[1:]) if rule == "bp" else heads + within
-
-
-def _macs_of_gradients(model, rule, in_channels, num_classes, image_size):
-    """Counted on the network itself, on the device without data."""
-    direct, total, layers = rule in DIRECT_RULES, 0, []
+def gradient_macs(task: rules.Task, image_size: int, *, cut: bool = False) -> tuple[int, list[int]]:
+    """Multiply-accumulates of the gradients to the layers' inputs, for each sample, and the size of each hidden block's
+    output. `cut`: no gradient goes from block to block. Counted on the network itself, on the device without data."""
+    layers, sizes = [], []
     with torch.device("meta"), torch.enable_grad():
-        blocks = build(model, "dfa" if direct else "bp", in_channels=in_channels, num_classes=num_classes)
+        blocks = plain(*task.size)
         for module in (m for block in blocks for m in block.modules() if isinstance(m, (nn.Conv2d, nn.Linear))):
             module.register_forward_hook(lambda layer, inputs, output: layers.append((layer, inputs[0], output)))
-        x = torch.zeros(2, in_channels, image_size, image_size)
+        x = torch.zeros(2, task.in_channels, image_size, image_size)
         hidden = [block for block in blocks if list(block.parameters())][:-1]
         for block in blocks:
-            x = block(x.detach() if direct else x)
-            if block in hidden and direct and rule != "drtp":
-                total += num_classes * math.prod(x.shape[1:])
+            x = block(x.detach() if cut else x)
+            if block in hidden:
+                sizes.append(math.prod(x.shape[1:]))
+    total = 0
     for layer, x, output in layers:
-        if x.requires_grad:
+        if x.requires_grad:  # the first layer of the network, or of a cut block, needs no gradient to its input
             total += layer.weight.numel() * (output[0].numel() // layer.weight.shape[0])
-    return total
-
-
-def _lookup(name, value, known):
-    if value not in known:
-        raise ValueError(f"unknown {name} {value!r}; expected one of: {', '.join(known)}")
-    return known[value] if isinstance(known, dict) else value
+    return total, sizes

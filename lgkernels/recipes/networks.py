@@ -2,7 +2,7 @@
 
 AlexNet and ResNet-18 are those of the sign-symmetry paper (Xiao, Chen, Liao, Poggio, ICLR 2019); ResNet-50 and ViT-B/16
 are torchvision's and timm's, parameter for parameter and in their order, so that files of their weights fit
-(`tuning.load_weights`); the small ones are for the embedded images.
+(`weights.load`); the small ones are for the embedded images.
 """
 
 import torch

@@ -2,7 +2,8 @@
 
 import json
 
-from . import checkpoint
+from . import checkpoint, rules
+from .rules import Column
 
 
 def append_metrics(folder, record):
@@ -59,35 +60,42 @@ def _quantity(value):
     return f"{value:.0f}"
 
 
+def _mebibytes(value):
+    return f"{value / 2**20:.1f} MiB"
+
+
 _COLUMNS = (
-    ("test accuracy", "test_accuracy", lambda v: f"{100 * v:.2f} %"),
-    ("ms/step", "ms_per_step", lambda v: f"{v:.1f}"),
-    ("samples/s", "samples_per_second", lambda v: f"{v:.0f}"),
-    ("step memory", "peak_step_bytes", lambda v: f"{v / 2**20:.1f} MiB"),
-    ("state", "state_bytes", lambda v: f"{v / 2**20:.1f} MiB"),
-    ("signal MACs/sample", "signal_macs", _quantity),
-    ("refresh", "refresh_overhead", lambda v: f"{100 * v:.1f} %"),
-    ("formula", "refresh_overhead_formula", lambda v: f"{100 * v:.1f} %"),
-    ("training", "train_seconds", lambda v: f"{v:.0f} s"),
+    Column("test accuracy", "test_accuracy", lambda v: f"{100 * v:.2f} %"),
+    Column("ms/step", "ms_per_step", lambda v: f"{v:.1f}"),
+    Column("samples/s", "samples_per_second", lambda v: f"{v:.0f}"),
+    Column(
+        "step memory",
+        "peak_step_bytes",
+        _mebibytes,
+        "step memory: most that one step holds beyond parameters, optimizer state and input",
+    ),
+    Column("state", "state_bytes", _mebibytes, "state: parameters, buffers, optimizer state and offsets"),
+    Column(
+        "signal MACs/sample",
+        "signal_macs",
+        _quantity,
+        "signal MACs: what carries the error to the layers, weight gradients not counted",
+    ),
 )
-_NOTES = {
-    "peak_step_bytes": "step memory: most that one step holds beyond parameters, optimizer state and input",
-    "signal_macs": "signal MACs: what carries the error to the layers, weight gradients not counted",
-    "state_bytes": "state: parameters, buffers, optimizer state and offsets",
-    "refresh_overhead": "refresh: time of the offsets' refreshes relative to the other training time; formula: "
-    "the same by\nB' (BP + local) / (period x local), B' the offset batch, from one step's time of each",
-}
+_LAST = Column("training", "train_seconds", lambda v: f"{v:.0f} s")
 
 
 def _shown(results):
-    return [column for column in _COLUMNS if any(column[1] in r for r in results.values())]
+    """The columns that any of the rules has a figure for, those of the rules' own measures too."""
+    own = [column for rule in results for column in rules.get(rule).measures.columns]
+    return [c for c in dict.fromkeys((*_COLUMNS, *own, _LAST)) if any(c.key in figures for figures in results.values())]
 
 
 def table(results):
     """Lines of the final table; `results`: rule -> figures of results.json."""
     columns = _shown(results)
-    head = ("rule", *(title for title, _, _ in columns))
-    rows = [(rule, *(text(r[key]) if key in r else "" for _, key, text in columns)) for rule, r in results.items()]
+    head = ("rule", *(column.title for column in columns))
+    rows = [(rule, *(c.text(r[c.key]) if c.key in r else "" for c in columns)) for rule, r in results.items()]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = [
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
@@ -98,4 +106,4 @@ def table(results):
 
 def notes(results):
     """What the table's columns mean."""
-    return [_NOTES[key] for _, key, _ in _shown(results) if key in _NOTES]
+    return [column.note for column in _shown(results) if column.note]

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..ops.feedback import direct
+from ..ops.direct import autograd as direct
 
 _PAIR = (2, (2, 2))
 

@@ -271,12 +271,12 @@ def test_the_product_is_never_built():
         (
             dict(w1=randn(2, 2), w2=randn(4, 3), x=randn(5, 7)),
             ValueError,
-            "x must be (..., 6), the columns of weight, got shape (5, 7)",
+            "x must be (..., 6) (K of weight), got shape (5, 7)",
         ),
         (
             dict(w1=randn(2, 2), w2=randn(4, 3), bias=randn(6)),
             ValueError,
-            "bias must have shape (8,) (one entry per row of weight), got (6,)",
+            "bias must have shape (8,) (one for each output of weight), got (6,)",
         ),
     ],
 )
@@ -289,18 +289,20 @@ def test_bad_input(bad, error, message):
 @pytest.mark.parametrize(
     "bad, error, message",
     [
+        (dict(groups=3, x=randn(2, 18, 4, 4)), ValueError, "groups must divide weight's 8 outputs, got 3"),
         (
-            dict(groups=3, x=randn(2, 18, 4, 4)),
+            dict(groups=4, x=randn(2, 24, 4, 4)),
             ValueError,
-            "groups must divide the rows of w1, got 3 and w1 of shape (2, 2)",
+            "groups must divide the rows of w1, got 4 and w1 of shape (2, 2)",
         ),
-        (dict(stride=0), ValueError, "stride must be at least 1, got (0, 0)"),
-        (dict(padding="same"), TypeError, "padding must be an int or a pair of ints, got 'same'"),
+        (dict(stride=0), ValueError, "stride must be at least 1, got 0"),
+        (dict(stride=True), TypeError, "stride must be an int or two of them, got True"),
+        (dict(padding="full"), ValueError, "padding must be one of 'same', 'valid', got 'full'"),
         (dict(w2=(randn(4, 1), randn(1, 28))), ValueError, "w2[1] must be (r, in2 * 3 * 3), got shape (1, 28)"),
         (
             dict(x=randn(2, 7, 4, 4)),
             ValueError,
-            "x must have 6 channels (columns of weight * groups), got shape (2, 7, 4, 4)",
+            "x must be (B, 6, H, W) (weight's channels times groups) or the same without B, got shape (2, 7, 4, 4)",
         ),
     ],
 )
@@ -316,6 +318,17 @@ def test_bad_convolution(bad, error, message):
     with pytest.raises(error) as caught:
         LF.lokr_conv2d(**arguments)
     assert str(caught.value) == message
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("shape, dilation", [((3, 3), 1), ((2, 4), 1), ((4, 2), 3)])
+def test_same_padding_and_no_batch_as_in_torch(shape, dilation):
+    x, weight, w1, b = randn(3, 6, 7, 8), randn(8, 6, *shape), randn(2, 2), randn(4, 3, *shape)
+    kernel = weight + 2 * torch.einsum("ij,klhw->ikjlhw", w1, b).reshape(weight.shape)
+    expected = torch.conv2d(x, kernel, None, 1, "same", dilation)
+    options = dict(padding="same", dilation=dilation, w1=w1, w2=b, scale=2)
+    torch.testing.assert_close(LF.lokr_conv2d(x, weight, **options), expected)
+    torch.testing.assert_close(LF.lokr_conv2d(x[0], weight, **options), expected[0])
 
 
 @pytest.mark.parametrize("groups", [1, 2])

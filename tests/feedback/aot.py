@@ -2,14 +2,16 @@
 
 import torch
 
-from lgkernels.core import config
+from lgkernels.ops.feedback import tiles
 from lgkernels.ops.feedback import triton as feedback
+from lgkernels.ops.feedback.options import SgdOptions
+from tests.feedback.common import made
 
 LAUNCHER = feedback
 MATRIX_KERNELS = {"product_kernel", "sgd_update_kernel"}
 TABLES = {
-    "product_kernel": (config._FEEDBACK_PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
-    "sgd_update_kernel": (config._FEEDBACK_UPDATE, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "product_kernel": (tiles.PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "sgd_update_kernel": (tiles.UPDATE, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
 }
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -38,8 +40,8 @@ def cases():
         (32, FLOAT, packed, None, None, True),
         (128, BF16, packed, None, None, True),
     ):
-        feedback.product(torch.empty(m, N, dtype=dtype), K, w, magnitude, random, 1.0, plus)
-    feedback.product(torch.empty(128, 10), 131072, None, None, (state, "uniform", 1.0, 0.0), 1.0, False)  # DFA
+        feedback.product(torch.empty(m, N, dtype=dtype), K, made(w, magnitude, random, 1.0, plus))
+    feedback.product(torch.empty(128, 10), 131072, made(random=(state, "uniform", 1.0, 0.0)))  # DFA
     for w, magnitude, random, dtype in (
         (weight, None, None, BF16),
         (weight, None, byte, BF16),
@@ -49,8 +51,8 @@ def cases():
         (weight, None, bit, HALF),
     ):
         shape = (N, K) if w is None or w is packed else w.shape
-        feedback.matrix(shape, w, magnitude, random, 1.0, w is packed, dtype, state.device)
-    feedback.rows(torch.empty(128, dtype=torch.int64), 131072, uniform, 1.0, FLOAT)
+        feedback.matrix(shape, made(w, magnitude, random, 1.0, w is packed), dtype, state.device)
+    feedback.rows(torch.empty(128, dtype=torch.int64), 131072, made(random=uniform), FLOAT)
     feedback.pack_signs(weight)
     for m, dtype, buffer, manhattan in (
         (8, FLOAT, weight, False),
@@ -62,10 +64,5 @@ def cases():
             buffer,
             torch.empty(m, N, dtype=dtype),
             torch.empty(m, K, dtype=dtype),
-            0.1,
-            0.9,
-            0.0,
-            0.0,
-            True,
-            manhattan,
+            SgdOptions(0.1, 0.9, nesterov=True, manhattan=manhattan),
         )

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from lgkernels.ops.common.matrix import FeedbackMatrix
 from lgkernels.random import RandomFeedback
 from tests.support.cases import generator
 from tests.support.tolerances import assert_accurate, assert_bit_equal
@@ -78,3 +79,8 @@ def compare(function, layer, x, weight, bias, feedback, grad=None, /, *, length=
 
 def linear(x, weight, bias):
     return F.linear(x, weight, bias)
+
+
+def made(weight=None, magnitude=None, random=None, scale=1.0, sign_plus=False):
+    """F as the kernels take it; `random`: (state, law, law_scale, low)."""
+    return FeedbackMatrix(weight, magnitude, *(random or (None, "uniform", 1.0, None)), scale, sign_plus)

@@ -4,6 +4,8 @@ import itertools
 
 import torch
 
+from lgkernels.ops.feedback.options import SgdOptions
+from tests.feedback.common import made
 from tests.support.problems import randn
 
 
@@ -19,12 +21,12 @@ def run(kernels, device):
         packed = kernels.pack_signs(weight)
         for signs, law in itertools.product((weight, packed, None), (None, "uniform", "normal", "uniform8", "sign")):
             random = None if law is None else (state, law, 0.7, None)
-            formula = signs, None, random, 0.5, signs is packed
-            results.append(kernels.matrix((rows, columns), *formula, dtype, torch.device(device)))
-            results.append(kernels.product(grad, columns, *formula))
+            formula = made(signs, None, random, 0.5, signs is packed)
+            results.append(kernels.matrix((rows, columns), formula, dtype, torch.device(device)))
+            results.append(kernels.product(grad, columns, formula))
             if law is not None:
-                results.append(kernels.rows(index, columns, random, 0.5, dtype))
+                results.append(kernels.rows(index, columns, made(random=random, scale=0.5), dtype))
         for velocity, nesterov, manhattan in ((None, False, False), (buffer, True, False), (buffer, False, True)):
-            kernels.sgd_update_(weight, velocity, grad, x, 0.1, 0.9, 0.0, 0.01, nesterov, manhattan, 1.0)
+            kernels.sgd_update_(weight, velocity, grad, x, SgdOptions(0.1, 0.9, 0.0, 0.01, nesterov, manhattan))
         results += [weight, buffer]
     return results

@@ -5,9 +5,11 @@ import torch
 
 import lgkernels.functional as LF
 import lgkernels.nn as lnn
+from lgkernels.core import dispatch
 from lgkernels.random import RandomFeedback
 from tests.feedback.common import randn
 
+IMPL = f"impl must be one of {', '.join(map(repr, dispatch.IMPLEMENTATIONS))}"
 X, W, B = randn(2, 6), randn(4, 6), randn(4)
 IMAGE, KERNEL = randn(2, 6, 8, 8), randn(4, 3, 3, 3)
 RANDOM = RandomFeedback(0)
@@ -24,7 +26,8 @@ LINEAR = [
     (dict(bias=randn(5)), ValueError, "bias must have shape (4,) (one for each output of weight), got (5,)"),
     (dict(bias=B.double()), TypeError, "bias must have weight's dtype float32 (outside of autocast), got float64"),
     (dict(x=X.to("meta")), ValueError, "x must be on cpu like weight, got meta; move it with .to('cpu')"),
-    (dict(impl="fast"), ValueError, "impl must be one of ('auto', 'reference', 'cpu', 'triton', 'cuda'), got 'fast'"),
+    (dict(impl="fast"), ValueError, f"{IMPL}, got 'fast'"),
+    (dict(impl=3), TypeError, f"{IMPL}, got 3"),
 ]
 FEEDBACK = LINEAR + [
     (

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from lgkernels.ops.common.matrix import FeedbackMatrix
 from lgkernels.ops.feedback import reference
+from lgkernels.ops.feedback.options import SgdOptions
 from tests.conftest import backend_module
-from tests.feedback.common import randn, weights
+from tests.feedback.common import made, randn, weights
 from tests.support import problems
 from tests.support.cases import DTYPES, SIZES, label, random_cases, sweep
 from tests.support.layouts import arrange
@@ -38,31 +40,35 @@ def module(backend):
 
 
 def formula(case, value, signs, dtype=torch.float32, layout="dense", scale=0.75):
-    """(weight, magnitude, random, scale, sign_plus) for an (N, K) matrix; a fifth of the weights are zeros."""
+    """F (N, K); a fifth of the weights are zeros."""
     shape = case["N"], case["K"]
     weight = None if signs == "none" else arrange(weights(*shape, dtype=dtype), layout)
     weight = reference.pack_signs(weight) if signs == "packed" else weight
     magnitude = arrange(randn(*shape, seed=4, dtype=dtype), layout) if value == "tensor" else None
     random = (torch.tensor(STATE), *LAWS[value]) if value in LAWS else None
-    return weight, magnitude, random, scale, signs in ("plus", "packed")
+    return made(weight, magnitude, random, scale, signs in ("plus", "packed"))
 
 
 def _place(argument):
-    if isinstance(argument, tuple) and argument and isinstance(argument[0], torch.Tensor):
-        return (place(argument[0]), *argument[1:])
+    if isinstance(argument, FeedbackMatrix):
+        return argument._make(map(_place, argument))
     return place(argument) if isinstance(argument, torch.Tensor) else argument
 
 
-def _double(argument):
-    return argument.double() if isinstance(argument, torch.Tensor) and argument.is_floating_point() else argument
+def _double(f):
+    def double(value):
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return f._make(map(double, f))
 
 
 def call(module, name, *arguments):
     """The function's result on the tests' device; no argument may change."""
     placed = [_place(a) for a in arguments]
-    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in placed]
+    flat = [v for a in placed for v in (a if isinstance(a, FeedbackMatrix) else (a,))]
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in flat]
     result = getattr(module, name)(*placed)
-    for i, (argument, old) in enumerate(zip(placed, before)):
+    for i, (argument, old) in enumerate(zip(flat, before)):
         if isinstance(argument, torch.Tensor):
             assert_bit_equal(f"{name}: argument {i} was written to", argument, old)
     return result.cpu()
@@ -80,19 +86,18 @@ def assert_same_matrix(module, name, got, expected, law):
         torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(got.dtype).eps, atol=1e-6)
 
 
-def check_matrix(module, case, arguments, dtype=torch.float32):
+def check_matrix(module, case, f, dtype=torch.float32):
     device = torch.device(problems.DEVICE)
-    placed = [_place(a) for a in arguments]
-    got = module.matrix((case["N"], case["K"]), *placed, dtype, device)
-    expected = reference.matrix((case["N"], case["K"]), *arguments, dtype, torch.device("cpu"))
+    got = module.matrix((case["N"], case["K"]), _place(f), dtype, device)
+    expected = reference.matrix((case["N"], case["K"]), f, dtype, torch.device("cpu"))
     assert got.device.type == device.type
-    assert_same_matrix(module, "matrix", got.cpu(), expected, arguments[2] and arguments[2][1])
+    assert_same_matrix(module, "matrix", got.cpu(), expected, f.random and f.law)
 
 
-def check_product(module, case, grad, arguments):
-    got = call(module, "product", grad, case["K"], *arguments)
-    same = reference.product(grad, case["K"], *arguments)
-    truth = reference.product(grad.double(), case["K"], *map(_double, arguments))
+def check_product(module, case, grad, f):
+    got = call(module, "product", grad, case["K"], f)
+    same = reference.product(grad, case["K"], f)
+    truth = reference.product(grad.double(), case["K"], _double(f))
     assert_accurate("product", got, same, truth, max(case["N"], 1))
     return got
 
@@ -152,12 +157,9 @@ def test_matrix_that_no_cache_holds(module, value, signs, columns, out):
 
 def test_values_depend_on_row_and_column_alone(module):
     for law in LAWS:
-        random = _place((torch.tensor(STATE), *LAWS[law]))
+        f = _place(made(random=(torch.tensor(STATE), *LAWS[law])))
         device = torch.device(problems.DEVICE)
-        large, small = (
-            module.matrix(shape, None, None, random, 1.0, False, torch.float32, device).cpu()
-            for shape in ((33, 700), (7, 129))
-        )
+        large, small = (module.matrix(shape, f, torch.float32, device).cpu() for shape in ((33, 700), (7, 129)))
         assert_bit_equal(law, small, large[:7, :129])
 
 
@@ -166,7 +168,7 @@ def test_state(module, seed):
     """All 64 bits of the seed, the low 32 of stream and step."""
     for state in ((seed, 0, 0), (seed, 2**32 - 1, 5), (seed, 1, 2**32 - 1)):
         case = dict(N=2, K=40)
-        check_matrix(module, case, (None, None, (torch.tensor(state), *LAWS["uniform8"]), 1.0, False))
+        check_matrix(module, case, made(random=(torch.tensor(state), *LAWS["uniform8"])))
 
 
 def test_special_weights(module):
@@ -175,8 +177,8 @@ def test_special_weights(module):
     weight = weight.repeat(3, 9)
     case = dict(N=3, K=weight.shape[1])
     for plus in (False, True):
-        check_matrix(module, case, (weight, None, None, 1.0, plus))
-        check_product(module, case, randn(2, 3, seed=1), (weight, None, None, 1.0, plus))
+        check_matrix(module, case, made(weight, None, None, 1.0, plus))
+        check_product(module, case, randn(2, 3, seed=1), made(weight, None, None, 1.0, plus))
 
 
 # -- columns folded into maps ----------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def test_product_with_signs_of_weights_with_and_without_zeros(module, dtype, zer
         weight[41, 130] = -0.0
     elif zeros == "all":
         weight.zero_()
-    check_product(module, case, randn(9, 70, seed=1, dtype=dtype), (weight, None, None, 0.3, plus))
+    check_product(module, case, randn(9, 70, seed=1, dtype=dtype), made(weight, None, None, 0.3, plus))
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (7, 31), (7, 32), (7, 33), (1, 129), (0, 5), (5, 0), (65, 300)], ids=str)
@@ -290,11 +292,12 @@ def test_pack_signs(module, shape, dtype, layout):
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows(module, law, dtype):
-    index, random = torch.tensor([3, 0, 3, 2**31 + 5, 11, 2]), (torch.tensor(STATE), *LAWS[law])
+    index = torch.tensor([3, 0, 3, 2**31 + 5, 11, 2])
+    f = made(random=(torch.tensor(STATE), *LAWS[law]), scale=0.5)
     for columns in (0, 1, 65, 700):
-        got = call(module, "rows", index, columns, random, 0.5, dtype)
-        assert_same_matrix(module, "rows", got, reference.rows(index, columns, random, 0.5, dtype), law)
-    assert call(module, "rows", index[:0], 7, random, 1.0, dtype).shape == (0, 7)
+        got = call(module, "rows", index, columns, f, dtype)
+        assert_same_matrix(module, "rows", got, reference.rows(index, columns, f, dtype), law)
+    assert call(module, "rows", index[:0], 7, f, dtype).shape == (0, 7)
 
 
 # -- the fused update ------------------------------------------------------------------------------------------------
@@ -317,7 +320,7 @@ def check_update(module, case, dtype=torch.float32, layout="dense", grad_dtype=t
         own = [None if t is None else put(convert(problems._copy(t))) for t in (weight, velocity)]
         inputs = [put(convert(t)) for t in (grad, x)]
         before = [t.clone() for t in inputs]
-        assert source.sgd_update_(*own, *inputs, **step) is None
+        assert source.sgd_update_(*own, *inputs, SgdOptions(**step)) is None
         for t, old in zip(inputs, before):
             assert_bit_equal("sgd_update_: an input was written to", t, old)
         return [t.cpu() for t in own if t is not None]
@@ -374,13 +377,7 @@ def test_update_is_torchs_sgd(module):
         parameter.grad = grad.t() @ x
         optimizer.step()
         module.sgd_update_(
-            own,
-            velocity,
-            place(grad),
-            place(x),
-            **{**options, "dampening": 0.2 if step else 0.0},
-            nesterov=False,
-            manhattan=False,
+            own, velocity, place(grad), place(x), SgdOptions(**{**options, "dampening": 0.2 if step else 0.0})
         )
         torch.testing.assert_close(own.cpu(), parameter.detach(), rtol=1e-5, atol=1e-6)
 
@@ -392,12 +389,11 @@ def _everything(module):
     case, results = dict(M=20, N=130, K=300), []
     grad = place(randn(20, 130, seed=1))
     for value, signs in (("one", "zero"), ("one", "packed"), ("uniform8 from 0", "zero"), ("normal", "none")):
-        placed = [_place(a) for a in formula(case, value, signs)]
-        results.append(module.product(grad, 300, *placed))
+        results.append(module.product(grad, 300, _place(formula(case, value, signs))))
     weight = place(torch.where(torch.arange(300) == 200, 0.0, randn(130, 300, seed=8)))  # zeros in some columns alone
-    results.append(module.product(grad, 300, weight, None, None, 1.0, False))
+    results.append(module.product(grad, 300, made(weight)))
     weight, velocity = place(randn(130, 300, seed=5)), place(randn(130, 300, seed=6))
-    module.sgd_update_(weight, velocity, grad, place(randn(20, 300, seed=7)), **STEP)
+    module.sgd_update_(weight, velocity, grad, place(randn(20, 300, seed=7)), SgdOptions(**STEP))
     return [*results, weight, velocity]
 
 
@@ -450,9 +446,9 @@ FUZZ = random_cases(
 
 @pytest.mark.parametrize("case", FUZZ, ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}-{c['value']}-{c['signs']}")
 def test_random_cases(module, case):
-    arguments = formula(case, case["value"], case["signs"], case["weight_dtype"], case["layout"], case["scale"])
-    check_product(module, case, randn(case["M"], case["N"], seed=1, dtype=case["dtype"]), arguments)
-    check_matrix(module, case, arguments, case["dtype"])
+    f = formula(case, case["value"], case["signs"], case["weight_dtype"], case["layout"], case["scale"])
+    check_product(module, case, randn(case["M"], case["N"], seed=1, dtype=case["dtype"]), f)
+    check_matrix(module, case, f, case["dtype"])
     check_update(
         module, case, layout=case["layout"] if case["layout"] != "expanded" else "dense", grad_dtype=case["dtype"]
     )

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from lgkernels.ops.feedback.options import SgdOptions
+from tests.feedback.common import made
 from tests.simt import executor
 
 pytestmark = [
@@ -35,8 +37,8 @@ def check(launches, *counts):
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_matrices(dry, shape, random):
     kernels, weight = executor.backend("feedback"), torch.empty(shape)
-    kernels.matrix(shape, weight, None, random, 1.0, False, torch.bfloat16, torch.device("cpu"))
-    kernels.rows(torch.empty(128, dtype=torch.int64), shape[1], RANDOM, 1.0, torch.float32)
+    kernels.matrix(shape, made(weight, None, random), torch.bfloat16, torch.device("cpu"))
+    kernels.rows(torch.empty(128, dtype=torch.int64), shape[1], made(random=RANDOM), torch.float32)
     kernels.pack_signs(weight)
     check(dry.launches(), 3)
 
@@ -49,7 +51,7 @@ def test_products(dry, shape, m, dtype):
     if m * shape[1] > 2**24:
         m = 2**24 // shape[1]
     grad = torch.empty(m, shape[0], dtype=dtype)
-    executor.backend("feedback").product_in_registers(grad, shape[1], None, None, RANDOM, 1.0, False)
+    executor.backend("feedback").product_in_registers(grad, shape[1], made(random=RANDOM))
     launches = dry.launches()
     check(launches, 1, 2)
     assert launches[0][0] >= 256 or shape[0] * shape[1] < 2**21 or shape[0] <= 10
@@ -59,15 +61,6 @@ def test_products(dry, shape, m, dtype):
 @pytest.mark.parametrize("shape", MATRICES[:-2], ids=str)
 def test_updates(dry, shape, m):
     executor.backend("feedback").sgd_update_(
-        torch.empty(shape),
-        torch.empty(shape),
-        torch.empty(m, shape[0]),
-        torch.empty(m, shape[1]),
-        0.1,
-        0.9,
-        0.0,
-        0.0,
-        False,
-        False,
+        torch.empty(shape), torch.empty(shape), torch.empty(m, shape[0]), torch.empty(m, shape[1]), SgdOptions(0.1, 0.9)
     )
     check(dry.launches(), 1)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lgkernels.ops.feedback import reference
-from tests.feedback.common import randn, weights
+from lgkernels.ops.feedback.options import SgdOptions
+from tests.feedback.common import made, randn, weights
 from tests.simt import executor
 from tests.simt.orders import in_every_order
 from tests.support.tolerances import assert_accurate
@@ -25,9 +26,9 @@ def test_matrix_and_rows(law):
     random, index = (STATE, *law), torch.tensor([5, 0, 2**32 - 1, 5, 9])
     weight = weights(37, 300)
     in_every_order(
-        "feedback", lambda kernels: kernels.matrix((37, 300), weight, None, random, 0.7, False, torch.bfloat16, CPU)
+        "feedback", lambda kernels: kernels.matrix((37, 300), made(weight, None, random, 0.7), torch.bfloat16, CPU)
     )
-    in_every_order("feedback", lambda kernels: kernels.rows(index, 300, random, 0.7, torch.float32))
+    in_every_order("feedback", lambda kernels: kernels.rows(index, 300, made(random=random, scale=0.7), torch.float32))
 
 
 def test_pack_signs():
@@ -44,7 +45,7 @@ PRODUCTS = [(5, 300, 130), (9, 10, 2100), (3, 70, 700), (8, 700, 40), (20, 33, 1
 def test_product(m, n, k, law):
     grad, random = randn(m, n, seed=1), None if law is None else (STATE, *law)
     weight = reference.pack_signs(weights(n, k)) if law is None else weights(n, k)
-    arguments = (grad, k, weight, None, random, 0.7, law is None)
+    arguments = (grad, k, made(weight, None, random, 0.7, law is None))
     (got,) = in_every_order("feedback", lambda kernels: kernels.product_in_registers(*arguments))
     truth = reference.product(grad.double(), *arguments[1:])
     assert_accurate("product", got, reference.product(*arguments), truth, n)
@@ -53,9 +54,7 @@ def test_product(m, n, k, law):
 def test_product_with_several_chunks():
     """So many blocks that no split is needed: a block has more rows than the 256 whose grad fits its shared memory."""
     grad, weight = randn(8192, 261, seed=1), weights(261, 1)
-    (got,) = in_every_order(
-        "feedback", lambda kernels: kernels.product_in_registers(grad, 1, weight, None, None, 1.0, False)
-    )
+    (got,) = in_every_order("feedback", lambda kernels: kernels.product_in_registers(grad, 1, made(weight)))
     assert_accurate("product", got, grad @ weight.sign(), grad.double() @ weight.sign().double(), 261)
 
 
@@ -65,7 +64,7 @@ def test_sgd_update(m, n, k):
 
     def run(kernels):
         own = weight.clone(), velocity.clone()
-        kernels.sgd_update_(*own, grad, x, 0.1, 0.9, 0.0, 0.01, True, False)
+        kernels.sgd_update_(*own, grad, x, SgdOptions(0.1, 0.9, 0.0, 0.01, nesterov=True))
         return own
 
     in_every_order("feedback", run)
@@ -74,6 +73,6 @@ def test_sgd_update(m, n, k):
 def test_normal_values_over_many_angles():
     """The kernels have a sine and cosine of their own."""
     random = (STATE, "normal", 1.0, None)
-    got = executor.backend("feedback").matrix((256, 2048), None, None, random, 1.0, False, torch.float32, CPU)
-    expected = reference.matrix((256, 2048), None, None, random, 1.0, False, torch.float32, CPU)
+    got = executor.backend("feedback").matrix((256, 2048), made(random=random), torch.float32, CPU)
+    expected = reference.matrix((256, 2048), made(random=random), torch.float32, CPU)
     np.testing.assert_array_max_ulp(got.numpy(), expected.numpy(), maxulp=4)

@@ -6,7 +6,7 @@ import torch
 from lgkernels.core.dispatch import interpreting
 from lgkernels.ops.feedback import reference
 from tests.conftest import running
-from tests.feedback.common import randn, weights
+from tests.feedback.common import made, randn, weights
 from tests.support.tolerances import assert_accurate, assert_bit_equal
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="the kernels run on CPU tensors: set TRITON_INTERPRET=1")
@@ -50,18 +50,21 @@ def launched(triton, monkeypatch):
 def test_product_chooses_by_shape(triton, launched, shape, kernels, dtype, random):
     m, n, k = shape
     grad, weight = randn(m, n, seed=1, dtype=dtype), weights(n, k)
-    got = triton.product(grad, k, weight, None, random, 0.3, False)
+    got = triton.product(grad, k, made(weight, None, random, 0.3))
     assert launched == kernels
-    same = reference.product(grad, k, weight, None, random, 0.3, False)
-    assert_accurate("product", got, same, reference.product(grad.double(), k, weight, None, random, 0.3, False), n)
+    same = reference.product(grad, k, made(weight, None, random, 0.3))
+    assert_accurate("product", got, same, reference.product(grad.double(), k, made(weight, None, random, 0.3)), n)
 
 
 def test_packed_signs_where_the_library_multiplies(triton, launched):
     grad, weight = randn(130, 140, seed=1), weights(140, 70)
-    got = triton.product(grad, 70, reference.pack_signs(weight), None, None, 0.3, True)
+    got = triton.product(grad, 70, made(reference.pack_signs(weight), None, None, 0.3, True))
     assert launched == ["matrix_kernel"]
     assert_accurate(
-        "product", got, *(reference.product(g, 70, weight, None, None, 0.3, True) for g in (grad, grad.double())), 140
+        "product",
+        got,
+        *(reference.product(g, 70, made(weight, None, None, 0.3, True)) for g in (grad, grad.double())),
+        140,
     )
 
 
@@ -70,11 +73,11 @@ def test_bfloat16_is_rounded_to_nearest(triton):
     magnitude = randn(9, 300, seed=3) * torch.logspace(-32, 36, 300)  # the interpreter has its own denormals
     magnitude[0, :5] = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 3.4e38])
     for weight, value, random in ((None, magnitude, None), (weights(9, 300), None, RANDOM)):
-        arguments = (9, 300), weight, value, random, 1.0, False, torch.bfloat16, torch.device("cpu")
+        arguments = (9, 300), made(weight, value, random), torch.bfloat16, torch.device("cpu")
         assert_bit_equal("matrix", triton.matrix(*arguments), reference.matrix(*arguments))
     index = torch.tensor([3, 0, 3])
     assert_bit_equal(
         "rows",
-        triton.rows(index, 65, RANDOM, 0.5, torch.bfloat16),
-        reference.rows(index, 65, RANDOM, 0.5, torch.bfloat16),
+        triton.rows(index, 65, made(random=RANDOM, scale=0.5), torch.bfloat16),
+        reference.rows(index, 65, made(random=RANDOM, scale=0.5), torch.bfloat16),
     )

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lgkernels.nn as lnn
 from lgkernels.optim import OffsetSGD
-from lgkernels.recipes import networks, tuning
+from lgkernels.recipes import networks, rules
 from lgkernels.training import BackpropTrainer, BlockwiseTrainer, refresh_trainer
 
 STEPS = 4
@@ -58,7 +58,9 @@ def train_modified(rank, rule, options, wrap):
         *(networks.Part(nn.Conv2d(i, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.Tanh()) for i in (1, 6, 6)),
         networks.Part(nn.Flatten(), nn.Linear(6, 3)),
     )
-    blocks = tuning.local_blocks(rule, model, torch.zeros(2, 1, 8, 8), 3, contrast="supcon")
+    record = rules.get(rule)
+    task = rules.Task(record, record.options(contrast="supcon"), num_classes=3, network=model)
+    blocks = record.build(task._replace(example=torch.zeros(2, 1, 8, 8)))
     if wrap:
         blocks = [DistributedDataParallel(b) for b in blocks]
     trainer = BlockwiseTrainer(blocks, lambda p: OffsetSGD(p, lr=0.1, momentum=0.9))

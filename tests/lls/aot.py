@@ -2,18 +2,18 @@
 
 import torch
 
-from lgkernels.core import config
-from lgkernels.ops.lls import basis
+from lgkernels.ops.lls import basis, tiles
 from lgkernels.ops.lls import triton as lls
+from lgkernels.ops.lls.options import HeadOptions
 
 LAUNCHER = lls
 MATRIX_KERNELS = {"similarity_kernel", "latent_grad_kernel", "logits_kernel", "grad_similarity_kernel"}
 TABLES = {
-    "similarity_kernel": (config._SIMILARITY, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
-    "latent_grad_kernel": (config._LATENT_GRAD, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
-    "logits_kernel": (config._PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
-    "grad_similarity_kernel": (config._PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
-    "modulation_grad_kernel": (config._MODULATION_GRAD, ("BLOCK_B", "BLOCK_K", "BLOCK_C")),
+    "similarity_kernel": (tiles.SIMILARITY, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
+    "latent_grad_kernel": (tiles.LATENT_GRAD, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
+    "logits_kernel": (tiles.PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "grad_similarity_kernel": (tiles.PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "modulation_grad_kernel": (tiles.MODULATION_GRAD, ("BLOCK_B", "BLOCK_K", "BLOCK_C")),
 }
 
 
@@ -48,18 +48,7 @@ def block_cases():
 
 def head_cases():
     """Every mode of the head, and batch and class counts on both sides of each threshold of the tables."""
-    options = dict(
-        temperature=0.5,
-        label_smoothing=0.1,
-        normalize=True,
-        eps=1e-12,
-        zero_gradient_below_eps=False,
-        basis_scale=1.0,
-        loss="cross_entropy",
-        ignore_index=-100,
-        reduction="mean",
-        compute_grad=True,
-    )
+    options = HeadOptions(1, label_smoothing=0.1)
     column, area = torch.empty(256), torch.empty(4)
     for batch, dim, classes, modes in (
         (128, 2048, 10, (0, 1, 2)),
@@ -75,7 +64,13 @@ def head_cases():
         for mode in modes:
             modulation = torch.empty((classes,) * mode) if mode else None
             losses, _, similarity, grad_logits = lls.head(
-                x, target, modulation, basis.signs(classes, dim), num_classes=classes, reduce=False, **options
+                x,
+                target,
+                modulation,
+                basis.signs(classes, dim),
+                options._replace(num_classes=classes),
+                True,
+                reduce=False,
             )
             finish = losses, target, similarity, grad_logits, modulation, -100
             latents, z = torch.empty(batch, 1024), torch.empty(batch, 256, dtype=torch.bfloat16)
@@ -83,11 +78,12 @@ def head_cases():
             lls.linear_grad_preactivation_(z, *(column,) * 4, 0.01, torch.empty(batch, 256), 256, 1.0, finish)
             if mode:
                 lls.modulation_grad(similarity, grad_logits, mode == 1, torch.empty(()))
-        lls.head(x, target, None, torch.empty(classes, dim), num_classes=classes, **options)
-    tess = options | dict(normalize=False, loss="hard_sigmoid_mse", reduction="none", zero_gradient_below_eps=True)
+        lls.head(x, target, None, torch.empty(classes, dim), options._replace(num_classes=classes), True)
+    options = options._replace(num_classes=7)
+    tess = dict(normalize=False, loss="hard_sigmoid_mse", reduction="none", zero_gradient_below_eps=True)
     x, target, phi = torch.empty(5, 33), torch.zeros(5, dtype=torch.int64), torch.empty(7, 33)
-    lls.head(x, target, None, phi, num_classes=7, **tess)
-    lls.head(x, target, None, phi, num_classes=7, **options | dict(compute_grad=False))
+    lls.head(x, target, None, phi, options._replace(**tess), True)
+    lls.head(x, target, None, phi, options, False)
 
 
 def cases():

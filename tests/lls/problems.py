@@ -3,21 +3,14 @@
 from functools import partial
 
 from lgkernels.ops.lls import basis, reference
+from lgkernels.ops.lls.options import HeadOptions
 from tests.support import problems
 from tests.support.problems import randn
 
-HEAD = dict(
-    temperature=0.5,
-    label_smoothing=0.0,
-    normalize=True,
-    eps=1e-12,
-    zero_gradient_below_eps=False,
-    basis_scale=1.0,
-    loss="cross_entropy",
-    ignore_index=-100,
-    reduction="mean",
-    compute_grad=True,
-)
+
+def head_arguments(classes, compute_grad=True, **options):
+    """The last arguments of `head`."""
+    return HeadOptions(classes, **options), compute_grad
 
 
 def modulation(kind, rows, classes, seed=2):
@@ -29,7 +22,7 @@ def modulation(kind, rows, classes, seed=2):
 
 def table(module, waveform, rows, dim):
     """The basis in the form in which `module` takes it."""
-    if waveform == "square" and getattr(module, "PACKED_BASIS", False):
+    if waveform == "square" and module.CAPABILITIES.packed_basis:
         return basis.signs(rows, dim)
     return basis.table(rows, dim, waveform) if waveform in ("square", "cosine") else randn(rows, dim, seed=9)
 
@@ -49,17 +42,16 @@ def areas(height, width, pool):
 check = partial(problems.check, reference=reference)
 
 
-def check_head(module, x, target, m, waveform, classes, *, rows=None, phi=None, per_row=False, **changes):
+def check_head(module, x, target, m, waveform, classes, *, rows=None, phi=None, per_row=False, **options):
     rows, dim = rows or classes, x.shape[1]
     ours = phi if phi is not None else table(module, waveform, rows, dim)
     exact = phi if phi is not None else table(reference, waveform, rows, dim)
-    keywords = {**HEAD, "num_classes": classes, **changes}
+    last = head_arguments(classes, **options)
     return check(
         module,
         "head",
-        (x, target, m, ours),
-        keywords,
+        (x, target, m, ours, *last),
         length=dim + rows,
         per_row=per_row,
-        reference_arguments=(x, target, m, exact),
+        reference_arguments=(x, target, m, exact, *last),
     )

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from tests.lls.problems import HEAD, areas, modulation, norm_arguments, table
+from tests.lls.problems import areas, head_arguments, modulation, norm_arguments, table
 from tests.support.problems import preactivation, randn, targets
 
 IMAGES = [(3, 5, 7, 7, 2), (2, 16, 8, 8, 2), (1, 3, 1, 1, 2), (2, 9, 5, 33, 4)]  # overlapping, exact, repeated bins
@@ -43,12 +43,12 @@ def run(kernels, device):
             modulation(kind, classes, classes),
             table(kernels, waveform, classes, dim),
         )
-        loss, grad, s, grad_logits = kernels.head(x, target, m, phi, num_classes=classes, **HEAD)
+        loss, grad, s, grad_logits = kernels.head(x, target, m, phi, *head_arguments(classes))
         results += [loss, grad, s, grad_logits]
         if m is not None:
             results.append(kernels.modulation_grad(s, grad_logits, kind == "vector", one))
-        if hasattr(kernels, "FINISHES_HEAD"):
-            losses, *_ = kernels.head(x, target, m, phi, num_classes=classes, reduce=False, **HEAD)
+        if kernels.CAPABILITIES.finishes_head:
+            losses, *_ = kernels.head(x, target, m, phi, *head_arguments(classes), reduce=False)
             finish = losses, target, s, grad_logits, m, -100
             latents = randn(batch, 3 * 4).to(device)
             results += kernels.norm_grads(latents, latents, latents, 3, torch.ones(4, device=device), finish)

@@ -279,8 +279,8 @@ class Dispatches(TorchDispatchMode):
 def opened(monkeypatch):
     """The ops as plain functions, so that a dispatch mode sees the calls inside; without the targets' range check,
     which runs on CPU tensors only (elsewhere it would be a synchronisation)."""
-    monkeypatch.setattr(lls_op, "class_indices", lambda target, *_: target)
-    monkeypatch.setattr(lls_autograd, "_ops", SimpleNamespace(lls_block=lls_op._block))
+    monkeypatch.setattr(lls_op, "class_indices", lambda name, target, *_: target)
+    monkeypatch.setattr(lls_autograd, "_ops", SimpleNamespace(lls_block=lls_op.lls_block.implementation))
 
 
 def count_kernels(monkeypatch, backend, names):

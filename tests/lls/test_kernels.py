@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import backend_module
-from tests.lls.problems import HEAD, areas, check, check_head, modulation, norm_arguments, table
+from tests.lls.problems import areas, check, check_head, head_arguments, modulation, norm_arguments, table
 from tests.support import problems
 from tests.support.cases import DTYPES, SIZES, label, random_cases, sweep
 from tests.support.problems import place, preactivation, randn, targets
@@ -181,7 +181,7 @@ def test_head_modulation_layout(module, layout, kind):
 def test_packed_and_plain_square_basis_agree(module):
     """A backend that takes packed signs takes the float table too, and both mean the same."""
     x, target = randn(5, 45), targets(5, 10)
-    if not module.PACKED_BASIS:
+    if not module.CAPABILITIES.packed_basis:
         pytest.skip("this backend takes no packed basis")
     packed = check_head(module, x, target, None, "square", 10)
     plain = check_head(module, x, target, None, "square", 10, phi=table(None, "square", 10, 45))
@@ -325,14 +325,14 @@ def test_norm_grads(module, case):
 )
 def test_head_finished_by_the_norm_gradients(module, batch, dim, rows, classes, kind):
     """A backend may leave the mean of the losses and the modulation's gradient to the norm gradients' launch."""
-    if not hasattr(module, "FINISHES_HEAD"):
+    if not module.CAPABILITIES.finishes_head:
         pytest.skip("this backend's head is complete")
     rows = rows if kind == "matrix" else classes
     target, m = targets(batch, classes), modulation(kind, rows, classes)
     target[1] = -100
     head = [place(t) for t in (randn(batch, dim), target, m, table(module, "square", rows, dim))]
-    whole = module.head(*head, **HEAD, num_classes=classes)
-    losses, *parts = module.head(*head, **HEAD, num_classes=classes, reduce=False)
+    whole = module.head(*head, *head_arguments(classes))
+    losses, *parts = module.head(*head, *head_arguments(classes), reduce=False)
     for i, (a, b) in enumerate(zip(parts, whole[1:])):
         assert_bit_equal(f"head[{i + 1}]", a, b)
     latents, z = place(randn(batch, 12)), place(randn(batch, 17))
@@ -408,8 +408,7 @@ def _everything(module):
         place(targets(5, 10)),
         place(modulation("matrix", 10, 10)),
         place(table(module, "square", 10, 144)),
-        **HEAD,
-        num_classes=10,
+        *head_arguments(10),
     )
     grads = module.norm_grads(g, s1, s2, 9, place(areas(8, 8, 4)))
     m = module.modulation_grad(s, grad_logits, False, place(torch.tensor(1.0)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.lls.problems import HEAD
+from tests.lls.problems import head_arguments
 from tests.simt import executor
 
 pytestmark = [
@@ -85,8 +85,7 @@ def test_heads(dry, packed, classes, dim, batch):
         torch.empty(batch, dtype=torch.int64),
         torch.empty(classes),
         phi,
-        num_classes=classes,
-        **HEAD,
+        *head_arguments(classes),
     )
     kernels.modulation_grad(similarity, grad_logits, True, torch.empty(()))
     kernels.modulation_grad(similarity[:, :20], grad_logits, False, torch.empty(()))

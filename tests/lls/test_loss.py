@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import lgkernels.functional as LF
 from lgkernels.ops.lls import reference
+from lgkernels.ops.lls.options import HeadOptions
 from tests.conftest import BACKENDS, running
 from tests.lls.definition import definition
 from tests.lls.problems import modulation
@@ -479,46 +480,10 @@ def test_function_transforms_are_refused(impl, transform):
 def test_opcheck_of_the_loss(impl, kind, shape):
     m = modulation(kind, 6, 6)
     for compute_grad, activation in ((True, randn(*shape)), (False, arrange(randn(*shape), "transposed"))):
-        arguments = (
-            activation,
-            targets(2, 6),
-            m,
-            None,
-            "square",
-            6,
-            2,
-            0.5,
-            0.0,
-            True,
-            1e-12,
-            False,
-            1.0,
-            "cross_entropy",
-            -100,
-            "mean",
-            compute_grad,
-            impl,
-        )
+        arguments = (activation, targets(2, 6), m, None, "square", 2, *HeadOptions(6), compute_grad, impl)
         torch.library.opcheck(torch.ops.lgkernels.lls_loss_forward.default, arguments)
     _, grad_latents, similarity, grad_logits = torch.ops.lgkernels.lls_loss_forward(
-        randn(*shape),
-        targets(2, 6),
-        m,
-        None,
-        "square",
-        6,
-        2,
-        0.5,
-        0.0,
-        True,
-        1e-12,
-        False,
-        1.0,
-        "cross_entropy",
-        -100,
-        "mean",
-        True,
-        impl,
+        randn(*shape), targets(2, 6), m, None, "square", 2, *HeadOptions(6), True, impl
     )
     for channels_last, wants_m in ((False, m is not None), (len(shape) == 4, False)):
         torch.library.opcheck(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lgkernels.ops.lls import basis
-from tests.lls.problems import HEAD, areas, modulation, norm_arguments, table
+from tests.lls.problems import areas, head_arguments, modulation, norm_arguments, table
 from tests.simt import executor
 from tests.simt.orders import in_every_order as in_every_order_of
 from tests.support.problems import preactivation, randn, targets
@@ -93,7 +93,7 @@ def test_head(batch, dim, rows, classes, kind, options, waveform):
     target[0] = -100 if batch > 1 else 0
     phi = table(executor.backend("lls"), waveform, rows, dim)
     loss, _, similarity, grad_logits = in_every_order(
-        lambda kernels: kernels.head(x, target, m, phi, num_classes=classes, **{**HEAD, **options})
+        lambda kernels: kernels.head(x, target, m, phi, *head_arguments(classes, **options))
     )
     if kind != "none":
         in_every_order(
@@ -127,11 +127,11 @@ def test_golden_heads(name):
         rows = m.shape[0] if m is not None and m.dim() == 2 else data["n_classes"]
         phi = data[f"Phi/{waveform}/K{rows}"]
         phi = basis.pack_signs(phi) if waveform == "square" else phi.float()
-        options = dict(HEAD, temperature=float(temperature[1:]), label_smoothing=float(smoothing[2:]))
+        options = dict(temperature=float(temperature[1:]), label_smoothing=float(smoothing[2:]))
 
         def run(kernels):
             x = kernels.latents(activation, pool)
-            loss, grad, s, grad_z = kernels.head(x, target, m, phi, num_classes=data["n_classes"], **options)
+            loss, grad, s, grad_z = kernels.head(x, target, m, phi, *head_arguments(data["n_classes"], **options))
             grad_a = kernels.expand_grad(grad, loss.new_ones(()), torch.empty_like(activation), pool)
             return (
                 loss,
@@ -166,8 +166,9 @@ def test_golden_blocks(name):
             target,
             m,
             phi,
-            num_classes=data["n_classes"],
-            **dict(HEAD, temperature=data["temperature"], label_smoothing=data["label_smoothing"]),
+            *head_arguments(
+                data["n_classes"], temperature=data["temperature"], label_smoothing=data["label_smoothing"]
+            ),
         )
         if conv:
             dgamma, dbeta, _ = kernels.norm_grads(grad, s1, s2, z.shape[1], areas(*z.shape[2:], pool))

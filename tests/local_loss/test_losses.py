@@ -421,7 +421,7 @@ Y2 = torch.tensor([0, 1])
         (
             lambda: LF.local_cross_entropy(X4, W5, randn(3), Y2),
             ValueError,
-            "bias must have shape (5,) (one entry per row of weight), got (3,)",
+            "bias must have shape (5,) (one for each output of weight), got (3,)",
         ),
         (
             lambda: LF.local_cross_entropy(X4, W5, None, Y2 + 4),
@@ -511,7 +511,11 @@ Y2 = torch.tensor([0, 1])
         ),
         (lambda: LF.nt_xent_loss(W5, temperature=0), ValueError, "temperature must be greater than 0, got 0"),
         (lambda: LF.supcon_loss(X4), ValueError, "z must be (B, V, D) or (B, D), got shape (2, 3, 4, 4)"),
-        (lambda: LF.supcon_loss(W5, Y2), ValueError, "target must have shape (5,) (one label per row of z), got (2,)"),
+        (
+            lambda: LF.supcon_loss(W5, Y2),
+            ValueError,
+            "target must have shape (5,) (one class index per row of z), got (2,)",
+        ),
         (
             lambda: LF.supcon_loss(W5, contrast_mode="two"),
             ValueError,

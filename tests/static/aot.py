@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.cache import triton_key
 
-from lgkernels.core import config
+from lgkernels.core import tiles
 
 FAMILIES = sorted(
     path.parent.name for path in Path(__file__).parents[1].glob("*/aot.py") if path.parent.name != "static"
@@ -158,4 +158,4 @@ def main(archs):
 
 
 if __name__ == "__main__":
-    main([int(arch) for arch in sys.argv[1:]] or list(config.SHARED_MEMORY))
+    main([int(arch) for arch in sys.argv[1:]] or list(tiles.SHARED_MEMORY))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock  # torch requires it
 
-from lgkernels.core import config
+from lgkernels.core import tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -24,7 +24,7 @@ def _families():
     return importlib.import_module("tests.static.aot").families()  # needs triton
 
 
-@pytest.fixture(scope="module", params=sorted(config.SHARED_MEMORY), ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(scope="module", params=sorted(tiles.SHARED_MEMORY), ids=lambda arch: f"sm_{arch}")
 def compiled(request, tmp_path_factory):
     """`(arch, results)`: one dict for each distinct specialisation; compiled once, also for several test processes."""
     folder = tmp_path_factory.getbasetemp()
@@ -58,7 +58,7 @@ def test_compiles_within_the_limits(compiled):
     arch, results = compiled
     assert len(results) > 90
     assert not _offenders(results, lambda r: "error" in r)
-    assert not _offenders(results, lambda r: r["shared"] > config.SHARED_MEMORY[arch])
+    assert not _offenders(results, lambda r: r["shared"] > tiles.SHARED_MEMORY[arch])
     assert not _offenders(results, lambda r: r["stack"] > 0), "registers spill to the stack"
 
 

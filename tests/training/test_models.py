@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import lgkernels.nn as lnn
-from lgkernels.recipes import loop, models, networks
+from lgkernels.recipes import heads, models, networks, rules
+
+FEEDBACK = [rule.name for rule in rules.families()["feedback"].RULES]
+FROM_RANDOM_WEIGHTS = [name for name, rule in rules.found().items() if rule.starts != "network"]
+
+
+def make_trainer(rule, blocks, lr):
+    record = rules.get(rule)
+    return record.trainer(blocks, lambda p: torch.optim.SGD(p, lr=lr), rules.Task(record, record.options()))
 
 
 def count(model, rule, classes=10, channels=3):
@@ -32,7 +40,7 @@ def test_modulation_adds_to_each_of_the_seven_layers_of_vgg8(classes):
 @pytest.mark.parametrize(
     "model, rule",
     [
-        *((model, rule) for model in ("smallconv", "mobilenetv1") for rule in models.RULES),
+        *((model, rule) for model in ("smallconv", "mobilenetv1") for rule in FROM_RANDOM_WEIGHTS),
         ("smallconvl", "lls"),
         ("vgg8", "lls"),
         ("vgg8", "lls-mxm-reduced"),
@@ -40,11 +48,11 @@ def test_modulation_adds_to_each_of_the_seven_layers_of_vgg8(classes):
 )
 def test_one_step(model, rule):
     blocks = models.build(model, rule, in_channels=3, num_classes=10)
-    trainer = loop.trainer(rule, blocks, lambda p: torch.optim.SGD(p, lr=0.1))
+    trainer = make_trainer(rule, blocks, 0.1)
     before = [p.detach().clone() for block in blocks for p in block.parameters() if p.dim() > 1]
     losses = trainer.step(torch.randn(4, 3, 32, 32), torch.arange(4))
     learning = [block for block in blocks if list(block.parameters())]
-    assert losses.shape == (len(learning) if rule in models.LOCAL_RULES else 1,)
+    assert losses.shape == (len(learning) if rules.get(rule).heads else 1,)
     assert torch.isfinite(losses).all()
     assert trainer.eval().predict(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     after = [p for block in blocks for p in block.parameters() if p.dim() > 1]
@@ -78,7 +86,7 @@ def test_mobilenets_depthwise_padding_is_its_stride():
 @pytest.mark.parametrize("shape, latents", [((4, 6, 8, 8), 24), ((4, 24), 16)])
 def test_control_heads_are_the_written_out_loss(rule, shape, latents):
     pool = 2 if len(shape) == 4 else 16
-    kind = {"lls-random": models.RandomBasisHead, "local-classifier": models.LocalClassifierHead}[rule]
+    kind = {"lls-random": heads.RandomBasisHead, "local-classifier": heads.LocalClassifierHead}[rule]
     head = kind(nn.Tanh(), num_classes=5, pool_size=pool, latents=latents, hidden=48, temperature=0.5)
     x, target = torch.randn(shape), torch.tensor([0, 4, 2, 2])
     out, loss = head(x, target)
@@ -159,7 +167,7 @@ def test_residual_network_starts_as_published():
     assert sum(isinstance(block, networks.BasicBlock) for block in blocks) == 8
 
 
-@pytest.mark.parametrize("rule", models.FEEDBACK_RULES)
+@pytest.mark.parametrize("rule", FEEDBACK)
 @pytest.mark.parametrize("model, layers", [("smallconv", 5), ("mobilenetv1", 28), ("resnet18", 21), ("alexnet", 8)])
 def test_all_layers_but_the_last_are_converted(model, layers, rule):
     with torch.device("meta"):
@@ -177,7 +185,7 @@ def test_all_layers_but_the_last_are_converted(model, layers, rule):
 @pytest.mark.parametrize("rule", ["usf", "dfa", "drtp"])
 def test_residual_network_takes_a_step(rule):
     blocks = models.build("resnet18", rule, in_channels=3, num_classes=10)
-    trainer = loop.trainer(rule, blocks, lambda p: torch.optim.SGD(p, lr=0.01))
+    trainer = make_trainer(rule, blocks, 0.01)
     before = [p.detach().clone() for block in blocks for p in block.parameters() if p.dim() > 1]
     assert torch.isfinite(trainer.step(torch.randn(4, 3, 32, 32), torch.arange(4))).all()
     assert all(

@@ -7,7 +7,7 @@ from torch import nn
 import lgkernels
 from lgkernels.__main__ import main
 from lgkernels.core import optional
-from lgkernels.recipes import networks, tuning
+from lgkernels.recipes import networks, weights
 from lgkernels.recipes.measure import peak_memory
 from lgkernels.training import partition, planner, split_blocks
 from lgkernels.training.attention import counted_attention
@@ -161,7 +161,7 @@ def test_the_plan_of_a_frozen_model():
 def test_our_resnet50_is_the_tables(image):
     """The recipe's network keeps what torchvision's does; needs no torchvision."""
     with torch.device("meta"):
-        model = tuning.network("resnet50", 3, 100)
+        model = weights.network("resnet50", 3, 100)
     total, units = megabytes(model, split_blocks(model, list(range(2, 17))), image)
     close(total, 5498)
     assert len(units) == 16

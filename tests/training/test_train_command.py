@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import lgkernels.__main__ as command
-from lgkernels.recipes import checkpoint, data, loop, measure, models, report, train
+from lgkernels.recipes import checkpoint, data, loop, measure, report, rules, train
+from lgkernels.recipes.settings import from_flat
 
 for needed in train.NEEDED:
     pytest.importorskip(needed)
 
 SMALL = ["--limit", "64", "--batch-size", "16", "--epochs", "2"]
+FEEDBACK, DIRECT = ([rule.name for rule in rules.families()[family].RULES] for family in ("feedback", "direct"))
 TINY = ["--limit", "32", "--batch-size", "16", "--epochs", "1"]
 
 
@@ -28,19 +30,11 @@ def run(tmp_path, *arguments):
 
 
 def settings(**changes):
-    return {
-        **train.DEFAULTS,
-        "device": "cpu",
-        "augment": "basic",
-        "limit": 128,
-        "batch_size": 32,
-        "epochs": 2,
-        **changes,
-    }
+    return from_flat({"device": "cpu", "augment": "basic", "limit": 128, "batch_size": 32, "epochs": 2, **changes})
 
 
 def dataset(s):
-    return data.load(s["data"], None, s["augment"]).truncated(s["limit"])
+    return data.load(s.data, None, s.augment).truncated(s.limit)
 
 
 class Silent:
@@ -112,12 +106,12 @@ def test_other_rules(tmp_path, rule):
     assert None not in record["losses"] and 0 <= record["test_accuracy"] <= 1
 
 
-@pytest.mark.parametrize("rule", [*models.FEEDBACK_RULES, *models.DIRECT_RULES])
+@pytest.mark.parametrize("rule", [*FEEDBACK, *DIRECT])
 def test_rules_without_heads(tmp_path, rule, capsys):
     assert run(tmp_path, "--rule", rule, *SMALL, "--name", "r") == 0
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert all(None not in record["losses"] and 0 <= record["test_accuracy"] <= 1 for record in rows)
-    converted = rule in models.FEEDBACK_RULES
+    converted = rule in FEEDBACK
     assert (tmp_path / "r" / "alignment.png").exists() == converted
     for record in rows:
         assert ("alignment" in record) == ("weight_ratio" in record) == converted

@@ -9,7 +9,9 @@ from torch import nn
 import lgkernels.__main__ as command
 import lgkernels.nn as lnn
 from lgkernels.optim import OffsetSGD
-from lgkernels.recipes import checkpoint, data, loop, networks, train, tuning
+from lgkernels.recipes import checkpoint, data, loop, networks, optimizers, rules, train, weights
+from lgkernels.recipes import settings as settings_module
+from lgkernels.recipes.rules import local_loss, offset
 from lgkernels.training import BackpropTrainer, BlockwiseTrainer, partition, refresh_trainer
 from tests.support.problems import randn, targets
 from tests.support.tolerances import assert_relative
@@ -33,22 +35,30 @@ class Silent:
 
 
 def settings(**changes):
-    return {
-        **train.DEFAULTS,
-        "device": "cpu",
-        "augment": "none",
-        "limit": 64,
-        "batch_size": 16,
-        "epochs": 1,
-        "model": "resnet-small",
-        "optimizer": "sgd",
-        "offset_batch": 32,
-        **changes,
-    }
+    return settings_module.from_flat(
+        {
+            "rule": "loco",
+            "device": "cpu",
+            "augment": "none",
+            "limit": 64,
+            "batch_size": 16,
+            "epochs": 1,
+            "model": "resnet-small",
+            "optimizer": "sgd",
+            "offset_batch": 32,
+            **changes,
+        }
+    )
 
 
 def dataset(s):
-    return data.load("fashion-mnist", None, "none").truncated(s["limit"])
+    return data.load("fashion-mnist", None, "none").truncated(s.limit)
+
+
+def local_blocks(rule, model, x, num_classes, **options):
+    record = rules.get(rule)
+    task = rules.Task(record, record.options(**options), num_classes=num_classes, network=model, example=x)
+    return record.build(task)
 
 
 def small(seed=0):
@@ -66,13 +76,13 @@ def batch(size=12):
     return randn(size, 1, 12, 12, dtype=torch.float64), targets(size, 4)
 
 
-@pytest.mark.parametrize("rule", tuning.LOCAL)
+@pytest.mark.parametrize("rule", [rule.name for rule in local_loss.RULES])
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_the_two_ends_of_the_offset(rule, scale):
     """alpha 0: the plain rule, bit for bit. alpha 1, refreshed at every step on the batch itself, without momentum: the
     network's own parameters follow back-propagation (of the network with the rule's normalisations)."""
     x, y = batch()
-    make = lambda: [b.double() for b in tuning.local_blocks(rule, small(), x, 4, contrast="supcon")]  # noqa: E731
+    make = lambda: [b.double() for b in local_blocks(rule, small(), x, 4, contrast="supcon")]  # noqa: E731
     trainer = BlockwiseTrainer(make(), lambda p: OffsetSGD(p, 0.1, offset_scale=scale))
     if scale:
         rival = BackpropTrainer(make(), lambda p: torch.optim.SGD(p, 0.1))
@@ -95,7 +105,7 @@ def test_forward_forward_unit():
     a call without target see the last."""
     x, y = batch()
     model = small()
-    first, second, *_, last = tuning.local_blocks("forward-forward", model, x, 4)
+    first, second, *_, last = local_blocks("forward-forward", model, x, 4)
     torch.manual_seed(0)
     out, loss = first(x, y)
     assert len(out) == 36 and torch.equal(out[24:], model[0](x))
@@ -118,7 +128,7 @@ def test_locos_overlap():
     """The first part of the next unit learns from two losses: its gradient is their sum, and it steps once."""
     x, y = batch()
     model = small()
-    blocks = [b.double() for b in tuning.local_blocks("loco", model, x, 4, contrast="supcon")]
+    blocks = [b.double() for b in local_blocks("loco", model, x, 4, contrast="supcon")]
     assert [len(b.ahead) for b in blocks[:-1]] == [1, 1, 0] and blocks[0].ahead[0] is blocks[1].unit[0]
     shared = model[1][0].weight
     h, lower = blocks[0](x, y)
@@ -129,15 +139,15 @@ def test_locos_overlap():
     trainer.step(x, y)
     assert_relative("sum", before - shared.detach(), expected, 1e-9)
     assert sum(shared is p for group in trainer.parameter_groups for p in group) == 1
-    assert all(len(b.ahead) == 0 for b in tuning.local_blocks("gim", model, x, 4)[:-1])
+    assert all(len(b.ahead) == 0 for b in local_blocks("gim", model, x, 4)[:-1])
 
 
 @pytest.mark.parametrize("rule", ["bp-accumulate", "bp-checkpoint"])
 def test_rivals_are_back_propagation(rule):
     s = settings(pretrain=1)
-    weights, results = tuning.network("resnet-small", 1, 10).state_dict(), []
+    start, results = weights.network("resnet-small", 1, 10).state_dict(), []
     for name in (rule, "bp"):
-        trainer = loop.make_trainer(s, name, dataset(s), weights)
+        trainer = loop.make_trainer(s, rules.get(name), dataset(s), start)
         for i in range(2):
             trainer.step(randn(16, 1, 28, 28, seed=i), targets(16, 10, seed=i))
         results.append([p.detach() for b in trainer.blocks for p in b.parameters()])
@@ -181,13 +191,12 @@ def test_command(tmp_path, capsys):
     assert "refresh_overhead" not in results["forward-forward"]
     title = out[out.index("rule  ") :].splitlines()[0].split()
     assert title[-3:] == ["refresh", "formula", "training"] and "signal" not in title
-    assert all(r["lr"] == loop.TUNING_RATE for r in results.values())
+    assert all(r["lr"] == weights.TUNING.rates["sgd"] for r in results.values())
 
 
 def test_formula():
-    assert tuning.formula(dict(offset_batch=320, period=None, batch_size=64), 3.0, 3.0, 50_000) == pytest.approx(
-        2 * 320 / (781 * 64)
-    )
+    s, options = settings(batch_size=64), offset.OffsetOptions(offset_batch=320)
+    assert offset.formula(s, options, 3.0, 3.0, 50_000) == pytest.approx(2 * 320 / (781 * 64))
 
 
 def test_resume_is_bit_exact(tmp_path):
@@ -211,7 +220,7 @@ def test_adapters(model, adapter):
     s = settings(model=model, adapter=adapter, units=3)
     run = loop.Run(s, "predsim-bpm", dataset(s), None)
     order = torch.arange(64)
-    assert run._refresh_due()
+    assert offset.due(run)
     assert [o.param_groups[0]["offset_scale"] for o in run.trainer.optimizers] == [
         1,
         1,
@@ -219,7 +228,7 @@ def test_adapters(model, adapter):
     ]  # the last has the global loss
     before = {id(p): p.detach().clone() for b in run.trainer.blocks for p in b.parameters()}
     for i in range(2):
-        run.refresh(order, 0)
+        offset.refresh(run, order, 0)
         run.trainer.step(*run.batch_at(order, i))
     names = [name for b in run.trainer.blocks for name, p in b.named_parameters() if not torch.equal(p, before[id(p)])]
     ours = [n for n in names if n.startswith(("block", "module"))]
@@ -268,10 +277,10 @@ def test_names_of_torchvision_and_timm():
         "fc.weight": "9.2.weight",
     }
     for names, head in ((timm, "4.1"), (torchvision, "4.1"), (resnet, "9.2")):
-        assert list(tuning._translated(dict.fromkeys(names, 0), head)) == list(names.values())
-    assert tuning._head(mine) == "4.1" and set(timm.values()) <= set(mine.state_dict())
+        assert list(weights.translated(dict.fromkeys(names, 0), head)) == list(names.values())
+    assert weights.head(mine) == "4.1" and set(timm.values()) <= set(mine.state_dict())
     with pytest.raises(checkpoint.CheckpointError, match="expected a tensor 0.cls_token of shape .1, 1, 8., got none"):
-        tuning.load_weights(mine, {})
+        weights.load(mine, {})
 
 
 @pytest.mark.parametrize("kind, size", [("resnet50", 64), ("vit-b-16", 224)])
@@ -289,10 +298,10 @@ def test_weights_of_torchvision(tmp_path, kind, size):
         if p.dim() == 2 and not p.any():
             nn.init.normal_(p)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
-    mine = tuning.network(kind, 3, 5).eval()
-    tuning.load_weights(mine, tuning.read_weights(tmp_path / "w.pth"))
+    mine = weights.network(kind, 3, 5).eval()
+    weights.load(mine, weights.read(tmp_path / "w.pth"))
     head = theirs.fc if kind == "resnet50" else theirs.heads.head
-    mine.get_submodule(tuning._head(mine)).load_state_dict(head.state_dict())
+    mine.get_submodule(weights.head(mine)).load_state_dict(head.state_dict())
     x = randn(1, 3, size, size)
     with torch.no_grad():
         assert_relative("logits", mine(x), theirs(x), 1e-5)
@@ -328,27 +337,22 @@ def test_bad_arguments(tmp_path, capsys, arguments, message):
     assert not any(tmp_path.iterdir())  # no folder of a run that never was
 
 
-def test_presets(tmp_path):
+def test_presets():
     """The paper's set-ups, and what is given beside them."""
     given = dict(rule="loco-bpm", compare=["bp"], data="cifar100", preset="bpm-vit-b-16-lora", epochs=2)
-    _, s = train._settings(given, tmp_path, None, False)
-    assert (s["model"], s["adapter"], s["batch_size"], s["image_size"], s["augment"]) == (
-        "vit-b-16",
-        "lora",
-        64,
-        224,
-        "none",
-    )
-    assert (s["epochs"], s["offset_batch"], s["offset_chunk"], s["period"], s["optimizer"]) == (2, 320, 8, None, "sgd")
-    assert loop.learning_rate(s, "loco-bpm") == loop.learning_rate(s, "bp") == 1e-3
-    train._validate(s)
+    s = settings_module.complete(given)
+    assert (s.model, s.adapter, s.batch_size, s.image_size, s.augment) == ("vit-b-16", "lora", 64, 224, "none")
+    options = s.options(rules.get("loco-bpm"))
+    assert (s.epochs, s.optimizer) == (2, "sgd")
+    assert (options.offset_batch, options.offset_chunk, options.period) == (320, 8, None)
+    assert [optimizers.learning_rate(s, rule) for rule in s.rules] == [1e-3, 1e-3]
     ds = data.load("fashion-mnist", None, "none").truncated(8)
     ds.image_size = 224
     x, _ = ds.training_batch(torch.arange(2), None)
     assert x.shape == (2, 1, 224, 224) and next(iter(ds.test_batches(4)))[0].shape == (4, 1, 224, 224)
 
 
-def test_a_preset_trains(tmp_path):
+def test_a_preset_trains():
     """Two refreshed steps of the real network, on small images."""
     rule, given = (
         "loco-bpm",
@@ -361,12 +365,12 @@ def test_a_preset_trains(tmp_path):
             image_size=32,
         ),
     )
-    _, s = train._settings({"rule": rule, **given}, tmp_path, None, False)
+    s = settings_module.complete({"rule": rule, "device": "cpu", **given})
     ds = data.load("fashion-mnist", None, "none").truncated(8)
     ds.image_size = 32
-    run = loop.Run({**s, "device": "cpu"}, rule, ds, None)
+    run = loop.Run(s, rule, ds, None)
     for i in range(2):
-        run.refresh(torch.arange(8), 0)
+        offset.refresh(run, torch.arange(8), 0)
         assert all(loss.isfinite() for loss in run.trainer.step(*run.batch_at(torch.arange(8), i)))
     offsets = [o for optimizer in run.trainer.optimizers for _, o in optimizer.offsets()]
     assert (
@@ -380,14 +384,14 @@ def test_estimated_scales(scale):
     s = settings(offset_batch=30, units=3, **{scale: "auto"})
     run = loop.Run(s, "forward-forward-bpm", dataset(s), None)
     assert 30 % run.trainer.offset_chunk == 0 and run.trainer.offset_chunk <= 15
-    run.refresh(torch.arange(64), 0)
+    offset.refresh(run, torch.arange(64), 0)
     estimates = [o.param_groups[0][scale] for o in run.trainer.optimizers]
     assert len(set(estimates)) == 3 and all(0 <= e < float("inf") for e in estimates)
 
 
 def test_frozen_statistics():
-    model = tuning.network("resnet-small", 1, 10)
-    tuning.freeze_statistics(model)
+    model = weights.network("resnet-small", 1, 10)
+    weights.freeze_statistics(model)
     before = [b.clone() for b in model.buffers()]
     model.train()
     model(randn(4, 1, 28, 28)).sum().backward()
@@ -398,9 +402,9 @@ def test_frozen_statistics():
 def test_units_of_a_network_are_the_network():
     x = randn(2, 1, 28, 28)
     for kind in ("resnet-small", "vit-small", "smallconv"):
-        model = tuning.network(kind, 1, 10).eval()
+        model = weights.network(kind, 1, 10).eval()
         y = x
         for part in partition.chain(model):
             y = part(y)
         assert torch.equal(y, model(x)) and all(list(part.parameters()) for part in partition.chain(model))
-    assert isinstance(tuning.local_blocks("predsim", model, x, 10, units=3)[0], lnn.PredSimHead)
+    assert isinstance(local_blocks("predsim", model, x, 10, units=3)[0], lnn.PredSimHead)

@@ -1,28 +1,19 @@
 """autograd entries of the family adapter: factorised forward and backward; nothing the size of the weight is built."""
 
-import contextlib
-
 import torch
 
-from ...core.guard import first_order_only
+from ...core.autograd import apply, first_order_only
+from ...core.ops import autocasts, without_autocast
 from . import op  # noqa: F401  registers the ops
 
 _ops = torch.ops.lgkernels
 
 
-_has_autocast = torch.amp.is_autocast_available  # the meta device, where memory is planned, has none
-
-
-def _without_autocast(x):
-    return torch.autocast(x.device.type, enabled=False) if _has_autocast(x.device.type) else contextlib.nullcontext()
-
-
 def _uniform(x, *tensors):
     """All in x's dtype, or in autocast's: what a matrix product wants."""
     dtype = x.dtype
-    device = x.device.type
-    if _has_autocast(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if autocasts(x.device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
     return [t if t is None else t.to(dtype) for t in (x, *tensors)]
 
 
@@ -55,8 +46,8 @@ class _Adapter(torch.autograd.Function):
 
 def _linear(name, x, weight, bias, factors, scale, impl):
     x, weight, bias, *factors = _uniform(x, weight, bias, *factors)
-    with _without_autocast(x):
-        y = _Adapter.apply(name, (), scale, impl, x.reshape(-1, x.shape[-1]), weight, bias, *factors)
+    with without_autocast(x.device):
+        y = apply(_Adapter, name, name, (), scale, impl, x.reshape(-1, x.shape[-1]), weight, bias, *factors)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -70,7 +61,16 @@ def lokr_linear(x, weight, bias, w1, a, b, scale, impl):
 
 def lokr_conv2d(x, weight, bias, stride, padding, dilation, groups, w1, a, b, scale, impl):
     x, weight, bias, *factors = _uniform(x, weight, bias, w1, a, b)
-    with _without_autocast(x):
-        return _Adapter.apply(
-            "lokr_conv2d", (stride, padding, dilation, groups), scale, impl, x, weight, bias, *factors
+    with without_autocast(x.device):
+        return apply(
+            _Adapter,
+            "lokr_conv2d",
+            "lokr_conv2d",
+            (stride, padding, dilation, groups),
+            scale,
+            impl,
+            x,
+            weight,
+            bias,
+            *factors,
         )

@@ -1,30 +1,12 @@
-"""Registered ops of the family adapter: schema, shapes (fake), and the call of the chosen backend."""
+"""Registered ops of the family adapter: shapes, and the call of the chosen backend."""
 
-import torch
+from functools import partial
 
-from ...core import dispatch
+from torch import Tensor
 
-LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
-OPS = ("lora_linear", "lokr_linear", "lokr_conv2d")
+from ...core.ops import define
 
-for _name in OPS:
-    dispatch.register(_name, reference="lgkernels.ops.adapter.reference")
-
-
-def _op(name, schema, function, fake):
-    LIBRARY.define(f"{name}{schema}")
-    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lgkernels::{name}", fake, lib=LIBRARY)
-
-
-def _call(name, suffix=""):
-    """The backend's function, chosen by the first tensor; the last argument is `impl`."""
-
-    def function(*arguments):
-        x, impl = arguments[0], arguments[-1]
-        return getattr(dispatch.backend(name, impl, x.device, x.dtype), name + suffix)(*arguments[:-1])
-
-    return function
+_define = partial(define, package=__package__)
 
 
 def _grads_fake(*shapes):
@@ -32,7 +14,7 @@ def _grads_fake(*shapes):
     bias, which is shaped like the columns or channels of the incoming gradient."""
 
     def fake(*arguments):
-        g, needs = arguments[0], arguments[-2]
+        g, needs = arguments[0], arguments[-1]
         return tuple(
             g.new_empty(0)
             if not needed or (position >= 0 and arguments[position] is None)
@@ -45,11 +27,31 @@ def _grads_fake(*shapes):
     return fake
 
 
-def _lora_fake(x, weight, bias, a, b, scale, impl):
+# -- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+def _lora_fake(x, weight, bias, a, b, scale):
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
 
-def _lokr_fake(x, weight, bias, w1, a, b, scale, impl):
+@_define(backends_of="lora_linear", fake=_lora_fake)
+def lora_linear(
+    kernels, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return kernels.lora_linear(x, weight, bias, a, b, scale)
+
+
+@_define(backends_of="lora_linear", fake=_grads_fake(1, 2, -1, 3, 4))
+def lora_linear_backward(
+    kernels, g: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, t: Tensor, scale: float, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return kernels.lora_linear_grads(g, x, weight, a, b, t, scale, needs)
+
+
+# -- LoKr -----------------------------------------------------------------------------------------------------------
+
+
+def _lokr_fake(x, weight, bias, w1, a, b, scale):
     new, rows, rank = x.new_empty, x.shape[0], b.shape[0]
     return (
         new(rows, weight.shape[0]),
@@ -58,11 +60,33 @@ def _lokr_fake(x, weight, bias, w1, a, b, scale, impl):
     )
 
 
-def _conv_fake(x, weight, bias, stride, padding, dilation, groups, w1, a, b, scale, impl):
-    size = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, p, d, k, s in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride)
-    ]
+@_define(backends_of="lokr_linear", fake=_lokr_fake)
+def lokr_linear(
+    kernels, x: Tensor, weight: Tensor, bias: Tensor | None, w1: Tensor, a: Tensor | None, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.lokr_linear(x, weight, bias, w1, a, b, scale)
+
+
+@_define(backends_of="lokr_linear", fake=_grads_fake(1, 2, -1, 3, 4, 5))
+def lokr_linear_backward(
+    kernels,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    w1: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    t: Tensor,
+    u: Tensor,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return kernels.lokr_linear_grads(g, x, weight, w1, a, b, t, u, scale, needs)
+
+
+def _conv_fake(x, weight, bias, stride, padding, dilation, groups, w1, a, b, scale):
+    geometry = zip(x.shape[2:], padding, dilation, weight.shape[2:], stride)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in geometry]
     new, rows, inner = x.new_empty, x.shape[0], b.shape[0] * size[0] * size[1]
     return (
         new(rows, weight.shape[0], *size),
@@ -71,45 +95,40 @@ def _conv_fake(x, weight, bias, stride, padding, dilation, groups, w1, a, b, sca
     )
 
 
-_op(
-    "lora_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, str impl) -> (Tensor, Tensor)",
-    _call("lora_linear"),
-    _lora_fake,
-)
-_op(
-    "lora_linear_backward",
-    "(Tensor g, Tensor x, Tensor weight, Tensor a, Tensor b, Tensor t, float scale, "
-    "bool[] needs, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _call("lora_linear", "_grads"),
-    _grads_fake(1, 2, -1, 3, 4),
-)
-_op(
-    "lokr_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor w1, Tensor? a, Tensor b, float scale, str impl) -> "
-    "(Tensor, Tensor, Tensor)",
-    _call("lokr_linear"),
-    _lokr_fake,
-)
-_op(
-    "lokr_linear_backward",
-    "(Tensor g, Tensor x, Tensor weight, Tensor w1, Tensor? a, Tensor b, Tensor t, Tensor u, "
-    "float scale, bool[] needs, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _call("lokr_linear", "_grads"),
-    _grads_fake(1, 2, -1, 3, 4, 5),
-)
-_op(
-    "lokr_conv2d",
-    "(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
-    "Tensor w1, Tensor? a, Tensor b, float scale, str impl) -> (Tensor, Tensor, Tensor)",
-    _call("lokr_conv2d"),
-    _conv_fake,
-)
-_op(
-    "lokr_conv2d_backward",
-    "(Tensor g, Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, "
-    "int groups, Tensor w1, Tensor? a, Tensor b, Tensor t, Tensor u, float scale, bool[] needs, str impl) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _call("lokr_conv2d", "_grads"),
-    _grads_fake(1, 2, -1, 7, 8, 9),
-)
+@_define(backends_of="lokr_conv2d", fake=_conv_fake)
+def lokr_conv2d(
+    kernels,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    w1: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.lokr_conv2d(x, weight, bias, stride, padding, dilation, groups, w1, a, b, scale)
+
+
+@_define(backends_of="lokr_conv2d", fake=_grads_fake(1, 2, -1, 7, 8, 9))
+def lokr_conv2d_backward(
+    kernels,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    w1: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    t: Tensor,
+    u: Tensor,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return kernels.lokr_conv2d_grads(g, x, weight, stride, padding, dilation, groups, w1, a, b, t, u, scale, needs)

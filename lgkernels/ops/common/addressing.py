@@ -25,3 +25,9 @@ def offset(index, stride):
 def indices(block, BLOCK: tl.constexpr):
     """int64 indices of block number `block`: block * BLOCK + (0 .. BLOCK-1)."""
     return tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def within(row, rows, column, columns):
+    """Mask of a tile: where `row` is below `rows` and `column` below `columns`."""
+    return (row < rows)[:, None] & (column < columns)[None, :]

@@ -14,27 +14,17 @@ in the pass of direct.py.
 
 import math
 import os
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ...core import checks, dispatch
-from ...core.guard import first_order_only
-from .op import autocasts, without_autocast
+from ...core.autograd import apply, first_order_only
+from ...core.ops import autocasts, without_autocast
+from . import op  # noqa: F401  registers the ops
+from .options import Formula
 
 _ops = torch.ops.lgkernels
-
-
-class Formula(NamedTuple):
-    """F without its tensors: scale * value, or scale * |value| * sign(weight). `scale` may be "mean_abs" (of W)."""
-
-    signs: str = "none"  # "none", "weight", or "packed": +-1 from packed bits
-    law: str = "uniform"
-    law_scale: float = 1.0
-    low: float | None = None
-    scale: float | str = 1.0
-    sign_plus: bool = False
 
 
 def _mean_abs(weight):
@@ -231,13 +221,13 @@ def _prepare(x, weight, bias, packed, formula, impl):
     return x, bias, packed, factor, None if weight.dtype == torch.float64 else dtype
 
 
-def linear(x, weight, bias, formula, *, packed=None, magnitude=None, state=None, impl="auto"):
+def linear(x, weight, bias, formula: Formula, *, packed=None, magnitude=None, state=None, impl="auto"):
     """x (..., K), weight (N, K); `packed` int32 (N, ceil(K / 32)) or None, to be made of the weight;
     `magnitude` (N, K) and `state` are the tensors of F's value, None both where it is 1."""
     x, bias, packed, factor, dtype = _prepare(x, weight, bias, packed, formula, impl)
     # Reshaped out here: the output of a Function that is a view must not be written to, as an activation in place does.
     rows = x if x.dim() == 2 else _rows(x)
-    y = _Linear.apply(rows, weight, bias, packed, magnitude, state, factor, formula, dtype, impl)
+    y = apply(_Linear, "feedback_linear", rows, weight, bias, packed, magnitude, state, factor, formula, dtype, impl)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -246,8 +236,20 @@ def conv2d(
 ):
     """x (B, C, H, W), weight (O, C / groups, kh, kw); `magnitude` like the weight; pairs of integers."""
     x, bias, packed, factor, dtype = _prepare(x, weight, bias, packed, formula, impl)
-    return _Conv2d.apply(
-        x, weight, bias, packed, magnitude, state, factor, formula, dtype, (stride, padding, dilation, groups), impl
+    return apply(
+        _Conv2d,
+        "feedback_conv2d",
+        x,
+        weight,
+        bias,
+        packed,
+        magnitude,
+        state,
+        factor,
+        formula,
+        dtype,
+        (stride, padding, dilation, groups),
+        impl,
     )
 
 

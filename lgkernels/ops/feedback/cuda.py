@@ -7,6 +7,7 @@ import torch
 
 from ...core import native
 from ..common.cuda import DTYPES, address, call
+from ..common.matrix import FeedbackMatrix
 
 _NO_WEIGHT, _PACKED_SIGNS = -1, 3
 _ONES, _MAGNITUDE, _RANDOM = 0, 1, 2
@@ -33,12 +34,12 @@ def _strided(tensor):
     return address(tensor), DTYPES[tensor.dtype], *tensor.stride()
 
 
-def _formula(shape, weight, magnitude, random, scale, sign_plus):
+def _formula(shape, f):
     """The kernels' description of F, and the tensors that must outlive the launch."""
-    weight, magnitude = _dense_rows(weight), _dense_rows(magnitude)
+    weight, magnitude, random = _dense_rows(f.weight), _dense_rows(f.magnitude), f.random
     kind = _NO_WEIGHT if weight is None else _PACKED_SIGNS if weight.dtype == torch.int32 else DTYPES[weight.dtype]
     value = _MAGNITUDE if magnitude is not None else _ONES if random is None else _RANDOM
-    state, law, law_scale, low = random if value == _RANDOM else (None, "uniform", 1.0, None)
+    state, law, law_scale, low = random or (None, "uniform", 1.0, None)
     magnitude_dtype = 0 if magnitude is None else DTYPES[magnitude.dtype]
     formula = native.cuda_entries().FeedbackMatrix(
         *shape,
@@ -49,40 +50,40 @@ def _formula(shape, weight, magnitude, random, scale, sign_plus):
         _LAWS[law],
         law_scale,
         low,
-        scale,
-        sign_plus,
+        f.scale,
+        f.sign_plus,
     )
     return formula, (weight, magnitude, state)
 
 
-def matrix(shape, weight, magnitude, random, scale, sign_plus, dtype, device):
-    formula, _keep = _formula(shape, weight, magnitude, random, scale, sign_plus)
+def matrix(shape, f, dtype, device):
+    formula, _keep = _formula(shape, f)
     out = torch.empty(shape, dtype=dtype, device=device)
     call("feedback_matrix", out.device, formula, 0, address(out), DTYPES[dtype])
     return out
 
 
-def rows(index, columns, random, scale, dtype):
+def rows(index, columns, f, dtype):
     index = index.contiguous()
-    formula, _keep = _formula((index.shape[0], columns), None, None, random, scale, False)
+    formula, _keep = _formula((index.shape[0], columns), f)
     out = torch.empty((index.shape[0], columns), dtype=dtype, device=index.device)
     call("feedback_matrix", out.device, formula, address(index), address(out), DTYPES[dtype])
     return out
 
 
-def product(grad, columns, weight, magnitude, random, scale, sign_plus):
+def product(grad, columns, f):
     (m, n), device = grad.shape, grad.device
     if n == 0:
         return torch.zeros((m, columns), dtype=grad.dtype, device=device)
     if m > _IN_REGISTERS[grad.dtype] and n > _FEW_ROWS:
-        return grad @ matrix((n, columns), weight, magnitude, random, scale, sign_plus, grad.dtype, device)
-    return product_in_registers(grad, columns, weight, magnitude, random, scale, sign_plus)
+        return grad @ matrix((n, columns), f, grad.dtype, device)
+    return product_in_registers(grad, columns, f)
 
 
-def product_in_registers(grad, columns, weight, magnitude, random, scale, sign_plus):
+def product_in_registers(grad, columns, f):
     """`product` for few rows of grad (any number, but never 0 columns of it)."""
     (m, n), device = grad.shape, grad.device
-    formula, _keep = _formula((n, columns), weight, magnitude, random, scale, sign_plus)
+    formula, _keep = _formula((n, columns), f)
     out = torch.empty((m, columns), dtype=grad.dtype, device=device)
     splits = native.cuda_entries().feedback_product_splits(formula, m)
     scratch = torch.empty((splits, m, columns), dtype=torch.float32, device=device) if splits > 1 else None
@@ -91,28 +92,26 @@ def product_in_registers(grad, columns, weight, magnitude, random, scale, sign_p
 
 
 def pack_signs(weight):
-    formula, _keep = _formula(weight.shape, weight, None, None, 1.0, False)
+    formula, _keep = _formula(weight.shape, FeedbackMatrix(weight))
     out = torch.empty((weight.shape[0], -(-weight.shape[1] // 32)), dtype=torch.int32, device=weight.device)
     call("feedback_pack_signs", out.device, formula, address(out))
     return out
 
 
-def sgd_update_(
-    weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale=1.0
-):
+def sgd_update_(weight, momentum_buffer, grad, x, options):
     ours = [_dense_rows(weight), _dense_rows(momentum_buffer)]
     pair = [_rows_of(tensor, 0 if tensor is None else DTYPES[tensor.dtype]) for tensor in ours]
     shape = (grad.shape[0], *weight.shape)
     call(
         "feedback_sgd_update",
         weight.device,
-        lr,
-        momentum,
-        dampening,
-        weight_decay,
-        grad_scale,
-        nesterov,
-        manhattan,
+        options.lr,
+        options.momentum,
+        options.dampening,
+        options.weight_decay,
+        options.grad_scale,
+        options.nesterov,
+        options.manhattan,
         shape,
         _strided(grad),
         _strided(x),

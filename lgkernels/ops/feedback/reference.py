@@ -7,8 +7,8 @@ Every rule sends the error down by a matrix F (N, K) that is a formula, never a 
     F = scale * |value| * sign(weight)      with weight        uSF (value 1), frSF and brSF
 
 N are a weight's outputs, K its inputs: (O, C / groups * kh * kw) of a convolution, (classes, neurons) of DFA.
-sign(0) = 0, or with `sign_plus` +1 (also of -0.0); sign(nan) follows: 0 | +1. `random` is None or the tuple
-(state, law, law_scale, low) of `lgkernels.random`: its int64 state tensor and the law's arguments.
+sign(0) = 0, or with `sign_plus` +1 (also of -0.0); sign(nan) follows: 0 | +1. The functions take F as `f`, a
+FeedbackMatrix (ops/common/matrix.py).
 
 Any device; float32 arithmetic, float64 where `dtype` or `grad` is float64.
 """
@@ -57,35 +57,31 @@ def sign(weight, sign_plus, cols):
     return (weight > 0).float() - (weight < 0).float()
 
 
-def matrix(shape, weight, magnitude, random, scale, sign_plus, dtype, device):
-    """F (N, K) in `dtype`, rounded once. `weight` and `magnitude` are (N, K), or `weight` int32 packed signs."""
+def matrix(shape, f, dtype, device):
+    """F (N, K) = shape in `dtype`, rounded once."""
     value = torch.ones(shape, dtype=wide(dtype), device=device)
-    if magnitude is not None:
-        value = magnitude.to(value.dtype)
-    elif random is not None:
-        state, law, law_scale, low = random
-        value = random_matrix(state, *shape, law, law_scale, low).to(value.dtype)
-    if weight is not None:
-        value = value.abs() * sign(weight, sign_plus, shape[1])
-    return (value * scale).to(dtype)
+    if f.magnitude is not None:
+        value = f.magnitude.to(value.dtype)
+    elif f.state is not None:
+        value = random_matrix(f.state, *shape, f.law, f.law_scale, f.low).to(value.dtype)
+    if f.weight is not None:
+        value = value.abs() * sign(f.weight, f.sign_plus, shape[1])
+    return (value * f.scale).to(dtype)
 
 
-def product(grad, columns, weight, magnitude, random, scale, sign_plus):
+def product(grad, columns, f):
     """grad (M, N) @ F -> (M, K = columns) in grad's dtype."""
     shape = (grad.shape[1], columns)
-    return grad @ matrix(shape, weight, magnitude, random, scale, sign_plus, grad.dtype, grad.device)
+    return grad @ matrix(shape, f, grad.dtype, grad.device)
 
 
-def rows(index, columns, random, scale, dtype):
+def rows(index, columns, f, dtype):
     """(B, K) of row index[b] (int64) of scale * law: DRTP's projection of class indices."""
-    state, law, law_scale, low = random
-    value = random_rows(state, index, columns, law, law_scale, low)
-    return (value.to(wide(dtype)) * scale).to(dtype)
+    value = random_rows(f.state, index, columns, f.law, f.law_scale, f.low)
+    return (value.to(wide(dtype)) * f.scale).to(dtype)
 
 
-def sgd_update_(
-    weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale=1.0
-):
+def sgd_update_(weight, momentum_buffer, grad, x, options):
     """torch.optim.SGD's step, or Batch Manhattan's (`manhattan`), with the gradient grad_scale * grad^T x, in place.
 
         g = grad_scale * grad^T x;  manhattan: g = sign(g);  g += weight_decay * W
@@ -95,56 +91,12 @@ def sgd_update_(
     with momentum sets v = g: pass a zero buffer and dampening 0.
     """
     dtype = wide(weight.dtype)
-    g = (grad.to(dtype).t() @ x.to(dtype)) * grad_scale
-    if manhattan:
+    g = (grad.to(dtype).t() @ x.to(dtype)) * options.grad_scale
+    if options.manhattan:
         g = g.sign()
-    g = g + weight_decay * weight.to(dtype)
+    g = g + options.weight_decay * weight.to(dtype)
     if momentum_buffer is not None:
-        v = momentum * momentum_buffer.to(dtype) + (1 - dampening) * g
+        v = options.momentum * momentum_buffer.to(dtype) + (1 - options.dampening) * g
         momentum_buffer.copy_(v)
-        g = g + momentum * v if nesterov else v
-    weight.copy_(weight.to(dtype) - lr * g)
-
-
-def _normalised(z, mean, rstd, gamma, beta, slope):
-    """z - mean, the slope of the activation, the activation; (B, C, H, W)."""
-    mean, gain, beta = (t.to(z.dtype).view(-1, 1, 1) for t in (mean, gamma * rstd, beta))
-    centred = z - mean
-    u = centred * gain + beta
-    factor = torch.where(u > 0, 1.0, slope).to(z.dtype)
-    return centred, factor, F.leaky_relu(u, slope) if slope else F.relu(u)
-
-
-def direct_forward(z, gamma, beta, running_mean, running_var, momentum, eps, slope, max_pool):
-    """Batch norm in training, leaky ReLU, and a 2x2 max-pool or none, of z (B, C, H, W): `(out, mean, rstd)` of the
-    batch. The running statistics (or None both) are updated as torch.nn.BatchNorm2d does."""
-    wider = z.to(wide(z.dtype))
-    mean, var, count = wider.mean((0, 2, 3)), wider.var((0, 2, 3), correction=0), z.numel() // z.shape[1]
-    rstd = (var + eps).rsqrt()
-    if running_mean is not None:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
-    out = _normalised(wider, mean, rstd, gamma, beta, slope)[2].to(z.dtype)
-    return F.max_pool2d(out, 2) if max_pool else out, mean, rstd
-
-
-def direct_backward_(z, mean, rstd, gamma, beta, delta, error, random, slope, max_pool):
-    """z becomes its gradient; returns `(grad_gamma, grad_beta)`.
-
-    delta = error (B, classes) @ law (classes, C * H' * W')     where no delta (B, C, H', W') is given
-    g = max-pool's backward of delta, times the activation's slope
-    grad_beta = sum g;  grad_gamma = sum g * xhat;  dz = gamma * rstd * (g - mean g - xhat * mean (g * xhat))
-    """
-    centred, factor, activation = _normalised(z.to(wide(z.dtype)), mean, rstd, gamma, beta, slope)
-    pooled, index = F.max_pool2d(activation, 2, return_indices=True) if max_pool else (activation, None)
-    if delta is None:
-        delta = product(error, pooled[0].numel(), None, None, random, 1.0, False)
-    g = delta.to(centred.dtype).view(pooled.shape)
-    if max_pool:
-        g = torch.zeros_like(centred).flatten(2).scatter_(2, index.flatten(2), g.flatten(2)).view(z.shape)
-    g = g * factor
-    xhat, gain = centred * rstd.view(-1, 1, 1), (gamma * rstd).view(-1, 1, 1)
-    grad_beta, grad_gamma = g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))
-    count = z.numel() // z.shape[1]
-    z.copy_(gain * (g - (grad_beta.view(-1, 1, 1) + xhat * grad_gamma.view(-1, 1, 1)) / count))
-    return grad_gamma, grad_beta
+        g = g + options.momentum * v if options.nesterov else v
+    weight.copy_(weight.to(dtype) - options.lr * g)

@@ -59,18 +59,6 @@ def update(impl, device, dtype):
     return [weight, buffer]
 
 
-def direct(impl, device, dtype):
-    """The block of direct feedback forward and backward; the ops go together."""
-    z = _random(3, 4, 6, 7, device=device, dtype=dtype)
-    gamma, beta = (_random(n, 1, device=device, dtype=dtype)[:4, 0].contiguous() for n in (5, 6))
-    error, state = _random(3, 5, device=device, dtype=dtype), torch.tensor([11, 3, 2], device=device)
-    out, mean, rstd = _ops.direct_forward(z, gamma, beta, None, None, 0.1, 1e-5, 0.01, True, impl)
-    gradients = _ops.direct_backward_(
-        z, mean, rstd, gamma, beta, None, error, state, "uniform", 0.5, None, 0.01, True, impl
-    )
-    return [out, mean, rstd, *gradients, z]
-
-
 CASES = {
     "feedback_product": product,
     "feedback_matrix": matrix,
@@ -78,6 +66,4 @@ CASES = {
     "feedback_fold": fold,
     "feedback_pack_signs": pack_signs,
     "feedback_update_": update,
-    "direct_forward": direct,
-    "direct_backward_": direct,
 }

@@ -1,17 +1,18 @@
 """Feedback in Triton: the functions of reference.py, same arguments, shapes and dtypes (no float64).
 
-Kernels in triton_matrix.py and triton_product.py; block sizes in core/config.py. Everything is computed in float32 and
+Kernels in triton_matrix.py and triton_product.py; block sizes in tiles.py. Everything is computed in float32 and
 rounded once on store, half operands of a product excepted: they are multiplied as they are, so F is rounded to `grad`'s
 dtype (but for `scale`, a factor of the sum). Sums have a fixed order. CPU tensors work under TRITON_INTERPRET=1.
 """
 
 import torch
 
-from ...core.config import architecture, select_config
+from ...core.tiles import architecture, select
 from ..common.dot import precision
 from ..common.launch import launch
 from ..common.philox import law_arguments, values_per_call
 from . import triton_matrix, triton_product
+from .tiles import TILES
 
 # `product` makes F in registers up to this many rows of grad, which one tile holds (two in float32), so each weight is
 # made once. Above it every further tile would make it again: there F is written once and the library multiplies. With
@@ -21,7 +22,7 @@ SMALL_ROWS_OF_F = 128
 
 
 def _config(op, sizes, dtype, device):
-    return select_config(op, sizes, dtype, architecture(device))
+    return select(TILES[op], sizes, dtype, architecture(device))
 
 
 def _blocks(n, block):
@@ -41,19 +42,19 @@ def _random(random):
     return (state,), tuple(numbers), dict(LAW=LAW, HAS_LOW=HAS_LOW), values_per_call(law)
 
 
-def _signs(weight, sign_plus):
-    if weight is None:
+def _signs(f):
+    if f.weight is None:
         return "none"
-    if weight.dtype == torch.int32:
+    if f.weight.dtype == torch.int32:
         return "packed"
-    return "plus" if sign_plus else "zero"
+    return "plus" if f.sign_plus else "zero"
 
 
-def matrix(shape, weight, magnitude, random, scale, sign_plus, dtype, device):
+def matrix(shape, f, dtype, device):
     N, K = shape
     out = torch.empty((N, K), dtype=dtype, device=device)
-    state, law, meta, v = _random(random)
-    config = _config("feedback_matrix", (N, K, v), dtype, out.device)
+    state, law, meta, v = _random(f.random)
+    config = _config("matrix", (N, K, v), dtype, out.device)
     programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
         launch(
@@ -61,31 +62,31 @@ def matrix(shape, weight, magnitude, random, scale, sign_plus, dtype, device):
             programs,
             out.device,
             out,
-            weight,
-            magnitude,
+            f.weight,
+            f.magnitude,
             *state,
-            float(scale),
+            float(f.scale),
             *law,
             N,
             K,
-            *_strides(weight),
-            *_strides(magnitude),
-            SIGNS=_signs(weight, sign_plus),
+            *_strides(f.weight),
+            *_strides(f.magnitude),
+            SIGNS=_signs(f),
             **meta,
             **config,
         )
     return out
 
 
-def product(grad, columns, weight, magnitude, random, scale, sign_plus):
+def product(grad, columns, f):
     (M, N), K = grad.shape, columns
     if M > ROWS_IN_REGISTERS and N > SMALL_ROWS_OF_F:
-        return grad @ matrix((N, K), weight, magnitude, random, scale, sign_plus, grad.dtype, grad.device)
+        return grad @ matrix((N, K), f, grad.dtype, grad.device)
     out = torch.empty((M, K), dtype=grad.dtype, device=grad.device)
     if out.numel() == 0:
         return out
-    state, law, meta, v = _random(random)
-    config = _config("feedback_product", (M, N, K, v), grad.dtype, grad.device)
+    state, law, meta, v = _random(f.random)
+    config = _config("product", (M, N, K, v), grad.dtype, grad.device)
     programs = _blocks(M, config["BLOCK_M"]) * _blocks(K, config["BLOCK_K"])
     # too few programs for the card: share N, at least four tiles each
     slices = max(1, min(_blocks(512, programs), N // (4 * config["BLOCK_N"]), 16))
@@ -96,24 +97,24 @@ def product(grad, columns, weight, magnitude, random, scale, sign_plus):
         out.device,
         grad.contiguous(),
         partial,
-        weight,
-        magnitude,
+        f.weight,
+        f.magnitude,
         *state,
-        float(scale),
+        float(f.scale),
         *law,
         M,
         N,
         K,
         slices,
-        *_strides(weight),
-        *_strides(magnitude),
-        SIGNS=_signs(weight, sign_plus),
+        *_strides(f.weight),
+        *_strides(f.magnitude),
+        SIGNS=_signs(f),
         PRECISION=precision(grad.dtype),
         **meta,
         **config,
     )
     if slices > 1:
-        config = _config("feedback_sum", (M * K,), grad.dtype, grad.device)
+        config = _config("sum", (M * K,), grad.dtype, grad.device)
         launch(
             triton_product.sum_slices_kernel,
             _blocks(M * K, config["BLOCK"]),
@@ -127,11 +128,11 @@ def product(grad, columns, weight, magnitude, random, scale, sign_plus):
     return out
 
 
-def rows(index, columns, random, scale, dtype):
+def rows(index, columns, f, dtype):
     B, K = index.shape[0], columns
     out = torch.empty((B, K), dtype=dtype, device=index.device)
-    (state,), law, meta, v = _random(random)
-    config = _config("feedback_matrix", (B, K, v), dtype, out.device)
+    (state,), law, meta, v = _random(f.random)
+    config = _config("matrix", (B, K, v), dtype, out.device)
     programs = _blocks(B, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
         launch(
@@ -141,7 +142,7 @@ def rows(index, columns, random, scale, dtype):
             index.contiguous(),
             out,
             state,
-            float(scale),
+            float(f.scale),
             *law,
             B,
             K,
@@ -154,7 +155,7 @@ def rows(index, columns, random, scale, dtype):
 def pack_signs(weight):
     N, K = weight.shape
     packed = torch.empty((N, _blocks(K, 32)), dtype=torch.int32, device=weight.device)
-    config = _config("feedback_matrix", (N, K, 32), weight.dtype, weight.device)
+    config = _config("matrix", (N, K, 32), weight.dtype, weight.device)
     programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
         launch(
@@ -163,15 +164,15 @@ def pack_signs(weight):
     return packed
 
 
-def sgd_update_(
-    weight, momentum_buffer, grad, x, lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale=1.0
-):
+def sgd_update_(weight, momentum_buffer, grad, x, options):
     (N, K), M = weight.shape, grad.shape[0]
     dtype = torch.promote_types(grad.dtype, x.dtype)
-    config = _config("feedback_update", (M, N, K), dtype, weight.device)
+    config = _config("update", (M, N, K), dtype, weight.device)
     programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
     if programs:
-        numbers = map(float, (lr, momentum, dampening, weight_decay, grad_scale))
+        numbers = map(
+            float, (options.lr, options.momentum, options.dampening, options.weight_decay, options.grad_scale)
+        )
         launch(
             triton_product.sgd_update_kernel,
             programs,
@@ -186,8 +187,8 @@ def sgd_update_(
             K,
             *weight.stride(),
             *_strides(momentum_buffer),
-            NESTEROV=bool(nesterov),
-            MANHATTAN=bool(manhattan),
+            NESTEROV=bool(options.nesterov),
+            MANHATTAN=bool(options.manhattan),
             PRECISION=precision(dtype),
             **config,
         )

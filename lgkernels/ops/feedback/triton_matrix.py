@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from ..common import philox
-from ..common.addressing import indices, offset, program_id
+from ..common.addressing import indices, offset, program_id, within
 from ..common.rounding import rounded
+from ..common.signs import unpacked
 
 
 @triton.jit
@@ -21,9 +22,7 @@ def _strided(matrix, n, block, N, K, row_stride, column_stride, BLOCK_K: tl.cons
     """Rows n and columns [block * BLOCK_K, (block + 1) * BLOCK_K) of a matrix, 0 outside of it."""
     k = indices(block, BLOCK_K)
     return tl.load(
-        matrix + offset(n, row_stride)[:, None] + offset(k, column_stride)[None, :],
-        mask=(n < N)[:, None] & (k < K)[None, :],
-        other=0.0,
+        matrix + offset(n, row_stride)[:, None] + offset(k, column_stride)[None, :], mask=within(n, N, k, K), other=0.0
     ).to(tl.float32)
 
 
@@ -33,11 +32,10 @@ def _signs(weight, n, block, N, K, row_stride, column_stride, SIGNS: tl.constexp
         word = indices(block, BLOCK_K // 32)
         words = tl.load(
             weight + offset(n, row_stride)[:, None] + offset(word, column_stride)[None, :],
-            mask=(n < N)[:, None] & (word * 32 < K)[None, :],
+            mask=within(n, N, word * 32, K),
             other=0,
         )
-        negative = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-        return tl.reshape(1.0 - 2.0 * negative.to(tl.float32), (n.shape[0], BLOCK_K))
+        return unpacked(words)
     else:
         w = _strided(weight, n, block, N, K, row_stride, column_stride, BLOCK_K)
         return tl.where(w < 0, -1.0, 1.0 if SIGNS == "plus" else tl.where(w > 0, 1.0, 0.0))
@@ -141,7 +139,7 @@ def matrix_kernel(
     )
     k = indices(block, BLOCK_K)
     value = rounded(value * tl.cast(scale, tl.float32), out.dtype.element_ty)
-    tl.store(out + offset(n, K)[:, None] + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
+    tl.store(out + offset(n, K)[:, None] + k[None, :], value, mask=within(n, N, k, K))
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -169,7 +167,7 @@ def rows_kernel(
     value = philox.panel(seed, stream, step, row[:, None], block, law_scale, span, low, LAW, HAS_LOW, BLOCK_N, BLOCK_K)
     k = indices(block, BLOCK_K)
     value = rounded(value * tl.cast(scale, tl.float32), out.dtype.element_ty)
-    tl.store(out + offset(b, K)[:, None] + k[None, :], value, mask=(b < B)[:, None] & (k < K)[None, :])
+    tl.store(out + offset(b, K)[:, None] + k[None, :], value, mask=within(b, B, k, K))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -182,7 +180,5 @@ def pack_signs_kernel(weight, packed, N, K, row_stride, column_stride, BLOCK_N: 
     bits = tl.reshape((w < 0).to(tl.int32), (BLOCK_N, BLOCK_K // 32, 32)) << tl.arange(0, 32)[None, None, :]
     word = indices(block, BLOCK_K // 32)
     tl.store(
-        packed + offset(n, tl.cdiv(K, 32))[:, None] + word[None, :],
-        tl.sum(bits, 2),
-        mask=(n < N)[:, None] & (word * 32 < K)[None, :],
+        packed + offset(n, tl.cdiv(K, 32))[:, None] + word[None, :], tl.sum(bits, 2), mask=within(n, N, word * 32, K)
     )

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.addressing import indices, offset, program_id
+from ..common.addressing import indices, offset, program_id, within
 from ..common.dot import dot
 from ..common.rounding import rounded
 from .triton_matrix import load_state, values
@@ -46,7 +46,7 @@ def product_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for rows in range(slice, tl.cdiv(N, BLOCK_N), slices):
         n = indices(rows, BLOCK_N)
-        g = tl.load(grad + offset(m, N)[:, None] + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
+        g = tl.load(grad + offset(m, N)[:, None] + n[None, :], mask=within(m, M, n, N), other=0.0)
         f = values(
             weight,
             magnitude,
@@ -75,7 +75,7 @@ def product_kernel(
     tl.store(
         out + row[:, None] + k[None, :],
         rounded(total * tl.cast(scale, tl.float32), out.dtype.element_ty),
-        mask=(m < M)[:, None] & (k < K)[None, :],
+        mask=within(m, M, k, K),
     )
 
 
@@ -121,13 +121,13 @@ def sgd_update_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in range(0, M, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        g = tl.load(grad + offset(m, N)[:, None] + n[None, :], mask=(m < M)[:, None] & (n < N)[None, :], other=0.0)
-        columns = tl.load(x + offset(m, K)[:, None] + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
+        g = tl.load(grad + offset(m, N)[:, None] + n[None, :], mask=within(m, M, n, N), other=0.0)
+        columns = tl.load(x + offset(m, K)[:, None] + k[None, :], mask=within(m, M, k, K), other=0.0)
         total = dot(tl.trans(g), columns, total, PRECISION)
     total = total * tl.cast(grad_scale, tl.float32)
     if MANHATTAN:
         total = tl.where(total > 0, 1.0, tl.where(total < 0, -1.0, 0.0))
-    inside = (n < N)[:, None] & (k < K)[None, :]
+    inside = within(n, N, k, K)
     at = weight + offset(n, weight_row)[:, None] + offset(k, weight_column)[None, :]
     w = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     total += tl.cast(weight_decay, tl.float32) * w

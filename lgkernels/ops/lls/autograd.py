@@ -4,7 +4,8 @@ import warnings
 
 import torch
 
-from ...core.guard import first_order_only
+from ...core.autograd import apply, first_order_only
+from ...core.ops import autocasts
 from ...core.unit import is_one
 from . import op
 
@@ -13,11 +14,11 @@ _ops = torch.ops.lgkernels
 
 class _LLSLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, activation, target, modulation, link, pool_size, reduction, impl, grad_enabled, arguments):
+    def forward(ctx, activation, target, modulation, link, basis, waveform, pool_size, options, impl, grad_enabled):
         needs = ctx.needs_input_grad
         compute_grad = grad_enabled and (needs[0] or needs[2])
         loss, grad_latents, similarity, grad_logits = _ops.lls_loss_forward(
-            activation, target, modulation, *arguments, reduction, compute_grad, impl
+            activation, target, modulation, basis, waveform, pool_size, *options, compute_grad, impl
         )
         if compute_grad:
             # An intermediate activation is not kept: its gradient is constant over each bin. `link` (or the leaf
@@ -49,17 +50,9 @@ class _LLSLoss(torch.autograd.Function):
             )
         grad_activation = grad_activation if ctx.needs_input_grad[0] else None
         grad_modulation = grad_modulation.to(modulation.dtype) if ctx.needs_input_grad[2] else None
-        return (
-            first_order_only("lls_loss", grad_activation, link, modulation, grad_loss),
-            None,
-            first_order_only("lls_loss", grad_modulation, link, modulation, grad_loss),
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        grad_activation = first_order_only("lls_loss", grad_activation, link, modulation, grad_loss)
+        grad_modulation = first_order_only("lls_loss", grad_modulation, link, modulation, grad_loss)
+        return grad_activation, None, grad_modulation, *[None] * 7
 
 
 def _is_done(grad_latents, grad_loss, modulation, shape, dtype, _channels_last, pool_size):
@@ -74,52 +67,25 @@ def _is_done(grad_latents, grad_loss, modulation, shape, dtype, _channels_last, 
     )
 
 
-def lls_loss(
-    activation,
-    target,
-    modulation,
-    basis,
-    waveform,
-    num_classes,
-    pool_size,
-    temperature,
-    label_smoothing,
-    normalize,
-    eps,
-    zero_gradient_below_eps,
-    basis_scale,
-    loss,
-    ignore_index,
-    reduction,
-    impl,
-):
+def lls_loss(activation, target, modulation, basis, waveform, pool_size, options, impl):
+    """`options`: a HeadOptions."""
     grad_enabled = torch.is_grad_enabled()
     link = None
     if grad_enabled and activation.requires_grad and not activation.is_leaf and not torch.compiler.is_compiling():
         link = activation[:0].sum()  # tied to the activation's history, holds none of its memory
-    return _LLSLoss.apply(
+    return apply(
+        _LLSLoss,
+        "lls_loss",
         activation,
         target,
         modulation,
         link,
+        basis,
+        waveform,
         pool_size,
-        reduction,
+        options,
         impl,
         grad_enabled,
-        (
-            basis,
-            waveform,
-            num_classes,
-            pool_size,
-            temperature,
-            label_smoothing,
-            normalize,
-            eps,
-            zero_gradient_below_eps,
-            basis_scale,
-            loss,
-            ignore_index,
-        ),
     )
 
 
@@ -137,7 +103,7 @@ class _LLSBlock(torch.autograd.Function):
         running_var,
         target,
         grad_enabled,
-        arguments,
+        options,
         impl,
     ):
         needs = ctx.needs_input_grad
@@ -152,7 +118,7 @@ class _LLSBlock(torch.autograd.Function):
             running_var,
             target,
             modulation,
-            *arguments,
+            *options,
             compute_grad,
             needs[1],
             needs[5],
@@ -217,19 +183,16 @@ def _warn_under_checkpoint():
         )
 
 
-def lls_block(x, weight, bias, norm_weight, norm_bias, modulation, running_mean, running_var, target, arguments, impl):
+def lls_block(x, weight, bias, norm_weight, norm_bias, modulation, running_mean, running_var, target, options, impl):
+    """`options`: a BlockOptions, or its fields in order."""
     grad_enabled = torch.is_grad_enabled()
     if grad_enabled:
         _warn_under_checkpoint()
-    device_type = x.device.type
-    if (
-        torch.amp.is_autocast_available(device_type)
-        and torch.is_autocast_enabled(device_type)
-        and x.dtype != torch.float64
-    ):
-        dtype = torch.get_autocast_dtype(device_type)
-        x = x.to(dtype)
-    return _LLSBlock.apply(
+    if autocasts(x.device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return apply(
+        _LLSBlock,
+        "lls_block",
         x.detach(),
         weight,
         bias,
@@ -240,6 +203,6 @@ def lls_block(x, weight, bias, norm_weight, norm_bias, modulation, running_mean,
         running_var,
         target,
         grad_enabled,
-        arguments,
+        options,
         impl,
     )

@@ -8,19 +8,42 @@
     z <- dz                 grad_preactivation_, in place
     dweight                 library
 
-No gradient goes to x. The pre-activation z never leaves this function.
+No gradient goes to x. The pre-activation z never leaves this file.
 """
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from ...core.ops import wide_dtype
 from ...core.unit import one
 
 _SMALL_PLANE = 64  # positions; the passes over z go along channels where a plane fills too few vectors
 
 _convolution_backward = torch.ops.aten.convolution_backward.default
+
+
+class Parameters(NamedTuple):
+    """What a block learns, and its running statistics, which it updates."""
+
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor
+    norm_bias: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    modulation: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients."""
+
+    any: bool
+    weight: bool
+    modulation: bool
 
 
 def channels_last(x):
@@ -46,146 +69,117 @@ def _bin_areas(size, pool_size, device):
     return torch.tensor([h * w for h in height for w in width], dtype=torch.float32, device=device)
 
 
-def _batch_stats(kernels, z, bias, running_mean, running_var, momentum, eps, wide):
+# -- the layer ------------------------------------------------------------------------------------------------------
+
+
+class _Linear:
+    """z = x W^T and, from dz, the gradient of W."""
+
+    def __init__(self, kernels, x, weight, options):
+        self.x, self.weight = x, weight.to(x.dtype)  # under autocast, and for half models, the norm stays wide
+        self.memory_format = torch.contiguous_format
+
+    def preactivation(self):
+        return self.x @ self.weight.t()
+
+    def grad_weight(self, dz):
+        return dz.t() @ self.x
+
+
+class _Convolution:
+    """z = W * x and, from dz, the gradient of W, each in the memory format that the library is fastest in."""
+
+    def __init__(self, kernels, x, weight, options):
+        self.kernels = kernels if kernels.CAPABILITIES.converts_layouts else None
+        self.geometry = (options.stride, options.padding, (1, 1), False, (0, 0), 1)
+        self.memory_format = torch.channels_last if channels_last(weight) else torch.contiguous_format  # W's gradient's
+        if self.kernels:
+            # oneDNN wants large maps channels_last (NCHW ones it copies into blocks of its own); where the weight is
+            # the larger part it stays as it is, and x, which is small, follows.
+            if channels_last(weight) or x.numel() > 2 * weight.numel():
+                x, weight = (kernels.to_channels_last(t) for t in (x, weight))
+            else:
+                x = kernels.to_contiguous(x)
+        self.x, self.weight = x, weight.to(x.dtype)
+
+    def preactivation(self):
+        z = torch.convolution(self.x, self.weight, None, *self.geometry)
+        self.z_last = channels_last(z)
+        if self.kernels and z.numel() != z.shape[1] and z.shape[2] * z.shape[3] <= _SMALL_PLANE:
+            return self.kernels.to_channels_last(z)
+        return z
+
+    def grad_weight(self, dz):
+        if self.kernels and not self.z_last:
+            dz = self.kernels.to_contiguous(dz)
+        return _convolution_backward(dz, self.x, self.weight, None, *self.geometry, (False, True, False))[1]
+
+
+# -- the norm, the head, and back --------------------------------------------------------------------------------------
+
+
+def _batch_stats(kernels, z, parameters, options):
+    running = parameters.running_mean, parameters.running_var
     if z.shape[0] == 0:  # nothing to learn from: torch's batch norm leaves the running statistics alone, too
-        running_mean = running_var = None
-    if running_mean is None or running_mean.dtype == wide:
-        return kernels.batch_stats(z, bias, running_mean, running_var, momentum, eps)
-    running = running_mean.to(wide), running_var.to(wide)  # a half model's
-    stats = kernels.batch_stats(z, bias, *running, momentum, eps)
-    running_mean.copy_(running[0])
-    running_var.copy_(running[1])
+        running = None, None
+    wide = wide_dtype(z.dtype)
+    bias = None if parameters.bias is None else parameters.bias.contiguous()
+    if running[0] is None or all(t.dtype == wide and t.is_contiguous() for t in running):
+        return kernels.batch_stats(z, bias, *running, options.momentum, options.norm_eps)
+    own = [t.to(wide).contiguous() for t in running]  # a half model's
+    stats = kernels.batch_stats(z, bias, *own, options.momentum, options.norm_eps)
+    for theirs, used in zip(running, own):
+        theirs.copy_(used)
     return stats
 
 
-def forward(
-    kernels,
-    x,
-    weight,
-    bias,
-    norm_weight,
-    norm_bias,
-    running_mean,
-    running_var,
-    target,
-    modulation,
-    basis,
-    stride,
-    padding,
-    momentum,
-    norm_eps,
-    negative_slope,
-    max_pool,
-    num_classes,
-    pool_size,
-    temperature,
-    label_smoothing,
-    compute_grad,
-    needs_weight,
-    needs_modulation,
-):
+def forward(kernels, x, target, parameters, basis, options, wanted):
     """Returns (out, loss, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_modulation); the last five
     are empty where not wanted, grad_bias is zero. Gradients are those of the mean local loss, in float32 (float64 for
     float64)."""
-    is_conv = weight.dim() == 4
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    last, weight_last = channels_last(x), channels_last(weight)
-    formats = is_conv and hasattr(kernels, "to_channels_last")
-    if formats:
-        # oneDNN wants large maps channels_last (NCHW ones it copies into blocks of its own); where the weight is the
-        # larger part it stays as it is, and x, which is small, follows.
-        if weight_last or x.numel() > 2 * weight.numel():
-            x, weight = (kernels.to_channels_last(t) for t in (x, weight))
-        else:
-            x = kernels.to_contiguous(x)
-    weight = weight.to(x.dtype)  # under autocast, and for half models, the norm's parameters stay wide
-    norm_weight, norm_bias = norm_weight.to(wide), norm_bias.to(wide)
+    wide, last, modulation = wide_dtype(x.dtype), channels_last(x), parameters.modulation
     modulation = None if modulation is None else modulation.to(wide).contiguous()
-    if is_conv:
-        z = torch.convolution(x, weight, None, stride, padding, (1, 1), False, (0, 0), 1)
-    else:
-        z = x @ weight.t()
+    layer = (_Convolution if parameters.weight.dim() == 4 else _Linear)(kernels, x, parameters.weight, options)
+    z = layer.preactivation()
     if z.numel() == z.shape[1]:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got a pre-activation of size {z.shape}"
         )
-    z_last = channels_last(z)
-    if formats and z.shape[2] * z.shape[3] <= _SMALL_PLANE:
-        z = kernels.to_channels_last(z)
-    mean, rstd = _batch_stats(kernels, z, bias, running_mean, running_var, momentum, norm_eps, wide)
-    out, latents, s1, s2 = kernels.norm_act_pool(
-        z,
-        mean,
-        rstd,
-        norm_weight,
-        norm_bias,
-        negative_slope,
-        pool_size,
-        max_pool,
-        compute_grad,
-        **({"out_channels_last": last} if formats else {}),
-    )
-    finishes = compute_grad and hasattr(kernels, "FINISHES_HEAD")  # with the norm's gradients: two launches less
+    stats = _batch_stats(kernels, z, parameters, options)
+    affine = (t.to(wide).contiguous() for t in (parameters.norm_weight, parameters.norm_bias))
+    norm = (*stats, *affine, options.negative_slope)
+    layout = {"out_channels_last": last} if z.dim() == 4 and kernels.CAPABILITIES.converts_layouts else {}
+    out, latents, *sums = kernels.norm_act_pool(z, *norm, options.pool_size, options.max_pool, wanted.any, **layout)
+
+    # Some backends leave the loss's mean and the modulation's gradient to the launch of the norm's gradients.
+    finishes = wanted.any and kernels.CAPABILITIES.finishes_head
     loss, grad_latents, similarity, grad_logits = kernels.head(
-        latents,
-        target,
-        modulation,
-        basis,
-        num_classes=num_classes,
-        temperature=temperature,
-        label_smoothing=label_smoothing,
-        normalize=True,
-        eps=1e-12,
-        zero_gradient_below_eps=False,
-        basis_scale=1.0,
-        loss="cross_entropy",
-        ignore_index=-100,
-        reduction="mean",
-        compute_grad=compute_grad,
-        **({"reduce": False} if finishes else {}),
+        latents, target, modulation, basis, options.head, wanted.any, **({"reduce": False} if finishes else {})
     )
-    none = loss.new_empty(0)
-    if not compute_grad:
-        return out, loss, none, *(loss.new_empty(0) for _ in range(4))
-    scale = _gradient_scale(z, pool_size, temperature)
-    finish = (loss, target, similarity, grad_logits, modulation if needs_modulation else None, -100)
+    if not wanted.any:
+        return out, loss, *(loss.new_empty(0) for _ in range(5))
+    finish = (loss, target, similarity, grad_logits, modulation if wanted.modulation else None, -100)
     finish = {"finish": finish} if finishes else {}
-    if is_conv:
-        areas = _bin_areas(tuple(z.shape[2:]), pool_size, z.device)
-        grad_gamma, grad_beta, grad_bias, *sums = kernels.norm_grads(grad_latents, s1, s2, z.shape[1], areas, **finish)
-        if needs_weight:
-            kernels.grad_preactivation_(
-                z,
-                mean,
-                rstd,
-                norm_weight,
-                norm_bias,
-                negative_slope,
-                grad_latents,
-                grad_gamma,
-                grad_beta,
-                pool_size,
-                scale,
-            )
-    else:
-        grad_gamma, grad_beta, grad_bias, *sums = kernels.linear_grad_preactivation_(
-            z, mean, rstd, norm_weight, norm_bias, negative_slope, grad_latents, pool_size, scale, **finish
+    scale = _gradient_scale(z, options.pool_size, options.temperature)
+    if z.dim() == 4:
+        areas = _bin_areas(tuple(z.shape[2:]), options.pool_size, z.device)
+        grad_gamma, grad_beta, grad_bias, *finished = kernels.norm_grads(
+            grad_latents, *sums, z.shape[1], areas, **finish
         )
-    loss, grad_modulation = sums if finishes else (loss, none)
-    grad_weight = none
-    if needs_weight:
-        if is_conv:
-            z = kernels.to_contiguous(z) if formats and not z_last else z
-            grad_weight = _convolution_backward(
-                z, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, (False, True, False)
-            )[1]
-        else:
-            grad_weight = z.t() @ x
-        memory_format = torch.channels_last if weight_last else torch.contiguous_format  # the parameter's
-        grad_weight = grad_weight.to(loss.dtype, memory_format=memory_format)
+        if wanted.weight:
+            kernels.grad_preactivation_(z, *norm, grad_latents, grad_gamma, grad_beta, options.pool_size, scale)
+    else:
+        grad_gamma, grad_beta, grad_bias, *finished = kernels.linear_grad_preactivation_(
+            z, *norm, grad_latents, options.pool_size, scale, **finish
+        )
+    loss, grad_modulation = finished if finishes else (loss, loss.new_empty(0))
+
+    grad_weight = loss.new_empty(0)
+    if wanted.weight:
+        grad_weight = layer.grad_weight(z).to(loss.dtype, memory_format=layer.memory_format)
         if scale != 1.0:
             grad_weight = grad_weight.div_(scale)
-    if needs_modulation and not finishes:
+    if wanted.modulation and not finishes:
         grad_modulation = kernels.modulation_grad(similarity, grad_logits, modulation.dim() == 1, one(loss.device))
-    grad_bias = loss.new_empty(0) if bias is None else grad_bias
+    grad_bias = loss.new_empty(0) if parameters.bias is None else grad_bias
     return out, loss, grad_weight, grad_bias, grad_gamma, grad_beta, grad_modulation

@@ -8,11 +8,12 @@ import torch
 
 from ...core.native import native
 from . import basis as tables
+from .options import Capabilities
 
 _C = native()
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-PACKED_BASIS = _C is not None and _C.lls_packed_signs()
+CAPABILITIES = Capabilities(packed_basis=_C is not None and _C.lls_packed_signs(), converts_layouts=True)
 
 
 def _channels_last(t):
@@ -80,58 +81,41 @@ def _sign_layouts(signs, dim):
     return kept[1]
 
 
-def head(
-    x,
-    target,
-    modulation,
-    basis,
-    *,
-    num_classes,
-    temperature,
-    label_smoothing,
-    normalize,
-    eps,
-    zero_gradient_below_eps,
-    basis_scale,
-    loss,
-    ignore_index,
-    reduction,
-    compute_grad,
-):
+def head(x, target, modulation, basis, options, compute_grad):
     x = _float(x)
     batch, dim = x.shape
     rows = basis.shape[0]
     packed = basis.dtype == torch.int32
-    if packed and not PACKED_BASIS:
+    if packed and not CAPABILITIES.packed_basis:
         basis, packed = tables.unpack_signs(basis, dim), False
     basis = _sign_layouts(basis, dim) if packed else _float(basis)
     target = target.to(torch.int64).contiguous()
     modulation = None if modulation is None else _float(modulation)
-    value = torch.empty((batch,) if reduction == "none" else (), dtype=torch.float32)
+    value = torch.empty((batch,) if options.reduction == "none" else (), dtype=torch.float32)
     similarity = torch.empty(batch, rows, dtype=torch.float32)
     grad_latents = torch.empty((batch, dim) if compute_grad else 0, dtype=torch.float32)
-    grad_logits = torch.empty((batch, num_classes) if compute_grad else 0, dtype=torch.float32)
+    grad_logits = torch.empty((batch, options.num_classes) if compute_grad else 0, dtype=torch.float32)
     _C.lls_head(
         batch,
         dim,
         rows,
-        num_classes,
+        options.num_classes,
         x.data_ptr(),
         target.data_ptr(),
         _address(modulation),
         modulation is not None and modulation.dim() == 1,
         0 if packed else basis.data_ptr(),
         basis.data_ptr() if packed else 0,
-        temperature,
-        label_smoothing,
-        normalize,
-        eps,
-        zero_gradient_below_eps,
-        basis_scale,
-        loss == "hard_sigmoid_mse",
-        ignore_index,
-        reduction == "mean",
-        reduction == "none",
+        options.temperature,
+        options.label_smoothing,
+        options.normalize,
+        options.eps,
+        options.zero_gradient_below_eps,
+        options.basis_scale,
+        options.loss == "hard_sigmoid_mse",
+        options.ignore_index,
+        options.reduction == "mean",
+        options.reduction == "none",
         compute_grad,
         value.data_ptr(),
         similarity.data_ptr(),

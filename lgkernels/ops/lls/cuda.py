@@ -7,10 +7,9 @@ import torch
 
 from ...core import native
 from ..common.cuda import DTYPES, address, call
+from .options import Capabilities
 
-PACKED_BASIS = True  # `head` takes the int32 bit-packed square table (ops/lls/basis.py) besides float tables
-
-FINISHES_HEAD = True  # the launch of the norm's gradients also takes the head's last sums, where asked to
+CAPABILITIES = Capabilities(packed_basis=True, finishes_head=True)
 
 _WIDEST_ROW = 4096  # of an NCHW kernel, whose column sums lie in shared memory; wider tensors go by channels_last
 
@@ -87,25 +86,7 @@ _LOSSES = {"cross_entropy": 0, "hard_sigmoid_mse": 1}
 _REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 
-def head(
-    x,
-    target,
-    modulation,
-    basis,
-    *,
-    num_classes,
-    temperature,
-    label_smoothing,
-    normalize,
-    eps,
-    zero_gradient_below_eps,
-    basis_scale,
-    loss,
-    ignore_index,
-    reduction,
-    compute_grad,
-    reduce=True,
-):
+def head(x, target, modulation, basis, options, compute_grad, reduce=True):
     """Without `reduce` the first result are the losses of the rows, for `finish` of a later call."""
     x, modulation, target = _float(x), _float(modulation), target.contiguous()
     packed = basis.dtype == torch.int32
@@ -115,23 +96,23 @@ def head(
         batch,
         dim,
         rows,
-        num_classes,
+        options.num_classes,
         packed,
         0 if modulation is None else modulation.dim(),
-        _LOSSES[loss],
-        _REDUCTIONS[reduction],
-        temperature,
-        label_smoothing,
-        eps,
-        basis_scale,
-        normalize,
-        zero_gradient_below_eps,
+        _LOSSES[options.loss],
+        _REDUCTIONS[options.reduction],
+        options.temperature,
+        options.label_smoothing,
+        options.eps,
+        options.basis_scale,
+        options.normalize,
+        options.zero_gradient_below_eps,
         compute_grad,
-        ignore_index,
+        options.ignore_index,
     )
     row_loss, similarity = _new(x, batch), _new(x, batch, rows)
-    value = row_loss if reduction == "none" or not reduce else _new(x)
-    grad_latents, grad_logits = (_new(x, *((batch, n) if compute_grad else (0,))) for n in (dim, num_classes))
+    value = row_loss if options.reduction == "none" or not reduce else _new(x)
+    grad_latents, grad_logits = (_new(x, *((batch, n) if compute_grad else (0,))) for n in (dim, options.num_classes))
     scratch = native.cuda_entries().lls_head_scratch(problem)
     scratch = _new(x, scratch) if scratch else None
     call(

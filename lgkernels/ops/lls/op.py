@@ -1,35 +1,16 @@
-"""Registered ops of the family lls: schema, shapes (fake), and the call of the chosen backend.
+"""Registered ops of the family lls: shapes, checks, and the call of the chosen backend.
 
-`define`/`impl` instead of `torch.library.custom_op`: a third of the call's cost. Backend and basis table are
-chosen inside the op, so a compiled graph holds one opaque call and no environment look-ups.
+The basis table is chosen inside of the op, with the backend: a compiled graph holds one opaque call.
 """
 
-import contextlib
-import os
-
 import torch
+from torch import Tensor
 
-from ...core import checks, dispatch
+from ...core import checks
+from ...core.ops import class_indices, define, wide_dtype
 from . import basis as tables
 from . import block
-
-LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
-
-for _name in ("lls_loss", "lls_block"):
-    dispatch.register(
-        _name,
-        **{
-            name: f"lgkernels.ops.lls.{module}"
-            for name, module in (("reference", "reference"), ("cpu", "cpu"), ("triton", "triton"), ("cuda", "cuda"))
-        },
-    )
-
-
-def without_autocast(device):
-    """Inside an op the dtypes are settled: an ambient autocast must not touch the float32 arithmetic."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+from .options import BlockOptions, HeadOptions
 
 
 def basis_rows(modulation, basis, num_classes):
@@ -46,110 +27,66 @@ def latent_size(shape, pool_size):
 
 def basis_for(kernels, rows, dim, waveform, device):
     """The periodic table in the form that this backend reads."""
-    if waveform == "square" and kernels.PACKED_BASIS:
+    if waveform == "square" and kernels.CAPABILITIES.packed_basis:
         return tables.signs(rows, dim, device=device)
     return tables.table(rows, dim, waveform, device=device)
 
 
-def class_indices(target, num_classes, ignore_index):
-    """int64 targets; range-checked where looking at them costs no synchronisation, or when LGKERNELS_CHECK=1."""
-    target = target.long()
-    if target.device.type == "cpu" or os.environ.get("LGKERNELS_CHECK") == "1":
-        checks.class_indices("target", target, num_classes, ignore_index)
-    return target.contiguous()
+def _check_modulation(modulation, num_classes):
+    if modulation is not None and (modulation.dim() not in (1, 2) or modulation.shape[-1] != num_classes):
+        raise ValueError(
+            f"modulation must be (num_classes,) or (K, num_classes) with num_classes={num_classes}, got shape "
+            f"{checks.shape_of(modulation)}"
+        )
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------
 
-LIBRARY.define(
-    "lls_loss_forward(Tensor activation, Tensor target, Tensor? modulation, Tensor? basis, str waveform, "
-    "int num_classes, int pool_size, float temperature, float label_smoothing, bool normalize, float eps, "
-    "bool zero_gradient_below_eps, float basis_scale, str loss, int ignore_index, str reduction, "
-    "bool compute_grad, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    "lls_loss_backward(Tensor grad_loss, Tensor grad_latents, Tensor similarity, Tensor grad_logits, "
-    "SymInt[] shape, ScalarType dtype, bool channels_last, int pool_size, bool vector, bool needs_activation, "
-    "bool needs_modulation, str impl) -> (Tensor, Tensor)"
-)
+
+def _check_loss(activation, target, modulation, basis, waveform, pool_size, options, compute_grad):
+    if target.shape != activation.shape[:1]:
+        checks.shape("target", target, activation.shape[:1], "one class index per row of activation")
+    _check_modulation(modulation, options.num_classes)
+    if basis is not None:
+        rows = basis_rows(modulation, None, options.num_classes)
+        checks.shape("basis", basis, (rows, latent_size(activation.shape, pool_size)), "rows and latents")
 
 
-def _forward(
-    activation,
-    target,
-    modulation,
-    basis,
-    waveform,
-    num_classes,
-    pool_size,
-    temperature,
-    label_smoothing,
-    normalize,
-    eps,
-    zero_gradient_below_eps,
-    basis_scale,
-    loss,
-    ignore_index,
-    reduction,
-    compute_grad,
-    impl,
-):
-    kernels = dispatch.backend("lls_loss", impl, activation.device, activation.dtype)
-    target = class_indices(target, num_classes, ignore_index)
-    with without_autocast(activation.device):
-        if basis is None:
-            rows = basis_rows(modulation, basis, num_classes)
-            basis = basis_for(kernels, rows, latent_size(activation.shape, pool_size), waveform, activation.device)
-        wide = torch.float64 if activation.dtype == torch.float64 else torch.float32
-        modulation = None if modulation is None else modulation.to(wide).contiguous()
-        arguments = dict(
-            num_classes=num_classes,
-            temperature=temperature,
-            label_smoothing=label_smoothing,
-            normalize=normalize,
-            eps=eps,
-            zero_gradient_below_eps=zero_gradient_below_eps,
-            basis_scale=basis_scale,
-            loss=loss,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            compute_grad=compute_grad,
-        )
-        if hasattr(kernels, "loss_forward"):  # one call for pooling and head
-            return kernels.loss_forward(activation, target, modulation, basis, pool_size, **arguments)
-        return kernels.head(kernels.latents(activation, pool_size), target, modulation, basis, **arguments)
+def _loss_fake(activation, target, modulation, basis, waveform, pool_size, options, compute_grad):
+    batch, wide = activation.shape[0], wide_dtype(activation.dtype)
 
+    def new(*shape):
+        return activation.new_empty(shape, dtype=wide)
 
-def _forward_fake(
-    activation,
-    target,
-    modulation,
-    basis,
-    waveform,
-    num_classes,
-    pool_size,
-    temperature,
-    label_smoothing,
-    normalize,
-    eps,
-    zero_gradient_below_eps,
-    basis_scale,
-    loss,
-    ignore_index,
-    reduction,
-    compute_grad,
-    impl,
-):
-    batch = activation.shape[0]
-    wide = torch.float64 if activation.dtype == torch.float64 else torch.float32
-    new = lambda *shape: activation.new_empty(shape, dtype=wide)  # noqa: E731
-    grads = ((batch, latent_size(activation.shape, pool_size)), (batch, num_classes)) if compute_grad else ((0,), (0,))
+    dim = latent_size(activation.shape, pool_size)
+    grads = ((batch, dim), (batch, options.num_classes)) if compute_grad else ((0,), (0,))
     return (
-        new(batch) if reduction == "none" else new(),
+        new(batch) if options.reduction == "none" else new(),
         new(*grads[0]),
-        new(batch, basis_rows(modulation, basis, num_classes)),
+        new(batch, basis_rows(modulation, basis, options.num_classes)),
         new(*grads[1]),
     )
+
+
+@define(backends_of="lls_loss", package=__package__, fake=_loss_fake, check=_check_loss)
+def lls_loss_forward(
+    kernels,
+    activation: Tensor,
+    target: Tensor,
+    modulation: Tensor | None,
+    basis: Tensor | None,
+    waveform: str,
+    pool_size: int,
+    options: HeadOptions,
+    compute_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    target = class_indices("target", target, options.num_classes, options.ignore_index)
+    if basis is None:
+        rows = basis_rows(modulation, basis, options.num_classes)
+        basis = basis_for(kernels, rows, latent_size(activation.shape, pool_size), waveform, activation.device)
+    if modulation is not None:
+        modulation = modulation.to(wide_dtype(activation.dtype)).contiguous()
+    return kernels.head(kernels.latents(activation, pool_size), target, modulation, basis, options, compute_grad)
 
 
 def _empty(shape, dtype, channels_last, device):
@@ -157,46 +94,25 @@ def _empty(shape, dtype, channels_last, device):
     return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
 
 
-def _backward(
-    grad_loss,
-    grad_latents,
-    similarity,
-    grad_logits,
-    shape,
-    dtype,
-    channels_last,
-    pool_size,
-    vector,
-    needs_activation,
-    needs_modulation,
-    impl,
+def _check_backward(
+    grad_loss, grad_latents, similarity, grad_logits, shape, dtype, channels_last, pool_size, vector, *needs
 ):
-    kernels = dispatch.backend("lls_loss", impl, grad_latents.device, dtype)
-    none = grad_latents.new_empty(0)
-    with without_autocast(grad_latents.device):
-        scale = grad_loss.contiguous()
-        grad = none
-        if needs_activation:
-            grad = kernels.expand_grad(grad_latents, scale, _empty(shape, dtype, channels_last, none.device), pool_size)
-        if not needs_modulation:
-            return grad, none.clone()
-        return grad, kernels.modulation_grad(similarity, grad_logits, vector, scale)
+    batch, dim = shape[0], latent_size(shape, pool_size)
+    checks.shape("grad_latents", grad_latents, (batch, dim), "a gradient for each latent")
+    if grad_loss.dim():
+        checks.shape("grad_loss", grad_loss, (batch,), "one a row, or a single number")
+    if needs[1] and (similarity.shape[0] != batch or grad_logits.shape[0] != batch):
+        raise ValueError(
+            f"similarity and grad_logits must have {batch} rows, got {similarity.shape[0]} and {grad_logits.shape[0]}"
+        )
+    if needs[1] and vector and similarity.shape != grad_logits.shape:
+        checks.shape("similarity", similarity, grad_logits.shape, "that of grad_logits")
 
 
 def _backward_fake(
-    grad_loss,
-    grad_latents,
-    similarity,
-    grad_logits,
-    shape,
-    dtype,
-    channels_last,
-    pool_size,
-    vector,
-    needs_activation,
-    needs_modulation,
-    impl,
+    grad_loss, grad_latents, similarity, grad_logits, shape, dtype, channels_last, pool_size, vector, *needs
 ):
+    needs_activation, needs_modulation = needs
     grad = _empty(shape, dtype, channels_last, grad_latents.device) if needs_activation else grad_latents.new_empty(0)
     if not needs_modulation:
         return grad, grad_latents.new_empty(0)
@@ -204,114 +120,83 @@ def _backward_fake(
     return grad, similarity.new_empty((classes,) if vector else (rows, classes))
 
 
+@define(
+    backends_of="lls_loss",
+    package=__package__,
+    fake=_backward_fake,
+    check=_check_backward,
+    where=lambda grad_loss, grad_latents, similarity, grad_logits, shape, dtype, *_: (grad_latents.device, dtype),
+)
+def lls_loss_backward(
+    kernels,
+    grad_loss: Tensor,
+    grad_latents: Tensor,
+    similarity: Tensor,
+    grad_logits: Tensor,
+    shape: list[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    pool_size: int,
+    vector: bool,
+    needs_activation: bool,
+    needs_modulation: bool,
+) -> tuple[Tensor, Tensor]:
+    none = grad_latents.new_empty(0)
+    scale = grad_loss.contiguous()
+    grad = none
+    if needs_activation:
+        grad = kernels.expand_grad(grad_latents, scale, _empty(shape, dtype, channels_last, none.device), pool_size)
+    if not needs_modulation:
+        return grad, none.clone()
+    return grad, kernels.modulation_grad(similarity, grad_logits, vector, scale)
+
+
 # -- the fused block --------------------------------------------------------------------------------------------
 
-LIBRARY.define(
-    "lls_block(Tensor x, Tensor weight, Tensor? bias, Tensor norm_weight, Tensor norm_bias, "
-    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor target, Tensor? modulation, str waveform, "
-    "int[] stride, int[] padding, float momentum, float norm_eps, float negative_slope, bool max_pool, "
-    "int num_classes, int pool_size, float temperature, float label_smoothing, bool compute_grad, "
-    "bool needs_weight, bool needs_modulation, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
-
-def _block(
-    x,
-    weight,
-    bias,
-    norm_weight,
-    norm_bias,
-    running_mean,
-    running_var,
-    target,
-    modulation,
-    waveform,
-    stride,
-    padding,
-    momentum,
-    norm_eps,
-    negative_slope,
-    max_pool,
-    num_classes,
-    pool_size,
-    temperature,
-    label_smoothing,
-    compute_grad,
-    needs_weight,
-    needs_modulation,
-    impl,
+def _check_block(
+    x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, options, *needs
 ):
-    kernels = dispatch.backend("lls_block", impl, x.device, x.dtype)
-    target = class_indices(target, num_classes, -100)
-    dim = latent_size((0,) * weight.dim() if weight.dim() == 2 else (0, weight.shape[0], 0, 0), pool_size)
-    basis = basis_for(kernels, basis_rows(modulation, None, num_classes), dim, waveform, x.device)
-    with without_autocast(x.device):
-        return block.forward(
-            kernels,
-            x,
-            weight,
-            bias,
-            norm_weight,
-            norm_bias,
-            running_mean,
-            running_var,
-            target,
-            modulation,
-            basis,
-            stride,
-            padding,
-            momentum,
-            norm_eps,
-            negative_slope,
-            max_pool,
-            num_classes,
-            pool_size,
-            temperature,
-            label_smoothing,
-            compute_grad,
-            needs_weight,
-            needs_modulation,
+    channels = weight.shape[:1]
+    for name, tensor in (
+        ("bias", bias),
+        ("norm_weight", norm_weight),
+        ("norm_bias", norm_bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        if tensor is not None and tensor.shape != channels:
+            checks.shape(name, tensor, channels, "one for each output of weight")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must both be given, or neither")
+    if x.dim() != weight.dim() or weight.dim() not in (2, 4) or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x must fit weight of shape {checks.shape_of(weight)} ({weight.shape[1]} inputs), got shape "
+            f"{checks.shape_of(x)}"
         )
+    if target.shape != x.shape[:1]:
+        checks.shape("target", target, x.shape[:1], "one class index per row of x")
+    _check_modulation(modulation, options.num_classes)
 
 
 def _block_fake(
-    x,
-    weight,
-    bias,
-    norm_weight,
-    norm_bias,
-    running_mean,
-    running_var,
-    target,
-    modulation,
-    waveform,
-    stride,
-    padding,
-    momentum,
-    norm_eps,
-    negative_slope,
-    max_pool,
-    num_classes,
-    pool_size,
-    temperature,
-    label_smoothing,
-    compute_grad,
-    needs_weight,
-    needs_modulation,
-    impl,
+    x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, options, *needs
 ):
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute_grad, needs_weight, needs_modulation = needs
+    wide = wide_dtype(x.dtype)
     if weight.dim() == 2:
         out = x.new_empty((x.shape[0], weight.shape[0]))
     else:
-        size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], padding, weight.shape[2:], stride)]
-        size = [n // 2 for n in size] if max_pool else size
+        geometry = zip(x.shape[2:], options.padding, weight.shape[2:], options.stride)
+        size = [(n + 2 * p - k) // s + 1 for n, p, k, s in geometry]
+        size = [n // 2 for n in size] if options.max_pool else size
         out = _empty((x.shape[0], weight.shape[0], *size), x.dtype, block.channels_last(x), x.device)
-    new = lambda reference, wanted=True: (  # noqa: E731
-        torch.empty_like(reference, dtype=wide)
-        if wanted and compute_grad and reference is not None
-        else x.new_empty(0, dtype=wide)
-    )
+
+    def new(reference, wanted=True):
+        if wanted and compute_grad and reference is not None:
+            return torch.empty_like(reference, dtype=wide)
+        return x.new_empty(0, dtype=wide)
+
     return (
         out,
         x.new_empty((), dtype=wide),
@@ -323,10 +208,32 @@ def _block_fake(
     )
 
 
-for _name, _implementation, _fake in (
-    ("lls_loss_forward", _forward, _forward_fake),
-    ("lls_loss_backward", _backward, _backward_fake),
-    ("lls_block", _block, _block_fake),
-):
-    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lgkernels::{_name}", _fake, lib=LIBRARY)
+@define(
+    backends_of="lls_block",
+    package=__package__,
+    fake=_block_fake,
+    check=_check_block,
+    mutates=("running_mean", "running_var"),
+)
+def lls_block(
+    kernels,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    target: Tensor,
+    modulation: Tensor | None,
+    options: BlockOptions,
+    compute_grad: bool,
+    needs_weight: bool,
+    needs_modulation: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    target = class_indices("target", target, options.num_classes, -100)
+    dim = latent_size((0,) * weight.dim() if weight.dim() == 2 else (0, weight.shape[0], 0, 0), options.pool_size)
+    basis = basis_for(kernels, basis_rows(modulation, None, options.num_classes), dim, options.waveform, x.device)
+    parameters = block.Parameters(weight, bias, norm_weight, norm_bias, running_mean, running_var, modulation)
+    wanted = block.Wanted(compute_grad, needs_weight, needs_modulation)
+    return block.forward(kernels, x, target, parameters, basis, options, wanted)

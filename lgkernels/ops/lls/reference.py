@@ -15,7 +15,9 @@ tests compare them with autograd of the written-out loss.
 import torch
 import torch.nn.functional as F
 
-PACKED_BASIS = False  # `head` reads the float table; a backend that sets this also reads basis.pack_signs' words
+from .options import Capabilities
+
+CAPABILITIES = Capabilities()
 
 
 def wide(tensor):
@@ -51,24 +53,7 @@ def unpool(grad_latents, shape, pool_size, divide=True):
     return (rows.t() @ (g @ columns)).reshape(shape)
 
 
-def head(
-    x,
-    target,
-    modulation,
-    basis,
-    *,
-    num_classes,
-    temperature,
-    label_smoothing,
-    normalize,
-    eps,
-    zero_gradient_below_eps,
-    basis_scale,
-    loss,
-    ignore_index,
-    reduction,
-    compute_grad,
-):
+def head(x, target, modulation, basis, options, compute_grad):
     """Latents to loss and gradients.
 
     Returns `(loss, grad_latents, similarity, grad_logits)`: loss () or, for reduction "none", (B,);
@@ -77,39 +62,42 @@ def head(
     """
     phi = basis.to(x.dtype)
     norm = x.norm(dim=1, keepdim=True)
-    inverse = 1 / norm.clamp_min(eps) if normalize else torch.ones_like(norm)
-    s = (x * inverse) @ phi.t() * basis_scale
-    z = s if modulation is None else s * modulation.to(x.dtype) if modulation.dim() == 1 else s @ modulation.to(x.dtype)
-    v = z / temperature
-    valid = target != ignore_index
-    one_hot = F.one_hot(target.long().masked_fill(~valid, 0), num_classes).to(x.dtype)
-    if loss == "cross_entropy":
-        q = one_hot * (1 - label_smoothing) + label_smoothing / num_classes
+    inverse = 1 / norm.clamp_min(options.eps) if options.normalize else torch.ones_like(norm)
+    s = (x * inverse) @ phi.t() * options.basis_scale
+    if modulation is None:
+        z = s
+    else:
+        z = s * modulation.to(x.dtype) if modulation.dim() == 1 else s @ modulation.to(x.dtype)
+    v = z / options.temperature
+    valid = target != options.ignore_index
+    one_hot = F.one_hot(target.long().masked_fill(~valid, 0), options.num_classes).to(x.dtype)
+    if options.loss == "cross_entropy":
+        q = one_hot * (1 - options.label_smoothing) + options.label_smoothing / options.num_classes
         rows = -(q * F.log_softmax(v, dim=1)).sum(1)
         grad_v = F.softmax(v, dim=1) - q
     else:
         difference = (v / 4 + 0.5).clamp(0, 1) - one_hot
         rows = difference.square().mean(1)
-        grad_v = difference * (2 / num_classes)  # straight through: the hard sigmoid passes gradients as they are
+        grad_v = difference * (
+            2 / options.num_classes
+        )  # straight through: the hard sigmoid passes gradients as they are
     rows = torch.where(valid, rows, 0)
-    count = valid.sum().to(z.dtype) if reduction == "mean" else 1
-    value = rows if reduction == "none" else rows.sum() / count
+    count = valid.sum().to(z.dtype) if options.reduction == "mean" else 1
+    value = rows if options.reduction == "none" else rows.sum() / count
     if not compute_grad:
         return value, x.new_empty(0), s, x.new_empty(0)
-    grad_z = torch.where(valid.unsqueeze(1), grad_v / (temperature * count), 0)
-    grad_s = (
-        grad_z
-        if modulation is None
-        else grad_z * modulation.to(x.dtype)
-        if modulation.dim() == 1
-        else grad_z @ modulation.to(x.dtype).t()
-    )
-    grad_x = grad_s @ phi * basis_scale
-    if normalize:
+    grad_z = torch.where(valid.unsqueeze(1), grad_v / (options.temperature * count), 0)
+    if modulation is None:
+        grad_s = grad_z
+    else:
+        m = modulation.to(x.dtype)
+        grad_s = grad_z * m if m.dim() == 1 else grad_z @ m.t()
+    grad_x = grad_s @ phi * options.basis_scale
+    if options.normalize:
         rho = (grad_s * s).sum(1, keepdim=True)  # <x/|x|, grad>: a length-K dot, not a second pass over d
         projected = (grad_x - x * inverse * rho) * inverse
-        below = torch.zeros_like(grad_x) if zero_gradient_below_eps else grad_x / eps
-        grad_x = torch.where(norm >= eps, projected, below)
+        below = torch.zeros_like(grad_x) if options.zero_gradient_below_eps else grad_x / options.eps
+        grad_x = torch.where(norm >= options.eps, projected, below)
     return value, grad_x, s, grad_z
 
 

@@ -6,6 +6,7 @@
 import torch
 
 from . import autograd
+from .options import BlockOptions, HeadOptions
 
 
 def _random(*shape, device, dtype, scale=1.0):
@@ -25,25 +26,8 @@ def lls_loss(impl, device, dtype):
         activation = _random(3, 5, 7, 6, **kinds).requires_grad_()
         modulation = _random(4, 4, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         modulation.requires_grad_()
-        loss = autograd.lls_loss(
-            activation,
-            _target(device),
-            modulation,
-            None,
-            waveform,
-            4,
-            2,
-            0.5,
-            0.1,
-            True,
-            1e-12,
-            False,
-            1.0,
-            "cross_entropy",
-            -100,
-            "mean",
-            impl,
-        )
+        options = HeadOptions(4, label_smoothing=0.1)
+        loss = autograd.lls_loss(activation, _target(device), modulation, None, waveform, 2, options, impl)
         loss.backward()
         results += [loss.detach(), activation.grad, modulation.grad]
     return results
@@ -56,9 +40,9 @@ def lls_block(impl, device, dtype):
     weight = _random(5, 2, 3, 3, scale=0.3, **kinds).requires_grad_()
     norm_weight = (1 + 0.1 * torch.arange(5, device=device, dtype=wide)).requires_grad_()
     norm_bias = torch.full((5,), 0.25, device=device, dtype=wide, requires_grad=True)
-    arguments = ("square", [1, 1], [1, 1], 0.1, 1e-5, 0.01, True, 4, 2, 0.5, 0.0)
+    options = BlockOptions("square", [1, 1], [1, 1], 0.1, 1e-5, 0.01, True, 4, 2, 0.5, 0.0)
     out, loss = autograd.lls_block(
-        x, weight, None, norm_weight, norm_bias, None, None, None, _target(device), arguments, impl
+        x, weight, None, norm_weight, norm_bias, None, None, None, _target(device), options, impl
     )
     loss.backward()
     return [out, loss.detach(), weight.grad, norm_weight.grad, norm_bias.grad]

@@ -1,6 +1,6 @@
 """LLS in Triton: the functions of reference.py, same arguments, shapes and dtypes (no float64).
 
-Kernels in triton_norm.py (convolution block), triton_linear.py and triton_head.py; block sizes in core/config.py.
+Kernels in triton_norm.py (convolution block), triton_linear.py and triton_head.py; block sizes in tiles.py.
 Half inputs are widened on load, everything is computed in float32 and rounded once on store; sums have a fixed order.
 CPU tensors work under TRITON_INTERPRET=1.
 """
@@ -9,14 +9,14 @@ from functools import lru_cache
 
 import torch
 
-from ...core.config import architecture, power_of_two, select_config
+from ...core.tiles import architecture, power_of_two, select
 from ..common.dot import float32_precision
 from ..common.launch import launch
 from . import triton_head, triton_linear, triton_norm
+from .options import Capabilities
+from .tiles import TILES
 
-PACKED_BASIS = True
-
-FINISHES_HEAD = True  # the launch of the norm's gradients also takes the head's last sums, where asked to
+CAPABILITIES = Capabilities(packed_basis=True, finishes_head=True)
 
 # Products of a head up to which a layer saves two launches (four with a matrix); larger ones take three, on the tensor
 # cores. Chosen by counting operations (some fifty microseconds of a GPU's plain arithmetic, beside a layer's
@@ -27,7 +27,7 @@ _LONGEST_RUN = 8  # elements of the widest load, 16 bytes in half precision
 
 
 def _config(op, sizes, tensor):
-    return select_config(op, sizes, tensor.dtype, architecture(tensor.device))
+    return select(TILES[op], sizes, tensor.dtype, architecture(tensor.device))
 
 
 def _blocks(n, block):
@@ -207,37 +207,19 @@ def batch_stats(z, bias, running_mean, running_var, momentum, eps):
     return mean, rstd
 
 
-def head(
-    x,
-    target,
-    modulation,
-    basis,
-    *,
-    num_classes,
-    temperature,
-    label_smoothing,
-    normalize,
-    eps,
-    zero_gradient_below_eps,
-    basis_scale,
-    loss,
-    ignore_index,
-    reduction,
-    compute_grad,
-    reduce=True,
-):
+def head(x, target, modulation, basis, options, compute_grad, reduce=True):
     """Without `reduce` the first result are the losses of the rows, for `finish` of a later call."""
-    (B, d), K, C = x.shape, basis.shape[0], num_classes
+    (B, d), K, C = x.shape, basis.shape[0], options.num_classes
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
     losses, similarity = new(B), new(B, K)
-    value = losses if reduction == "none" or not reduce else new()
+    value = losses if options.reduction == "none" or not reduce else new()
     grad_latents, grad_logits = (new(B, d), new(B, C)) if compute_grad else (new(0), new(0))
     if B == 0:
         if value is not losses:
-            value.fill_(float("nan") if reduction == "mean" else 0.0)
+            value.fill_(float("nan") if options.reduction == "mean" else 0.0)
         return value, grad_latents, similarity, grad_logits
     x, basis = x.contiguous(), basis.contiguous()
-    packed, precision, mean = basis.dtype == torch.int32, float32_precision(), reduction == "mean"
+    packed, precision, mean = basis.dtype == torch.int32, float32_precision(), options.reduction == "mean"
     vector, matrix = (modulation is not None and modulation.dim() == n for n in (1, 2))
     modulation = None if modulation is None else modulation.contiguous()
 
@@ -265,22 +247,22 @@ def head(
             d,
             K,
             C,
-            float(temperature),
-            float(label_smoothing),
-            float(eps),
-            float(basis_scale),
-            ignore_index,
+            float(options.temperature),
+            float(options.label_smoothing),
+            float(options.eps),
+            float(options.basis_scale),
+            options.ignore_index,
             PACKED=packed,
-            NORMALIZE=normalize,
-            ZERO_BELOW=zero_gradient_below_eps,
-            CROSS_ENTROPY=loss == "cross_entropy",
+            NORMALIZE=options.normalize,
+            ZERO_BELOW=options.zero_gradient_below_eps,
+            CROSS_ENTROPY=options.loss == "cross_entropy",
             MEAN=mean,
             MATRIX=matrix,
             GRAD=compute_grad,
             **config,
         )
         if value is not losses:
-            _reduce_loss(losses, target, value, ignore_index, mean)
+            _reduce_loss(losses, target, value, options.ignore_index, mean)
         return value, grad_latents, similarity, grad_logits
 
     config = _config("similarity", (B, d, K), x)
@@ -300,7 +282,7 @@ def head(
         d,
         K,
         slices,
-        ignore_index,
+        options.ignore_index,
         PACKED=packed,
         PRECISION=precision,
         **config,
@@ -323,9 +305,9 @@ def head(
             K,
             C,
             slices,
-            float(eps),
-            float(basis_scale),
-            NORMALIZE=normalize,
+            float(options.eps),
+            float(options.basis_scale),
+            NORMALIZE=options.normalize,
             PRECISION=precision,
             **config,
         )
@@ -347,13 +329,13 @@ def head(
         B,
         C,
         slices,
-        float(temperature),
-        float(label_smoothing),
-        float(eps),
-        float(basis_scale),
-        ignore_index,
-        NORMALIZE=normalize,
-        CROSS_ENTROPY=loss == "cross_entropy",
+        float(options.temperature),
+        float(options.label_smoothing),
+        float(options.eps),
+        float(options.basis_scale),
+        options.ignore_index,
+        NORMALIZE=options.normalize,
+        CROSS_ENTROPY=options.loss == "cross_entropy",
         MEAN=mean,
         GRAD=compute_grad,
         **config,
@@ -391,18 +373,18 @@ def head(
             B,
             d,
             K,
-            float(eps),
-            float(basis_scale),
+            float(options.eps),
+            float(options.basis_scale),
             PACKED=packed,
-            NORMALIZE=normalize,
-            ZERO_BELOW=zero_gradient_below_eps,
+            NORMALIZE=options.normalize,
+            ZERO_BELOW=options.zero_gradient_below_eps,
             REDUCE=value is not losses,
             MEAN=mean,
             PRECISION=precision,
             **config,
         )
     elif value is not losses:
-        _reduce_loss(losses, target, value, ignore_index, mean)
+        _reduce_loss(losses, target, value, options.ignore_index, mean)
     return value, grad_latents, similarity, grad_logits
 
 

@@ -15,8 +15,9 @@ the bit-packed signs of the square waveform.
 import triton
 import triton.language as tl
 
-from ..common.addressing import indices, offset, program_id
+from ..common.addressing import indices, offset, program_id, within
 from ..common.dot import dot
+from ..common.signs import unpacked
 
 
 @triton.jit
@@ -26,15 +27,11 @@ def _basis(basis, k, block, K, d, PACKED: tl.constexpr, BLOCK_D: tl.constexpr):
     if PACKED:
         word = indices(block, BLOCK_D // 32)
         words = tl.load(
-            basis + offset(k, tl.cdiv(d, 32))[:, None] + word[None, :],
-            mask=(k < K)[:, None] & (word * 32 < d)[None, :],
-            other=0,
+            basis + offset(k, tl.cdiv(d, 32))[:, None] + word[None, :], mask=within(k, K, word * 32, d), other=0
         )
-        negative = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-        signs = tl.reshape(1.0 - 2.0 * negative.to(tl.float32), (k.shape[0], BLOCK_D))
-        return tl.where(j[None, :] == 0, 0.0, signs)  # sin(0) = 0: the only zero
+        return tl.where(j[None, :] == 0, 0.0, unpacked(words))  # sin(0) = 0: the only zero
     else:
-        return tl.load(basis + offset(k, d)[:, None] + j[None, :], mask=(k < K)[:, None] & (j < d)[None, :], other=0.0)
+        return tl.load(basis + offset(k, d)[:, None] + j[None, :], mask=within(k, K, j, d), other=0.0)
 
 
 @triton.jit
@@ -98,11 +95,11 @@ def similarity_kernel(
     squares = tl.zeros((BLOCK_M,), tl.float32)
     for block in range(slice, tl.cdiv(d, BLOCK_D), slices):
         j = indices(block, BLOCK_D)
-        tile = tl.load(x + offset(m, d)[:, None] + j[None, :], mask=(m < B)[:, None] & (j < d)[None, :], other=0.0)
+        tile = tl.load(x + offset(m, d)[:, None] + j[None, :], mask=within(m, B, j, d), other=0.0)
         products = dot(tile, tl.trans(_basis(basis, k, block, K, d, PACKED, BLOCK_D)), products, PRECISION)
         squares += tl.sum(tile * tile, 1)
     row = partial + offset(offset(slice, B) + m, K + 1)
-    tl.store(row[:, None] + k[None, :], products, mask=(m < B)[:, None] & (k < K)[None, :])
+    tl.store(row[:, None] + k[None, :], products, mask=within(m, B, k, K))
     if pid % k_blocks == 0:
         tl.store(row + K, squares, mask=m < B)
     if pid == 0:
@@ -116,7 +113,7 @@ def _sum_slices(partial, b, k, B, width, slices):
     for slice in range(slices):
         total += tl.load(
             partial + offset(offset(slice + tl.zeros_like(b), B) + b, width)[:, None] + k[None, :],
-            mask=(b < B)[:, None] & (k < width - 1)[None, :],
+            mask=within(b, B, k, width - 1),
             other=0.0,
         )
     return total
@@ -168,12 +165,10 @@ def logits_kernel(
         k = start + tl.arange(0, BLOCK_K)
         s = _sum_slices(partial, b, k, B, K + 1, slices) * factor[:, None]
         if pid % blocks == 0:
-            tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=(b < B)[:, None] & (k < K)[None, :])
-        matrix = tl.load(
-            modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0
-        )
+            tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=within(b, B, k, K))
+        matrix = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=within(k, K, c, C), other=0.0)
         z = dot(s, matrix, z, PRECISION)
-    tl.store(logits + offset(b, C)[:, None] + c[None, :], z, mask=(b < B)[:, None] & (c < C)[None, :])
+    tl.store(logits + offset(b, C)[:, None] + c[None, :], z, mask=within(b, B, c, C))
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -196,14 +191,10 @@ def grad_similarity_kernel(
     grad_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, C, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
-        grad_z = tl.load(
-            grad_logits + offset(b, C)[:, None] + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :], other=0.0
-        )
-        matrix = tl.load(
-            modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0
-        )
+        grad_z = tl.load(grad_logits + offset(b, C)[:, None] + c[None, :], mask=within(b, B, c, C), other=0.0)
+        matrix = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=within(k, K, c, C), other=0.0)
         grad_s = dot(grad_z, tl.trans(matrix), grad_s, PRECISION)
-    tl.store(grad_similarity + offset(b, K)[:, None] + k[None, :], grad_s, mask=(b < B)[:, None] & (k < K)[None, :])
+    tl.store(grad_similarity + offset(b, K)[:, None] + k[None, :], grad_s, mask=within(b, B, k, K))
 
 
 @triton.jit(do_not_specialize=["B", "C", "ignore_index", "slices"])
@@ -237,7 +228,7 @@ def loss_rows_kernel(
     this also writes s, rows[0] = |x| and, with a vector, dL/ds = dL/dlogits * vector."""
     b, c = indices(program_id(0), BLOCK_B), tl.arange(0, BLOCK_C)
     at = offset(b, C)[:, None] + c[None, :]
-    inside = (b < B)[:, None] & (c < C)[None, :]
+    inside = within(b, B, c, C)
     if logits is not None:
         z = tl.load(logits + at, mask=inside, other=0.0)
     else:
@@ -323,14 +314,12 @@ def latent_grad_kernel(
     g = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        grad_s = tl.load(
-            grad_similarity + offset(m, K)[:, None] + k[None, :], mask=(m < B)[:, None] & (k < K)[None, :], other=0.0
-        )
+        grad_s = tl.load(grad_similarity + offset(m, K)[:, None] + k[None, :], mask=within(m, B, k, K), other=0.0)
         g = dot(grad_s, _basis(basis, k, block, K, d, PACKED, BLOCK_D), g, PRECISION)
     g = g * tl.cast(basis_scale, tl.float32)
     j = indices(block, BLOCK_D)
     at = offset(m, d)[:, None] + j[None, :]
-    mask = (m < B)[:, None] & (j < d)[None, :]
+    mask = within(m, B, j, d)
     if NORMALIZE:
         norm, rho = tl.load(rows + m, mask=m < B, other=1.0), tl.load(rows + B + m, mask=m < B, other=0.0)
         g = _through_norm(g, tl.load(x + at, mask=mask, other=0.0), norm, rho, eps, ZERO_BELOW)
@@ -368,9 +357,7 @@ def _modulation_tile(
     by_matrix = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for start in range(0, B, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
-        g = tl.load(
-            grad_logits + offset(b, C)[:, None] + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :], other=0.0
-        )
+        g = tl.load(grad_logits + offset(b, C)[:, None] + c[None, :], mask=within(b, B, c, C), other=0.0)
         if scale is not None:
             if PER_ROW:
                 g = g * tl.load(scale + b, mask=b < B, other=0.0).to(tl.float32)[:, None]
@@ -378,7 +365,7 @@ def _modulation_tile(
                 g = g * tl.load(scale).to(tl.float32)
         if VECTOR:
             by_vector += g * tl.load(
-                similarity + offset(b, C)[:, None] + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :], other=0.0
+                similarity + offset(b, C)[:, None] + c[None, :], mask=within(b, B, c, C), other=0.0
             )
         else:
             s = tl.load(
@@ -388,7 +375,7 @@ def _modulation_tile(
     if VECTOR:
         tl.store(grad + c, tl.sum(by_vector, 0), mask=c < C)
     else:
-        tl.store(grad + offset(k, C)[:, None] + c[None, :], by_matrix, mask=(k < K)[:, None] & (c < C)[None, :])
+        tl.store(grad + offset(k, C)[:, None] + c[None, :], by_matrix, mask=within(k, K, c, C))
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -509,7 +496,7 @@ def head_kernel(
     squares = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
     for block in range(tl.cdiv(d, BLOCK_D)):
         j = indices(block, BLOCK_D)
-        row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=(b < B)[:, None] & (j < d)[None, :], other=0.0)
+        row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=within(b, B, j, d), other=0.0)
         products += row[:, None, :] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :]
         squares += row * row
     norm = tl.sqrt(tl.sum(squares, 1))
@@ -517,13 +504,11 @@ def head_kernel(
     if NORMALIZE:
         factor = factor / tl.maximum(norm, tl.cast(eps, tl.float32))
     s = tl.where((k < K)[None, :], tl.sum(products, 2) * factor[:, None], 0.0)
-    tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=(b < B)[:, None] & (k < K)[None, :])
+    tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=within(b, B, k, K))
 
     z = s
     if MATRIX:
-        m = tl.load(
-            modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0
-        )
+        m = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=within(k, K, c, C), other=0.0)
         z = tl.sum(s[:, :, None] * m[None, :, :], 1)
     elif modulation is not None:
         v = tl.load(modulation + c, mask=c < C, other=0.0)[None, :]
@@ -532,7 +517,7 @@ def head_kernel(
     loss, grad_z = _loss(z, label, c, C, count, temperature, smoothing, ignore_index, CROSS_ENTROPY)
     tl.store(losses + b, loss, mask=b < B)
     if GRAD:
-        tl.store(grad_logits + offset(b, C)[:, None] + c[None, :], grad_z, mask=(b < B)[:, None] & (c < C)[None, :])
+        tl.store(grad_logits + offset(b, C)[:, None] + c[None, :], grad_z, mask=within(b, B, c, C))
         grad_s = grad_z
         if MATRIX:
             grad_s = tl.sum(grad_z[:, None, :] * m[None, :, :], 2)
@@ -543,7 +528,7 @@ def head_kernel(
         for block in range(tl.cdiv(d, BLOCK_D)):
             j = indices(block, BLOCK_D)
             at = offset(b, d)[:, None] + j[None, :]
-            mask = (b < B)[:, None] & (j < d)[None, :]
+            mask = within(b, B, j, d)
             g = tl.sum(grad_s[:, :, None] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :], 1)
             if NORMALIZE:
                 g = _through_norm(g, tl.load(x + at, mask=mask, other=0.0), norm, rho, eps, ZERO_BELOW)
@@ -591,7 +576,7 @@ def wide_head_kernel(
     squares = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
     for block in range(tl.cdiv(d, BLOCK_D)):
         j = indices(block, BLOCK_D)
-        row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=(b < B)[:, None] & (j < d)[None, :], other=0.0)
+        row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=within(b, B, j, d), other=0.0)
         squares += row * row
     norm = tl.sqrt(tl.sum(squares, 1))
     factor = tl.zeros_like(norm) + tl.cast(basis_scale, tl.float32)
@@ -604,18 +589,16 @@ def wide_head_kernel(
         products = tl.zeros((BLOCK_B, BLOCK_K, BLOCK_D), tl.float32)
         for block in range(tl.cdiv(d, BLOCK_D)):
             j = indices(block, BLOCK_D)
-            row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=(b < B)[:, None] & (j < d)[None, :], other=0.0)
+            row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=within(b, B, j, d), other=0.0)
             products += row[:, None, :] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :]
         s = tl.where((k < K)[None, :], tl.sum(products, 2) * factor[:, None], 0.0)
-        tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=(b < B)[:, None] & (k < K)[None, :])
+        tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=within(b, B, k, K))
         if MATRIX:
-            m = tl.load(
-                modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0
-            )
+            m = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=within(k, K, c, C), other=0.0)
             z += tl.sum(s[:, :, None] * m[None, :, :], 1)
     tl.debug_barrier()
     at_class = offset(b, C)[:, None] + c[None, :]
-    class_mask = (b < B)[:, None] & (c < C)[None, :]
+    class_mask = within(b, B, c, C)
     if not MATRIX:
         z = tl.load(similarity + at_class, mask=class_mask, other=0.0)
         if modulation is not None:
@@ -631,13 +614,11 @@ def wide_head_kernel(
         if MATRIX:
             for first in range(0, K, BLOCK_K):
                 k = first + tl.arange(0, BLOCK_K)
-                m = tl.load(
-                    modulation + offset(k, C)[:, None] + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0
-                )
+                m = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=within(k, K, c, C), other=0.0)
                 tl.store(
                     grad_similarity + offset(b, K)[:, None] + k[None, :],
                     tl.sum(grad_z[:, None, :] * m[None, :, :], 2),
-                    mask=(b < B)[:, None] & (k < K)[None, :],
+                    mask=within(b, B, k, K),
                 )
         elif modulation is not None:
             tl.store(grad_similarity + at_class, grad_z * v, mask=class_mask)
@@ -645,14 +626,12 @@ def wide_head_kernel(
         for block in range(tl.cdiv(d, BLOCK_D)):
             j = indices(block, BLOCK_D)
             at = offset(b, d)[:, None] + j[None, :]
-            mask = (b < B)[:, None] & (j < d)[None, :]
+            mask = within(b, B, j, d)
             g = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
             for first in range(0, K, BLOCK_K):
                 k = first + tl.arange(0, BLOCK_K)
                 grad_s = tl.load(
-                    grad_similarity + offset(b, K)[:, None] + k[None, :],
-                    mask=(b < B)[:, None] & (k < K)[None, :],
-                    other=0.0,
+                    grad_similarity + offset(b, K)[:, None] + k[None, :], mask=within(b, B, k, K), other=0.0
                 )
                 g += tl.sum(grad_s[:, :, None] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :], 1)
             g = g * tl.cast(basis_scale, tl.float32)

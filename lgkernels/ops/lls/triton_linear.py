@@ -4,7 +4,7 @@ over the columns. As in triton_norm.py a column is owned by one bin, which write
 import triton
 import triton.language as tl
 
-from ..common.addressing import indices, offset, program_id
+from ..common.addressing import indices, offset, program_id, within
 from .triton_head import finish_head
 from .triton_norm import bin_range
 
@@ -38,7 +38,7 @@ def linear_pool_kernel(
     blocks = tl.cdiv(P, BLOCK_N)
     b, j = indices(pid // blocks, BLOCK_B), indices(pid % blocks, BLOCK_N)
     left, right, next_left = bin_range(j, N, P)
-    inside = (b < B)[:, None] & (j < P)[None, :]
+    inside = within(b, B, j, P)
     total = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     for k in range(widest):
         n = left + k
@@ -85,11 +85,7 @@ def linear_expand_kernel(
     else:
         factor = tl.load(scale).to(tl.float32)
     result = _unpooled(grad_latents, b, n, B, N, P, cover) * factor
-    tl.store(
-        out + offset(b, N)[:, None] + n[None, :],
-        result.to(out.dtype.element_ty),
-        mask=(b < B)[:, None] & (n < N)[None, :],
-    )
+    tl.store(out + offset(b, N)[:, None] + n[None, :], result.to(out.dtype.element_ty), mask=within(b, B, n, N))
 
 
 @triton.jit
@@ -121,7 +117,7 @@ def _linear_grad(
     by_xhat = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     for first in range(0, B, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B)
-        mask = (b < B)[:, None] & (n < N)[None, :]
+        mask = within(b, B, n, N)
         xhat = (tl.load(z + offset(b, N)[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32) - mu) * r
         grad = _unpooled(grad_latents, b, n, B, N, P, cover)
         grad_u = tl.where(xhat * g + shift > 0, grad, grad * negative)
@@ -136,7 +132,7 @@ def _linear_grad(
     factor = g * r * tl.cast(scale, tl.float32)
     for first in range(0, B, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B)
-        mask = (b < B)[:, None] & (n < N)[None, :]
+        mask = within(b, B, n, N)
         at = z + offset(b, N)[:, None] + n[None, :]
         xhat = (tl.load(at, mask=mask, other=0.0).to(tl.float32) - mu) * r
         grad = _unpooled(grad_latents, b, n, B, N, P, cover)

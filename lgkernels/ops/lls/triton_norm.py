@@ -10,7 +10,7 @@ start(i) <= position < start(i + 1): every output element is written by its owne
 import triton
 import triton.language as tl
 
-from ..common.addressing import indices, offset, program_id
+from ..common.addressing import indices, offset, program_id, within
 from ..common.moments import combine
 from .triton_head import finish_head
 
@@ -345,7 +345,7 @@ def batch_stats_kernel(
     c = indices(program_id(0), BLOCK_C)
     s = tl.arange(0, SPLITS)
     at = partial + offset(s, 4 * C)[:, None] + c[None, :]
-    mask = (s < splits)[:, None] & (c < C)[None, :]
+    mask = within(s, splits, c, C)
     total, mu, squares = combine(
         tl.load(at, mask=mask, other=0.0),
         tl.load(at + C, mask=mask, other=0.0),
@@ -394,7 +394,7 @@ def _norm_grads(
         for first in range(0, B, BLOCK_B):
             b = first + tl.arange(0, BLOCK_B)
             at = offset(offset(b, C)[:, None] + c[None, :], positions)[:, :, None] + p[None, None, :]
-            mask = ((b < B)[:, None] & (c < C)[None, :])[:, :, None] & (p < positions)[None, None, :]
+            mask = (within(b, B, c, C))[:, :, None] & (p < positions)[None, None, :]
             g = tl.load(grad_latents + at, mask=mask, other=0.0) / size
             by_s1 += g * tl.load(s1 + at, mask=mask, other=0.0)
             by_s2 += g * tl.load(s2 + at, mask=mask, other=0.0)

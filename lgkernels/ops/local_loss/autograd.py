@@ -2,30 +2,10 @@
 
 import torch
 
-from ...core.guard import first_order_only
+from ...core.autograd import apply, first_order_only, link_to
 from . import op, reference  # noqa: F401  op registers the ops
 
 _ops = torch.ops.lgkernels
-
-
-class _Link(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *tensors):
-        ctx.set_materialize_grads(False)
-        ctx.count = len(tensors)
-        return tensors[0].new_empty(0)
-
-    @staticmethod
-    def backward(ctx, _):
-        return (None,) * ctx.count
-
-
-def _link(*tensors):
-    """A tensor tied to the history of `tensors` that holds none of their memory: a second derivative meets it."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return None
-    wanted = [t for t in tensors if t is not None and t.requires_grad]
-    return _Link.apply(*wanted) if wanted else None
 
 
 class _LocalCrossEntropy(torch.autograd.Function):
@@ -56,8 +36,18 @@ class _LocalCrossEntropy(torch.autograd.Function):
 
 
 def local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, impl):
-    return _LocalCrossEntropy.apply(
-        h, weight, bias, target, _link(h, weight, bias), label_smoothing, reduction, torch.is_grad_enabled(), impl
+    return apply(
+        _LocalCrossEntropy,
+        "local_cross_entropy",
+        h,
+        weight,
+        bias,
+        target,
+        link_to(h, weight, bias),
+        label_smoothing,
+        reduction,
+        torch.is_grad_enabled(),
+        impl,
     )
 
 
@@ -84,7 +74,7 @@ class _Goodness(torch.autograd.Function):
 
 def goodness(h, is_positive, threshold, mean, impl):
     """`(loss, squares (B,))`: the sums of squares also normalise the next block's input."""
-    return _Goodness.apply(h, is_positive, threshold, mean, torch.is_grad_enabled(), impl)
+    return apply(_Goodness, "goodness_loss", h, is_positive, threshold, mean, torch.is_grad_enabled(), impl)
 
 
 class _PeerNormalization(torch.autograd.Function):
@@ -108,7 +98,7 @@ class _PeerNormalization(torch.autograd.Function):
 
 
 def peer_normalization(h, running_mean, momentum, impl):
-    return _PeerNormalization.apply(h, running_mean.detach(), momentum, _link(h), impl)
+    return apply(_PeerNormalization, "peer_normalization_loss", h, running_mean.detach(), momentum, link_to(h), impl)
 
 
 class _Similarity(torch.autograd.Function):
@@ -129,7 +119,9 @@ class _Similarity(torch.autograd.Function):
 
 
 def similarity(x, target, num_classes, use_std, impl):
-    return _Similarity.apply(x, target, num_classes, use_std, torch.is_grad_enabled(), impl)
+    return apply(
+        _Similarity, "similarity_matching_loss", x, target, num_classes, use_std, torch.is_grad_enabled(), impl
+    )
 
 
 class _Contrastive(torch.autograd.Function):
@@ -150,8 +142,15 @@ class _Contrastive(torch.autograd.Function):
 
 
 def contrastive(z, labels, anchors, temperature, factor, normalize, impl):
-    return _Contrastive.apply(
-        z, labels, _link(z), (anchors, temperature, factor, normalize), torch.is_grad_enabled(), impl
+    return apply(
+        _Contrastive,
+        "a contrastive loss",
+        z,
+        labels,
+        link_to(z),
+        (anchors, temperature, factor, normalize),
+        torch.is_grad_enabled(),
+        impl,
     )
 
 
@@ -178,4 +177,14 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def info_nce(query, keys, negatives, temperature, impl):
-    return _InfoNCE.apply(query, keys, negatives, _link(query, keys), temperature, torch.is_grad_enabled(), impl)
+    return apply(
+        _InfoNCE,
+        "info_nce_loss",
+        query,
+        keys,
+        negatives,
+        link_to(query, keys),
+        temperature,
+        torch.is_grad_enabled(),
+        impl,
+    )

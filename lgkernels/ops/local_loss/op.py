@@ -1,48 +1,19 @@
-"""Registered ops of the family local_loss: schema, shapes (fake), and the call of the chosen backend."""
+"""Registered ops of the family local_loss: shapes, checks, and the call of the chosen backend."""
 
-import contextlib
-import os
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from ...core import checks, dispatch
+from ...core import checks
+from ...core.ops import class_indices, define, wide_dtype
 from . import reference
 
-LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
-
-_MODULES = {"reference": "reference", "cpu": "cpu", "triton": "triton", "cuda": "cuda"}
-for _name in ("local_cross_entropy", "goodness", "similarity"):
-    dispatch.register(_name, **{backend: f"lgkernels.ops.local_loss.{module}" for backend, module in _MODULES.items()})
-for _name in ("peer_normalization", "contrastive", "info_nce"):
-    dispatch.register(_name, reference="lgkernels.ops.local_loss.reference")
-
-
-def without_autocast(device):
-    """Inside an op the dtypes are settled: an ambient autocast must not touch the float32 arithmetic."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def class_indices(name, target, num_classes):
-    """int64 targets; range-checked where looking at them costs no synchronisation, or when LGKERNELS_CHECK=1."""
-    target = target.long()
-    if target.device.type == "cpu" or os.environ.get("LGKERNELS_CHECK") == "1":
-        checks.class_indices(name, target, num_classes)
-    return target.contiguous()
-
-
-def wide_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _op(name, schema, function, fake):
-    LIBRARY.define(f"{name}{schema}")
-    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lgkernels::{name}", fake, lib=LIBRARY)
+_define = partial(define, package=__package__)
 
 
 def _new(tensor, dtype=None):
+    """Makes an empty result of a shape, of no elements where it is not wanted."""
     dtype = wide_dtype(tensor.dtype) if dtype is None else dtype
     return lambda wanted, *shape: tensor.new_empty(shape if wanted else (0,), dtype=dtype)
 
@@ -50,14 +21,17 @@ def _new(tensor, dtype=None):
 # -- pool, linear, cross entropy ----------------------------------------------------------------------------------
 
 
-def _cross_entropy(h, weight, bias, target, label_smoothing, reduction, compute_grad, impl):
-    kernels = dispatch.backend("local_cross_entropy", impl, h.device, h.dtype)
-    target = class_indices("target", target, weight.shape[0])
-    with without_autocast(h.device):
-        return kernels.local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, compute_grad)
+def _check_cross_entropy(h, weight, bias, target, label_smoothing, reduction, compute_grad):
+    if target.shape != h.shape[:1]:
+        checks.shape("target", target, h.shape[:1], "one class index per row of h")
+    channels = h.shape[-1] if h.dim() < 4 else h.shape[1]
+    if weight.dim() != 2 or weight.shape[1] != channels:
+        checks.shape("weight", weight, (weight.shape[0], channels), "classes and channels of h")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        checks.shape("bias", bias, weight.shape[:1], "one for each class of weight")
 
 
-def _cross_entropy_fake(h, weight, bias, target, label_smoothing, reduction, compute_grad, impl):
+def _cross_entropy_fake(h, weight, bias, target, label_smoothing, reduction, compute_grad):
     new, (classes, channels), batch = _new(h), weight.shape, h.shape[0]
     loss = new(True, batch) if reduction == "none" else new(True)
     return (
@@ -68,17 +42,31 @@ def _cross_entropy_fake(h, weight, bias, target, label_smoothing, reduction, com
     )
 
 
-def _cross_entropy_backward(scale, pooled, grad_logits, grad_pooled, dtype, needs_h, needs_weight, needs_bias, impl):
-    kernels = dispatch.backend("local_cross_entropy", impl, pooled.device, dtype)
-    with without_autocast(pooled.device):
-        return kernels.local_cross_entropy_grads(
-            scale, pooled, grad_logits, grad_pooled, dtype, needs_h, needs_weight, needs_bias
-        )
+@_define(backends_of="local_cross_entropy", fake=_cross_entropy_fake, check=_check_cross_entropy)
+def local_cross_entropy(
+    kernels,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    label_smoothing: float,
+    reduction: str,
+    compute_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    target = class_indices("target", target, weight.shape[0])
+    return kernels.local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, compute_grad)
 
 
-def _cross_entropy_backward_fake(
-    scale, pooled, grad_logits, grad_pooled, dtype, needs_h, needs_weight, needs_bias, impl
-):
+def _check_cross_entropy_backward(scale, pooled, grad_logits, grad_pooled, dtype, *needs):
+    batch = pooled.shape[0]
+    if scale.dim():
+        checks.shape("scale", scale, (batch,), "one a row, or a single number")
+    if grad_logits.shape[0] != batch or grad_pooled.shape != pooled.shape:
+        checks.shape("grad_pooled", grad_pooled, pooled.shape, "that of pooled")
+        checks.shape("grad_logits", grad_logits, (batch, grad_logits.shape[1]), "the rows of pooled")
+
+
+def _cross_entropy_backward_fake(scale, pooled, grad_logits, grad_pooled, dtype, needs_h, needs_weight, needs_bias):
     new, (batch, channels), classes = _new(pooled), pooled.shape, grad_logits.shape[1]
     return (
         _new(pooled, dtype)(needs_h, batch, channels),
@@ -87,139 +75,161 @@ def _cross_entropy_backward_fake(
     )
 
 
-_op(
-    "local_cross_entropy",
-    "(Tensor h, Tensor weight, Tensor? bias, Tensor target, float label_smoothing, "
-    "str reduction, bool compute_grad, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
-    _cross_entropy,
-    _cross_entropy_fake,
+@_define(
+    backends_of="local_cross_entropy",
+    fake=_cross_entropy_backward_fake,
+    check=_check_cross_entropy_backward,
+    where=lambda scale, pooled, grad_logits, grad_pooled, dtype, *_: (pooled.device, dtype),
 )
-_op(
-    "local_cross_entropy_backward",
-    "(Tensor scale, Tensor pooled, Tensor grad_logits, Tensor grad_pooled, "
-    "ScalarType dtype, bool needs_h, bool needs_weight, bool needs_bias, str impl) -> (Tensor, Tensor, Tensor)",
-    _cross_entropy_backward,
-    _cross_entropy_backward_fake,
-)
+def local_cross_entropy_backward(
+    kernels,
+    scale: Tensor,
+    pooled: Tensor,
+    grad_logits: Tensor,
+    grad_pooled: Tensor,
+    dtype: torch.dtype,
+    needs_h: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.local_cross_entropy_grads(
+        scale, pooled, grad_logits, grad_pooled, dtype, needs_h, needs_weight, needs_bias
+    )
 
 
 # -- Forward-Forward ----------------------------------------------------------------------------------------------
 
 
-def _goodness(h, is_positive, threshold, mean, compute_grad, impl):
-    kernels = dispatch.backend("goodness", impl, h.device, h.dtype)
-    with without_autocast(h.device):
-        return kernels.goodness(h, is_positive, threshold, mean, compute_grad)
+def _check_goodness(h, is_positive, *_):
+    if is_positive.shape != h.shape[:1]:
+        checks.shape("is_positive", is_positive, h.shape[:1], "one a row of h")
+    if is_positive.dtype != torch.bool:
+        raise TypeError(f"is_positive must be bool, got {str(is_positive.dtype)[6:]}")
 
 
-def _goodness_fake(h, is_positive, threshold, mean, compute_grad, impl):
+def _goodness_fake(h, is_positive, threshold, mean, compute_grad):
     new = _new(h)
     return new(True), new(compute_grad, h.shape[0]), new(True, h.shape[0])
 
 
-def _goodness_backward(h, kappa, scale, impl):
-    return dispatch.backend("goodness", impl, h.device, h.dtype).goodness_grad(h, kappa, scale)
+@_define(backends_of="goodness", fake=_goodness_fake, check=_check_goodness)
+def goodness(
+    kernels, h: Tensor, is_positive: Tensor, threshold: float, mean: bool, compute_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.goodness(h, is_positive, threshold, mean, compute_grad)
 
 
-_op(
-    "goodness",
-    "(Tensor h, Tensor is_positive, float threshold, bool mean, bool compute_grad, str impl) -> "
-    "(Tensor, Tensor, Tensor)",
-    _goodness,
-    _goodness_fake,
+def _check_goodness_backward(h, kappa, scale):
+    if kappa.shape != h.shape[:1] or scale.dim():
+        checks.shape("kappa", kappa, h.shape[:1], "one a row of h")
+        checks.shape("scale", scale, (), "a single number")
+
+
+@_define(backends_of="goodness", fake=lambda h, kappa, scale: torch.empty_like(h), check=_check_goodness_backward)
+def goodness_backward(kernels, h: Tensor, kappa: Tensor, scale: Tensor) -> Tensor:
+    return kernels.goodness_grad(h, kappa, scale)
+
+
+def _check_peer(h, running_mean, momentum):
+    checks.shape("running_mean", running_mean, h.shape[1:], "that of one row of h")
+
+
+@_define(
+    backends_of="peer_normalization",
+    fake=lambda h, running_mean, momentum: (_new(h)(True), *(_new(h)(True, *h.shape[1:]) for _ in "mg")),
+    check=_check_peer,
+    backends=("reference",),
 )
-_op(
-    "goodness_backward",
-    "(Tensor h, Tensor kappa, Tensor scale, str impl) -> Tensor",
-    _goodness_backward,
-    lambda h, kappa, scale, impl: torch.empty_like(h),
-)
-
-
-def _peer(h, running_mean, momentum, impl):
-    kernels = dispatch.backend("peer_normalization", impl, h.device, h.dtype)
-    with without_autocast(h.device):
-        return kernels.peer_normalization(h, running_mean, momentum)
-
-
-_op(
-    "peer_normalization",
-    "(Tensor h, Tensor running_mean, float momentum, str impl) -> (Tensor, Tensor, Tensor)",
-    _peer,
-    lambda h, running_mean, momentum, impl: (_new(h)(True), *(_new(h)(True, *h.shape[1:]) for _ in "mg")),
-)
+def peer_normalization(kernels, h: Tensor, running_mean: Tensor, momentum: float) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.peer_normalization(h, running_mean, momentum)
 
 
 # -- similarity matching ------------------------------------------------------------------------------------------
 
 
-def _similarity(x, target, num_classes, use_std, compute_grad, impl):
-    kernels = dispatch.backend("similarity", impl, x.device, x.dtype)
-    target = class_indices("target", target, num_classes)
-    with without_autocast(x.device):
-        return kernels.similarity(x, target, num_classes, use_std, compute_grad)
+def _check_similarity(x, target, *_):
+    if target.shape != x.shape[:1]:
+        checks.shape("target", target, x.shape[:1], "one class index per row")
 
 
-def _similarity_fake(x, target, num_classes, use_std, compute_grad, impl):
+def _similarity_fake(x, target, num_classes, use_std, compute_grad):
     new, spatial = _new(x), reference.uses_std(x.shape, use_std)
     features = x.shape[1] if spatial else x.shape[1:].numel()
-    return (new(True), new(compute_grad, x.shape[0], features), new(compute_grad and spatial, *x.shape[:2]))
+    return new(True), new(compute_grad, x.shape[0], features), new(compute_grad and spatial, *x.shape[:2])
 
 
-def _similarity_backward(x, grad, mean, scale, impl):
-    return dispatch.backend("similarity", impl, x.device, x.dtype).similarity_grad(x, grad, mean, scale)
+@_define(backends_of="similarity", fake=_similarity_fake, check=_check_similarity)
+def similarity(
+    kernels, x: Tensor, target: Tensor, num_classes: int, use_std: bool, compute_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.similarity(x, class_indices("target", target, num_classes), num_classes, use_std, compute_grad)
 
 
-_op(
-    "similarity",
-    "(Tensor x, Tensor target, int num_classes, bool use_std, bool compute_grad, str impl) -> (Tensor, Tensor, Tensor)",
-    _similarity,
-    _similarity_fake,
+def _check_similarity_backward(x, grad, mean, scale):
+    if scale.dim():
+        checks.shape("scale", scale, (), "a single number")
+    if mean.numel():
+        checks.shape("mean", mean, x.shape[:2], "one a channel of each row")
+        checks.shape("grad", grad, x.shape[:2], "one a channel of each row")
+    elif grad.numel() != x.numel():
+        checks.shape("grad", grad, (x.shape[0], x.shape[1:].numel()), "that of x, flattened")
+
+
+@_define(
+    backends_of="similarity", fake=lambda x, grad, mean, scale: torch.empty_like(x), check=_check_similarity_backward
 )
-_op(
-    "similarity_backward",
-    "(Tensor x, Tensor grad, Tensor mean, Tensor scale, str impl) -> Tensor",
-    _similarity_backward,
-    lambda x, grad, mean, scale, impl: torch.empty_like(x),
-)
+def similarity_backward(kernels, x: Tensor, grad: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    return kernels.similarity_grad(x, grad, mean, scale)
 
 
 # -- contrastive losses -------------------------------------------------------------------------------------------
 
 
-def _contrastive(z, labels, anchors, temperature, factor, normalize, compute_grad, impl):
-    kernels = dispatch.backend("contrastive", impl, z.device, z.dtype)
-    with without_autocast(z.device):
-        return kernels.contrastive(z, labels.long(), anchors, temperature, factor, normalize, compute_grad)
+def _check_contrastive(z, labels, anchors, *_):
+    checks.shape("labels", labels, z.shape[:1], "one a row of z")
+    if not 0 <= anchors <= z.shape[0]:
+        raise ValueError(f"anchors must lie in [0, {z.shape[0]}], got {anchors}")
 
 
-def _contrastive_fake(z, labels, anchors, temperature, factor, normalize, compute_grad, impl):
-    return _new(z)(True), _new(z)(compute_grad, *z.shape)
+@_define(
+    backends_of="contrastive",
+    fake=lambda z, labels, anchors, temperature, factor, normalize, compute_grad: (
+        _new(z)(True),
+        _new(z)(compute_grad, *z.shape),
+    ),
+    check=_check_contrastive,
+    backends=("reference",),
+)
+def contrastive(
+    kernels,
+    z: Tensor,
+    labels: Tensor,
+    anchors: int,
+    temperature: float,
+    factor: float,
+    normalize: bool,
+    compute_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    return kernels.contrastive(z, labels.long(), anchors, temperature, factor, normalize, compute_grad)
 
 
-def _info_nce(query, keys, negatives, temperature, compute_grad, impl):
-    kernels = dispatch.backend("info_nce", impl, query.device, query.dtype)
-    negatives = class_indices("negatives", negatives, keys.shape[0])
-    with without_autocast(query.device):
-        return kernels.info_nce(query, keys, negatives, temperature, compute_grad)
+def _check_info_nce(query, keys, negatives, *_):
+    if negatives.dim() != 2 or negatives.shape[0] != query.shape[0]:
+        raise ValueError(f"negatives must be ({query.shape[0]}, n), got shape {checks.shape_of(negatives)}")
+    if keys.dim() != 2 or keys.shape[1:] != query.shape[1:] or keys.shape[0] < query.shape[0]:
+        raise ValueError(
+            f"keys must be (M, {query.shape[1]}) with M at least {query.shape[0]}, got shape {checks.shape_of(keys)}"
+        )
 
 
-def _info_nce_fake(query, keys, negatives, temperature, compute_grad, impl):
+def _info_nce_fake(query, keys, negatives, temperature, compute_grad):
     new = _new(query)
     return new(True), new(compute_grad, *query.shape), new(compute_grad, *keys.shape)
 
 
-_op(
-    "contrastive",
-    "(Tensor z, Tensor labels, int anchors, float temperature, float factor, bool normalize, "
-    "bool compute_grad, str impl) -> (Tensor, Tensor)",
-    _contrastive,
-    _contrastive_fake,
-)
-_op(
-    "info_nce",
-    "(Tensor query, Tensor keys, Tensor negatives, float temperature, bool compute_grad, str impl) -> "
-    "(Tensor, Tensor, Tensor)",
-    _info_nce,
-    _info_nce_fake,
-)
+@_define(backends_of="info_nce", fake=_info_nce_fake, check=_check_info_nce, backends=("reference",))
+def info_nce(
+    kernels, query: Tensor, keys: Tensor, negatives: Tensor, temperature: float, compute_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    negatives = class_indices("negatives", negatives, keys.shape[0])
+    return kernels.info_nce(query, keys, negatives, temperature, compute_grad)

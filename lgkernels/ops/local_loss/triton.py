@@ -1,6 +1,6 @@
 """Local losses in Triton: the functions of reference.py, same arguments, shapes and dtypes (no float64).
 
-Kernels in triton_maps.py and triton_rows.py, what composes them in composed.py, block sizes in core/config.py. Half
+Kernels in triton_maps.py and triton_rows.py, what composes them in composed.py, block sizes in tiles.py. Half
 inputs are widened on load, everything is computed in float32 and rounded once on store; sums have a fixed order. CPU
 tensors work under TRITON_INTERPRET=1.
 """
@@ -9,14 +9,15 @@ from functools import partial
 
 import torch
 
-from ...core.config import architecture, power_of_two, select_config
+from ...core.tiles import architecture, power_of_two, select
 from ..common.launch import launch
 from . import composed, reference, triton_maps, triton_rows
 from .reference import local_cross_entropy_grads  # noqa: F401  products and scalings of small matrices
+from .tiles import TILES
 
 
 def _config(op, sizes, tensor):
-    return select_config(op, sizes, tensor.dtype, architecture(tensor.device))
+    return select(TILES[op], sizes, tensor.dtype, architecture(tensor.device))
 
 
 def _blocks(n, block):
@@ -48,7 +49,7 @@ def _slices(positions, blocks, config):
 def _mean(h):
     dense, shape = composed.planes(h)
     mean = _new(h, len(h), h.shape[1] if h.dim() == 4 else h.shape[2])
-    config, blocks, channels_last = _map("local_sums", shape, dense)
+    config, blocks, channels_last = _map("sums", shape, dense)
     launch(
         triton_maps.sums_kernel,
         blocks,
@@ -68,7 +69,7 @@ def _mean(h):
 def _deviation(x):
     dense, shape = composed.planes(x)
     mean, deviation = _new(x, *x.shape[:2]), _new(x, *x.shape[:2])
-    config, blocks, channels_last = _map("local_deviation", shape, dense)
+    config, blocks, channels_last = _map("deviation", shape, dense)
     launch(
         triton_maps.deviation_kernel,
         blocks,
@@ -89,7 +90,7 @@ def _scale(dense, shape, mean, factor, scale, like):
     if result.stride() == out.stride():
         result = out
     if dense.numel():
-        config, blocks, channels_last = _map("local_scale", shape, dense)
+        config, blocks, channels_last = _map("scale", shape, dense)
         slices = _slices(shape[1], blocks, config)
         launch(
             triton_maps.scale_kernel,
@@ -110,7 +111,7 @@ def _scale(dense, shape, mean, factor, scale, like):
 
 def _rows(rows, tensor):
     """`(configuration, programs)` of a pass over the rows of a matrix."""
-    config = _config("local_rows", rows, tensor)
+    config = _config("rows", rows, tensor)
     return config, _blocks(rows[0], config["BLOCK_B"])
 
 
@@ -147,7 +148,7 @@ def goodness(h, is_positive, threshold, mean, compute_grad):
         return reference.goodness(h, is_positive, threshold, mean, compute_grad)
     dense, shape = composed.samples(h)
     batch, size, _ = shape
-    config, blocks, _ = _map("local_sums", shape, dense)
+    config, blocks, _ = _map("sums", shape, dense)
     slices = _slices(size, blocks, config)
     parts, loss, squares = _new(h, slices, batch), _new(h), _new(h, batch)
     kappa = _new(h, batch) if compute_grad else None

@@ -9,14 +9,14 @@ what rounding may leave of a constant.
 import triton
 import triton.language as tl
 
-from ..common.addressing import indices, offset, program_id
+from ..common.addressing import indices, offset, program_id, within
 
 
 @triton.jit
 def _tile(b, start, B, F, BLOCK_F: tl.constexpr):
     """(columns, offsets and mask of the tile) of rows b and columns start to start + BLOCK_F."""
     c = start + tl.arange(0, BLOCK_F)
-    return c, offset(b, F)[:, None] + c[None, :], (b < B)[:, None] & (c < F)[None, :]
+    return c, offset(b, F)[:, None] + c[None, :], within(b, B, c, F)
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def goodness_kernel(
     for start in range(0, B, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         at = offset(part, B)[:, None] + b[None, :]
-        square = tl.sum(tl.load(partial + at, mask=(part < slices)[:, None] & (b < B)[None, :], other=0.0), 0)
+        square = tl.sum(tl.load(partial + at, mask=within(part, slices, b, B), other=0.0), 0)
         sign = tl.where(tl.load(is_positive + b, mask=b < B, other=0) != 0, 1.0, -1.0)
         margin = sign * (tl.cast(threshold, tl.float32) - square * tl.cast(factor, tl.float32))
         tail = tl.exp(-tl.abs(margin))

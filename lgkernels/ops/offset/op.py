@@ -1,24 +1,10 @@
 """The registered op of the family offset: one step over all tensors of a device, by the chosen backend."""
 
 import torch
+from torch import Tensor
 
 from ...core import dispatch
-
-LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
-
-dispatch.register(
-    "offset_sgd_",
-    **{
-        name: f"lgkernels.ops.offset.{module}"
-        for name, module in (("reference", "reference"), ("cpu", "cpu"), ("triton", "triton"), ("cuda", "cuda"))
-    },
-)
-
-LIBRARY.define(
-    "offset_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] offsets, "
-    "float lr, float momentum, float weight_decay, float local_scale, float offset_scale, float grad_scale, "
-    "str impl) -> ()"
-)
+from ...core.ops import define, require_memory
 
 
 def kernels_for(params, impl):
@@ -36,10 +22,35 @@ def changed(tensors):
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
+def check(params, grads, momentum_buffers, offsets, momentum):
+    """Every tensor of a parameter must be of its size: the kernels walk through them side by side."""
+    names = ("grads", grads), ("momentum_buffers", momentum_buffers if momentum else None), ("offsets", offsets)
+    for name, tensors in names:
+        if tensors is None:
+            continue
+        if len(tensors) != len(params):
+            raise ValueError(f"{name} must have one entry for each of the {len(params)} params, got {len(tensors)}")
+        for i, (param, tensor) in enumerate(zip(params, tensors)):
+            if tensor is None or name == "offsets" and not tensor.numel():
+                continue
+            if tensor.shape != param.shape:
+                raise ValueError(
+                    f"{name}[{i}] must have shape {tuple(param.shape)} (that of params[{i}]), got {tuple(tensor.shape)}"
+                )
+            require_memory(name, tensor, params[0].device)
+    for param in params:
+        require_memory("params", param, params[0].device)
+    if momentum:
+        for i, (param, buffer) in enumerate(zip(params, momentum_buffers)):
+            if buffer.dtype != param.dtype:
+                raise TypeError(f"momentum_buffers[{i}] must be {str(param.dtype)[6:]}, got {str(buffer.dtype)[6:]}")
+
+
 def step(
     kernels, params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale, grad_scale
 ):
     """`offsets`: None, or an empty tensor, where a parameter has none. Returns what the backend can run again."""
+    check(params, grads, momentum_buffers, offsets, momentum)
     offsets = [o if o is not None and o.numel() and offset_scale else None for o in offsets]
     table = kernels.step_(
         params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale, grad_scale
@@ -49,11 +60,38 @@ def step(
     return table
 
 
-def _step(params, grads, momentum_buffers, offsets, *numbers):
-    *numbers, impl = numbers
+@define(
+    backends_of="offset_sgd_",
+    package=__package__,
+    fake=lambda *_: None,
+    where=lambda params, *_: (params[0].device if params else torch.device("cpu"), torch.float32),
+    mutates=("params", "momentum_buffers"),
+    choose=lambda impl, params, *_: kernels_for(params, impl) if params else None,
+)
+def offset_sgd_(
+    kernels,
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    offsets: list[Tensor],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    local_scale: float,
+    offset_scale: float,
+    grad_scale: float,
+) -> None:
     if params:
-        step(kernels_for(params, impl), params, grads, momentum_buffers, offsets, *numbers)
-
-
-LIBRARY.impl("offset_sgd_", _step, "CompositeExplicitAutograd")
-torch.library.register_fake("lgkernels::offset_sgd_", lambda *arguments: None, lib=LIBRARY)
+        step(
+            kernels,
+            params,
+            grads,
+            momentum_buffers,
+            offsets,
+            lr,
+            momentum,
+            weight_decay,
+            local_scale,
+            offset_scale,
+            grad_scale,
+        )

@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.config import architecture, select_config
+from ...core.tiles import architecture, select
 from ..common.addressing import offset, program_id
 from ..common.launch import launch
 from .memory import stepper
+from .tiles import TILES
 
 
 @triton.jit
@@ -163,7 +164,7 @@ def prepare(rows):
     tables, device = [], rows[0][0].device if rows else None
     for half, members in pieces.items():
         largest = max(piece[-1] for piece in members)
-        config = select_config("offset_sgd", (largest,), torch.float32, architecture(device))
+        config = select(TILES["offset_sgd"], (largest,), torch.float32, architecture(device))
         tables.append((_table(tuple(members), config["BLOCK"] * config["PARTS"], device), half, config))
     return tables
 

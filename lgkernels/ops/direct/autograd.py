@@ -11,7 +11,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ...core import dispatch
-from .op import without_autocast
+from ...core.autograd import apply
+from ...core.ops import without_autocast
+from . import op  # noqa: F401  registers the ops
 
 _ops = torch.ops.lgkernels
 
@@ -69,4 +71,19 @@ class _Block(torch.autograd.Function):
 
 def block(x, weight, bias, gamma, beta, running, signal, geometry, momentum, eps, slope, max_pool):
     """x (B, C, H, W) -> (B, O, H', W'); `running` (mean, var) or (None, None), `geometry` conv2d's last arguments."""
-    return _Block.apply(x, weight, bias, gamma, beta, running, signal, geometry, momentum, eps, slope, max_pool)
+    return apply(
+        _Block,
+        "the fused block of direct feedback",
+        x,
+        weight,
+        bias,
+        gamma,
+        beta,
+        running,
+        signal,
+        geometry,
+        momentum,
+        eps,
+        slope,
+        max_pool,
+    )

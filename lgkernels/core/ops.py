@@ -1,0 +1,200 @@
+"""How an op is made: one way for every family.
+
+    @define(backends_of="lls_loss", package=__package__, fake=_loss_fake, check=_check_loss)
+    def lls_loss_forward(kernels, activation: Tensor, options: HeadOptions, ...) -> tuple[Tensor, ...]:
+        return kernels.head(...)
+
+registers `torch.ops.lgkernels.lls_loss_forward(activation, <the fields of HeadOptions>, ..., impl)`:
+
+- The schema comes from the annotations. A NamedTuple among the arguments is flat there and whole in the
+  function.
+- `kernels` is the backend's module, chosen by `impl`, device and dtype inside of the op, so that a compiled graph
+  holds one opaque call and no look-ups of the environment.
+- The op is a door: what native code will trust is checked here, whoever calls. Every tensor lies on one device, has
+  memory, and is no wrapper (a DTensor, say) whose address means nothing; sizes and dtypes are for `check(*arguments)`.
+- An ambient autocast is switched off: inside of an op the dtypes are settled.
+
+`define`/`impl` of `torch.library` instead of `custom_op`: a third of the call's cost.
+"""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from . import checks, dispatch
+from .checks import autocasts
+
+LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, an ambient autocast does not touch the arithmetic."""
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else contextlib.nullcontext()
+
+
+def class_indices(name: str, target: torch.Tensor, num_classes: int, ignore_index: int | None = None) -> torch.Tensor:
+    """Contiguous int64; range-checked where looking at them costs no synchronisation, or when LGKERNELS_CHECK=1."""
+    target = target.long()
+    if target.device.type == "cpu" or os.environ.get("LGKERNELS_CHECK") == "1":
+        checks.class_indices(name, target, num_classes, ignore_index)
+    return target.contiguous()
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays, everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def of_first(*arguments: Any) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the first argument: what chooses the backend of most ops."""
+    return arguments[0].device, arguments[0].dtype
+
+
+def define(
+    *,
+    backends_of: str,
+    package: str,
+    fake: Callable,
+    check: Callable | None = None,
+    where: Callable[..., tuple[torch.device, torch.dtype]] = of_first,
+    mutates: Sequence[str] = (),
+    backends: Sequence[str] | None = None,
+    choose: Callable | None = None,
+) -> Callable[[Callable], Callable]:
+    """Decorator of the function that runs an op on a backend; see the module.
+
+    Args:
+        backends_of: name under which the op's backends are chosen, shown by `info` and noted as verified; ops that
+            belong together (a forward and its backward) share one.
+        package: the family's, `__package__`: its modules are the backends.
+        fake: shapes and dtypes of the results: takes the op's arguments without `impl`, NamedTuples whole.
+        check: raises where the arguments do not fit each other; takes them as `fake` does.
+        where: device and dtype that choose the backend, from the arguments.
+        mutates: names of the arguments that are written to.
+        backends: those that there are; default: every one that has a file in the package.
+        choose: takes `impl` and the arguments, returns the backend's module; where device and dtype do not settle it.
+    """
+
+    def register(function: Callable) -> Callable:
+        dispatch.register(backends_of, package, backends)
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+        flat, pack = _flattened(parameters)
+        schema = _schema(function, flat, mutates)
+        tensors = [(i, p.name) for i, p in enumerate(flat) if "Tensor" in str(p.annotation)]
+
+        def implementation(*arguments):
+            impl, own = arguments[-1], pack(arguments[:-1])
+            device, dtype = where(*own)
+            for name, tensor in _tensors(tensors, arguments):
+                require_memory(name, tensor, device)
+            if check is not None:
+                check(*own)
+            kernels = choose(impl, *own) if choose else dispatch.backend(backends_of, impl, device, dtype)
+            if torch._C._is_any_autocast_enabled():
+                with without_autocast(device):
+                    return function(kernels, *own)
+            return function(kernels, *own)
+
+        def shapes(*arguments):
+            own = pack(arguments[:-1])
+            device, _ = where(*own)
+            for name, tensor in _tensors(tensors, arguments):  # one on the meta device brings the others here
+                _require_device(name, tensor, device)
+            return fake(*own)
+
+        function.implementation = implementation  # type: ignore[attr-defined]
+        LIBRARY.define(function.__name__ + schema)
+        LIBRARY.impl(function.__name__, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lgkernels::{function.__name__}", shapes, lib=LIBRARY)
+        return function
+
+    return register
+
+
+# -- the schema -----------------------------------------------------------------------------------------------------
+
+
+def _is_options(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, tuple) and hasattr(annotation, "_fields")
+
+
+def _flattened(parameters: list[inspect.Parameter]) -> tuple[list[inspect.Parameter], Callable[[tuple], tuple]]:
+    """The parameters with the fields of NamedTuples in their place, and what packs flat arguments again."""
+    flat: list[inspect.Parameter] = []
+    spans = []
+    for parameter in parameters:
+        start = len(flat)
+        if _is_options(parameter.annotation):
+            hints = inspect.get_annotations(parameter.annotation)
+            flat += [parameter.replace(name=name, annotation=hints[name]) for name in parameter.annotation._fields]
+            spans.append((parameter.annotation, start, len(flat)))
+        else:
+            flat.append(parameter)
+            spans.append((None, start, start))
+    if all(kind is None for kind, _, _ in spans):
+        return flat, lambda arguments: arguments
+
+    def pack(arguments):
+        return tuple(
+            arguments[start] if kind is None else kind._make(arguments[start:end]) for kind, start, end in spans
+        )
+
+    return flat, pack
+
+
+def _schema(function: Callable, flat: list[inspect.Parameter], mutates: Sequence[str]) -> str:
+    plain = [inspect.Parameter(p.name, p.POSITIONAL_OR_KEYWORD, annotation=p.annotation) for p in flat]
+    plain.append(inspect.Parameter("impl", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str))
+
+    def prototype(*arguments):
+        pass
+
+    prototype.__signature__ = inspect.Signature(plain, return_annotation=inspect.signature(function).return_annotation)
+    return torch.library.infer_schema(prototype, mutates_args=set(mutates))
+
+
+# -- the door -------------------------------------------------------------------------------------------------------
+
+_plain_types: dict[type, bool] = {torch.Tensor: True, torch.nn.Parameter: True}
+
+
+def _has_an_address(kind: type) -> bool:
+    """Whether the memory of a tensor of this class is its own: a subclass that intercepts every operation
+    (`__torch_dispatch__`) may hold its values elsewhere."""
+    if kind not in _plain_types:
+        _plain_types[kind] = kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return _plain_types[kind]
+
+
+def _tensors(places: list[tuple[int, str]], arguments: tuple) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor among the arguments, those of lists too."""
+    for i, name in places:
+        argument = arguments[i]
+        if type(argument) is list:
+            for tensor in argument:
+                yield name, tensor
+        elif argument is not None:
+            yield name, argument
+
+
+def _require_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the op's other tensors, got {tensor.device}")
+
+
+def require_memory(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """Raise unless the tensor's address means what native code will take it for."""
+    if not _has_an_address(type(tensor)):
+        raise TypeError(
+            f"{name} must be a plain torch.Tensor, got {type(tensor).__name__}, whose values lie elsewhere: pass its "
+            "local tensor (DTensor: .to_local(), or .full_tensor())"
+        )
+    _require_device(name, tensor, device)
+    if device.type == "cpu" and not tensor.data_ptr() and tensor.numel():
+        raise ValueError(
+            f"{name} must have memory, got a tensor of shape {tuple(tensor.shape)} whose storage was freed"
+        )

@@ -1,0 +1,15 @@
+"""Valid calls of the family's public functions."""
+
+from tests.support.calls import Call
+from tests.support.problems import randn
+
+LINEAR = dict(x=randn(2, 6, seed=1), weight=randn(8, 6, seed=2), bias=randn(8, seed=3), scale=0.5)
+CONV = dict(x=randn(2, 12, 5, 6, seed=1), weight=randn(8, 6, 3, 2, seed=2), bias=randn(8, seed=3), groups=2, scale=0.5)
+
+CALLS = {
+    "lora_linear": Call(dict(LINEAR, a=randn(3, 6), b=randn(8, 3)), free={"x": ...}, any_sign=("scale",)),
+    "lokr_linear": Call(dict(LINEAR, w1=randn(2, 2), w2=randn(4, 3)), free={"x": ...}, any_sign=("scale",)),
+    "lokr_conv2d": Call(
+        dict(CONV, w1=randn(2, 2), w2=randn(4, 3, 3, 2)), free={"x": (0, 2, 3)}, dims={"x": (3,)}, any_sign=("scale",)
+    ),
+}
