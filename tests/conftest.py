@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 
@@ -51,7 +52,25 @@ def pytest_configure(config):
     else:  # Triton reads the switch when a kernel is decorated
         os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(min(2, torch.get_num_threads()))
+    config.addinivalue_line("markers", "only(where): of a test's parameters, those for which `where` is true")
     config.addinivalue_line("markers", "unpoisoned: torch.empty is left as it is (for tests that compile)")
+
+
+def _makes_sense(item):
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    for mark in item.iter_markers("only"):
+        where = mark.kwargs["where"]
+        names = inspect.signature(where).parameters
+        if names.keys() <= params.keys() and not where(**{name: params[name] for name in names}):
+            return False
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem():
+    """What a test's mark `only` leaves out is not made at all: a skip says that something is missing here."""
+    made = yield
+    return [item for item in made if _makes_sense(item)] if isinstance(made, list) else made
 
 
 def _programs(case):

@@ -105,9 +105,8 @@ def test_cross_entropy_dtypes(module, form, dtype):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("form", ["map", "tokens", "vector"])
+@pytest.mark.only(where=lambda backend: backend == "cpu")
 def test_cross_entropy_with_the_librarys_products(module, form, reduction, monkeypatch):
-    if not hasattr(module, "_SMALL"):
-        pytest.skip("a choice of the CPU's kernels")
     monkeypatch.setattr(module, "_SMALL", 0)
     for compute_grad in (True, False):
         check_cross_entropy(module, BASE, feature_map(BASE, form), 0.1, reduction, compute_grad)
@@ -283,9 +282,8 @@ def _everything(module):
     return results
 
 
+@pytest.mark.only(where=lambda backend: backend == "cpu")
 def test_threads_do_not_change_a_bit(module):
-    if not module.__name__.endswith("cpu"):
-        pytest.skip("threads of the host do not matter here")
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 3):
