@@ -1,37 +1,78 @@
 """Blocks with a local loss: `forward(x, target)` -> `(out.detach(), loss)`, for `training.BlockwiseTrainer`."""
 
+from collections.abc import Sequence
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import functional as LF
 from ..core import checks
+from ..core.annotations import BlockOutput
 from ..functional.local_loss import goodness_and_squares
 from ..ops.local_loss import autograd as _local
 
+__all__ = ["ClassifierBlock", "ContrastiveHead", "ForwardForwardLayer", "LocalClassifier", "PredSimHead"]
 
-class _LocalHead(nn.Module):
+
+Normalize = Literal["l2", "rms", "none"]
+
+
+class LocalHead(nn.Module):
     """Wraps `block`: in training with a target, the detached output and the loss; else the output with its graph."""
 
-    def __init__(self, block):
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
 
-    def forward(self, x, target=None):
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
         if target is None or not self.training:
             return self.block(x)
         out = self.block(x.detach())
         return out.detach(), self.loss(out, target)
 
-    def loss(self, out, target):
+    def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Of the block's output, differentiable in the block and the head."""
         raise NotImplementedError
 
 
-def _pooled(out):
+def _pooled(out: torch.Tensor) -> torch.Tensor:
     return out.mean((2, 3)) if out.dim() == 4 else out.mean(1) if out.dim() == 3 else out
 
 
-class LocalClassifier(_LocalHead):
+class ClassifierBlock(nn.Module):
+    """Wraps the final classifier: ordinary cross entropy on a detached input.
+
+    Args:
+        module (nn.Module): maps (B, ...) to logits (B, C), usually an ``nn.Linear``.
+        label_smoothing (float): of the cross entropy. Default: 0.
+
+    ``forward(x, target)`` returns ``(logits.detach(), loss)``; without target, or in evaluation, the logits with
+    their ordinary graph.
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> block = lnn.ClassifierBlock(torch.nn.Linear(4, 3))
+        >>> logits, loss = block(torch.ones(2, 4), torch.tensor([0, 2]))
+        >>> logits.shape, loss.requires_grad
+        (torch.Size([2, 3]), True)
+    """
+
+    def __init__(self, module: nn.Module, *, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.module = module
+        self.label_smoothing = label_smoothing
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
+        if target is None or not self.training:
+            return self.module(x)
+        logits = self.module(x.detach())
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return logits.detach(), F.cross_entropy(wide, target.long(), label_smoothing=self.label_smoothing)
+
+
+class LocalClassifier(LocalHead):
     """A block trained by a linear classifier of its pooled output: :func:`lgkernels.functional.local_cross_entropy`.
 
     Args:
@@ -47,12 +88,14 @@ class LocalClassifier(_LocalHead):
         (False, True)
     """
 
-    def __init__(self, block, channels, num_classes, *, bias=True, label_smoothing=0.0):
+    def __init__(
+        self, block: nn.Module, channels: int, num_classes: int, *, bias: bool = True, label_smoothing: float = 0.0
+    ) -> None:
         super().__init__(block)
         self.head = nn.Linear(channels, num_classes, bias)
         self.label_smoothing = label_smoothing
 
-    def loss(self, out, target):
+    def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return LF.local_cross_entropy(
             out, self.head.weight, self.head.bias, target, label_smoothing=self.label_smoothing
         )
@@ -79,7 +122,16 @@ class ForwardForwardLayer(nn.Module):
         torch.Size([2, 8])
     """
 
-    def __init__(self, layer, *, threshold=2.0, goodness="mean", normalize="l2", normalize_output="none", eps=None):
+    def __init__(
+        self,
+        layer: nn.Module,
+        *,
+        threshold: float = 2.0,
+        goodness: Literal["mean", "sum"] = "mean",
+        normalize: Normalize = "l2",
+        normalize_output: Normalize = "none",
+        eps: float | None = None,
+    ) -> None:
         super().__init__()
         checks.choice("goodness", goodness, ("mean", "sum"))
         checks.choice("normalize", normalize, ("l2", "rms", "none"))
@@ -87,7 +139,7 @@ class ForwardForwardLayer(nn.Module):
         self.layer, self.threshold, self.goodness, self.normalize = layer, threshold, goodness, normalize
         self.normalize_output, self.eps = normalize_output, eps
 
-    def _divided(self, x, kind, norm=None):
+    def _divided(self, x: torch.Tensor, kind: Normalize, norm: torch.Tensor | None = None) -> torch.Tensor:
         """x by its norm, of which the sums of squares of the rows may be known."""
         if kind == "none":
             return x
@@ -97,24 +149,25 @@ class ForwardForwardLayer(nn.Module):
         eps = (1e-4 if kind == "l2" else 1e-8) if self.eps is None else self.eps
         return (wide / (norm + eps).view(-1, *[1] * (x.dim() - 1))).to(x.dtype)
 
-    def normalized(self, x):
+    def normalized(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's input."""
         return self._divided(x, self.normalize)
 
-    def forward(self, x, is_positive=None):
+    def forward(self, x: torch.Tensor, is_positive: torch.Tensor | None = None) -> BlockOutput:
         if is_positive is None or not self.training:
             return self._divided(self.layer(self.normalized(x)), self.normalize_output)
         h = self.layer(self.normalized(x.detach()))
         loss, squares = goodness_and_squares(h, is_positive, self.threshold, self.goodness)
         return self._divided(h.detach(), self.normalize_output, squares.sqrt()), loss
 
-    def goodness_of(self, x):
+    def goodness_of(self, x: torch.Tensor) -> torch.Tensor:
         """(B,) goodness of each sample: the argument of the prediction by largest goodness."""
         h = self.layer(self.normalized(x))
         squares = _local.reference.wide(h).square().flatten(1)
         return squares.mean(1) if self.goodness == "mean" else squares.sum(1)
 
 
-class PredSimHead(_LocalHead):
+class PredSimHead(LocalHead):
     """Nokland and Eidnes' predsim: :func:`lgkernels.functional.prediction_similarity_loss`.
 
     Args:
@@ -136,7 +189,17 @@ class PredSimHead(_LocalHead):
         Linear(in_features=32, out_features=5, bias=True)
     """
 
-    def __init__(self, block, shape, num_classes, *, beta=0.99, use_std=True, sim_head="layer", decoder_dim=4096):
+    def __init__(
+        self,
+        block: nn.Module,
+        shape: Sequence[int],
+        num_classes: int,
+        *,
+        beta: float = 0.99,
+        use_std: bool = True,
+        sim_head: Literal["layer", "identity"] = "layer",
+        decoder_dim: int = 4096,
+    ) -> None:
         super().__init__(block)
         checks.choice("sim_head", sim_head, ("layer", "identity"))
         self.num_classes, self.beta, self.use_std = num_classes, beta, use_std
@@ -161,9 +224,11 @@ class PredSimHead(_LocalHead):
         self.decoder = nn.Linear(features, num_classes)
         nn.init.zeros_(self.decoder.weight)
 
-    def loss(self, out, target):
+    def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         out = out.mean(1) if out.dim() == 3 else out
-        pool = dict(pool_kernel=tuple(self.pool), pool_padding=tuple(self.padding)) if out.dim() == 4 else {}
+        pool: dict[str, Any] = {}
+        if out.dim() == 4:
+            pool = dict(pool_kernel=tuple(self.pool), pool_padding=tuple(self.padding))
         return LF.prediction_similarity_loss(
             out,
             target,
@@ -177,7 +242,7 @@ class PredSimHead(_LocalHead):
         )
 
 
-class ContrastiveHead(_LocalHead):
+class ContrastiveHead(LocalHead):
     """A block trained by a contrastive loss of its pooled and projected output (LoCo, GIM in SimCLR, InfoPro).
 
     Args:
@@ -195,7 +260,16 @@ class ContrastiveHead(_LocalHead):
         (torch.Size([4, 8, 4, 4]), torch.Size([]))
     """
 
-    def __init__(self, block, channels, *, hidden=0, dim=128, loss="nt_xent", temperature=0.1):
+    def __init__(
+        self,
+        block: nn.Module,
+        channels: int,
+        *,
+        hidden: int = 0,
+        dim: int = 128,
+        loss: Literal["nt_xent", "supcon"] = "nt_xent",
+        temperature: float = 0.1,
+    ) -> None:
         super().__init__(block)
         checks.choice("loss", loss, ("nt_xent", "supcon"))
         checks.positive("temperature", temperature)
@@ -206,125 +280,8 @@ class ContrastiveHead(_LocalHead):
         )
         self.kind, self.temperature = loss, temperature
 
-    def loss(self, out, target):
+    def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         z = self.projection(_pooled(out))
         if self.kind == "nt_xent":
             return LF.nt_xent_loss(z, temperature=self.temperature)
         return LF.supcon_loss(z, target, temperature=self.temperature)
-
-
-def infopro_weights(units, first, last):
-    """[(lambda_1, lambda_2)] of all units but the last: from `first` to `last` in equal steps.
-
-    Example:
-        >>> import lgkernels.nn as lnn
-        >>> lnn.infopro_weights(4, (1.0, 0.0), (0.0, 1.0))
-        [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
-    """
-    checks.positive_integer("units", units)
-    steps = [h / (units - 2) if units > 2 else 0.0 for h in range(units - 1)]
-    return [tuple(a * (1 - r) + b * r for a, b in zip(first, last)) for r in steps]
-
-
-class InfoProUnit(_LocalHead):
-    r"""A unit of InfoPro: keep what reconstructs the image, and what tells the class.
-
-    .. math::
-        L = \lambda_1\, \mathrm{BCE}(\mathrm{decoder}(h),\; \mathrm{image}) + \lambda_2\, L_y(\mathrm{aux}(h),\; y)
-
-    Decoder: bilinear to the image's size, 3x3 convolution to 12 channels, normalised, ReLU, 3x3 convolution, sigmoid.
-    aux ("1c2f"): 3x3 convolution of stride 2, normalised, ReLU, average pool, linear, ReLU, linear; L_y: the supervised
-    contrastive loss, or cross entropy. Both heads are trained with the unit.
-
-    Args:
-        block (nn.Module): gives (B, C, H, W).
-        channels (int): C. num_classes (int): for cross entropy. image_channels (int).
-        weights (pair of float): lambda_1, lambda_2; see :func:`infopro_weights`. A head of weight 0 is left out.
-        loss (str): ``"supcon"`` or ``"cross_entropy"``.
-        temperature (float): of the contrastive loss. width (int): of the linear layers.
-        first (InfoProUnit, optional): the network's first unit, whose input is the image; None: this is it.
-        mean, std (float or sequence): of the image's normalisation: its pixels are ``image * std + mean``, in [0, 1].
-
-    Source: Wang et al., "Revisiting Locally Supervised Learning" (ICLR 2021), and its code (CIFAR).
-
-    Example:
-        >>> import torch, lgkernels.nn as lnn
-        >>> first = lnn.InfoProUnit(torch.nn.Conv2d(3, 8, 3), 8, 5, 3)
-        >>> second = lnn.InfoProUnit(torch.nn.Conv2d(8, 8, 3, 2), 8, 5, 3, first=first)
-        >>> out, loss = first(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0]))
-        >>> second(out, torch.tensor([0, 1, 1, 0]))[0].shape
-        torch.Size([4, 8, 2, 2])
-    """
-
-    def __init__(
-        self,
-        block,
-        channels,
-        num_classes,
-        image_channels,
-        *,
-        weights=(1.0, 1.0),
-        loss="supcon",
-        temperature=0.07,
-        width=128,
-        first=None,
-        mean=0.0,
-        std=1.0,
-    ):
-        super().__init__(block)
-        checks.choice("loss", loss, ("supcon", "cross_entropy"))
-        checks.positive("temperature", temperature)
-        if first is not None and not isinstance(first, InfoProUnit):
-            raise TypeError(f"first must be an InfoProUnit, got {type(first).__name__}")
-        if not any(weights):
-            raise ValueError(f"weights must not all be 0: nothing would be learnt, got {tuple(weights)}")
-        self.weights, self.kind, self.temperature = tuple(weights), loss, temperature
-        self._first = (first,)  # a tuple: not a submodule
-        self._image = None
-        pixels = lambda value: torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)  # noqa: E731
-        self.register_buffer("mean", pixels(mean), persistent=False)
-        self.register_buffer("std", pixels(std), persistent=False)
-        self.decoder = self.aux = None
-        if weights[0]:
-            self.decoder = nn.Sequential(
-                nn.Conv2d(channels, 12, 3, padding=1),
-                nn.BatchNorm2d(12),
-                nn.ReLU(),
-                nn.Conv2d(12, image_channels, 3, padding=1),
-            )
-        if weights[1]:
-            self.aux = nn.Sequential(
-                nn.Conv2d(channels, channels, 3, 2, 1, bias=False),
-                nn.BatchNorm2d(channels),
-                nn.ReLU(),
-                nn.AdaptiveAvgPool2d(1),
-                nn.Flatten(),
-                nn.Linear(channels, width),
-                nn.ReLU(),
-                nn.Linear(width, width if loss == "supcon" else num_classes),
-            )
-
-    def forward(self, x, target=None):
-        if self.training and target is not None and self._first[0] is None:
-            self._image = x.detach()
-        return super().forward(x, target)
-
-    def loss(self, out, target):
-        total = out.new_zeros((), dtype=torch.float32)
-        if self.decoder is not None:
-            image = (self if self._first[0] is None else self._first[0])._image
-            if image is None:
-                raise RuntimeError("the first InfoProUnit has not seen an image yet: call it before this one")
-            logits = self.decoder(F.interpolate(out, image.shape[-2:], mode="bilinear", align_corners=True))
-            # with logits: the sigmoid is in it, and it stays finite; pixels may leave [0, 1] by rounding
-            pixels = (image * self.std + self.mean).clamp(0, 1)
-            total = total + self.weights[0] * F.binary_cross_entropy_with_logits(logits.float(), pixels.float())
-        if self.aux is not None:
-            z = self.aux(out)
-            value = (
-                LF.supcon_loss(z, target, temperature=self.temperature)
-                if self.kind == "supcon"
-                else F.cross_entropy(z.float(), target.long())
-            )
-            total = total + self.weights[1] * value
-        return total
