@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 
@@ -20,6 +21,22 @@ REQUIRED = tuple(filter(None, os.environ.get("LGKERNELS_TEST_BACKENDS", "").spli
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run the tests that need a CUDA device, and only those")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads its options
+def pytest_cmdline_main(config):
+    """The whole suite runs on all cores (`-n 0`: in one process); files that are named, and --gpu, in one process."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker comes by here too: it must not start workers of its own
+        return
+    option = config.option
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS and not option.gpu and not option.usepdb
+    if not (whole and getattr(option, "numprocesses", 0) is None):  # 0: xdist is not there
+        return
+    option.numprocesses, option.dist = "auto", "worksteal"
+    option.maxprocesses = option.maxprocesses or 8  # of about 1 GB each
+    if hasattr(option, "benchmark_disable"):
+        option.benchmark_disable = True  # pytest-benchmark would warn that it does this
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # they share the cores: a thread that waits must not spin
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -39,7 +56,25 @@ def pytest_configure(config):
     else:  # Triton reads the switch when a kernel is decorated
         os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(min(2, torch.get_num_threads()))
+    config.addinivalue_line("markers", "only(where): of a test's parameters, those for which `where` is true")
     config.addinivalue_line("markers", "unpoisoned: torch.empty is left as it is (for tests that compile)")
+
+
+def _makes_sense(item):
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    for mark in item.iter_markers("only"):
+        where = mark.kwargs["where"]
+        names = inspect.signature(where).parameters
+        if names.keys() <= params.keys() and not where(**{name: params[name] for name in names}):
+            return False
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem():
+    """What a test's mark `only` leaves out is not made at all: a skip says that something is missing here."""
+    made = yield
+    return [item for item in made if _makes_sense(item)] if isinstance(made, list) else made
 
 
 def _programs(case):

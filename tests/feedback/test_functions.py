@@ -187,10 +187,9 @@ def conv_layer(case):
 @pytest.mark.parametrize("case", CONVS, ids=label)
 @pytest.mark.parametrize("kind", ["usf", "packed", "frsf", "fa"])
 @pytest.mark.parametrize("few", [False, True], ids=["library", "few positions"])
+@pytest.mark.only(where=lambda backend, kind, few: not few or (backend == "cpu" and kind in ("usf", "packed")))
 def test_conv(impl, case, kind, few, monkeypatch):
     """`few`: dX by the product with F in registers, which the CPU's kernels take for small maps of many channels."""
-    if few and (impl != "cpu" or kind not in ("usf", "packed")):
-        pytest.skip("a way of the CPU's kernels, for signs alone")
     monkeypatch.setattr(feedback_autograd, "_few_positions", lambda *_: few)
     geometry, layer = conv_layer(case)
     x, weight, bias = randn(*case["x"], seed=1), weights(*case["weight"]), randn(case["weight"][0], seed=3)

@@ -25,10 +25,11 @@ def load(folder, name):
         return {k: file[k].item() if file[k].ndim == 0 else file[k] for k in file.files}
 
 
+pytestmark = pytest.mark.only(where=lambda backend, precision: precision == "float32" or backend == "reference")
+
+
 @pytest.fixture(params=["float32", "float64"])
-def precision(request, backend):
-    if request.param == "float64" and backend != "reference":
-        pytest.skip("float64 is for the reference only")
+def precision(request):
     return getattr(torch, request.param)
 
 

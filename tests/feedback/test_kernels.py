@@ -152,10 +152,9 @@ def test_matrix_of_any_layout(module, layout, dtype, value):
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("columns", [1040, 1041])  # whole vectors at any instruction set, and not
 @pytest.mark.parametrize("value, signs", [("one", "zero"), ("uniform", "zero"), ("tensor", "packed"), ("sign", "none")])
+@pytest.mark.only(where=lambda backend: backend == "cpu")
 @pytest.mark.op("feedback_matrix")
 def test_matrix_that_no_cache_holds(module, value, signs, columns, out):
-    if not module.__name__.endswith("cpu"):
-        pytest.skip("the CPU kernel writes large float32 matrices past the caches")
     case = dict(N=1030, K=columns)
     check_matrix(module, case, formula(case, value, signs), out)
 
@@ -204,10 +203,9 @@ FOLDS = [  # kernel, stride, padding, dilation
 @pytest.mark.parametrize("geometry", FOLDS, ids=str)
 @pytest.mark.parametrize("channels", [1, 16, 35])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.only(where=lambda backend: backend in ("reference", "cpu"))
 @pytest.mark.op("feedback_fold")
 def test_fold(module, geometry, channels, dtype):
-    if not hasattr(module, "fold"):
-        pytest.skip("on a GPU the library's convolution is faster")
     kernel, stride, padding, dilation = geometry
     size, shape = (7, 8), (3, channels, 7, 8)
     positions = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(size, *geometry)]
@@ -252,10 +250,9 @@ def test_product_of_every_rule(module, value, signs):
     check_product(module, case, randn(9, 40, seed=1), formula(case, value, signs))
 
 
+@pytest.mark.only(where=lambda backend: backend == "cpu")
 @pytest.mark.op("feedback_product")
 def test_product_of_more_gradients_than_are_packed_at_a_time(module):
-    if not module.__name__.endswith("cpu"):
-        pytest.skip("the CPU kernel packs grad")
     case = dict(M=514, N=9000, K=3)
     check_product(module, case, randn(514, 9000, seed=1), formula(case, "one", "packed"))
 
@@ -419,9 +416,8 @@ def _everything(module):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.only(where=lambda backend, threads: threads == 1 or backend in ("reference", "cpu", "cuda-simt"))
 def test_repeatable_bit_for_bit(module, threads):
-    if threads > 1 and (module.__name__.endswith(".triton") or problems.DEVICE != "cpu"):
-        pytest.skip("threads of the host do not matter here")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -433,9 +429,8 @@ def test_repeatable_bit_for_bit(module, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.only(where=lambda backend: backend == "cpu")
 def test_threads_do_not_change_a_bit(module):
-    if not module.__name__.endswith("cpu"):
-        pytest.skip("threads of the host do not matter here")
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):

@@ -38,9 +38,8 @@ def step(function, tensors):
 
 
 @pytest.mark.parametrize("kind", ["none", "matrix"])
+@pytest.mark.only(where=lambda compiler, backend: compiler != "inductor" or backend in ("cpu", "cuda-simt"))
 def test_loss_inside_a_graph(compiler, impl, kind):
-    if compiler == "inductor" and impl in ("triton", "reference"):
-        pytest.skip("one backend is enough for inductor: the op is opaque to it")
     m = [] if kind == "none" else [modulation(kind, 6, 6)]
     target = targets(3, 6)
 
@@ -56,9 +55,12 @@ def test_loss_inside_a_graph(compiler, impl, kind):
 
 
 @pytest.mark.parametrize("case", [dict(CONV, modulation="matrix", max_pool=True), LINEAR], ids=["conv", "linear"])
+@pytest.mark.only(
+    where=lambda compiler, backend, case: (
+        compiler != "inductor" or (backend in ("cpu", "cuda-simt") and "features" not in case)
+    )
+)
 def test_block(compiler, impl, case):
-    if compiler == "inductor" and (impl in ("triton", "reference") or "features" in case):
-        pytest.skip("one backend and block are enough for inductor: the op is opaque to it")
     block, x, target = make(case, impl)
     eager = copy.deepcopy(block)
     compiled = torch.compile(block, fullgraph=True, backend=compiler)

@@ -30,10 +30,11 @@ def tensor(array, dtype=torch.float32):
     return result.to(dtype) if result.is_floating_point() else result
 
 
+pytestmark = pytest.mark.only(where=lambda backend, precision: precision == "float32" or backend == "reference")
+
+
 @pytest.fixture(params=["float32", "float64"])
-def precision(request, backend):
-    if request.param == "float64" and backend != "reference":
-        pytest.skip("float64 is for the reference only")
+def precision(request):
     return getattr(torch, request.param)
 
 

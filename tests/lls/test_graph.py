@@ -346,6 +346,7 @@ def count_kernels(monkeypatch, backend, names):
     ids=label,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.only(where=lambda backend: backend != "reference")
 def test_at_most_eight_launches_a_layer(impl, backend, case, dtype, monkeypatch, opened):
     """Forward, loss and all gradients of a layer: torch calls plus our kernels.
 
@@ -353,8 +354,6 @@ def test_at_most_eight_launches_a_layer(impl, backend, case, dtype, monkeypatch,
     the call or we do around it. Left out: the counter of batches, which torch's batch norm also keeps. The backward is
     called as BlockwiseTrainer does; a loss that something scales costs one multiplication of all gradients more.
     """
-    if backend == "reference":
-        pytest.skip("counted on the fused paths: the reference is plain torch")
     block, x, target = make(case, impl)
     x = x.to(dtype)
     if dtype != torch.float32:
@@ -393,10 +392,9 @@ def test_a_hook_that_writes_to_the_loss_gradient_scales_one_step_alone(impl, mon
         torch.testing.assert_close(block.layer.weight.grad, factor * expected)
 
 
+@pytest.mark.only(where=lambda backend: backend != "reference")
 def test_no_synchronisation(impl, opened):
     """Nothing in the forward reads a device value back. (test_gpu_blocks.py asks the device itself.)"""
-    if impl == "reference":
-        pytest.skip("torch's one_hot, which the reference calls, looks at CPU tensors")
     block, x, target = make(dict(CONV, modulation="matrix"), impl)
     with Dispatches() as dispatches:
         block(x, target)

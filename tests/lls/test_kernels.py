@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from lgkernels.ops.lls import reference
 from tests.conftest import backend_module
 from tests.lls.problems import areas, check, check_head, head_arguments, modulation, norm_arguments, table
-from tests.support import problems
 from tests.support.cases import DTYPES, SIZES, label, random_cases, sweep
 from tests.support.problems import place, preactivation, randn, targets
 from tests.support.tolerances import assert_bit_equal
@@ -178,13 +178,14 @@ def test_head_modulation_layout(module, layout, kind):
     )
 
 
+@pytest.mark.only(where=lambda backend: backend in ("cpu", "triton"))
 def test_packed_and_plain_square_basis_agree(module):
     """A backend that takes packed signs takes the float table too, and both mean the same."""
     x, target = randn(5, 45), targets(5, 10)
     if not module.CAPABILITIES.packed_basis:
-        pytest.skip("this backend takes no packed basis")
+        pytest.skip("packed signs need other instructions than this processor's")
     packed = check_head(module, x, target, None, "square", 10)
-    plain = check_head(module, x, target, None, "square", 10, phi=table(None, "square", 10, 45))
+    plain = check_head(module, x, target, None, "square", 10, phi=table(reference, "square", 10, 45))
     for a, b in zip(packed, plain):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -201,11 +202,10 @@ def test_modulation_grad(module, batch, rows, classes, vector, per_row):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("per_row", [True, False])
 @pytest.mark.parametrize("case", SHAPES + LINEAR, ids=label)
+@pytest.mark.only(where=lambda case, dtype: dtype == torch.float32 or (case["B"] <= 3 and max(shape_of(case)) <= 64))
 @pytest.mark.op("lls_loss")
 def test_expand_grad(module, case, per_row, dtype):
     shape, pool = shape_of(case), case["P"]
-    if dtype != torch.float32 and (case["B"] > 3 or max(shape) > 64):
-        pytest.skip("large shapes run in float32 only")
     dim = pool if "N" in case else case["C"] * pool * pool
     layout = "channels_last" if per_row else "dense"
     scale = randn(shape[0], seed=5) if per_row else torch.tensor(0.7)
@@ -255,10 +255,9 @@ def test_norm_act_pool_variants(module, dtype, layout, max_pool, slope):
 
 @pytest.mark.parametrize("case", [BASE, dict(B=3, C=4, H=7, W=7, P=2), dict(B=3, N=17, P=5)], ids=label)
 @pytest.mark.parametrize("max_pool", [False, True])
+@pytest.mark.only(where=lambda case, max_pool: not ("N" in case and max_pool))
 @pytest.mark.op("lls_block")
 def test_norm_act_pool_without_gradient(module, case, max_pool):
-    if "N" in case and max_pool:
-        pytest.skip("a linear block has no max-pool")
     norm_act_pool(module, case, max_pool=max_pool, compute_grad=False)
 
 
@@ -332,11 +331,10 @@ def test_norm_grads(module, case):
 @pytest.mark.parametrize(
     "batch, dim, rows, classes", [(7, 33, 10, 10), (3, 40, 40, 40), (5, 20, 20, 7), (3, 20, 20, 300)]
 )
+@pytest.mark.only(where=lambda backend: backend == "triton")
 @pytest.mark.op("lls_block")
 def test_head_finished_by_the_norm_gradients(module, batch, dim, rows, classes, kind):
     """A backend may leave the mean of the losses and the modulation's gradient to the norm gradients' launch."""
-    if not module.CAPABILITIES.finishes_head:
-        pytest.skip("this backend's head is complete")
     rows = rows if kind == "matrix" else classes
     target, m = targets(batch, classes), modulation(kind, rows, classes)
     target[1] = -100
@@ -433,9 +431,8 @@ def _everything(module):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.only(where=lambda backend, threads: threads == 1 or backend in ("reference", "cpu", "cuda-simt"))
 def test_repeatable_bit_for_bit(module, threads):
-    if threads > 1 and (module.__name__.endswith(".triton") or problems.DEVICE != "cpu"):
-        pytest.skip("threads of the host do not matter here")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lgkernels.ops.local_loss import reference
 from tests.conftest import backend_module
@@ -42,11 +43,23 @@ def check_cross_entropy(
     classes, length = case["K"], case["C"] + case["H"] * case["W"] + case["K"]
     weight = randn(classes, case["C"], seed=2, dtype=weight_dtype)
     bias = randn(classes, seed=3, dtype=weight_dtype) if bias else None
+    target = targets(len(h), classes)
+    positions = max(h.shape[2:].numel() if h.dim() == 4 else h.shape[1] if h.dim() == 3 else 1, 1)
+
+    def magnitudes(loss, pooled, grad_logits, grad_pooled):
+        """grad_logits is p - q, 0 for one class: p + q is added up there, and its products with the weight."""
+        if not compute_grad:
+            return None, None, None, None
+        q = (1 - smoothing) * F.one_hot(target, classes) + smoothing / classes
+        size = grad_logits + 2 * q / (max(len(h), 1) if reduction == "mean" else 1)
+        return None, None, size, size @ weight.double().abs() / positions
+
     loss, *kept = check(
         module,
         "local_cross_entropy",
-        (h, weight, bias, targets(len(h), classes), smoothing, reduction, compute_grad),
+        (h, weight, bias, target, smoothing, reduction, compute_grad),
         length=length,
+        magnitudes=magnitudes,
     )
     if not compute_grad:
         return
@@ -96,10 +109,9 @@ def test_cross_entropy_dtypes(module, form, dtype):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("form", ["map", "tokens", "vector"])
+@pytest.mark.only(where=lambda backend: backend == "cpu")
 @pytest.mark.op("local_cross_entropy")
 def test_cross_entropy_with_the_librarys_products(module, form, reduction, monkeypatch):
-    if not hasattr(module, "_SMALL"):
-        pytest.skip("a choice of the CPU's kernels")
     monkeypatch.setattr(module, "_SMALL", 0)
     for compute_grad in (True, False):
         check_cross_entropy(module, BASE, feature_map(BASE, form), 0.1, reduction, compute_grad)
@@ -172,8 +184,21 @@ def test_goodness_far_from_the_threshold(module):
 
 def check_similarity(module, x, classes=5, use_std=True):
     target = targets(len(x), classes)
+
+    def magnitudes(loss, grad, mean):
+        """Differences of cosines, 1 + 1 at most (0 for a single row), squared; times unit rows in the gradient."""
+        if not len(x) or reference.uses_std(x.shape, use_std):
+            return None, None, None
+        rows = x.double().flatten(1)
+        norm = (rows - rows.mean(1, keepdim=True)).norm(dim=1, keepdim=True)
+        return torch.tensor(4.0), torch.where(norm > 0, 8 / (len(x) * norm), 0).expand_as(grad), None
+
     _, grad, mean = check(
-        module, "similarity", (x, target, classes, use_std, True), length=max(x[:1].numel() + len(x), 1)
+        module,
+        "similarity",
+        (x, target, classes, use_std, True),
+        length=max(x[:1].numel() + len(x), 1),
+        magnitudes=magnitudes,
     )
     return check(module, "similarity_grad", (x, grad.cpu(), mean.cpu(), torch.tensor(-1.3)))[0]
 
@@ -278,9 +303,8 @@ def _everything(module):
     return results
 
 
+@pytest.mark.only(where=lambda backend: backend == "cpu")
 def test_threads_do_not_change_a_bit(module):
-    if not module.__name__.endswith("cpu"):
-        pytest.skip("threads of the host do not matter here")
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 3):

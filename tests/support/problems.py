@@ -42,12 +42,23 @@ def _outputs(result):
 
 
 def check(
-    module, name, arguments, keywords=(), *, inplace=(), length=1, per_row=False, reference_arguments=None, reference
+    module,
+    name,
+    arguments,
+    keywords=(),
+    *,
+    inplace=(),
+    length=1,
+    per_row=False,
+    reference_arguments=None,
+    magnitudes=None,
+    reference,
 ):
     """Run function `name` of `module`, of the reference, and of the float64 reference on the same arguments.
 
     `inplace` are positions of arguments that the function writes to: they are compared as outputs, all others must
     be unchanged bit for bit. `reference_arguments`, where given, replace `arguments` for the reference (packed basis).
+    `magnitudes`, where given, makes from the float64 results the magnitudes of their summands, None where not needed.
     Returns the outputs of `module`.
     """
     keywords = dict(keywords)
@@ -67,6 +78,7 @@ def check(
     same = run(reference, definition)
     truth = run(reference, [_map(v, lambda t: t.double() if t.is_floating_point() else t) for v in definition])
     assert len(got) == len(same), f"{name}: {len(got)} results, the reference has {len(same)}"
-    for i, (ours, torchs, exact) in enumerate(zip(got, same, truth)):
-        assert_accurate(f"{name}[{i}]", ours, torchs, exact, length, per_row=per_row)
+    sizes = magnitudes(*truth) if magnitudes else [None] * len(truth)
+    for i, (ours, torchs, exact, size) in enumerate(zip(got, same, truth, sizes, strict=True)):
+        assert_accurate(f"{name}[{i}]", ours, torchs, exact, length, per_row=per_row, magnitude=size)
     return got

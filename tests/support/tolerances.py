@@ -5,11 +5,17 @@
 truth is the float64 reference on the same inputs, torch the same formula in plain torch at the kernel's dtype,
 K the length of the longest sum behind one entry, eps that of the output's dtype, and scale the largest entry of the
 truth (of each row, where rows differ by orders of magnitude). Every error is an absolute maximum.
+
+Summands that cancel leave a truth that is 0 but for rounding, which has no scale of its own. A test that can meet
+this gives the `magnitude` of what was added up, |a| + |b| for a - b. Where the truth is smaller than the rounding of
+its own summands, C * eps * sqrt(K) * magnitude with the accumulator's eps, this rounding is added to the bound;
+elsewhere the magnitude changes nothing.
 """
 
 import math
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SAME_DTYPE_FACTOR = 1.5
 C = 2.0
@@ -26,9 +32,33 @@ def _scale(truth, per_row):
     return truth.abs().max()
 
 
-def assert_accurate(name, got, torch_same_dtype, truth, length, *, per_row=False, rounding=None):
+class _Magnitudes(TorchDispatchMode):
+    """Inside, a backward adds absolute values: |a| + |b| for a - b. A product's sign does not matter then."""
+
+    SUMS = {getattr(torch.ops.aten, name) for name in ("mm", "bmm", "addmm", "add", "sub", "sum", "mean")}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        args, kwargs = args, kwargs or {}
+        if function is torch.ops.aten._log_softmax_backward_data.default:
+            grad, log_p, dim, _ = args
+            return grad.abs() + log_p.exp() * grad.abs().sum(dim, keepdim=True)
+        if function.overloadpacket in self.SUMS:
+            args = [a.abs() if isinstance(a, torch.Tensor) else a for a in args]
+            if function.overloadpacket is torch.ops.aten.sub:
+                function = torch.ops.aten.add.Tensor
+        return function(*args, **kwargs)
+
+
+def gradient_magnitudes(outputs, inputs, grad_outputs):
+    """The sizes of what a backward adds up, in the places of the gradients."""
+    with _Magnitudes():
+        return [m.abs() for m in torch.autograd.grad(outputs, inputs, grad_outputs, retain_graph=True)]
+
+
+def assert_accurate(name, got, torch_same_dtype, truth, length, *, per_row=False, rounding=None, magnitude=None):
     """`got` and `torch_same_dtype` have the kernel's output dtype, `truth` is float64; `length` is K of the bound;
-    `rounding` is the dtype of values on the way (a half pre-activation) where it is coarser than the output's."""
+    `rounding` is the dtype of values on the way (a half pre-activation) where it is coarser than the output's;
+    `magnitude` is that of the truth's summands."""
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, reference {tuple(truth.shape)}"
     assert got.dtype == torch_same_dtype.dtype, f"{name}: dtype {got.dtype}, reference {torch_same_dtype.dtype}"
     if truth.numel() == 0:
@@ -50,6 +80,10 @@ def assert_accurate(name, got, torch_same_dtype, truth, length, *, per_row=False
     else:
         rival = rival.max()
     bound = SAME_DTYPE_FACTOR * rival + C * torch.finfo(rounding or got.dtype).eps * math.sqrt(max(length, 1)) * scale
+    if magnitude is not None:
+        accumulator = torch.finfo(torch.promote_types(got.dtype, torch.float32)).eps
+        noise = C * accumulator * math.sqrt(max(length, 1)) * _scale(magnitude.double(), per_row)
+        bound = bound + torch.where(scale <= noise, noise, 0.0)
     excess = (own - bound).max()
     assert excess <= 0, (
         f"{name}: error {own.max():.3e}, bound {bound.max():.3e} "
