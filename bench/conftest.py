@@ -1,24 +1,24 @@
-"""pytest-benchmark around interleaved rounds: all providers of a case are timed together, A B C, B C A, ..., by the
-first test that needs them; each test then replays its provider's rounds to pytest-benchmark."""
+"""pytest-benchmark around interleaved rounds: all contestants of a case are timed together, A B C, B C A, ..., by the
+first test that needs them; each test then replays its contestant's rounds to pytest-benchmark."""
 
 import os
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
 
-from . import providers, report, timing
-from .shapes import PRESETS
+from . import common, report, timing
 
 _measured, _ceilings = {}, {}
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
-    group.addoption("--preset", choices=["auto", *PRESETS], default="auto", help="auto: gpu if there is one, else cpu")
+    presets = ["auto", *common.PRESETS]
+    group.addoption("--preset", choices=presets, default="auto", help="auto: gpu if there is one, else cpu")
+    group.addoption("--family", choices=common.families(), help="its cases alone")
     group.addoption("--seconds", type=float, default=6.0, help="time for the rounds of one case")
     group.addoption("--min-rounds", type=int, default=5)
     group.addoption("--no-compile", action="store_true", help="leave torch.compile out (it needs a compiler)")
@@ -32,10 +32,11 @@ def pytest_addoption(parser):
     group.addoption("--huge-pages", action="store_true", help="CPU: again in a process with THP_MEM_ALLOC_ENABLE=1")
 
 
-def pytest_collect_file(parent, file_path):
-    mine = file_path.name.startswith("bench_") and file_path.suffix == ".py"
-    if mine and not parent.session.isinitpath(file_path):  # pytest itself collects a file that it is given
-        return pytest.Module.from_parent(parent, path=file_path)
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """One process, whatever the repository's options say: two would disturb each other's times."""
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.numprocesses, config.option.dist, config.option.tx = None, "no", []
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -52,54 +53,62 @@ def device_of(config):
     return torch.device("cuda" if torch.cuda.is_available() and preset(config) != "cpu" else "cpu")
 
 
+def contestants(case, config):
+    """(the case on this run's device, {name: contestant})."""
+    problem = case.problem(case, device_of(config))
+    return problem, {c.name: c for c in common.contestants(problem, not config.getoption("--no-compile"))}
+
+
 def pytest_generate_tests(metafunc):
-    if {"case", "provider"} <= set(metafunc.fixturenames):
+    if {"case", "contestant"} <= set(metafunc.fixturenames):
         config = metafunc.config
-        cases = [case for case in PRESETS[preset(config)] if case.op in metafunc.module.OPS]
-        pairs = [
-            (case, name)
-            for case in cases
-            for name in providers.names(case, device_of(config), not config.getoption("--no-compile"))
-        ]
-        metafunc.parametrize("case, provider", pairs, ids=[f"{case.name}-{name}" for case, name in pairs])
+        cases = common.cases(preset(config), config.getoption("--family"))
+        pairs = [(case, name) for case in cases for name in contestants(case, config)[1]]
+        metafunc.parametrize("case, contestant", pairs, ids=[f"{case.name}-{name}" for case, name in pairs])
 
 
 def measure(case, config):
-    """{provider: row or the exception that it raised} of a case; correctness comes before timing."""
-    device, sizes = device_of(config), {}
-    compiled = not config.getoption("--no-compile")
-    problem = providers.builder(case.op)(case, device, compiled)
-    rows, timers = {}, {}
-    for name in providers.names(case, device, compiled):
+    """{contestant: (row, seconds of each round) or the exception that it raised}; it is correct before it is timed."""
+    problem, taking_part = contestants(case, config)
+    truth, found, timers, sizes = problem.truth(), {}, {}, {}
+    for name, contestant in taking_part.items():
         try:
-            function = problem.providers[name]
-            compare(function(0) or {}, problem)
-            sizes[name] = timing.peak_memory(function, device)
-            timers[name] = timing.timer(function, device, problem.copies)
-        except Exception as error:  # one broken provider must not hide the others
-            rows[name] = error
+            function = contestant.make()
+            compare(function(0) or {}, truth, problem.tolerance)
+            sizes[name] = timing.peak_memory(function, problem.device)
+            timers[name] = timing.timer(function, problem.device, problem.copies)
+        except Exception as error:  # one broken contestant must not hide the others
+            found[name] = error
     samples = timing.interleaved(timers, config.getoption("--seconds"), config.getoption("--min-rounds"))
-    if problem.baseline not in samples:  # nothing to compare with: every provider reports why
-        return {name: rows.get(name, rows[problem.baseline]) for name in providers.names(case, device, compiled)}
-    baseline = samples[problem.baseline]
+    if case.baseline not in samples:  # nothing to compare with: every contestant reports why
+        return {name: found.get(name, found[case.baseline]) for name in taking_part}
     for name, times in samples.items():
-        seconds = statistics.median(times)
         row = {
-            "median_ms": seconds * 1e3,
-            "min_ms": min(times) * 1e3,
-            "rounds": len(times),
-            "ratio": timing.ratio(times, baseline),
-            "baseline": problem.baseline,
+            **case.row(),
+            "provider": name,
+            "role": taking_part[name].role,
+            "variant": taking_part[name].variant,
+            "backend": taking_part[name].backend,
+            "huge_pages": timing.huge_pages(),
+            "ratio": timing.ratio(times, samples[case.baseline]),
             "peak_bytes": sizes[name],
+            **speed(problem, times, config),
         }
-        if problem.bytes:
-            row["gb_s"] = problem.bytes / seconds / 1e9
-            row["fraction_of_copy"] = row["gb_s"] / ceilings(config)["copy_gb_s"]
-        if problem.flops:
-            row["tflop_s"] = problem.flops / seconds / 1e12
-            row["fraction_of_matmul"] = row["tflop_s"] / ceilings(config)["matmul_tflop_s"]
-        rows[name] = (row, times)
-    return rows
+        found[name] = (row, times)
+    return found
+
+
+def speed(problem, times, config):
+    """A row's times, and the rates where the problem says what it moves or computes."""
+    seconds = statistics.median(times)
+    found = {"median_ms": seconds * 1e3, "min_ms": min(times) * 1e3, "rounds": len(times)}
+    if problem.bytes:
+        found["gb_s"] = problem.bytes / seconds / 1e9
+        found["fraction_of_copy"] = found["gb_s"] / ceilings(config)["copy_gb_s"]
+    if problem.flops:
+        found["tflop_s"] = problem.flops / seconds / 1e12
+        found["fraction_of_matmul"] = found["tflop_s"] / ceilings(config)["matmul_tflop_s"]
+    return found
 
 
 def ceilings(config):
@@ -108,29 +117,25 @@ def ceilings(config):
     return _ceilings
 
 
-def compare(results, problem):
-    for name in results.keys() & problem.truth.keys():
-        truth = problem.truth[name].double()
-        error = (results[name].double() - truth).norm() / truth.norm().clamp_min(1e-30)
-        assert error <= problem.tolerance, f"{name}: relative error {error:.2e}, allowed {problem.tolerance:.0e}"
+def compare(got, truth, tolerance):
+    for name in got.keys() & truth.keys():
+        exact = truth[name].double()
+        error = (got[name].double() - exact).norm() / exact.norm().clamp_min(1e-30)
+        assert error <= tolerance, f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}"
 
 
 @pytest.fixture
-def measured(case, provider, request):
-    """(row, seconds of each round) of this provider."""
+def measured(case, contestant, request):
+    """(row, seconds of each round) of this contestant."""
     config = request.config
     if case not in _measured:
         _measured.clear()  # the last case's tensors go first
         _measured[case] = measure(case, config)
         if config.getoption("--save") is not None:
-            device = device_of(config)
-            rows = [
-                {"case": case.name, **asdict(case), "provider": name, "huge_pages": timing.huge_pages(), **entry[0]}
-                for name, entry in _measured[case].items()
-                if not isinstance(entry, Exception)
-            ]
-            report.merge(config.getoption("--save"), timing.environment(device), ceilings(config), rows)
-    entry = _measured[case][provider]
+            rows = [entry[0] for entry in _measured[case].values() if not isinstance(entry, Exception)]
+            environment = timing.environment(device_of(config))
+            report.merge(config.getoption("--save"), environment, ceilings(config), rows)
+    entry = _measured[case][contestant]
     if isinstance(entry, Exception):
         raise entry
     return entry

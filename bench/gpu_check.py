@@ -1,10 +1,10 @@
 """`python -m bench.gpu_check --out DIR`: one command for a machine with a GPU, within nine minutes a run.
 
-Parts: build (the native module with CUDA kernels, in place), test (the GPU tests of the first family and of what
-all share), test:feedback, test:local (the local losses and the step with an offset), bench:lls, bench:feedback and
-bench:local (ceilings, then every case by CUDA-graph replay). Each part saves its outcome to DIR/gpu_check.json as it
-ends; a second run does what is missing or has failed, `--only build,test,bench:lls` does those again. Benches go to
-DIR/<device>.json, what passed the GPU tests to lgkernels/core/verified.json. A table comes last.
+Parts: build (the native module with CUDA kernels, in place), test:<family> for each folder of tests/ with GPU tests,
+bench:<family> for each family's file in bench/ (ceilings, then every case by CUDA-graph replay). Each part saves its
+outcome to DIR/gpu_check.json as it ends; a second run does what is missing or has failed, `--only build,test:lls` does
+those again. Benches go to DIR/<device>.json, what passed the GPU tests to lgkernels/core/verified.json: a failing test
+takes off the ops of its mark `op` alone, on its own backend. A table comes last.
 """
 
 import argparse
@@ -15,35 +15,18 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from . import report, timing
+from . import common, report, timing
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 540.0  # seconds in all
-LIMITS = {
-    "build": 180.0,
-    "test": 270.0,
-    "test:feedback": 270.0,
-    "test:local": 150.0,
-    "bench:lls": 240.0,
-    "bench:feedback": 180.0,
-    "bench:local": 120.0,
-}
+LIMITS = {"build": 180.0, "test": 270.0, "bench": 240.0}  # of one part
 BACKENDS = ("triton", "cuda")
-OPS = {
-    "test": ("lls_loss", "lls_block"),
-    "test:feedback": (
-        "feedback_product",
-        "feedback_matrix",
-        "feedback_rows",
-        "feedback_pack_signs",
-        "feedback_update_",
-    ),
-    "test:local": ("local_cross_entropy", "goodness", "similarity", "offset_sgd_"),
-}
+NO_TESTS = 5  # pytest's status where nothing was collected: a family without cases for a GPU
 
 
 def run(command, limit, log, **environment):
@@ -69,108 +52,74 @@ def run(command, limit, log, **environment):
     return status, tail
 
 
+def pytest(*arguments):
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+
+
+# -- parts: functions of the folder for results and of a time limit, which return the part's outcome ----------------
+
+
 def build(out, limit):
-    capability = "{}{}".format(*torch.cuda.get_device_capability())
-    environment = (
-        {}
-        if "LGKERNELS_CUDA_ARCHS" in os.environ
-        else {"LGKERNELS_CUDA_ARCHS": "90a" if capability == "90" else capability}
-    )
-    status, tail = run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        limit,
-        out / "build.log",
-        LGKERNELS_BUILD="cuda",
-        **environment,
-    )
+    environment = {"LGKERNELS_BUILD": "cuda"}
+    if "LGKERNELS_CUDA_ARCHS" not in os.environ:
+        capability = "{}{}".format(*torch.cuda.get_device_capability())
+        environment["LGKERNELS_CUDA_ARCHS"] = "90a" if capability == "90" else capability
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    status, tail = run(command, limit, out / "build.log", **environment)
     return {"ok": status == 0, "status": status, "tail": tail}
 
 
-def passed_backends(junit, ops):
-    """{op of `ops`: [backends all of whose tests passed, of which at least one ran]}.
+def test(family, out, limit):
+    junit = out / f"test_{family}.xml"
+    junit.unlink(missing_ok=True)
+    command = pytest("--gpu", f"tests/{family}", f"--junitxml={junit}")
+    status, tail = run(command, limit, out / f"test_{family}.log")
+    outcomes = outcomes_of(junit) if junit.exists() else {}
+    return {"ok": status == 0, "status": status, "tail": tail, "outcomes": outcomes}
 
-    The backend is one of a test's parameters, the op stands in its name (else the test speaks for all of them).
+
+def bench(family, out, limit):
+    environment = timing.environment(torch.device("cuda"))
+    results = out / f"{report.slug(environment['device'])}.json"
+    command = pytest("bench", "--family", family, "--preset", "gpu", "--seconds", "2", "--save", str(results))
+    status, tail = run(command, limit, out / f"bench_{family}.log")
+    return {"ok": status in (0, NO_TESTS), "status": status, "tail": tail, "results": results.name}
+
+
+def find_parts():
+    """{name: part}, in the order in which they run."""
+    tested = sorted({path.parent.name for path in (ROOT / "tests").glob("*/test_gpu*.py")})
+    return {
+        "build": build,
+        **{f"test:{family}": partial(test, family) for family in tested},
+        **{f"bench:{family}": partial(bench, family) for family in common.families()},
+    }
+
+
+PARTS = find_parts()
+
+
+def outcomes_of(junit):
+    """{op: {backend: whether every test of it passed}}, for the backends of which at least one test ran.
+
+    A test names its ops, and its backend if it has one, in properties (tests/support/op_marks.py). Without a backend it
+    speaks for all backends that ran, and can only take them off.
     """
-    outcomes = {}
+    ran, failed = {}, set()
     for case in ElementTree.parse(junit).iter("testcase"):
-        name = f"{case.get('classname')} {case.get('name')}"
-        failed = case.find("failure") is not None or case.find("error") is not None
         if case.find("skipped") is not None:
             continue
-        parameters = case.get("name").partition("[")[2].rstrip("]").split("-")
-        for op in [op for op in ops if op in name] or ops:
-            for backend in [backend for backend in BACKENDS if backend in parameters]:
-                outcomes.setdefault((op, backend), []).append(not failed)
-    return {op: [b for b in BACKENDS if outcomes.get((op, b)) and all(outcomes[op, b])] for op in ops}
+        properties = [(p.get("name"), p.get("value")) for p in case.iter("property")]
+        ops = [value for name, value in properties if name == "op"]
+        backends = [value for name, value in properties if name == "backend"]
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.update((op, backend) for op in ops for backend in backends or BACKENDS)
+        for op in ops:
+            ran.setdefault(op, set()).update(set(backends) & set(BACKENDS))
+    return {op: {b: (op, b) not in failed for b in BACKENDS if b in backends} for op, backends in ran.items()}
 
 
-def tests(name, selection):
-    """The part that runs the GPU tests with `selection`, arguments of pytest."""
-
-    def part(out, limit):
-        file = name.replace(":", "_")
-        junit = out / f"{file}.xml"
-        junit.unlink(missing_ok=True)
-        status, tail = run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "--gpu",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                *selection,
-                f"--junitxml={junit}",
-            ],
-            limit,
-            out / f"{file}.log",
-        )
-        passed = passed_backends(junit, OPS[name]) if junit.exists() else {}
-        return {"ok": status == 0, "status": status, "tail": tail, "passed": passed}
-
-    return part
-
-
-def bench(family):
-    """The part that times bench/bench_<family>.py."""
-
-    def part(out, limit):
-        environment = timing.environment(torch.device("cuda"))
-        results = out / f"{report.slug(environment['device'])}.json"
-        status, tail = run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                f"bench/bench_{family}.py",
-                "-q",
-                "--preset",
-                "gpu",
-                "--seconds",
-                "2",
-                "-p",
-                "no:cacheprovider",
-                "--save",
-                str(results),
-            ],
-            limit,
-            out / f"bench_{family}.log",
-        )
-        return {"ok": status == 0, "status": status, "tail": tail, "results": results.name}
-
-    return part
-
-
-PARTS = {
-    "build": build,
-    "test": tests("test", ["-k", "not feedback and not local and not offset"]),
-    "test:feedback": tests("test:feedback", ["-k", "feedback"]),
-    "test:local": tests("test:local", ["-k", "local or offset"]),
-    "bench:lls": bench("lls"),
-    "bench:feedback": bench("feedback"),
-    "bench:local": bench("local"),
-}
+# -- the command ----------------------------------------------------------------------------------------------------
 
 
 def chosen(text):
@@ -181,23 +130,21 @@ def chosen(text):
     return parts
 
 
-def _results(out, state):
+def results_of(out, state):
     return out / next((part["results"] for part in state.values() if "results" in part), "none")
 
 
 def table(out, state):
-    lines = [
-        f"{state['environment']['device']}, "
-        + ", ".join(f"{k} {v}" for k, v in state["environment"].items() if k != "device")
-    ]
+    versions = ", ".join(f"{k} {v}" for k, v in state["environment"].items() if k != "device")
+    lines = [f"{state['environment']['device']}, {versions}"]
     for name in PARTS:
         part = state.get(name)
         if part:
             how = "ok" if part["ok"] else "ran out of time" if part["status"] is None else f"FAILED ({part['status']})"
-            lines.append(f"{name:14} {how:16} {part['seconds']:6.0f} s  {part['tail'][-1] if part['tail'] else ''}")
-    results = _results(out, state)
+            lines.append(f"{name:16} {how:16} {part['seconds']:6.0f} s  {part['tail'][-1] if part['tail'] else ''}")
+    results = results_of(out, state)
     if results.exists():
-        data = json.loads(results.read_text())
+        data = report.read(results)
         lines.append("copy {copy_gb_s:.0f} GB/s, matmul {matmul_tflop_s:.0f} TFLOP/s".format(**data["ceilings"]))
         for name, rows in report.cases(data["rows"]).items():
             lines.append(name)
@@ -207,6 +154,10 @@ def table(out, state):
                 for provider, row in rows.items()
             ]
     return "\n".join(lines)
+
+
+def limit_of(part, left):
+    return min(LIMITS[part.partition(":")[0]], left)
 
 
 def main(arguments=None):
@@ -233,11 +184,11 @@ def main(arguments=None):
             print(f"no time left for {name}: run the same command again", flush=True)
             continue
         began = time.monotonic()
-        state[name] = PARTS[name](out, min(LIMITS[name], left))
+        state[name] = PARTS[name](out, limit_of(name, left))
         state[name]["seconds"] = time.monotonic() - began
         report.write_json(path, state)
-    results = _results(out, state)
-    if results.exists() and any(part in state for part in OPS):
+    results = results_of(out, state)
+    if results.exists() and any(part.get("outcomes") for part in state.values()):
         report.main([str(results), "--no-plots", "--quiet", "--verified", str(path)])
     print(table(out, state))
     return 0 if all(state.get(name, {"ok": False})["ok"] for name in PARTS) else 1

@@ -1,6 +1,7 @@
 """Fused kernels for training neural networks without (full) back-propagation."""
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -8,7 +9,7 @@ _SUBMODULES = ("functional", "nn", "optim", "random", "training")
 _FROM_NN = ("alignment", "convert", "feedback_state", "load_feedback_state", "weight_ratio")
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     """Submodules load at first use: `import lgkernels` itself costs nothing, and torch's settings are still open."""
     if name in _SUBMODULES:
         return importlib.import_module(f"lgkernels.{name}")
@@ -19,5 +20,5 @@ def __getattr__(name):
     raise AttributeError(f"module 'lgkernels' has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *_SUBMODULES, *_FROM_NN, "plan"])

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 
 import lgkernels
 
@@ -15,7 +16,8 @@ COMMANDS = {
 }
 
 
-def parser():
+def parser() -> argparse.ArgumentParser:
+    """For the command's name; each command has a parser of its own."""
     result = argparse.ArgumentParser(prog="python -m lgkernels", description=lgkernels.__doc__)
     result.add_argument("--version", action="version", version=f"lgkernels {lgkernels.__version__}")
     commands = result.add_subparsers(dest="command", metavar="command")
@@ -24,7 +26,8 @@ def parser():
     return result
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         parser().print_help()

@@ -15,7 +15,7 @@ which yields v values in word-then-byte-then-bit order, low first. With u(word) 
 A value depends on (seed, stream, step, row, col) alone: not on the matrix's shape, tile, device or sharding, so a
 slice of a matrix is the matrix of the slice. Arithmetic is float32, each operation rounded once, but for the forms
 with `low`: float64 of the float32 numbers scale - low and low, rounded at the end. Words, uniform, uniform8 and
-sign are bit-equal in every backend (`csrc/include/lgk/philox.h`, `ops/common/philox.py`), normal
+sign are bit-equal in every backend (`csrc/common/philox.h`, `ops/common/philox.py`), normal
 within 4 ulp of the value computed here. `LAW_VERSION` changes with any of this.
 """
 

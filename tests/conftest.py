@@ -29,8 +29,12 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "op(*names): the registered ops for which a GPU test speaks")
     if config.getoption("--gpu"):
-        if not torch.cuda.is_available():
+        from tests.support import op_marks
+
+        config.pluginmanager.register(op_marks)
+        if not torch.cuda.is_available() and not config.option.collectonly:
             raise pytest.UsageError("--gpu needs a CUDA device, and torch.cuda.is_available() is False")
     else:  # Triton reads the switch when a kernel is decorated
         os.environ.setdefault("TRITON_INTERPRET", "1")

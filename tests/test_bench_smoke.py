@@ -1,4 +1,4 @@
-"""The bench suite runs: every case at a tiny size, the report, and the GPU command's answer where there is no GPU."""
+"""The bench runs: every case at a tiny size, the report, and the GPU command's answer where there is no GPU."""
 
 import json
 import os
@@ -19,46 +19,97 @@ def run(*arguments):
     return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+def run_smoke(*arguments):
+    tiny = "--preset", "smoke", "--seconds", "0", "--min-rounds", "2", "--no-compile"
+    done = run("pytest", "bench", "-q", *tiny, "-p", "no:cacheprovider", *arguments)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return done
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "cpu.json"
-    done = run(
-        "pytest",
-        "bench",
-        "-q",
-        "--preset",
-        "smoke",
-        "--seconds",
-        "0",
-        "--min-rounds",
-        "2",
-        "--no-compile",
-        "--save",
-        str(path),
-        "-p",
-        "no:cacheprovider",
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    run_smoke("--save", str(path))
     return path
 
 
+# -- cases and contestants --------------------------------------------------------------------------------------------
+
+
 def test_every_case_is_checked_and_timed(results):
-    from bench import providers
-    from bench.shapes import PRESETS
+    from bench import common
 
     rows = json.loads(results.read_text())["rows"]
-    cpu = torch.device("cpu")
     expected = {
-        (case.name, name)
-        for case in PRESETS["smoke"]
-        for name in providers.names(case, cpu, False)
-        if not name.startswith("lgkernels triton")
+        (case.name, contestant.name)
+        for case in common.cases("smoke")
+        for contestant in common.contestants(case.problem(case, torch.device("cpu")), compiled=False)
+        if contestant.backend != "triton"
     }  # this process may interpret Triton, the bench's does not
     assert {(row["case"], row["provider"]) for row in rows} == expected
-    assert {case.op for preset in PRESETS.values() for case in preset} == {row["op"] for row in rows}
+    assert {case.op for preset in common.PRESETS for case in common.cases(preset)} == {row["op"] for row in rows}
     for row in rows:
         assert row["median_ms"] > 0 and row["rounds"] == 2 and row["peak_bytes"] >= 0
         assert row["provider"] != row["baseline"] or row["ratio"] == 1.0
+
+
+def test_every_folder_of_ops_has_a_file():
+    from bench import common
+
+    ops = {path.parent.name for path in (ROOT / "lgkernels" / "ops").glob("*/op.py")}
+    assert ops <= set(common.families())
+    for preset in common.PRESETS:
+        of_families = [case for family in common.families() for case in common.cases(preset, family)]
+        assert of_families == common.cases(preset)
+    names = [case.name for case in common.cases("cpu")]
+    assert len(set(names)) == len(names)
+
+
+def test_a_file_with_cases_is_a_family(tmp_path, monkeypatch):
+    from bench import common
+
+    (tmp_path / "toy.py").write_text("CASES = {}\n")
+    (tmp_path / "shared.py").write_text("def cases():\n    return CASES\n")
+    monkeypatch.setattr(common, "FOLDER", tmp_path)
+    assert common.families() == ["toy"]
+
+
+def test_problems_name_registered_ops():
+    from bench import common
+    from lgkernels.core import dispatch
+
+    for preset in common.PRESETS:
+        for case in common.cases(preset):
+            assert case.problem.registered_op in (None, *dispatch.registered_ops()), case.name
+            problem = case.problem(case, torch.device("cpu"))
+            assert case.baseline in [c.name for c in problem.contestants()], case.name
+
+
+def test_a_contestant_has_a_role():
+    from bench.common import Contestant
+
+    with pytest.raises(TypeError, match="role"):
+        Contestant("mine", make=lambda: None)
+    with pytest.raises(ValueError, match=r"role of contestant 'mine' must be one of \('ours', .*\), got 'fast'"):
+        Contestant("mine", "fast", lambda: None)
+
+
+def test_wrong_results_are_not_timed():
+    from bench.conftest import compare
+
+    truth = {"grad": torch.ones(4)}
+    compare({"grad": torch.ones(4), "other": torch.zeros(1)}, truth, 1e-4)
+    with pytest.raises(AssertionError, match="grad: relative error 1.00e-03, allowed 1e-04"):
+        compare({"grad": torch.full((4,), 1.001)}, truth, 1e-4)
+
+
+def test_times_are_taken_in_one_process():
+    """Whatever the repository's options say."""
+    done = run_smoke("-k", "feedback_linear_call", "-n", "2", "--dist", "load")
+    assert "bringing up nodes" not in done.stdout and "4 passed" in done.stdout
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
 
 
 def test_report(results):
@@ -67,47 +118,69 @@ def test_report(results):
     assert report.main([str(results)]) == 0
     text = results.with_suffix(".md").read_text()
     assert "VGG8 training step" in text and "## Where we lose" in text and "| floor |" in text
+    assert "## Cost of a call of `lls_loss`, forward and backward" in text
     assert results.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+def row(provider, role, median_ms, peak_bytes=1000, **more):
+    about = dict(case="a", op="lls_loss", title="`lls_loss`, forward and backward", label="(1, 2)", baseline="floor")
+    here = dict(huge_pages=False, variant=False, backend=None, registered_op="lls_loss", ratio=median_ms)
+    return {
+        **about,
+        **here,
+        "provider": provider,
+        "role": role,
+        "median_ms": median_ms,
+        "peak_bytes": peak_bytes,
+        **more,
+    }
 
 
 def test_report_names_every_loss():
     from bench.report import losses
 
-    row = dict(
-        case="a",
-        op="lls_loss",
-        batch=1,
-        channels=2,
-        out_channels=0,
-        size=0,
-        pool=2,
-        classes=3,
-        modulation=None,
-        max_pool=False,
-        dtype="float32",
-        channels_last=False,
-        peak_bytes=1000,
-    )
     rows = [
-        {**row, "provider": "lgkernels cpu", "median_ms": 2.0},
-        {**row, "provider": "floor", "median_ms": 1.0},
-        {**row, "provider": "lean torch", "median_ms": 1.5, "peak_bytes": 2000},
+        row("mine", "ours", 2.0),
+        row("mine, twice as fast with half the digits", "ours", 1.0, variant=True),
+        row("definition", "reference", 0.5),
+        row("limit", "floor", 1.0),
+        row("theirs", "lean", 1.5, 2000),
     ]
-    assert losses(rows) == [
-        "`lls_loss`, forward and backward, (1, 2), P=2, 3 classes: lean torch takes 1.5 ms, lgkernels cpu 2 ms."
-    ]
-    rows[2]["median_ms"] = 2.5
+    assert losses(rows) == ["`lls_loss`, forward and backward, (1, 2): theirs takes 1.5 ms, mine 2 ms."]
+    rows[-1]["median_ms"] = 2.5
     assert losses(rows) == []
+    rows[-1]["peak_bytes"] = 900
+    assert losses(rows) == ["`lls_loss`, forward and backward, (1, 2): theirs takes 0.0009 MB, mine 0.001 MB."]
 
 
-def test_wrong_results_are_not_timed():
-    from bench.conftest import compare
-    from bench.providers import Problem
+def test_columns_go_by_role():
+    from bench.report import summary
 
-    problem = Problem({}, "floor", {"grad": torch.ones(4)})
-    compare({"grad": torch.ones(4), "other": torch.zeros(1)}, problem)
-    with pytest.raises(AssertionError, match="grad: relative error 1.00e-03, allowed 1e-04"):
-        compare({"grad": torch.full((4,), 1.001)}, problem)
+    rows = [
+        row("a", "reference", 0.1),
+        row("b", "ours", 2.0),
+        row("c", "ours", 3.0),
+        row("d", "peer", 4.0, 2000),
+        row("e", "eager", 5.0),
+        row("f", "bp", 6.0, 3000),
+        row("g", "compiled", 7.0),
+        row("h", "floor", 1.0),
+    ]
+    text = summary({"environment": {"device": "D", "torch": "2"}, "rows": rows})
+    line = "| `lls_loss` (1, 2) | floor | **2.00** (2 ms) |  | 7.00 | 4.00 | 6.00 | 0.001, 0.002, 0.003 |"
+    assert text.splitlines()[-1] == line
+
+
+def test_rows_of_an_older_bench_are_refused(tmp_path):
+    from bench import report
+
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"rows": [{"case": "a", "provider": "floor"}]}))
+    with pytest.raises(ValueError, match="rows without a role"):
+        report.main([str(path)])
+
+
+# -- the GPU command --------------------------------------------------------------------------------------------------
 
 
 def test_gpu_check_without_a_gpu(tmp_path):
@@ -119,7 +192,7 @@ def test_gpu_check_without_a_gpu(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--out", "x", "--only", "build,nonsense"], "unknown part 'nonsense'; expected some of build,test,"),
+        (["--out", "x", "--only", "build,nonsense"], "unknown part 'nonsense'; expected some of build,test:"),
         ([], "the following arguments are required: --out"),
     ],
 )
@@ -131,50 +204,90 @@ def test_gpu_check_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_gpu_check_reads_test_outcomes(tmp_path, monkeypatch):
-    from bench import report
-    from bench.gpu_check import OPS, passed_backends
+def test_gpu_check_finds_its_parts():
+    from bench import common, gpu_check
 
-    path = tmp_path / "tests.xml"
-    path.write_text("""<testsuites><testsuite>
-        <testcase classname="gpu.test_lls" name="test_lls_loss[triton-a]"/>
-        <testcase classname="gpu.test_lls" name="test_lls_loss[cuda-a]"/>
-        <testcase classname="gpu.test_lls" name="test_lls_block[triton-a]"/>
-        <testcase classname="gpu.test_lls" name="test_lls_block[triton-b]"><failure/></testcase>
-        <testcase classname="gpu.test_lls" name="test_lls_block[cuda-a]"><skipped/></testcase>
-        <testcase classname="gpu.test_cuda_graph" name="test_lls_block"/>
-        </testsuite></testsuites>""")
-    passed = passed_backends(path, OPS["test"])
-    assert passed == {"lls_loss": ["triton", "cuda"], "lls_block": []}
-    path.write_text("""<testsuites><testsuite>
-        <testcase classname="gpu.test_feedback_kernels_gpu" name="test_product[cuda-a]"/>
-        <testcase classname="gpu.test_feedback_kernels_gpu" name="test_product[triton-a]"><error/></testcase>
-        </testsuite></testsuites>""")
-    feedback = passed_backends(path, OPS["test:feedback"])
-    assert feedback == {op: ["cuda"] for op in OPS["test:feedback"]}
+    with_kernels = {path.parent.name for path in (ROOT / "lgkernels" / "ops").glob("*/cuda.py")} - {"common"}
+    parts = set(gpu_check.find_parts())
+    assert {f"test:{family}" for family in with_kernels} | {f"bench:{name}" for name in common.families()} < parts
+    assert all(gpu_check.limit_of(part, 1000) < gpu_check.BUDGET for part in parts)
+
+
+def junit(path, *tests):
+    """A file with tests of (ops, backend or None, outcome: "", "failure", "error" or "skipped")."""
+    lines = []
+    for ops, backend, outcome in tests:
+        properties = [("op", op) for op in ops.split()] + [("backend", backend)] * bool(backend)
+        inside = "".join(f'<property name="{name}" value="{value}"/>' for name, value in properties)
+        inside = f"<properties>{inside}</properties>" + (f"<{outcome}/>" if outcome else "")
+        lines.append(f'<testcase classname="a" name="test_it">{inside}</testcase>')
+    path.write_text(f"<testsuites><testsuite>{''.join(lines)}</testsuite></testsuites>")
+    return path
+
+
+def test_a_failing_test_takes_off_its_own_op_alone(tmp_path, monkeypatch):
+    from bench import report
+    from bench.gpu_check import outcomes_of
+
+    lls = outcomes_of(
+        junit(
+            tmp_path / "lls.xml",
+            ("lls_loss", "triton", ""),
+            ("lls_loss lls_block", "cuda", ""),
+            ("lls_block", "triton", ""),
+            ("lls_block", "triton", "failure"),
+            ("lls_loss", "reference", "failure"),
+        )
+    )
+    assert lls == {"lls_loss": {"triton": True, "cuda": True}, "lls_block": {"triton": False, "cuda": True}}
+    toy = outcomes_of(
+        junit(
+            tmp_path / "toy.xml",
+            ("toy", "cuda", ""),
+            ("toy", "triton", "skipped"),
+            ("other", "triton", ""),
+            ("other", "cuda", ""),
+            ("other", None, "error"),
+        )
+    )
+    assert toy == {"toy": {"cuda": True}, "other": {"triton": False, "cuda": False}}
 
     monkeypatch.setattr(report, "VERIFIED", tmp_path / "verified.json")
+    report.write_json(report.VERIFIED, {"lls_loss": {"sm_80": ["triton"]}, "toy": {"sm_90": ["triton"]}})
     check = {
         "environment": {"capability": "sm_90"},
         "build": {},
-        "test": {"passed": passed},
-        "test:feedback": {"passed": feedback},
+        "test:lls": {"outcomes": lls},
+        "test:toy": {"outcomes": toy},
     }
-    row = {"case": "a", "op": "lls_loss", "huge_pages": False}
-    times = {"lgkernels triton": 3.0, "lgkernels cuda": 2.0, "floor": 1.0}
-    report.write_verified(check, {"rows": [{**row, "provider": name, "median_ms": t} for name, t in times.items()]})
+    rows = [
+        row(f"lgkernels {backend}", "ours", time, backend=backend) for backend, time in (("triton", 3), ("cuda", 2))
+    ]
+    report.write_verified(check, {"rows": rows})
     assert json.loads(report.VERIFIED.read_text()) == {
-        "lls_loss": {"sm_90": ["cuda", "triton"]},
-        "lls_block": {"sm_90": []},
-        **{op: {"sm_90": ["cuda"]} for op in OPS["test:feedback"]},
+        "lls_loss": {"sm_80": ["triton"], "sm_90": ["cuda", "triton"]},
+        "toy": {"sm_90": ["cuda"]},
+        "lls_block": {"sm_90": ["cuda"]},
+        "other": {"sm_90": []},
     }
 
 
-def test_gpu_check_knows_every_op_that_has_a_gpu_kernel():
-    import lgkernels.functional
-    import lgkernels.optim  # noqa: F401
-    from bench.gpu_check import OPS
+def test_every_gpu_test_names_its_op_and_every_gpu_kernel_has_a_test():
     from lgkernels.core import dispatch
 
-    checked = [op for ops in OPS.values() for op in ops]
-    assert sorted(checked) == [op for op in dispatch.registered_ops() if "cuda" in dispatch.backends(op)]
+    done = run("pytest", "--gpu", "--collect-only", "tests", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("ops under test: "))
+    tested = line.partition(": ")[2].split(", ")
+    assert {op for op in dispatch.registered_ops() if "cuda" in dispatch.backends(op)} <= set(tested)
+
+
+@pytest.mark.parametrize(
+    "mark, fault",
+    [("", "it has no mark op"), ("@pytest.mark.op('nonsense')\n", "its mark op names ['nonsense']; registered are [")],
+)
+def test_a_gpu_test_without_an_op_is_refused(tmp_path, mark, fault):
+    path = tmp_path / "test_gpu_it.py"
+    path.write_text(f"import pytest\n\n{mark}def test_it():\n    pass\n")
+    done = run("pytest", "--collect-only", "-p", "tests.support.op_marks", "-p", "no:cacheprovider", str(path))
+    assert done.returncode != 0 and f"test_it: {fault}" in done.stdout + done.stderr

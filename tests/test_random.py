@@ -146,13 +146,13 @@ def test_golden_file(name):
 
 @pytest.fixture(scope="module")
 def header(tmp_path_factory):
-    """`csrc/include/lgk/philox.h` behind one C function, compiled so that multiply-adds would be contracted."""
+    """`csrc/common/philox.h` behind one C function, compiled so that multiply-adds would be contracted."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler here: the header is for the native module, which needs one too")
     folder = tmp_path_factory.mktemp("philox")
     (folder / "philox.cpp").write_text("""
-#include "lgk/philox.h"
+#include "common/philox.h"
 template <int LAW>
 static void run(const int64_t* state, uint32_t row, uint32_t block, const lgk::Range& range, float* out) {
   lgk::law_values<LAW>(lgk::feedback_words(state, row, block), range, out);
@@ -182,7 +182,7 @@ extern "C" void words(const uint32_t* c, const uint32_t* k, uint32_t* out) {
             "-fPIC",
             "-ffp-contract=fast",
             *fma,
-            f"-I{ROOT / 'csrc' / 'include'}",
+            f"-I{ROOT / 'csrc'}",
             "-o",
             folder / "philox.so",
             folder / "philox.cpp",

@@ -110,7 +110,7 @@ def native_module():
         }
     found = {"present": True, "version": module.version, "cpu_level": module.cpu_level(), "cuda": module.has_cuda}
     if module.has_cuda:
-        runtime, driver = module.cuda_runtime_version(), module.cuda_driver_version()
+        runtime, driver = module.cuda.cuda_runtime_version(), module.cuda.cuda_driver_version()
         found |= {"cuda_runtime": cuda_version(runtime), "cuda_driver": cuda_version(driver)}
         if not driver:
             found["warning"] = "no CUDA driver here: the native CUDA kernels can't run"

@@ -31,8 +31,7 @@ def _load():
 def _warn_if_outdated(module):
     """An editable install goes on with the old module after an update of the tree; say so before calls fail."""
     sources = Path(__file__).resolve().parents[2] / "csrc"
-    folders = (sources, sources / "cpu", sources / "include/lgk") if sources.is_dir() else ()
-    newest = max((entry.stat().st_mtime for folder in folders for entry in os.scandir(folder)), default=0.0)
+    newest = max((path.stat().st_mtime for path in sources.rglob("*")), default=0.0)
     if newest > os.stat(module).st_mtime:
         warnings.warn(
             "lgkernels._C is older than its sources in csrc/: build it again with "
@@ -51,12 +50,18 @@ def native_error():
     return _load()[1]
 
 
+def cpu_entries():
+    """The module that holds the CPU entry points, or None."""
+    module = native()
+    return module if module is None else module.cpu
+
+
 def cuda_entries():
     """The module that holds the CUDA entry points, or None."""
     if _cuda_override is not None:
         return _cuda_override
     module = native()
-    return module if module is not None and module.has_cuda else None
+    return module.cuda if module is not None and module.has_cuda else None
 
 
 def cuda_device_type():

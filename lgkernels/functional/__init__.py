@@ -1,9 +1,11 @@
-"""The public functions, a module a family."""
+"""The public functions. A family is one line here, and its public names are the `__all__` of its file."""
+# ruff: noqa: F403
 
-from . import adapter, feedback, lls, local_loss
-from .adapter import *  # noqa: F403
-from .feedback import *  # noqa: F403
-from .lls import *  # noqa: F403
-from .local_loss import *  # noqa: F403
+from types import ModuleType as _Module
 
-__all__ = sorted(adapter.__all__ + feedback.__all__ + lls.__all__ + local_loss.__all__)
+from .adapter import *
+from .feedback import *
+from .lls import *
+from .local_loss import *
+
+__all__ = sorted(name for name, value in vars().items() if name[0] != "_" and not isinstance(value, _Module))

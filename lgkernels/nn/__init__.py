@@ -1,40 +1,16 @@
-"""Drop-in modules."""
+"""Drop-in modules. A family is one line here, and its public names are the `__all__` of its file."""
+# ruff: noqa: F403
 
-from .adapter import LoKrConv2d, LoKrLinear, LoRALinear, adapt, merge, unmerge
-from .alignment import alignment, weight_ratio
-from .classifier import ClassifierBlock
-from .convert import convert, feedback_state, load_feedback_state, redraw_after
-from .direct import DirectFeedback
-from .feedback import FeedbackAlignmentConv2d, FeedbackAlignmentLinear, SignSymmetricConv2d, SignSymmetricLinear
-from .lls import LLSConvBlock, LLSHead, LLSLinearBlock
-from .local import ContrastiveHead, ForwardForwardLayer, InfoProUnit, LocalClassifier, PredSimHead, infopro_weights
+from types import ModuleType as _Module
 
-__all__ = [
-    "ClassifierBlock",
-    "ContrastiveHead",
-    "DirectFeedback",
-    "FeedbackAlignmentConv2d",
-    "FeedbackAlignmentLinear",
-    "ForwardForwardLayer",
-    "InfoProUnit",
-    "LLSConvBlock",
-    "LLSHead",
-    "LLSLinearBlock",
-    "LoKrConv2d",
-    "LoKrLinear",
-    "LoRALinear",
-    "LocalClassifier",
-    "PredSimHead",
-    "SignSymmetricConv2d",
-    "SignSymmetricLinear",
-    "adapt",
-    "alignment",
-    "convert",
-    "feedback_state",
-    "infopro_weights",
-    "load_feedback_state",
-    "merge",
-    "redraw_after",
-    "unmerge",
-    "weight_ratio",
-]
+from .adapter import *
+from .alignment import *
+from .convert import *
+from .direct import *
+from .feedback import *
+from .lls import *
+from .local_loss import *
+from .local_loss_infopro import *
+from .random_state import *
+
+__all__ = sorted(name for name, value in vars().items() if name[0] != "_" and not isinstance(value, _Module))

@@ -1,6 +1,8 @@
 """Adapters around frozen layers: LoRA and LoKr, factorised."""
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -8,8 +10,13 @@ from torch import nn
 from .. import functional as LF
 from ..core import checks
 
+__all__ = ["LoKrConv2d", "LoKrLinear", "LoRALinear", "adapt", "merge", "unmerge"]
 
-def factorization(dim, factor=-1):
+
+Factor = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # whole, or a pair whose product it is
+
+
+def factorization(dim: int, factor: int = -1) -> tuple[int, int]:
     """(m, n), m <= n, m * n = dim: the most square split (factor -1), or m (or n) the given divisor; a factor that does
     not divide bounds m. As LyCORIS: 64 = 8 x 8, 768 = 24 x 32, 3072 = 48 x 64."""
     checks.positive_integer("dim", dim)
@@ -30,37 +37,38 @@ class _Adapter(nn.Module):
     base is merged.
     """
 
-    def __init__(self, base, rank, alpha):
+    def __init__(self, base: Any, rank: int, alpha: float) -> None:
         super().__init__()
         checks.positive_integer("rank", rank)
         checks.number("alpha", alpha)
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
-        self._merged = None  # the factors, in one vector, whose change the base's weight holds
+        self._merged: torch.Tensor | None = None  # the factors, in one vector, whose change the base's weight holds
         for name in base.__constants__:
             setattr(self, name, getattr(base, name))
 
     @property
-    def merged(self):
+    def merged(self) -> bool:
         """Whether the base's weight holds the change."""
         return self._merged is not None
 
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         """The weight that the layer applies, built in full: who reads a layer's weight (torch's transformer layers in
         evaluation do) computes what the layer does."""
         return self.base.weight if self.merged else self.base.weight + self.delta().to(self.base.weight.dtype)
 
     @property
-    def bias(self):
+    def bias(self) -> torch.Tensor | None:
+        """The base's."""
         return self.base.bias
 
-    def delta(self):
+    def delta(self) -> torch.Tensor:
         """The change of the base's weight, built in full: for merging and inspection."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def merge(self):
+    def merge(self) -> "_Adapter":
         """Add ``delta()`` to the base's weight; forward then runs the base alone. Returns self."""
         if not self.merged:
             self.base.weight += self.delta().to(self.base.weight.dtype)
@@ -68,10 +76,10 @@ class _Adapter(nn.Module):
         return self
 
     @torch.no_grad()
-    def unmerge(self):
+    def unmerge(self) -> "_Adapter":
         """Take off again what ``merge`` added, whatever the factors are now (the base's weight returns up to rounding).
         Returns self."""
-        if self.merged:
+        if self._merged is not None:
             own = list(self.parameters(recurse=False))
             now = [p.clone() for p in own]
             for p, value in zip(own, self._merged.to(own[0]).split([p.numel() for p in own])):
@@ -82,18 +90,19 @@ class _Adapter(nn.Module):
             self._merged = None
         return self
 
-    def get_extra_state(self):
+    def get_extra_state(self) -> torch.Tensor:
         """For ``state_dict``: the merged factors, empty where there are none."""
         return self.base.weight.new_empty(0) if self._merged is None else self._merged
 
-    def set_extra_state(self, state):
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Of a ``state_dict``."""
         self._merged = state.clone() if len(state) else None
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, scale={self.scale:g}" + (", merged" if self.merged else "")
 
 
-def _factory(base):
+def _factory(base: Any) -> dict[str, Any]:
     return dict(device=base.weight.device, dtype=base.weight.dtype)
 
 
@@ -109,27 +118,41 @@ class LoRALinear(_Adapter):
         24
     """
 
-    def __init__(self, base, rank=1, alpha=4.0):
+    def __init__(self, base: nn.Linear, rank: int = 1, alpha: float = 4.0) -> None:
         super().__init__(base, rank, alpha)
         self.a = nn.Parameter(torch.empty(rank, base.in_features, **_factory(base)))
         self.b = nn.Parameter(torch.zeros(base.out_features, rank, **_factory(base)))
         nn.init.kaiming_uniform_(self.a, a=5**0.5)
 
-    def delta(self):
+    def delta(self) -> torch.Tensor:
         return self.scale * (self.b @ self.a)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged:
             return self.base(x)
         return LF.lora_linear(x, self.base.weight, self.base.bias, a=self.a, b=self.b, scale=self.scale)
 
 
 class _LoKr(_Adapter):
-    def __init__(self, base, rank, alpha, factor, decompose_both, out, width, window):
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        *,
+        factor: int,
+        decompose_both: bool,
+        out: int,
+        width: int,
+        window: tuple[int, ...],
+    ) -> None:
         super().__init__(base, rank, alpha)
         (out1, out2), (in1, in2) = factorization(out, factor), factorization(width, factor)
         self.window, area = window, math.prod(window)
-        new = lambda *shape: nn.Parameter(torch.empty(shape, **_factory(base)))  # noqa: E731
+
+        def new(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, **_factory(base)))
+
         full1 = not decompose_both or rank >= max(out1, in1) / 2
         full2 = rank >= max(out2, in2) / 2
         if full1:
@@ -148,14 +171,14 @@ class _LoKr(_Adapter):
             else:
                 nn.init.kaiming_uniform_(parameter, a=5**0.5)
 
-    def factors(self):
+    def factors(self) -> tuple[Factor, Factor]:
         """w1 and w2 as :func:`lgkernels.functional.lokr_linear` takes them."""
         return (
             self.w1 if hasattr(self, "w1") else (self.w1_a, self.w1_b),
             self.w2 if hasattr(self, "w2") else (self.w2_a, self.w2_b),
         )
 
-    def delta(self):
+    def delta(self) -> torch.Tensor:
         w1, w2 = (w[0] @ w[1] if isinstance(w, tuple) else w for w in self.factors())
         w2 = w2.reshape(w2.shape[0], -1, *self.window)
         return self.scale * torch.kron(w1.reshape(*w1.shape, *[1] * len(self.window)), w2)
@@ -175,10 +198,21 @@ class LoKrLinear(_LoKr):
         [(8, 1), (1, 8)]
     """
 
-    def __init__(self, base, rank=1, alpha=4.0, *, factor=-1, decompose_both=False):
-        super().__init__(base, rank, alpha, factor, decompose_both, base.out_features, base.in_features, ())
+    def __init__(
+        self, base: nn.Linear, rank: int = 1, alpha: float = 4.0, *, factor: int = -1, decompose_both: bool = False
+    ) -> None:
+        super().__init__(
+            base,
+            rank,
+            alpha,
+            factor=factor,
+            decompose_both=decompose_both,
+            out=base.out_features,
+            width=base.in_features,
+            window=(),
+        )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged:
             return self.base(x)
         w1, w2 = self.factors()
@@ -188,7 +222,9 @@ class LoKrLinear(_LoKr):
 class LoKrConv2d(_LoKr):
     """A frozen `nn.Conv2d` and a Kronecker-factored change; see :class:`LoKrLinear`. w2 holds the kernel window."""
 
-    def __init__(self, base, rank=1, alpha=4.0, *, factor=-1, decompose_both=False):
+    def __init__(
+        self, base: nn.Conv2d, rank: int = 1, alpha: float = 4.0, *, factor: int = -1, decompose_both: bool = False
+    ) -> None:
         if base.padding_mode != "zeros" or isinstance(base.padding, str):
             raise ValueError(
                 f"base must pad with zeros by a number, got padding_mode={base.padding_mode!r}, "
@@ -200,10 +236,17 @@ class LoKrConv2d(_LoKr):
                 f"of w1), got {base.groups}"
             )
         super().__init__(
-            base, rank, alpha, factor, decompose_both, base.out_channels, base.weight.shape[1], tuple(base.kernel_size)
+            base,
+            rank,
+            alpha,
+            factor=factor,
+            decompose_both=decompose_both,
+            out=base.out_channels,
+            width=base.weight.shape[1],
+            window=tuple(base.kernel_size),
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged:
             return self.base(x)
         w1, w2 = self.factors()
@@ -213,10 +256,23 @@ class LoKrConv2d(_LoKr):
         )
 
 
-KINDS = {"lora": {nn.Linear: LoRALinear}, "lokr": {nn.Linear: LoKrLinear, nn.Conv2d: LoKrConv2d}}
+KINDS: dict[str, dict[type[nn.Module], Any]] = {
+    "lora": {nn.Linear: LoRALinear},
+    "lokr": {nn.Linear: LoKrLinear, nn.Conv2d: LoKrConv2d},
+}
 
 
-def adapt(model, kind="lora", target=None, *, rank=1, alpha=4.0, train_norm=False, train_head=(), **options):
+def adapt(
+    model: nn.Module,
+    kind: Literal["lora", "lokr"] = "lora",
+    target: str | Iterable[str] | Callable[[str, nn.Module], bool] | None = None,
+    *,
+    rank: int = 1,
+    alpha: float = 4.0,
+    train_norm: bool = False,
+    train_head: str | Iterable[str] = (),
+    **options: Any,
+) -> nn.Module:
     """Freeze `model` and put an adapter around each target layer, in place.
 
     Args:
@@ -241,7 +297,7 @@ def adapt(model, kind="lora", target=None, *, rank=1, alpha=4.0, train_norm=Fals
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.a', '0.b', '2.weight', '2.bias']
     """
-    checks.choice("kind", kind, KINDS)
+    checks.choice("kind", kind, tuple(KINDS))
     if target is not None and not callable(target):
         words = (target,) if isinstance(target, str) else tuple(target)
         target = lambda name, module: any(word in name for word in words)  # noqa: E731
@@ -254,7 +310,7 @@ def adapt(model, kind="lora", target=None, *, rank=1, alpha=4.0, train_norm=Fals
                 f"train_head must name submodules of model, got {name!r}; it has "
                 f"{', '.join(n for n, _ in model.named_children()) or 'none'}"
             )
-    places = {}  # of each layer that could be adapted
+    places: dict[nn.Module, list[str]] = {}  # of each layer that could be adapted
     for name, module in modules.items():
         if isinstance(module, _Adapter):
             raise ValueError(
@@ -295,7 +351,7 @@ def adapt(model, kind="lora", target=None, *, rank=1, alpha=4.0, train_norm=Fals
     return model
 
 
-def merge(model):
+def merge(model: nn.Module) -> nn.Module:
     """`merge()` of every adapter in `model`. Returns the model."""
     for module in model.modules():
         if isinstance(module, _Adapter):
@@ -303,7 +359,7 @@ def merge(model):
     return model
 
 
-def unmerge(model):
+def unmerge(model: nn.Module) -> nn.Module:
     """`unmerge()` of every adapter in `model`. Returns the model."""
     for module in model.modules():
         if isinstance(module, _Adapter):

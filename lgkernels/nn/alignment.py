@@ -3,14 +3,17 @@
 import math
 
 import torch
+from torch import nn
 
-from .feedback import _FeedbackLayer
+from .feedback_layer import FeedbackLayer
+
+__all__ = ["alignment", "weight_ratio"]
 
 _ELEMENTS_AT_ONCE = 1 << 20
 
 
 @torch.no_grad()
-def _products(layer):
+def _products(layer: FeedbackLayer) -> list[float]:
     """<W, F>, |W|^2, |F|^2 in float64, over blocks of rows: F exists a block at a time."""
     weight = layer.weight.detach().flatten(1)
     at_once = max(1, _ELEMENTS_AT_ONCE // max(weight.shape[1], 1))
@@ -22,11 +25,11 @@ def _products(layer):
     return total.tolist()
 
 
-def _layers(model):
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, _FeedbackLayer)]
+def _layers(model: nn.Module) -> list[tuple[str, FeedbackLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, FeedbackLayer)]
 
 
-def alignment(model):
+def alignment(model: nn.Module) -> dict[str, float]:
     """Angle between the weight W and the feedback F of each converted layer, in degrees.
 
     0 is back-propagation, 90 unrelated feedback; cos = <W, F> / (|W| |F|). F is made a block of rows at a time.
@@ -53,7 +56,7 @@ def alignment(model):
     return angles
 
 
-def weight_ratio(model):
+def weight_ratio(model: nn.Module) -> dict[str, float]:
     """|F| / |W| (Frobenius norms) of each converted layer, F made a block of rows at a time.
 
     Args:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -9,10 +11,14 @@ from torch import nn
 from .. import functional as LF
 from ..core import checks, dispatch
 from ..ops.feedback.arguments import Scaled
-from ..random import VALUES_PER_CALL, RandomFeedback
+from ..random import VALUES_PER_CALL, Law, RandomFeedback
+
+__all__ = ["DirectFeedback"]
+
+Init = Literal["nokland", "kaiming", "lighton", "lls"] | float
 
 # Bound of the uniform law for N neurons, and its low end: the initialisations of the published codes.
-INITS = {
+INITS: dict[str, tuple[Callable[[int], float], float | None]] = {
     "nokland": (lambda n: 1 / math.sqrt(n), None),  # U(-1/sqrt(N), 1/sqrt(N))
     "kaiming": (lambda n: math.sqrt(6 / n), None),  # ChFrenkel's: U(-sqrt(6/N), sqrt(6/N))
     "lighton": (lambda n: 1 / math.sqrt(n), None),  # U(-1, 1) / sqrt(N of the widest layer), see max_features
@@ -56,9 +62,19 @@ class DirectFeedback(nn.Module):
         True
     """
 
+    feedback: RandomFeedback | torch.Tensor
+
     def __init__(
-        self, init="nokland", *, law="uniform", seed=0, stream=0, max_features=None, feedback=None, impl="auto"
-    ):
+        self,
+        init: Init = "nokland",
+        *,
+        law: Law = "uniform",
+        seed: int = 0,
+        stream: int = 0,
+        max_features: int | None = None,
+        feedback: torch.Tensor | None = None,
+        impl: str = "auto",
+    ) -> None:
         super().__init__()
         if isinstance(init, str):
             checks.choice("init", init, tuple(INITS))
@@ -81,14 +97,14 @@ class DirectFeedback(nn.Module):
             raise ValueError(f"law must be 'uniform' or 'uniform8' with init={init!r}, got {law!r}")
         self.feedback = RandomFeedback(seed, stream, law, scale=1.0, low=low)  # the scale is set by N, at use
 
-    def _feedback(self, shape):
+    def _feedback(self, shape: Sequence[int]) -> torch.Tensor | Scaled:
         if isinstance(self.feedback, torch.Tensor):
             return self.feedback
         neurons = self.max_features or max(math.prod(shape), 1)
         bound = INITS[self.init][0](neurons) if isinstance(self.init, str) else float(self.init)
         return Scaled(self.feedback, bound / math.sqrt(3) if self.law in ("normal", "sign") else bound)
 
-    def formula(self, shape):
+    def formula(self, shape: Sequence[int]) -> tuple[torch.Tensor, Law, float, float | None] | None:
         """`(state, law, scale, low)` of B for neurons of `shape`; None where B is a tensor or a backend was chosen."""
         feedback = self._feedback(shape)
         if isinstance(feedback, torch.Tensor) or self.impl != "auto":
@@ -96,10 +112,10 @@ class DirectFeedback(nn.Module):
         random, scale = feedback
         return random.state, random.law, scale, random.low
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def matrix(self, classes, shape):
+    def matrix(self, classes: int, shape: Sequence[int]) -> torch.Tensor:
         r"""B (classes, \*shape) as a tensor, for tests and other programs."""
         feedback = self._feedback(shape)
         if isinstance(feedback, torch.Tensor):
@@ -109,7 +125,7 @@ class DirectFeedback(nn.Module):
         return scaled.materialize((classes, *shape))
 
     @torch.no_grad()
-    def signal(self, error, activation):
+    def signal(self, error: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
         r"""error (B, C), or (B, T, C) for tokens, projected to shape and dtype of `activation` (B, [T,] \*shape)."""
         tokens = error.dim() - 1
         if error.shape[:-1] != activation.shape[:tokens]:
@@ -124,7 +140,7 @@ class DirectFeedback(nn.Module):
         return delta.view(activation.shape)
 
     @torch.no_grad()
-    def target_signal(self, target, activation):
+    def target_signal(self, target: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
         """The rows of B for class indices (B,), or target (B, C) @ B, like `activation`."""
         if target.is_floating_point():
             return self.signal(target, activation)
@@ -132,7 +148,7 @@ class DirectFeedback(nn.Module):
         delta = LF.target_projection(target.reshape(-1), self._feedback(shape), shape, impl=self.impl)
         return delta.view(activation.shape).to(activation.dtype)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         if isinstance(self.feedback, torch.Tensor):
             return f"feedback={tuple(self.feedback.shape)}"
         features = "" if self.max_features is None else f", max_features={self.max_features}"

@@ -1,4 +1,7 @@
-"""LLS modules: the fused convolutional and linear blocks, and a head for any block of the user's."""
+"""LLS (Local Learning rule inspired by neural activity Synchronization): the fused convolutional and linear blocks, and
+a head for any block of the user's."""
+
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -6,75 +9,95 @@ from torch import nn
 
 from .. import functional as LF
 from ..core import checks, dispatch
+from ..core.annotations import BlockOutput, Device, Int2, Waveform
 from ..ops.lls import autograd as _lls
+from ..ops.lls.options import BlockOptions
 
-_ACTIVATIONS = ("leaky_relu", "relu")
-_MODULATIONS = (None, "vector", "matrix", "reduced")
+__all__ = ["LLSConvBlock", "LLSHead", "LLSLinearBlock"]
 
-
-def _modulation_parameter(kind, num_classes, reduced_rows, factory):
-    """None, (C,), (C, C) or (R, C), drawn from 0.01 N(0, 1) as the authors do."""
-    checks.choice("modulation", kind, _MODULATIONS)
-    if kind is None:
-        return None
-    shape = {"vector": (num_classes,), "matrix": (num_classes, num_classes), "reduced": (reduced_rows, num_classes)}
-    return nn.Parameter(0.01 * torch.randn(shape[kind], **factory))
+Modulation = Literal["vector", "matrix", "reduced"] | None
+Activation = Literal["leaky_relu", "relu"]
 
 
-def _has_hooks(module):
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+class _Head(NamedTuple):
+    """Options of a head, as the modules' constructors take them."""
+
+    num_classes: int
+    pool_size: int
+    modulation: Modulation
+    reduced_rows: int
+    waveform: Waveform
+    temperature: float
+    label_smoothing: float
+    impl: str
 
 
-def _runs_as_written(module, original):
+class _LLSModule(nn.Module):
+    """What all three share: the options of the head, the modulation, the loss."""
+
+    modulation: nn.Parameter | None
+
+    def _set_head(self, head: _Head, factory: dict[str, Any]) -> None:
+        checks.positive_integer("num_classes", head.num_classes)
+        checks.positive_integer("pool_size", head.pool_size)
+        checks.positive_integer("reduced_rows", head.reduced_rows)
+        checks.choice("waveform", head.waveform, ("square", "cosine"))
+        checks.positive("temperature", head.temperature)
+        checks.between("label_smoothing", head.label_smoothing, 0.0, 1.0)
+        checks.choice("impl", head.impl, dispatch.IMPLEMENTATIONS)
+        checks.choice("modulation", head.modulation, (None, "vector", "matrix", "reduced"))
+        self.num_classes, self.pool_size, self.waveform = head.num_classes, head.pool_size, head.waveform
+        self.temperature, self.label_smoothing, self.impl = head.temperature, head.label_smoothing, head.impl
+        self.modulation = None
+        if head.modulation is not None:
+            rows = {"vector": (), "matrix": (head.num_classes,), "reduced": (head.reduced_rows,)}[head.modulation]
+            # drawn from 0.01 N(0, 1) as the authors do
+            self.modulation = nn.Parameter(0.01 * torch.randn((*rows, head.num_classes), **factory))
+
+    def _loss(self, activation: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return LF.lls_loss(
+            activation,
+            target,
+            self.modulation,
+            num_classes=self.num_classes,
+            pool_size=self.pool_size,
+            waveform=self.waveform,
+            temperature=self.temperature,
+            label_smoothing=self.label_smoothing,
+            impl=self.impl,
+        )
+
+
+def _runs_as_written(module: nn.Module, original: type[nn.Module]) -> bool:
     """Nothing hooks or replaces the forward of `original`'s class (a parametrised weight is no matter)."""
-    return type(module).forward is original.forward and "forward" not in module.__dict__ and not _has_hooks(module)
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module).forward is original.forward and "forward" not in module.__dict__ and not hooked
 
 
-def _check_head(num_classes, pool_size, reduced_rows, waveform, temperature, label_smoothing, impl):
-    checks.positive_integer("num_classes", num_classes)
-    checks.positive_integer("pool_size", pool_size)
-    checks.positive_integer("reduced_rows", reduced_rows)
-    checks.choice("waveform", waveform, ("square", "cosine"))
-    checks.positive("temperature", temperature)
-    checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
-    checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
-
-
-class _LLSBlock(nn.Module):
+class _LLSBlock(_LLSModule):
     """What the two fused blocks share: everything behind the layer."""
 
     def __init__(
         self,
-        layer,
-        norm,
+        layer: nn.Module,
+        norm: nn.Module,
+        head: _Head,
+        factory: dict[str, Any],
         *,
-        num_classes,
-        pool_size,
-        modulation,
-        reduced_rows,
-        waveform,
-        temperature,
-        label_smoothing,
-        activation,
-        negative_slope,
-        max_pool,
-        impl,
-        factory,
-    ):
+        activation: Activation,
+        negative_slope: float,
+        max_pool: bool = False,
+    ) -> None:
         super().__init__()
-        _check_head(num_classes, pool_size, reduced_rows, waveform, temperature, label_smoothing, impl)
-        checks.choice("activation", activation, _ACTIVATIONS)
+        self.layer: Any = layer
+        self.norm: Any = norm
+        self._set_head(head, factory)
+        checks.choice("activation", activation, ("leaky_relu", "relu"))
         checks.number("negative_slope", negative_slope)
-        self.layer, self.norm = layer, norm
-        self.num_classes, self.pool_size, self.waveform = num_classes, pool_size, waveform
-        self.temperature, self.label_smoothing = temperature, label_smoothing
-        self.activation, self.max_pool, self.impl = activation, max_pool, impl
+        self.activation, self.max_pool = activation, max_pool
         self.negative_slope = 0.0 if activation == "relu" else negative_slope
-        self.modulation = _modulation_parameter(modulation, num_classes, reduced_rows, factory)
 
-    def forward(self, x, target=None):
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
         """`(out.detach(), loss)` in training with a target; else `out` with its ordinary graph."""
         self._check_input(x)
         if target is None or not self.training:
@@ -82,20 +105,22 @@ class _LLSBlock(nn.Module):
         checks.integer("target", target)
         checks.shape("target", target, x.shape[:1], "one class index per row of x")
         checks.same_device(x=x, target=target, weight=getattr(self.layer, "weight", None))
-        if not self._fuses():
-            activation = self._activation(x.detach())
-            loss = LF.lls_loss(
-                activation,
-                target,
-                self.modulation,
-                num_classes=self.num_classes,
-                pool_size=self.pool_size,
-                waveform=self.waveform,
-                temperature=self.temperature,
-                label_smoothing=self.label_smoothing,
-                impl=self.impl,
-            )
-            return self._pooled(activation).detach(), loss
+        if self._fuses():
+            return self._fused(x, target)
+        activation = self._activation(x.detach())
+        loss = self._loss(activation, target)
+        return self._pooled(activation).detach(), loss
+
+    def _fuses(self) -> bool:
+        """False where the layer or the norm has become something that the kernels do not compute."""
+        return (
+            self.norm.training
+            and self.norm.weight is not None
+            and self._plain_layer()
+            and _runs_as_written(self.norm, nn.BatchNorm2d)
+        )
+
+    def _fused(self, x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.max_pool and min(self._output_size(x)) < 2:
             raise ValueError(
                 f"max_pool needs a feature map of at least 2 x 2, got one of {self._output_size(x)} from "
@@ -115,7 +140,7 @@ class _LLSBlock(nn.Module):
             norm.running_mean,
             norm.running_var,
             target,
-            (
+            BlockOptions(
                 self.waveform,
                 *self._geometry(),
                 momentum,
@@ -133,22 +158,28 @@ class _LLSBlock(nn.Module):
             norm.num_batches_tracked.add_(1)
         return result
 
-    def _fuses(self):
-        """False where the layer or the norm has become something that the kernels do not compute."""
-        return (
-            self.norm.training
-            and self.norm.weight is not None
-            and self._plain_layer()
-            and _runs_as_written(self.norm, nn.BatchNorm2d)
-        )
-
-    def _activation(self, x):
+    def _activation(self, x: torch.Tensor) -> torch.Tensor:
         return F.leaky_relu(self.norm(self.layer(x)), self.negative_slope)
 
-    def _pooled(self, activation):
+    def _pooled(self, activation: torch.Tensor) -> torch.Tensor:
         return F.max_pool2d(activation, 2) if self.max_pool else activation
 
-    def extra_repr(self):
+    def _check_input(self, x: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def _plain_layer(self) -> bool:
+        """Whether `layer` is still the one of the constructor."""
+        raise NotImplementedError
+
+    def _geometry(self) -> tuple[list[int], list[int]]:
+        """Stride and padding of a convolution."""
+        return [], []
+
+    def _output_size(self, x: torch.Tensor) -> tuple[int, ...]:
+        """Height and width behind a convolution."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
         modulation = None if self.modulation is None else tuple(self.modulation.shape)
         return (
             f"num_classes={self.num_classes}, pool_size={self.pool_size}, modulation={modulation}, "
@@ -196,48 +227,40 @@ class LLSConvBlock(_LLSBlock):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=1,
-        padding=0,
-        bias=True,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Int2,
+        stride: Int2 = 1,
+        padding: str | Int2 = 0,
+        bias: bool = True,
         *,
-        num_classes,
-        pool_size,
-        modulation=None,
-        reduced_rows=20,
-        waveform="square",
-        temperature=0.5,
-        label_smoothing=0.0,
-        activation="leaky_relu",
-        negative_slope=0.01,
-        max_pool=False,
-        impl="auto",
-        device=None,
-        dtype=None,
-    ):
-        factory = {"device": device, "dtype": dtype}
-        layer = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias, **factory)
+        num_classes: int,
+        pool_size: int,
+        modulation: Modulation = None,
+        reduced_rows: int = 20,
+        waveform: Waveform = "square",
+        temperature: float = 0.5,
+        label_smoothing: float = 0.0,
+        activation: Activation = "leaky_relu",
+        negative_slope: float = 0.01,
+        max_pool: bool = False,
+        impl: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
-            layer,
+            nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias, **factory),
             nn.BatchNorm2d(out_channels, **factory),
-            num_classes=num_classes,
-            pool_size=pool_size,
-            modulation=modulation,
-            reduced_rows=reduced_rows,
-            waveform=waveform,
-            temperature=temperature,
-            label_smoothing=label_smoothing,
+            _Head(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl),
+            factory,
             activation=activation,
             negative_slope=negative_slope,
             max_pool=max_pool,
-            impl=impl,
-            factory=factory,
         )
         self.in_channels = in_channels
 
-    def _plain_layer(self):
+    def _plain_layer(self) -> bool:
         layer = self.layer
         return (
             _runs_as_written(layer, nn.Conv2d)
@@ -246,7 +269,7 @@ class LLSConvBlock(_LLSBlock):
             and layer.padding_mode == "zeros"
         )
 
-    def _geometry(self):
+    def _geometry(self) -> tuple[list[int], list[int]]:
         padding = self.layer.padding
         if isinstance(padding, str):
             if padding == "same" and any(k % 2 == 0 for k in self.layer.kernel_size):
@@ -254,13 +277,13 @@ class LLSConvBlock(_LLSBlock):
             padding = [k // 2 if padding == "same" else 0 for k in self.layer.kernel_size]
         return list(self.layer.stride), list(padding)
 
-    def _output_size(self, x):
+    def _output_size(self, x: torch.Tensor) -> tuple[int, ...]:
         stride, padding = self._geometry()
         return tuple(
             (n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], padding, self.layer.kernel_size, stride)
         )
 
-    def _check_input(self, x):
+    def _check_input(self, x: torch.Tensor) -> None:
         checks.floating("x", x)
         checks.dims("x", x, (4,), f"(B, {self.in_channels}, H, W)")
         if x.shape[1] != self.in_channels:
@@ -288,56 +311,45 @@ class LLSLinearBlock(_LLSBlock):
 
     def __init__(
         self,
-        in_features,
-        out_features,
-        bias=True,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
         *,
-        num_classes,
-        pool_size,
-        modulation=None,
-        reduced_rows=20,
-        waveform="square",
-        temperature=0.5,
-        label_smoothing=0.0,
-        activation="leaky_relu",
-        negative_slope=0.01,
-        impl="auto",
-        device=None,
-        dtype=None,
-    ):
-        factory = {"device": device, "dtype": dtype}
+        num_classes: int,
+        pool_size: int,
+        modulation: Modulation = None,
+        reduced_rows: int = 20,
+        waveform: Waveform = "square",
+        temperature: float = 0.5,
+        label_smoothing: float = 0.0,
+        activation: Activation = "leaky_relu",
+        negative_slope: float = 0.01,
+        impl: str = "auto",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             nn.Linear(in_features, out_features, bias=bias, **factory),
             nn.BatchNorm1d(out_features, **factory),
-            num_classes=num_classes,
-            pool_size=pool_size,
-            modulation=modulation,
-            reduced_rows=reduced_rows,
-            waveform=waveform,
-            temperature=temperature,
-            label_smoothing=label_smoothing,
+            _Head(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl),
+            factory,
             activation=activation,
             negative_slope=negative_slope,
-            max_pool=False,
-            impl=impl,
-            factory=factory,
         )
         self.in_features = in_features
 
-    def _plain_layer(self):
+    def _plain_layer(self) -> bool:
         return _runs_as_written(self.layer, nn.Linear)
 
-    def _geometry(self):
-        return [], []
-
-    def _check_input(self, x):
+    def _check_input(self, x: torch.Tensor) -> None:
         checks.floating("x", x)
         checks.dims("x", x, (2,), f"(B, {self.in_features})")
         if x.shape[1] != self.in_features:
             raise ValueError(f"x must have {self.in_features} features (in_features), got shape {checks.shape_of(x)}")
 
 
-class LLSHead(nn.Module):
+class LLSHead(_LLSModule):
     """Trains any block of yours by the LLS loss of its output, unfused: autograd runs inside the block.
 
     Args:
@@ -358,42 +370,29 @@ class LLSHead(nn.Module):
 
     def __init__(
         self,
-        block,
+        block: nn.Module,
         *,
-        num_classes,
-        pool_size,
-        modulation=None,
-        reduced_rows=20,
-        waveform="square",
-        temperature=0.5,
-        label_smoothing=0.0,
-        impl="auto",
-    ):
+        num_classes: int,
+        pool_size: int,
+        modulation: Modulation = None,
+        reduced_rows: int = 20,
+        waveform: Waveform = "square",
+        temperature: float = 0.5,
+        label_smoothing: float = 0.0,
+        impl: str = "auto",
+    ) -> None:
         super().__init__()
-        _check_head(num_classes, pool_size, reduced_rows, waveform, temperature, label_smoothing, impl)
         self.block = block
-        self.num_classes, self.pool_size, self.waveform = num_classes, pool_size, waveform
-        self.temperature, self.label_smoothing, self.impl = temperature, label_smoothing, impl
-        parameter = next(block.parameters(), torch.empty(0))
-        self.modulation = _modulation_parameter(modulation, num_classes, reduced_rows, {"device": parameter.device})
+        factory = {"device": next(block.parameters(), torch.empty(0)).device}
+        head = _Head(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl)
+        self._set_head(head, factory)
 
-    def forward(self, x, target=None):
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
         """`(block(x).detach(), loss)` in training with a target; else `block(x)`."""
         if target is None or not self.training:
             return self.block(x)
         out = self.block(x.detach())
-        loss = LF.lls_loss(
-            out,
-            target,
-            self.modulation,
-            num_classes=self.num_classes,
-            pool_size=self.pool_size,
-            waveform=self.waveform,
-            temperature=self.temperature,
-            label_smoothing=self.label_smoothing,
-            impl=self.impl,
-        )
-        return out.detach(), loss
+        return out.detach(), self._loss(out, target)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, pool_size={self.pool_size}, waveform={self.waveform!r}"

@@ -2,7 +2,8 @@
 
 from .fused import FusedUpdate, fuse_update
 from .manhattan import BatchManhattan
-from .offset import OffsetSGD, refresh_due, refresh_offsets
+from .offset import OffsetSGD
+from .offset_refresh import refresh_due, refresh_offsets
 from .offset_wrapper import OffsetOptimizer
 
 __all__ = [

@@ -5,6 +5,9 @@ behind it keeps the two factors of dW = dy^T x where `weight.grad` would lie. `o
 nothing moves before it, and whoever wants the gradient in between is refused in time.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,11 +16,11 @@ from ..ops.feedback import op as _op  # noqa: F401  (registers the operators)
 from .manhattan import BatchManhattan
 
 # The number of the backward that runs. Private, the only way to tell one backward from another: see _After.
-_current_backward = getattr(torch._C, "_current_graph_task_id", None)
+_current_backward: Any = getattr(torch._C, "_current_graph_task_id", None)
 _HELP = "fuse_update needs one backward for each optimizer.step() and plain gradients"
 
 
-def _name(function):
+def _name(function: Any) -> Any:
     """Of a torch function, or of the attribute that a getter is for."""
     name = getattr(function, "__name__", function)
     return getattr(getattr(function, "__self__", None), "__name__", name) if name == "__get__" else name
@@ -27,8 +30,10 @@ class _Factors(torch.Tensor):
     """Lies in `weight.grad` for dy^T x, with the two in `factors`; whoever wants to compute with it learns why not.
     One element of memory."""
 
+    factors: list[tuple[torch.Tensor, int]]  # each with the version that it had
+
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__name__", "") in ("__get__", "__set__"):  # dtype, shape, is_sparse, ...
             with torch._C.DisableTorchFunctionSubclass():
                 value = function(*args, **(kwargs or {}))
@@ -40,7 +45,7 @@ class _Factors(torch.Tensor):
             "False) do not go with it: leave them out, or undo it with .remove()"
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:  # type: ignore[override]
         return "factors of a gradient (fuse_update)"
 
 
@@ -48,13 +53,14 @@ class _After(torch.autograd.Function):
     """Identity; its backward takes the gradient. `weight` is an input so that there is a backward in any case."""
 
     @staticmethod
-    def forward(ctx, y, x, weight, layer):
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, layer: "_FusedLayer") -> torch.Tensor:
         ctx.layer = layer
         ctx.save_for_backward(x)
-        return y.new_empty(0).set_(y)  # the same memory, but no view, which an activation in place may not write to
+        # the same memory, but no view, which an activation in place may not write to
+        return y.new_empty(0).set_(y)  # type: ignore[call-overload]
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         # A gradient of x alone (torch.autograd.grad, backward(inputs=...)) never comes to the weight's AccumulateGrad;
         # a graph that was retained does, in another backward. What was meant for this one is kept in this one alone.
         layer, factors, task = ctx.layer, (grad, *ctx.saved_tensors), _current_backward()
@@ -65,7 +71,7 @@ class _After(torch.autograd.Function):
                 ".remove()"
             )
 
-        def accumulate(*_):
+        def accumulate(*_: Any) -> None:
             handle.remove()
             if _current_backward() == task:
                 layer.receive(*factors)
@@ -74,23 +80,23 @@ class _After(torch.autograd.Function):
         return grad, None, None, None
 
 
-def _hooked(weight):
+def _hooked(weight: torch.Tensor) -> bool:
     return bool(weight._backward_hooks or getattr(weight, "_post_accumulate_grad_hooks", None))
 
 
 class _FusedLayer:
-    def __init__(self, name, module, optimizer):
+    def __init__(self, name: str, module: Any, optimizer: torch.optim.Optimizer) -> None:
         self.name, self.module, self.optimizer = name, module, optimizer
         self.weight = module.weight
         self.plain_forward = module.forward
         module.forward = self.forward
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         """Of a copied or pickled model: its layers are plain again, and no optimizer comes with them."""
         return dict(self.__dict__, optimizer=None)
 
     @property
-    def group(self):
+    def group(self) -> dict[str, Any]:
         """Looked up at each step: `optimizer.load_state_dict` makes new groups."""
         for group in self.optimizer.param_groups:
             if any(p is self.weight for p in group["params"]):
@@ -100,7 +106,8 @@ class _FusedLayer:
             ".remove() before its parameters change"
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's, with the weight detached and a node behind it that keeps the factors."""
         module = self.module
         if self.optimizer is None or not torch.is_grad_enabled() or not self.weight.requires_grad:
             return self.plain_forward(x)
@@ -126,19 +133,20 @@ class _FusedLayer:
         return _After.apply(y, x if x.dtype == y.dtype else x.to(y.dtype), self.weight, self)
 
     @torch.no_grad()
-    def receive(self, grad, x):
+    def receive(self, grad: torch.Tensor, x: torch.Tensor) -> None:
+        """Leave the two factors of dW = grad^T x where the gradient would lie."""
         weight = self.weight
         if weight.grad is not None:
             raise RuntimeError(
                 f"layer {self.name!r} got a second gradient before optimizer.step(), gradient accumulation or a layer "
                 f"used twice in one forward: {_HELP}. Exclude the layer, or undo it with .remove()"
             )
-        factors = weight.new_zeros(()).expand_as(weight).as_subclass(_Factors)
+        factors: Any = weight.new_zeros(()).expand_as(weight).as_subclass(_Factors)
         factors.factors = [(t, t._version) for t in (grad, x)]
         weight.grad = factors
 
     @torch.no_grad()
-    def update(self):
+    def update(self) -> None:
         """The step, where a backward has left its factors."""
         weight, group, state = self.weight, self.group, self.optimizer.state[self.weight]
         if not isinstance(weight.grad, _Factors):
@@ -167,7 +175,8 @@ class _FusedLayer:
         )
         weight.grad = None
 
-    def refuse(self):
+    def refuse(self) -> None:
+        """Raises where the step cannot be taken from the factors."""
         if not isinstance(self.weight.grad, _Factors):
             return
         if _hooked(self.weight):
@@ -181,7 +190,7 @@ class _FusedLayer:
                 "between the backward and optimizer.step(), which reads them: step first"
             )
 
-    def drop_factors(self):
+    def drop_factors(self) -> None:
         if isinstance(self.weight.grad, _Factors):
             self.weight.grad = None
 
@@ -189,12 +198,12 @@ class _FusedLayer:
 class FusedUpdate:
     """What :func:`fuse_update` did: `layers` (names), and `remove()` to undo it."""
 
-    def __init__(self, fused, optimizer):
+    def __init__(self, fused: list[_FusedLayer], optimizer: torch.optim.Optimizer) -> None:
         self._fused = fused
         self.layers = [layer.name for layer in fused]
         self._hook = optimizer.register_step_pre_hook(self._step)
 
-    def _step(self, optimizer, arguments, keywords):
+    def _step(self, optimizer: torch.optim.Optimizer, arguments: tuple, keywords: dict[str, Any]) -> None:
         if any(argument is not None for argument in (*arguments[1:], *keywords.values())):
             raise RuntimeError(
                 "optimizer.step() must have no closure with fuse_update, whose steps come before it: "
@@ -205,7 +214,7 @@ class FusedUpdate:
         for layer in self._fused:
             layer.update()
 
-    def remove(self):
+    def remove(self) -> None:
         """Back to plain layers and a plain optimizer; momentum goes on, a gradient not yet stepped is dropped."""
         self._hook.remove()
         for layer in self._fused:
@@ -213,11 +222,18 @@ class FusedUpdate:
             del layer.module.forward
         self._fused, self.layers = [], []
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"FusedUpdate({', '.join(self.layers)})"
 
 
-def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()):
+def fuse_update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    min_weights: int = 2**20,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+) -> FusedUpdate:
     r"""Weight gradient and step of large linear layers in one pass, in ``optimizer.step()``: dW is never formed.
 
     .. math:: v \leftarrow \mu v + (1 - d)\,(dy^T x + \lambda W), \qquad W \leftarrow W - \eta v
@@ -259,65 +275,36 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
             "fuse_update needs torch._C._current_graph_task_id, which this torch "
             f"({torch.__version__}) does not have: use the plain optimizer"
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if type(optimizer) is not torch.optim.SGD and not isinstance(optimizer, BatchManhattan):
-        raise TypeError(
-            f"optimizer must be torch.optim.SGD or lgkernels.optim.BatchManhattan, got {type(optimizer).__name__}"
-        )
-    for module in model.modules():
-        if (
-            isinstance(module, DistributedDataParallel)
-            or "FSDP" in type(module).__name__
-            or any("FSDP" in base.__name__ for base in type(module).__mro__)
-        ):
-            raise ValueError(
-                f"model must not be wrapped in {type(module).__name__}: ranks exchange gradients that "
-                "fuse_update never stores"
-            )
-    stepped = {p for group in optimizer.param_groups for p in group["params"]}
-    if any(group.get("no_sign_change") for group in optimizer.param_groups):
-        raise ValueError("optimizer must not have no_sign_change=True: the fused pass does not hold signs")
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        raise ValueError("optimizer must not have differentiable=True: the fused pass has no graph")
+    _check_model(model)
+    _check_optimizer(optimizer)
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name in (*(include or ()), *exclude):
         if name not in linear:
             raise ValueError(
                 f"include and exclude take names of linear layers ({', '.join(linear) or 'none here'}), got {name!r}"
             )
-    users = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        for p in module.parameters(recurse=False):
-            users.setdefault(p, set()).add(module)
+    stepped = {p for group in optimizer.param_groups for p in group["params"]}
+    shared = _shared_parameters(model)
     fused = []
     for name, module in linear.items():
         weight = module.weight
         chosen = name in include if include is not None else weight.numel() >= min_weights
         if not chosen or name in exclude or not weight.requires_grad:
             continue
-        if weight not in stepped or len(users.get(weight, ())) > 1 or not weight.is_contiguous():
-            if include is None:
-                continue
-            reason = (
-                "is not among the optimizer's parameters"
-                if weight not in stepped
-                else "is shared with another module"
-                if weight.is_contiguous()
-                else "is not contiguous"
-            )
+        reason = (
+            "is not among the optimizer's parameters"
+            if weight not in stepped
+            else "is not contiguous"
+            if not weight.is_contiguous()
+            else "is shared with another module"
+            if weight in shared
+            else None
+        )
+        if reason is not None and include is None:
+            continue
+        if reason is not None:
             raise ValueError(f"include: the weight of layer {name!r} {reason}")
-        if _hooked(weight):
-            raise ValueError(
-                f"the weight of layer {name!r} has hooks for its gradient, which is never formed: exclude "
-                "the layer, or remove the hooks"
-            )
-        if isinstance(owner := getattr(vars(module).get("forward"), "__self__", None), _FusedLayer) and (
-            owner.optimizer is None
-        ):
-            del module.forward  # of a copied model
-        if "forward" in vars(module):
-            raise ValueError(f"layer {name!r} has a forward of its own (an earlier fuse_update?): remove it first")
+        _check_layer(name, module)
         fused.append((name, module))
     if not fused:
         raise ValueError(
@@ -325,3 +312,49 @@ def fuse_update(model, optimizer, *, min_weights=2**20, include=None, exclude=()
             f"min_weights={min_weights} weights that the optimizer steps"
         )
     return FusedUpdate([_FusedLayer(*entry, optimizer) for entry in fused], optimizer)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        sharded = any("FSDP" in base.__name__ for base in type(module).__mro__)
+        if sharded or isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                f"model must not be wrapped in {type(module).__name__}: ranks exchange gradients that "
+                "fuse_update never stores"
+            )
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    if type(optimizer) is not torch.optim.SGD and not isinstance(optimizer, BatchManhattan):
+        raise TypeError(
+            f"optimizer must be torch.optim.SGD or lgkernels.optim.BatchManhattan, got {type(optimizer).__name__}"
+        )
+    if any(group.get("no_sign_change") for group in optimizer.param_groups):
+        raise ValueError("optimizer must not have no_sign_change=True: the fused pass does not hold signs")
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError("optimizer must not have differentiable=True: the fused pass has no graph")
+
+
+def _shared_parameters(model: nn.Module) -> set[torch.Tensor]:
+    """Of more than one module."""
+    users: dict[torch.Tensor, set[nn.Module]] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        for p in module.parameters(recurse=False):
+            users.setdefault(p, set()).add(module)
+    return {p for p, modules in users.items() if len(modules) > 1}
+
+
+def _check_layer(name: str, module: nn.Linear) -> None:
+    """Raises where a layer to be fused has hooks for its gradient, or a forward that is not its class's."""
+    if _hooked(module.weight):
+        raise ValueError(
+            f"the weight of layer {name!r} has hooks for its gradient, which is never formed: exclude "
+            "the layer, or remove the hooks"
+        )
+    owner = getattr(vars(module).get("forward"), "__self__", None)
+    if isinstance(owner, _FusedLayer) and owner.optimizer is None:
+        del module.forward  # of a copied model
+    if "forward" in vars(module):
+        raise ValueError(f"layer {name!r} has a forward of its own (an earlier fuse_update?): remove it first")

@@ -1,8 +1,11 @@
 """Batch Manhattan: steps of the sign of the mini-batch gradient."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 from ..core import checks
 
@@ -42,12 +45,21 @@ class BatchManhattan(torch.optim.Optimizer):
         tensor([[ 1.0000e-10, -2.0000e-01,  4.5000e-01]])
     """
 
-    def __init__(self, params, lr, momentum=0.0, weight_decay=0.0, *, no_sign_change=False):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        *,
+        no_sign_change: bool = False,
+    ) -> None:
         super().__init__(
             params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, no_sign_change=no_sign_change)
         )
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's."""
         group = {**self.defaults, **param_group}
         checks.positive("lr", checks.item(group["lr"]))
         checks.between("momentum", checks.item(group["momentum"]), 0.0, 1.0)
@@ -64,7 +76,8 @@ class BatchManhattan(torch.optim.Optimizer):
                     )
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step over the parameters that have a gradient. `closure`, as torch's, re-evaluates the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -75,11 +88,11 @@ class BatchManhattan(torch.optim.Optimizer):
                 self._update(params, group)
         return loss
 
-    def _update(self, params, group):
+    def _update(self, params: list[Any], group: dict[str, Any]) -> None:
         for p in params:
             if p.grad.is_sparse:
                 raise ValueError(f"BatchManhattan takes dense gradients, got a sparse one of shape {tuple(p.shape)}")
-        steps = torch._foreach_sign([p.grad for p in params])
+        steps: Any = torch._foreach_sign([p.grad for p in params])
         if group["weight_decay"]:
             torch._foreach_add_(steps, params, alpha=group["weight_decay"])
         if group["momentum"]:

@@ -1,10 +1,14 @@
 """BP-modified local losses with any torch optimizer: a wrapper that adds the offsets to the gradients."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
 from ..core import checks
-from .offset import COEFFICIENTS, Offsets, check_group
+from .offset import COEFFICIENTS, check_group
+from .offset_refresh import Group, Offsets
 
 
 class OffsetOptimizer(Offsets, torch.optim.Optimizer):
@@ -28,7 +32,18 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
         1
     """
 
-    def __init__(self, optimizer, *, local_scale=1.0, offset_scale=1.0, bp_coef=1.0, local_coef=None):
+    optimizer: torch.optim.Optimizer
+    _table: dict[torch.Tensor, torch.Tensor]
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        local_scale: float = 1.0,
+        offset_scale: float = 1.0,
+        bp_coef: float = 1.0,
+        local_coef: float | None = None,
+    ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         coefficients = dict(local_scale=local_scale, offset_scale=offset_scale, bp_coef=bp_coef, local_coef=local_coef)
@@ -42,22 +57,25 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
             for name, value in coefficients.items():
                 group.setdefault(name, value)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "_table": self._table}
 
     @property
-    def defaults(self):
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The optimizer's."""
         return self.optimizer.defaults
 
     @property
-    def param_groups(self):
+    def param_groups(self) -> list[Group]:  # type: ignore[override]
+        """The optimizer's."""
         return self.optimizer.param_groups
 
     @property
-    def state(self):
+    def state(self) -> Any:  # type: ignore[override]
+        """The optimizer's."""
         return self.optimizer.state
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: Group) -> None:
         """As torch's, on the optimizer."""
         if isinstance(param_group, dict):  # else torch's says so
             check_group(
@@ -66,23 +84,23 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
             )
         self.optimizer.add_param_group(param_group)
 
-    def _offset(self, p):
+    def _offset(self, p: torch.Tensor) -> torch.Tensor | None:
         return self._table.get(p)
 
-    def _set_offset(self, p, offset):
+    def _set_offset(self, p: torch.Tensor, offset: torch.Tensor | None) -> None:
         if offset is None:
             self._table.pop(p, None)
         else:
             self._table[p] = offset
 
-    def step(self, closure=None, *, max_norm=None):
+    def step(self, closure: Callable[[], Any] | None = None, *, max_norm: float | None = None) -> Any:
         """Modify the gradients, then step. `closure` re-evaluates the loss as often as the optimizer asks for it.
         `max_norm`: bound on the norm of the modified gradients of all groups."""
         if closure is None:
             self._modify(max_norm)
             return self.optimizer.step()
 
-        def modified():
+        def modified() -> Any:
             with torch.enable_grad():
                 loss = closure()
             self._modify(max_norm)
@@ -91,7 +109,7 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
         return self.optimizer.step(modified)
 
     @torch.no_grad()
-    def _modify(self, max_norm):
+    def _modify(self, max_norm: float | None) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params and group["local_scale"] != 1:
@@ -103,15 +121,17 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
             checks.positive("max_norm", max_norm)
             nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], max_norm)
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The optimizer's."""
         self.optimizer.zero_grad(set_to_none)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, and the offsets in the order of the parameters (None where there is none)."""
         offsets = [self._offset(p) for group in self.param_groups for p in group["params"]]
         return {"optimizer": self.optimizer.state_dict(), "offsets": offsets}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
         params = [p for group in self.param_groups for p in group["params"]]
         if len(state["offsets"]) != len(params):
             raise ValueError(f"state must hold {len(params)} offsets, one per parameter, got {len(state['offsets'])}")

@@ -1,12 +1,15 @@
 """Back-propagation through the same blocks: the rival of every local rule."""
 
 import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..nn.convert import redraw_after
-from .trainer import Trainer, trainable
+from ..nn.random_state import redraw_after
+from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
 
 
 class BackpropTrainer(Trainer):
@@ -25,15 +28,15 @@ class BackpropTrainer(Trainer):
 
     def __init__(
         self,
-        blocks,
-        optimizer_factory,
+        blocks: Iterable[nn.Module],
+        optimizer_factory: OptimizerFactory,
         *,
-        loss=F.cross_entropy,
-        scheduler_factory=None,
-        accumulation_steps=1,
-        clip_grad_norm=None,
-        grad_scaler=None,
-    ):
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
+        scheduler_factory: SchedulerFactory | None = None,
+        accumulation_steps: int = 1,
+        clip_grad_norm: float | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         blocks = list(blocks)
         self.loss = loss
         super().__init__(
@@ -47,9 +50,10 @@ class BackpropTrainer(Trainer):
         )
         model = nn.ModuleList(blocks)
         if any(getattr(module, "rule", None) == "brsf" for module in model.modules()):
-            redraw_after(self.optimizers[0], model)
+            optimizer: Any = self.optimizers[0]  # never None: there are parameters
+            redraw_after(optimizer, model)
 
-    def _step(self, x, target, last):
+    def _step(self, x: torch.Tensor, target: torch.Tensor, last: bool) -> torch.Tensor:
         with contextlib.ExitStack() as stack:
             for block in self.blocks:
                 stack.enter_context(self._synchronised(block, last))

@@ -1,8 +1,11 @@
 """Block-wise training: every block learns from its own loss, one after the other."""
 
-import torch
+from collections.abc import Iterable
 
-from .trainer import Trainer, trainable
+import torch
+from torch import nn
+
+from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
 
 
 class BlockwiseTrainer(Trainer):
@@ -42,17 +45,18 @@ class BlockwiseTrainer(Trainer):
 
     def __init__(
         self,
-        blocks,
-        optimizer_factory,
+        blocks: Iterable[nn.Module],
+        optimizer_factory: OptimizerFactory,
         *,
-        scheduler_factory=None,
-        accumulation_steps=1,
-        clip_grad_norm=None,
-        grad_scaler=None,
-    ):
+        scheduler_factory: SchedulerFactory | None = None,
+        accumulation_steps: int = 1,
+        clip_grad_norm: float | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         blocks = list(blocks)
         # a parameter of several blocks (LoCo's overlap) gathers all their gradients and steps with the last of them
-        self.reached, last = [trainable(block) for block in blocks], {}
+        self.reached = [trainable(block) for block in blocks]
+        last: dict[nn.Parameter, int] = {}
         for i, parameters in enumerate(self.reached):
             last |= dict.fromkeys(parameters, i)
         owned = [[p for p in parameters if last[p] == i] for i, parameters in enumerate(self.reached)]
@@ -66,7 +70,7 @@ class BlockwiseTrainer(Trainer):
             grad_scaler=grad_scaler,
         )
 
-    def _step(self, x, target, last):
+    def _step(self, x: torch.Tensor, target: torch.Tensor, last: bool) -> torch.Tensor:
         losses = []
         for i, (block, parameters, optimizer) in enumerate(zip(self.blocks, self.parameter_groups, self.optimizers)):
             if not self.reached[i]:
@@ -86,7 +90,7 @@ class BlockwiseTrainer(Trainer):
                 losses.append(loss.detach())
                 self._backward(loss, self.reached[i])
                 del loss
-            if last and optimizer is not None:
+            if last:
                 self._update(optimizer, parameters)
         self.output = x
         return torch.stack(losses)

@@ -2,22 +2,25 @@
 
 import contextlib
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..core import checks
-from ..nn.direct import DirectFeedback
+from ..nn.direct import DirectFeedback, Init
+from ..random import Law
 from . import fused
-from .trainer import Trainer, trainable
+from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
 
 RULES = ("dfa", "sdfa", "drtp", "shallow")
 ERRORS = ("probs_minus_onehot", "output_minus_target", "loss_grad")
 
 # Keyword arguments that make the trainer follow a published code. Where the signal enters, before or after a pooling,
 # is a matter of where the blocks end: Nokland's pools belong to the blocks, ChFrenkel's and LLS's stand between them.
-CONVENTIONS = {
+CONVENTIONS: dict[str, dict[str, Any]] = {
     "nokland": dict(error="output_minus_target", reduce="none", init="nokland"),
     "chfrenkel": dict(error="output_minus_target", reduce="none", init="kaiming"),  # CE: probs_minus_onehot
     "lls": dict(error="probs_minus_onehot", reduce="none", init="lls"),
@@ -28,12 +31,13 @@ CONVENTIONS = {
 class _Segment:
     """Consecutive modules up to the place where a signal enters (the last one: up to the output)."""
 
-    def __init__(self, modules, place):
-        self.modules, self.place = modules, place
-        self.signal = None  # of the kernel that ran the end of the block in this forward
+    def __init__(self, modules: list[nn.Module], place: DirectFeedback | None) -> None:
+        self.modules = modules
+        self.place: Any = place  # None for the last segment
+        self.signal: Any = None  # of the kernel that ran the end of the block in this forward
         self.parameters = [p for m in modules for p in trainable(m)]
 
-    def __call__(self, x):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.detach()  # so a transform at the front (a pool) has no backward, and the first layer no dgrad
         modules, end = fused.split(self.modules) if self.parameters and self.place is not None else (self.modules, None)
         with contextlib.nullcontext() if self.parameters else torch.no_grad():
@@ -106,22 +110,22 @@ class DirectTrainer(Trainer):
 
     def __init__(
         self,
-        blocks,
-        optimizer_factory,
+        blocks: Iterable[nn.Module],
+        optimizer_factory: OptimizerFactory,
         *,
-        rule="dfa",
-        loss=F.cross_entropy,
-        error="probs_minus_onehot",
-        reduce=None,
-        init="nokland",
-        law="uniform",
-        seed=0,
-        shared_slice=False,
-        scheduler_factory=None,
-        accumulation_steps=1,
-        clip_grad_norm=None,
-        grad_scaler=None,
-    ):
+        rule: Literal["dfa", "sdfa", "drtp", "shallow"] = "dfa",
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
+        error: Literal["probs_minus_onehot", "output_minus_target", "loss_grad"] = "probs_minus_onehot",
+        reduce: Literal["mean", "none"] | None = None,
+        init: Init = "nokland",
+        law: Law = "uniform",
+        seed: int = 0,
+        shared_slice: bool = False,
+        scheduler_factory: SchedulerFactory | None = None,
+        accumulation_steps: int = 1,
+        clip_grad_norm: float | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         checks.choice("rule", rule, RULES)
         checks.choice("error", error, ERRORS)
         reduce = reduce or ("none" if error == "loss_grad" else "mean")
@@ -150,12 +154,13 @@ class DirectTrainer(Trainer):
             grad_scaler=grad_scaler,
         )
 
-    def _step(self, x, target, last):
+    def _step(self, x: torch.Tensor, target: torch.Tensor, last: bool) -> torch.Tensor:
         with contextlib.ExitStack() as stack:
             for module in self.blocks:
                 stack.enter_context(self._synchronised(module, last))
             target = target if target.is_floating_point() else target.long()
-            waiting, error = [], None
+            waiting: list[tuple[int, torch.Tensor]] = []
+            error = None
             for i, segment in enumerate(self.segments[:-1]):
                 x = segment(x)
                 if not segment.parameters:
@@ -178,7 +183,7 @@ class DirectTrainer(Trainer):
                 self._send(*waiting.pop(), error, last)
         return loss.detach().reshape(1)
 
-    def _output_step(self, output, leaf, loss, last):
+    def _output_step(self, output: torch.Tensor, leaf: torch.Tensor, loss: torch.Tensor, last: bool) -> None:
         parameters = self.segments[-1].parameters
         if not parameters:
             return
@@ -188,7 +193,7 @@ class DirectTrainer(Trainer):
         if last:
             self._update(self.optimizers[-1], parameters)
 
-    def _send(self, i, output, signal, last):
+    def _send(self, i: int, output: torch.Tensor, signal: torch.Tensor | None, last: bool) -> None:
         """Gradients of segment `i` from its output's stand-in gradient, and its update."""
         segment = self.segments[i]
         with torch.autocast(output.device.type, enabled=False):
@@ -201,7 +206,7 @@ class DirectTrainer(Trainer):
         if last:
             self._update(self.optimizers[i], segment.parameters)
 
-    def _announce(self, segment, output, signal):
+    def _announce(self, segment: _Segment, output: torch.Tensor, signal: Any) -> torch.Tensor | None:
         """Where a kernel makes delta of the error itself: hands it that, and returns a gradient that nobody reads."""
         if segment.signal is None or self.rule not in ("dfa", "sdfa") or signal.dim() != 2:
             return None
@@ -211,7 +216,7 @@ class DirectTrainer(Trainer):
         segment.signal.error, segment.signal.random = signal.to(output.dtype), formula
         return output.new_zeros(()).expand(output.shape)
 
-    def _delta(self, place, output, signal):
+    def _delta(self, place: Any, output: torch.Tensor, signal: Any) -> torch.Tensor:
         if self.rule == "shallow":
             return torch.zeros_like(output)
         if self.rule != "drtp":
@@ -226,7 +231,7 @@ class DirectTrainer(Trainer):
         return delta if self.reduce == "none" and self.grad_scaler is None else self._weighted(delta, rows)
 
     @torch.no_grad()
-    def _error(self, output, loss, target):
+    def _error(self, output: torch.Tensor, loss: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """e, or its sign, as it is to be projected: (B, C) float32, scaled like the loss."""
         ignored = None if target.is_floating_point() else self._ignored(target)
         if self.error == "loss_grad":
@@ -246,18 +251,18 @@ class DirectTrainer(Trainer):
             error = self._without(ignored, error)
         return self._weighted(error, error.numel() // max(error.shape[-1], 1))
 
-    def _ignored(self, target):
+    def _ignored(self, target: torch.Tensor) -> torch.Tensor | None:
         """Where the default loss ignores a row (ignore_index -100); None with a loss of the caller's own."""
         return target == -100 if self.loss is F.cross_entropy else None
 
-    def _without(self, ignored, signal):
+    def _without(self, ignored: torch.Tensor, signal: torch.Tensor) -> torch.Tensor:
         """No signal for ignored rows; where a mean is due, it is over the others, as that of the loss."""
         kept = ~ignored
         factor = kept.numel() / kept.sum().clamp_min(1) if self.reduce == "mean" else 1.0
         weights = (kept * factor).to(signal.dtype)
         return signal * weights.view(*kept.shape, *(1,) * (signal.dim() - kept.dim()))
 
-    def _weighted(self, signal, rows):
+    def _weighted(self, signal: torch.Tensor, rows: int) -> torch.Tensor:
         """Division by the rows and by the accumulated batches, where the loss is divided too; a GradScaler's factor."""
         if self.reduce == "mean" and rows:
             signal = signal / (rows * self.accumulation_steps)
@@ -265,13 +270,13 @@ class DirectTrainer(Trainer):
             signal = signal / self.accumulation_steps
         return signal if self.grad_scaler is None else self.grad_scaler.scale(signal)
 
-    def _share(self, shapes):
+    def _share(self, shapes: Sequence[torch.Size]) -> None:
         """The widest block's features, once they are known, scale every block's slice."""
         for segment in self.segments[:-1] if shapes else ():
             segment.place.max_features = segment.place.max_features or max(map(math.prod, shapes))
 
 
-def _with_places(blocks, *, init, law, seed, shared_slice):
+def _with_places(blocks: list[nn.Module], *, init: Init, law: Law, seed: int, shared_slice: bool) -> list[nn.Module]:
     """A DirectFeedback after every block that has parameters to train, but the last."""
     training = [i for i, block in enumerate(blocks) if trainable(block)]
     result = []
@@ -284,8 +289,9 @@ def _with_places(blocks, *, init, law, seed, shared_slice):
     return result
 
 
-def _segments(blocks):
-    segments, modules = [], []
+def _segments(blocks: list[nn.Module]) -> list[_Segment]:
+    segments: list[_Segment] = []
+    modules: list[nn.Module] = []
     for block in blocks:
         if isinstance(block, DirectFeedback):
             segments.append(_Segment(modules, block))

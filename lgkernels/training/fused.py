@@ -1,20 +1,25 @@
 """Finds the end of a block that one kernel can run: Conv2d, BatchNorm2d, LeakyReLU or ReLU, MaxPool2d(2) or none."""
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import torch
 from torch import nn
 
 from ..ops.direct import autograd as direct
 
+End = tuple[nn.Module, nn.Module, nn.Module, nn.Module | None]  # convolution, norm, activation, pool
+
 _PAIR = (2, (2, 2))
 
 
-def _hooked(module):
+def _hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
-def _leaves(modules):
+def _leaves(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """The modules in the order of their calls; a Sequential with hooks is one."""
     for module in modules:
         if type(module) is nn.Sequential and not _hooked(module):
@@ -23,7 +28,7 @@ def _leaves(modules):
             yield module
 
 
-def _halves(pool):
+def _halves(pool: nn.Module) -> bool:
     return (
         type(pool) is nn.MaxPool2d
         and pool.kernel_size in _PAIR
@@ -35,13 +40,14 @@ def _halves(pool):
     )
 
 
-def split(modules):
+def split(modules: list[nn.Module]) -> tuple[list[nn.Module], End | None]:
     """`(modules before, (conv, norm, activation, pool or None))`, or `(modules, None)` where no kernel is for them."""
     leaves = list(_leaves(modules))
     pool = [leaves.pop()] if leaves and _halves(leaves[-1]) else []
     if len(leaves) < 3 or any(map(_hooked, [*leaves[-3:], *pool])):
         return modules, None
     conv, norm, activation = leaves[-3:]
+    end: End = (conv, norm, activation, pool[0] if pool else None)
     fits = (
         type(conv) is nn.Conv2d
         and conv.padding_mode == "zeros"
@@ -55,10 +61,10 @@ def split(modules):
         and conv.weight.is_contiguous()
         and conv.weight.dtype == norm.weight.dtype == torch.float32
     )
-    return (leaves[:-3], (conv, norm, activation, *(pool or [None]))) if fits else (modules, None)
+    return (leaves[:-3], end) if fits else (modules, None)
 
 
-def _usable(x, conv, pool):
+def _usable(x: torch.Tensor, conv: Any, pool: nn.Module | None) -> bool:
     """Whether x is what the kernel takes, and no error of torch's own layers is due."""
     if x.dim() != 4 or not x.is_contiguous() or torch.is_autocast_enabled(x.device.type):
         return False
@@ -69,7 +75,9 @@ def _usable(x, conv, pool):
     return min(size) > (1 if pool else 0) and len(x) * size[0] * size[1] > 1 and direct.fused(x.device, x.dtype)
 
 
-def run(x, conv, norm, activation, pool):
+def run(
+    x: torch.Tensor, conv: Any, norm: Any, activation: nn.Module, pool: nn.Module | None
+) -> tuple[torch.Tensor, Any]:
     """`(output, Signal)` of the block's end; without a kernel for x the modules themselves, and None."""
     if not _usable(x, conv, pool):
         for module in filter(None, (conv, norm, activation, pool)):

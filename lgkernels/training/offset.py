@@ -1,15 +1,25 @@
 """BP-modified local losses in the block-wise trainer."""
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ..optim import refresh_offsets
+from .blockwise import BlockwiseTrainer
 from .trainer import bare
 
 
-def refresh_trainer(trainer, data, *, loss=F.cross_entropy, **options):
+def refresh_trainer(
+    trainer: BlockwiseTrainer,
+    data: Sequence[torch.Tensor],
+    *,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = F.cross_entropy,
+    **options: Any,
+) -> None:
     """Refresh the offsets of a :class:`BlockwiseTrainer` whose optimizers are `OffsetSGD` or `OffsetOptimizer`.
 
     The global loss is `loss` of the last block's output, all blocks called without target; the local part goes block by
@@ -36,12 +46,12 @@ def refresh_trainer(trainer, data, *, loss=F.cross_entropy, **options):
         raise RuntimeError("refresh_trainer needs training mode: call trainer.train() after an evaluation")
     blocks = [bare(block) for block in trainer.blocks]  # ranks exchange the offsets once, not every chunk's gradients
 
-    def bp(x, target):
+    def bp(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         for block in blocks:
             x = block(x)
         return loss(x, target)
 
-    def local(x, target):
+    def local(x: torch.Tensor, target: torch.Tensor) -> Iterator[torch.Tensor]:
         for block, reached in zip(blocks, trainer.reached):
             if not reached:
                 with torch.no_grad():
@@ -53,12 +63,12 @@ def refresh_trainer(trainer, data, *, loss=F.cross_entropy, **options):
             yield value
             del value
 
-    def average(tensors):
+    def average(tensors: list[torch.Tensor]) -> int:
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor /= dist.get_world_size()
         return dist.get_world_size()
 
     parallel = any(isinstance(block, DistributedDataParallel) for block in trainer.blocks)
-    optimizers = [optimizer for optimizer in trainer.optimizers if optimizer is not None]
+    optimizers: list[Any] = [optimizer for optimizer in trainer.optimizers if optimizer is not None]
     refresh_offsets(optimizers, bp, local, data, model=blocks, average=average if parallel else None, **options)

@@ -1,17 +1,23 @@
 """Cut a model into consecutive units, each to be trained by a local loss of its own."""
 
 import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from ..core import checks
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 class Stage(nn.Module):
     """One indivisible part of a model: named modules that it owns, and a function of them."""
 
-    def __init__(self, function, **modules):
+    def __init__(
+        self, function: Callable[[Any, torch.Tensor], torch.Tensor], **modules: nn.Module | nn.Parameter
+    ) -> None:
         super().__init__()
         for name, module in modules.items():
             if isinstance(module, nn.Parameter):
@@ -20,29 +26,29 @@ class Stage(nn.Module):
                 setattr(self, name, module)
         self.function = function
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.function(self, x)
 
 
-def _flat(module):
+def _flat(module: nn.Module) -> list[nn.Module]:
     """Children of nested plain `nn.Sequential`s, in order."""
     if type(module) is nn.Sequential:
         return [leaf for child in module for leaf in _flat(child)]
     return [module]
 
 
-def _has(model, *names):
+def _has(model: nn.Module, *names: str) -> bool:
     return all(hasattr(model, name) for name in names)
 
 
-def _resnet(m):
+def _resnet(m: Any) -> list[nn.Module]:
     """torchvision's and timm's ResNets."""
     act = m.relu if hasattr(m, "relu") else m.act1
     stem = nn.Sequential(m.conv1, m.bn1, act, m.maxpool)
     pool = m.avgpool if hasattr(m, "avgpool") else m.global_pool
     rate = getattr(m, "drop_rate", 0.0)  # timm's: a dropout that is no module
 
-    def classify(s, x):
+    def classify(s: Any, x: torch.Tensor) -> torch.Tensor:
         x = torch.flatten(s.pool(x), 1)
         # fc's mode is what the model's train() and the unit's both reach
         return s.fc(nn.functional.dropout(x, rate, s.fc.training) if rate else x)
@@ -51,8 +57,8 @@ def _resnet(m):
     return [stem, *(block for layer in (m.layer1, m.layer2, m.layer3, m.layer4) for block in layer), head]
 
 
-def _torchvision_vit(m):
-    def embed(s, x):
+def _torchvision_vit(m: Any) -> list[nn.Module]:
+    def embed(s: Any, x: torch.Tensor) -> torch.Tensor:
         x = s.conv_proj(x).flatten(2).transpose(1, 2)
         x = torch.cat([s.class_token.expand(x.shape[0], -1, -1), x], 1)
         return s.dropout(x + s.pos_embedding)
@@ -68,7 +74,7 @@ def _torchvision_vit(m):
     return [first, *m.encoder.layers, last]
 
 
-def _share(m, children, parameters):
+def _share(m: Any, children: Sequence[str], parameters: bool) -> nn.Module:
     """`m` with these of its modules and parameters alone: its class's methods and its settings, to call piecemeal."""
     share = copy.copy(m)
     share._modules = {name: m._modules[name] for name in children}
@@ -76,9 +82,9 @@ def _share(m, children, parameters):
     return share
 
 
-def _is_timm_vit(m):
+def _is_timm_vit(m: Any) -> bool:
     """timm's class, or one derived from it that goes from the embedding to the head as that does."""
-    base = next(
+    base: Any = next(
         (
             c
             for c in type(m).__mro__
@@ -89,11 +95,11 @@ def _is_timm_vit(m):
     return base is not None and type(m).forward_features is base.forward_features
 
 
-def _timm_vit(m):
-    def embed(s, x):
+def _timm_vit(m: Any) -> list[nn.Module]:
+    def embed(s: Any, x: torch.Tensor) -> torch.Tensor:
         return s.vit.norm_pre(s.vit.patch_drop(s.vit._pos_embed(s.vit.patch_embed(x))))
 
-    def classify(s, x):
+    def classify(s: Any, x: torch.Tensor) -> torch.Tensor:
         s.vit.training = s.vit.head.training  # what the model's train() and the unit's both reach
         return s.vit.forward_head(s.vit.norm(x))
 
@@ -104,7 +110,7 @@ def _timm_vit(m):
     return [first, *m.blocks, last]
 
 
-def chain(model):
+def chain(model: nn.Module) -> list[nn.Module]:
     """The indivisible parts of `model`, applied one after the other: torchvision's and timm's ResNets and vision
     transformers, or an `nn.Sequential` (nested ones are opened). They share the model's parameters.
 
@@ -127,12 +133,12 @@ def chain(model):
 # -- saved bytes --------------------------------------------------------------------------------------------------
 
 
-def to_meta(module):
+def to_meta(module: Module) -> Module:
     """A copy of `module` without memory: same structure, parameters and buffers on the meta device."""
     tensors = {
         id(t): t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
     }
-    memo = {}
+    memo: dict[int, Any] = {}
     for key, t in tensors.items():
         empty = torch.empty_like(t, device="meta")
         memo[key] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
@@ -142,25 +148,26 @@ def to_meta(module):
 class _Saved:
     """Distinct storages that autograd keeps, parameters and buffers left out: {storage: bytes}."""
 
-    def __init__(self, modules):
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.excluded = {t.untyped_storage()._cdata for m in modules for t in (*m.parameters(), *m.buffers())}
-        self.bytes, self.alive = {}, []
+        self.bytes: dict[int, int] = {}
+        self.alive: list[torch.Tensor] = []
 
-    def _pack(self, tensor):
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.excluded:
             self.bytes[storage._cdata] = storage.nbytes()
             self.alive.append(tensor)  # an address is an identity only while the storage lives
         return tensor
 
-    def run(self, module, x):
+    def run(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t):
             out = module(x)
         self.alive.append(out)
         return out
 
 
-def saved_bytes(modules, x):
+def saved_bytes(modules: Sequence[nn.Module], x: torch.Tensor) -> tuple[int, torch.Tensor]:
     """`(total, out)`: bytes that autograd keeps for a backward through `modules` from the input x (detached here); each
     storage counts once. On the meta device this costs no memory."""
     saved, x = _Saved(modules), x.detach()
@@ -170,7 +177,7 @@ def saved_bytes(modules, x):
     return sum(saved.bytes.values()), x
 
 
-def unit_bytes(units, x):
+def unit_bytes(units: Iterable[Any], x: torch.Tensor) -> list[int]:
     """[bytes that autograd keeps for each unit]: units' inputs are detached, so each keeps its own input."""
     result = []
     for unit in units:
@@ -179,7 +186,7 @@ def unit_bytes(units, x):
     return result
 
 
-def _balanced(parts, count, x):
+def _balanced(parts: Any, count: int, x: torch.Tensor) -> list[int]:
     """Boundaries of `count` consecutive groups with the smallest largest group (sets of storages, one pass)."""
     saved, kept = _Saved(parts), []
     for part in parts:
@@ -190,11 +197,11 @@ def _balanced(parts, count, x):
     n = len(parts)
     cost = [[0] * (n + 1) for _ in range(n)]
     for i in range(n):
-        union = {}
+        union: dict[int, int] = {}
         for j in range(i, n):
             union |= kept[j]
             cost[i][j + 1] = sum(union.values())
-    best = [[float("inf")] * (n + 1) for _ in range(count + 1)]
+    best: list[list[float]] = [[float("inf")] * (n + 1) for _ in range(count + 1)]
     cut = [[0] * (n + 1) for _ in range(count + 1)]
     best[0][0] = 0
     for k in range(1, count + 1):
@@ -203,18 +210,22 @@ def _balanced(parts, count, x):
                 value = max(best[k - 1][i], cost[i][j])
                 if value < best[k][j]:
                     best[k][j], cut[k][j] = value, i
-    ends, j = [], n
+    ends: list[int] = []
+    j = n
     for k in range(count, 0, -1):
         ends.append(j)
         j = cut[k][j]
     return ends[::-1]
 
 
-def _parameterless(module):
-    return not any(True for _ in module.parameters())
-
-
-def split_blocks(model, units=4, *, balance="memory", input=None, overlap_blocks=0):
+def split_blocks(
+    model: nn.Module,
+    units: int | list[int] | tuple[int, ...] = 4,
+    *,
+    balance: Literal["memory", "parts"] = "memory",
+    input: torch.Tensor | None = None,
+    overlap_blocks: int = 0,
+) -> list[nn.Sequential]:
     """Cut `model` into consecutive units; applied one after the other they are the model, with its own parameters.
 
     Args:

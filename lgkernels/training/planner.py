@@ -1,6 +1,9 @@
 """Which ways of training a model fit into a given memory: counted on the meta device, nothing is allocated."""
 
+import argparse
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,9 +17,10 @@ UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**
 RULES = {"local": (1, 1.0), "two views": (2, 2.0), "forward-forward": (2, 7 / 3)}
 
 
-def parse_memory(text):
+def parse_memory(text: float | str) -> float:
     """Bytes of "8GB", "24GiB", or a number of bytes, above 0."""
-    number, factor = text, 1.0
+    number: Any = text
+    factor = 1.0
     if isinstance(text, str):
         unit = max((unit for unit in UNITS if text.endswith(unit)), key=len, default="")
         number, factor = text.removesuffix(unit), UNITS.get(unit, 1.0)
@@ -28,7 +32,7 @@ def parse_memory(text):
     raise ValueError(f"memory must be a number of bytes, or a text such as '8GB' or '24GiB', got {text!r}")
 
 
-def bp_chunk(batch, bp_bytes, unit_bytes):
+def bp_chunk(batch: int, bp_bytes: float, unit_bytes: float) -> int:
     """Largest offset mini-batch of which back-propagation keeps no more than the largest local unit does at `batch`."""
     return max(1, int(batch * unit_bytes / bp_bytes))
 
@@ -48,10 +52,12 @@ class Row:
 
 @dataclass
 class Plan:
-    memory: float
-    rows: list = field(default_factory=list)
+    """What :func:`plan` returns: the memory that there is, and the ways to train; ``print`` shows a table."""
 
-    def __str__(self):
+    memory: float
+    rows: list[Row] = field(default_factory=list)
+
+    def __str__(self) -> str:
         width = max(len(r.name) for r in self.rows)
         lines = [f"{'':<{width}}  {'peak MB':>8}  {'saved MB':>8}  {'compute':>7}  fits  exactness"]
         lines += [
@@ -62,21 +68,21 @@ class Plan:
         return "\n".join([*lines, f"memory: {self.memory / 1e6:.0f} MB; without library workspace and allocator slack"])
 
 
-def _bytes(tensors):
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def plan(
-    model,
-    input,
-    memory=float("inf"),
+    model: nn.Module,
+    input: torch.Tensor | Sequence[int],
+    memory: float | str = float("inf"),
     *,
-    optimizer_state=1,
-    units=(4, 8, None),
-    offset_batch=320,
-    period_samples=50_000,
-    attention="flash",
-):
+    optimizer_state: int = 1,
+    units: Iterable[int | None] = (4, 8, None),
+    offset_batch: int = 320,
+    period_samples: int = 50_000,
+    attention: Literal["flash", "eager"] = "flash",
+) -> Plan:
     """Peak memory of the ways to train `model` on `input`: back-propagation, with accumulation, with checkpointing, and
     local units by the rules of `RULES`, plain and BP-modified.
 
@@ -118,7 +124,7 @@ def plan(
     norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     result = Plan(memory)
 
-    def kept_by(size):
+    def kept_by(size: int) -> int | None:
         """Bytes that back-propagation keeps of so many samples; None where batch normalisation refuses them."""
         try:
             return partition.saved_bytes(parts, torch.empty_like(x[:size]))[0]
@@ -127,7 +133,7 @@ def plan(
                 return None
             raise
 
-    def add(name, activations, rest, compute, exactness):
+    def add(name: str, activations: float, rest: float, compute: float, exactness: str) -> None:
         peak = activations + rest
         result.rows.append(Row(name, peak, activations, compute, exactness, peak <= memory))
 
@@ -175,7 +181,8 @@ def plan(
     return result
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the command ``plan``."""
     parser.add_argument("--model", required=True, help="name of a torchvision model: a ResNet or a ViT")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64)
@@ -186,7 +193,8 @@ def add_arguments(parser):
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart (needs matplotlib)")
 
 
-def main(arguments):
+def main(arguments: argparse.Namespace) -> int:
+    """The command ``plan``. Returns the exit code."""
     from ..core import optional
 
     try:
@@ -235,7 +243,7 @@ def main(arguments):
     return 0
 
 
-def plot(table, path):
+def plot(table: Plan, path: str) -> None:
     """A bar chart of peak memory: saved activations and the rest, with the limit."""
     from matplotlib.figure import Figure
 

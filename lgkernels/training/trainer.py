@@ -1,6 +1,9 @@
 """What the trainers share: optimizers, schedules, accumulation, modes, recalibration, state."""
 
 import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -8,18 +11,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core import checks
 from ..core.unit import unit_gradient
-from ..nn.convert import feedback_state, load_feedback_state
-from ..optim.offset import Offsets
+from ..nn.random_state import feedback_state, load_feedback_state
+from ..optim.offset_refresh import Offsets
 
 STATE_VERSION = 1
 
+Parameters = list[nn.Parameter]
+OptimizerFactory = Callable[[Parameters], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], Any]  # a learning-rate schedule
+Self = TypeVar("Self", bound="Trainer")
 
-def trainable(module):
+
+def trainable(module: nn.Module) -> Parameters:
     """The parameters of `module` that want a gradient."""
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def bare(module):
+def bare(module: nn.Module) -> nn.Module:
     """`module` without its DistributedDataParallel wrapper."""
     return module.module if isinstance(module, DistributedDataParallel) else module
 
@@ -29,15 +37,15 @@ class Trainer:
 
     def __init__(
         self,
-        blocks,
-        optimizer_factory,
-        parameter_groups,
+        blocks: list[nn.Module],
+        optimizer_factory: OptimizerFactory,
+        parameter_groups: list[Parameters],
         *,
-        scheduler_factory,
-        accumulation_steps,
-        clip_grad_norm,
-        grad_scaler,
-    ):
+        scheduler_factory: SchedulerFactory | None,
+        accumulation_steps: int,
+        clip_grad_norm: float | None,
+        grad_scaler: torch.amp.GradScaler | None,
+    ) -> None:
         checks.positive_integer("accumulation_steps", accumulation_steps)
         if clip_grad_norm is not None:
             checks.positive("clip_grad_norm", clip_grad_norm)
@@ -51,12 +59,14 @@ class Trainer:
         self.grad_scaler = grad_scaler
         self.steps = 0  # optimizer steps taken
         self.accumulated = 0  # batches whose gradients wait for the next one
-        self.output = None  # detached output of the last block for the last batch: logits, as a rule
+        self.output: torch.Tensor | None = (
+            None  # detached output of the last block for the last batch: logits, as a rule
+        )
         self.train()
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def step(self, x, target):
+    def step(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Train on one batch; the optimizers step at every `accumulation_steps`-th call. Returns the losses.
 
         Args:
@@ -77,28 +87,31 @@ class Trainer:
             torch.clear_autocast_cache()  # it holds the old weights, should the caller's autocast span several steps
         return losses
 
-    def _step(self, x, target, last):
+    def _step(self, x: torch.Tensor, target: torch.Tensor, last: bool) -> torch.Tensor:
         raise NotImplementedError
 
-    def _synchronised(self, module, last):
+    def _synchronised(self, module: nn.Module, last: bool) -> AbstractContextManager:
         """Ranks exchange gradients at the last batch of an accumulation only."""
-        skip = not last and isinstance(module, DistributedDataParallel)
-        return module.no_sync() if skip else contextlib.nullcontext()
+        if not last and isinstance(module, DistributedDataParallel):
+            return module.no_sync()
+        return contextlib.nullcontext()
 
-    def _scaled(self, loss):
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         if self.accumulation_steps > 1:
             loss = loss / self.accumulation_steps
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
 
-    def _backward(self, loss, parameters):
+    def _backward(self, loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
         loss = self._scaled(loss)
         # Not autograd.grad: DDP's hooks run where gradients reach the parameters. A backward runs in the dtypes that
         # its forward chose, so the caller's autocast is off here.
         with torch.autocast(loss.device.type, enabled=False):
             loss.backward(unit_gradient(loss), inputs=parameters)
 
-    def _update(self, optimizer, parameters):
-        options = {}
+    def _update(self, optimizer: Any, parameters: Parameters) -> None:
+        if optimizer is None:
+            return  # it trains nothing
+        options: dict[str, float] = {}
         if self.clip_grad_norm is not None:
             if self.grad_scaler is not None:
                 self.grad_scaler.unscale_(optimizer)
@@ -112,20 +125,20 @@ class Trainer:
             self.grad_scaler.step(optimizer, **options)
         optimizer.zero_grad(set_to_none=True)
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         """Drop all gradients, those of an unfinished accumulation included."""
         for optimizer in filter(None, self.optimizers):
             optimizer.zero_grad(set_to_none=True)
         self.accumulated = 0
 
-    def scheduler_step(self, metric=None):
+    def scheduler_step(self, metric: float | None = None) -> None:
         """Step every learning-rate schedule; `metric` for those that want one (ReduceLROnPlateau)."""
         for scheduler in filter(None, self.schedulers):
             scheduler.step() if metric is None else scheduler.step(metric)
 
     # -- modes and evaluation --------------------------------------------------------------------------------------
 
-    def train(self, mode=True):
+    def train(self: Self, mode: bool = True) -> Self:
         """Training mode of the blocks, and of the optimizers that have one (schedule-free). Returns self."""
         self.training = mode
         for module in self.blocks:
@@ -136,18 +149,18 @@ class Trainer:
                 switch()
         return self
 
-    def eval(self):
+    def eval(self: Self) -> Self:
         """Evaluation mode; a schedule-free optimizer puts its averaged weights in place. Returns self."""
         return self.train(False)
 
     @torch.no_grad()
-    def predict(self, x):
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Output of the last block, in the present mode. Ranks may call it one by one: nothing is exchanged."""
         for module in self.blocks:
             x = bare(module)(x)
         return x
 
-    def bn_recalibrate(self, batches):
+    def bn_recalibrate(self, batches: Iterable[Any]) -> None:
         """Re-estimate the running statistics of batch normalisation with the present weights.
 
         Runs the blocks in training mode, without labels and gradients, over `batches` (an iterable of inputs, or of
@@ -167,7 +180,7 @@ class Trainer:
 
     # -- state -----------------------------------------------------------------------------------------------------
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Blocks, optimizers, schedules, gradient scaler, random feedback and step count, DDP wrappers taken off.
 
         Taken in training mode a schedule-free run goes on bit for bit (its evaluation mode rounds on the way back).
@@ -187,16 +200,16 @@ class Trainer:
             "feedback": feedback_state(self._model()),
         }
 
-    def _model(self):
+    def _model(self) -> nn.ModuleList:
         return nn.ModuleList(bare(module) for module in self.blocks)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, for the same blocks and factories."""
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"state must have version {STATE_VERSION}, got {state.get('version')!r}")
         if feedback_state(self._model())["feedback"] or (state.get("feedback") or {}).get("feedback"):
             load_feedback_state(self._model(), state.get("feedback"))  # in no state_dict; raises without it
-        parts = {
+        parts: dict[str, list[Any]] = {
             "blocks": self.blocks,
             "optimizers": self.optimizers,
             "schedulers": self.schedulers,

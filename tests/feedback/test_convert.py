@@ -386,6 +386,8 @@ def test_bad_options_leave_the_model_alone(arguments, options, error, message):
         ("usf", "padding"),
         ("usf", "dtype"),
         ("usf", "stream"),
+        ("usf", "device"),
+        ("fa", "device"),
         ("fa", "stride"),
         ("fa", "sign_zero"),
         ("usf", "feedback_init"),

@@ -119,11 +119,13 @@ MATRIX = list(sweep(dict(N=5, K=40), N=SIZES, K=(*SIZES, 1025)))
         ("tensor", "zero"),
     ],
 )
+@pytest.mark.op("feedback_matrix")
 def test_matrix(module, case, value, signs):
     check_matrix(module, case, formula(case, value, signs))
 
 
 @pytest.mark.parametrize("value, signs", RULES, ids=lambda v: v.replace(" ", "_"))
+@pytest.mark.op("feedback_matrix")
 def test_matrix_of_every_rule(module, value, signs):
     case = dict(N=9, K=300)
     check_matrix(module, case, formula(case, value, signs))
@@ -132,6 +134,7 @@ def test_matrix_of_every_rule(module, value, signs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out", DTYPES, ids=str)
 @pytest.mark.parametrize("value", ["one", "tensor", "uniform8"])
+@pytest.mark.op("feedback_matrix")
 def test_matrix_dtypes(module, dtype, out, value):
     case = dict(N=7, K=65)
     check_matrix(module, case, formula(case, value, "zero", dtype), out)
@@ -140,6 +143,7 @@ def test_matrix_dtypes(module, dtype, out, value):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", ["one", "tensor", "uniform8 from 0"])
+@pytest.mark.op("feedback_matrix")
 def test_matrix_of_any_layout(module, layout, dtype, value):
     case = dict(N=7, K=65)
     check_matrix(module, case, formula(case, value, "zero", dtype, layout), dtype)
@@ -148,6 +152,7 @@ def test_matrix_of_any_layout(module, layout, dtype, value):
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("columns", [1040, 1041])  # whole vectors at any instruction set, and not
 @pytest.mark.parametrize("value, signs", [("one", "zero"), ("uniform", "zero"), ("tensor", "packed"), ("sign", "none")])
+@pytest.mark.op("feedback_matrix")
 def test_matrix_that_no_cache_holds(module, value, signs, columns, out):
     if not module.__name__.endswith("cpu"):
         pytest.skip("the CPU kernel writes large float32 matrices past the caches")
@@ -155,6 +160,7 @@ def test_matrix_that_no_cache_holds(module, value, signs, columns, out):
     check_matrix(module, case, formula(case, value, signs), out)
 
 
+@pytest.mark.op("feedback_matrix")
 def test_values_depend_on_row_and_column_alone(module):
     for law in LAWS:
         f = _place(made(random=(torch.tensor(STATE), *LAWS[law])))
@@ -164,6 +170,7 @@ def test_values_depend_on_row_and_column_alone(module):
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
+@pytest.mark.op("feedback_matrix")
 def test_state(module, seed):
     """All 64 bits of the seed, the low 32 of stream and step."""
     for state in ((seed, 0, 0), (seed, 2**32 - 1, 5), (seed, 1, 2**32 - 1)):
@@ -171,6 +178,7 @@ def test_state(module, seed):
         check_matrix(module, case, made(random=(torch.tensor(state), *LAWS["uniform8"])))
 
 
+@pytest.mark.op("feedback_matrix", "feedback_product")
 def test_special_weights(module):
     """-0.0, denormals, infinities and nan have the reference's signs."""
     weight = torch.tensor([[0.0, -0.0, 1e-42, -1e-42, float("inf"), -float("inf"), float("nan"), -float("nan"), 3.0]])
@@ -196,6 +204,7 @@ FOLDS = [  # kernel, stride, padding, dilation
 @pytest.mark.parametrize("geometry", FOLDS, ids=str)
 @pytest.mark.parametrize("channels", [1, 16, 35])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.op("feedback_fold")
 def test_fold(module, geometry, channels, dtype):
     if not hasattr(module, "fold"):
         pytest.skip("on a GPU the library's convolution is faster")
@@ -231,16 +240,19 @@ PRODUCTS = list(sweep(BASE, M=SIZES, N=SIZES, K=SIZES)) + [
 @pytest.mark.parametrize(
     "value, signs", [("one", "zero"), ("one", "packed"), ("uniform8 from 0", "zero"), ("sign", "none")]
 )
+@pytest.mark.op("feedback_product")
 def test_product(module, case, value, signs):
     check_product(module, case, randn(case["M"], case["N"], seed=1), formula(case, value, signs))
 
 
 @pytest.mark.parametrize("value, signs", RULES, ids=lambda v: v.replace(" ", "_"))
+@pytest.mark.op("feedback_product")
 def test_product_of_every_rule(module, value, signs):
     case = dict(M=9, N=40, K=300)
     check_product(module, case, randn(9, 40, seed=1), formula(case, value, signs))
 
 
+@pytest.mark.op("feedback_product")
 def test_product_of_more_gradients_than_are_packed_at_a_time(module):
     if not module.__name__.endswith("cpu"):
         pytest.skip("the CPU kernel packs grad")
@@ -251,6 +263,7 @@ def test_product_of_more_gradients_than_are_packed_at_a_time(module):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", ["one", "tensor", "uniform8"])
+@pytest.mark.op("feedback_product")
 def test_product_dtypes(module, dtype, weight_dtype, value):
     """Under autocast the gradient is half and the weight is not."""
     case = dict(M=9, N=33, K=65)
@@ -260,6 +273,7 @@ def test_product_dtypes(module, dtype, weight_dtype, value):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("of", ["grad", "formula"])
 @pytest.mark.parametrize("value", ["one", "tensor"])
+@pytest.mark.op("feedback_product")
 def test_product_of_any_layout(module, layout, of, value):
     case = dict(M=9, N=33, K=65)
     grad = arrange(randn(9, 33, seed=1), layout if of == "grad" else "dense")
@@ -269,6 +283,7 @@ def test_product_of_any_layout(module, layout, of, value):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("zeros", ["none", "one", "all"])
 @pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.op("feedback_product")
 def test_product_with_signs_of_weights_with_and_without_zeros(module, dtype, zeros, plus):
     """Weights that hold a zero may take another way than those that hold none."""
     case = dict(M=9, N=70, K=200)
@@ -284,6 +299,7 @@ def test_product_with_signs_of_weights_with_and_without_zeros(module, dtype, zer
 @pytest.mark.parametrize("shape", [(3, 1), (7, 31), (7, 32), (7, 33), (1, 129), (0, 5), (5, 0), (65, 300)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["dense", "transposed", "sliced"])
+@pytest.mark.op("feedback_pack_signs")
 def test_pack_signs(module, shape, dtype, layout):
     weight = arrange(weights(*shape, dtype=dtype), layout)
     assert_bit_equal("pack_signs", call(module, "pack_signs", weight), reference.pack_signs(weight))
@@ -291,6 +307,7 @@ def test_pack_signs(module, shape, dtype, layout):
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.op("feedback_rows")
 def test_rows(module, law, dtype):
     index = torch.tensor([3, 0, 3, 2**31 + 5, 11, 2])
     f = made(random=(torch.tensor(STATE), *LAWS[law]), scale=0.5)
@@ -335,6 +352,7 @@ UPDATES = list(sweep(dict(M=5, N=9, K=70), M=SIZES, N=SIZES, K=SIZES)) + [dict(M
 
 
 @pytest.mark.parametrize("case", UPDATES, ids=label)
+@pytest.mark.op("feedback_update_")
 def test_update(module, case):
     check_update(module, case)
 
@@ -345,6 +363,7 @@ def test_update(module, case):
     [(True, 0.9, 0.0, False), (True, 0.9, 0.3, False), (True, 0.9, 0.0, True), (False, 0.0, 0.0, False)],
 )
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.op("feedback_update_")
 def test_update_options(module, manhattan, buffer, momentum, dampening, nesterov, weight_decay):
     check_update(
         module,
@@ -361,10 +380,12 @@ def test_update_options(module, manhattan, buffer, momentum, dampening, nesterov
 
 @pytest.mark.parametrize("layout", ["dense", "offset", "sliced", "transposed"])
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+@pytest.mark.op("feedback_update_")
 def test_update_layouts_and_dtypes(module, layout, grad_dtype):
     check_update(module, dict(M=6, N=11, K=90), layout=layout, grad_dtype=grad_dtype)
 
 
+@pytest.mark.op("feedback_update_")
 def test_update_is_torchs_sgd(module):
     """Three steps of torch.optim.SGD with the gradient written out; its first step sets v = g."""
     weight, velocity = randn(13, 40, seed=1), torch.zeros(13, 40)
@@ -445,6 +466,7 @@ FUZZ = random_cases(
 
 
 @pytest.mark.parametrize("case", FUZZ, ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}-{c['value']}-{c['signs']}")
+@pytest.mark.op("feedback_matrix", "feedback_product", "feedback_update_")
 def test_random_cases(module, case):
     f = formula(case, case["value"], case["signs"], case["weight_dtype"], case["layout"], case["scale"])
     check_product(module, case, randn(case["M"], case["N"], seed=1, dtype=case["dtype"]), f)

@@ -201,6 +201,7 @@ def test_modulation_grad(module, batch, rows, classes, vector, per_row):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("per_row", [True, False])
 @pytest.mark.parametrize("case", SHAPES + LINEAR, ids=label)
+@pytest.mark.op("lls_loss")
 def test_expand_grad(module, case, per_row, dtype):
     shape, pool = shape_of(case), case["P"]
     if dtype != torch.float32 and (case["B"] > 3 or max(shape) > 64):
@@ -234,6 +235,7 @@ def norm_act_pool(module, case, dtype=torch.float32, layout="dense", slope=0.01,
 
 
 @pytest.mark.parametrize("case", SHAPES + LINEAR, ids=label)
+@pytest.mark.op("lls_block")
 def test_norm_act_pool(module, case):
     norm_act_pool(module, case)
 
@@ -242,6 +244,7 @@ def test_norm_act_pool(module, case):
 @pytest.mark.parametrize("layout", ["dense", "channels_last", "offset", "transposed"])
 @pytest.mark.parametrize("max_pool", [False, True])
 @pytest.mark.parametrize("slope", [0.0, 0.01])
+@pytest.mark.op("lls_block")
 def test_norm_act_pool_variants(module, dtype, layout, max_pool, slope):
     result, z = norm_act_pool(module, dict(B=2, C=5, H=9, W=8, P=2), dtype, layout, slope, max_pool)
     if layout in ("dense", "channels_last"):
@@ -252,12 +255,14 @@ def test_norm_act_pool_variants(module, dtype, layout, max_pool, slope):
 
 @pytest.mark.parametrize("case", [BASE, dict(B=3, C=4, H=7, W=7, P=2), dict(B=3, N=17, P=5)], ids=label)
 @pytest.mark.parametrize("max_pool", [False, True])
+@pytest.mark.op("lls_block")
 def test_norm_act_pool_without_gradient(module, case, max_pool):
     if "N" in case and max_pool:
         pytest.skip("a linear block has no max-pool")
     norm_act_pool(module, case, max_pool=max_pool, compute_grad=False)
 
 
+@pytest.mark.op("lls_block")
 def test_max_pool_of_nan_and_odd_sizes(module):
     """floor(H/2) x floor(W/2) windows; the last odd row and column still reach the latents; nan wins a window."""
     z = preactivation((2, 3, 5, 7))
@@ -284,6 +289,7 @@ def test_max_pool_of_nan_and_odd_sizes(module):
     ],
     ids=str,
 )
+@pytest.mark.op("lls_block")
 def test_batch_stats(module, shape, layout, dtype):
     z = preactivation(shape, dtype, layout)
     channels = shape[1]
@@ -292,6 +298,7 @@ def test_batch_stats(module, shape, layout, dtype):
     check(module, "batch_stats", arguments, inplace=(2, 3), length=z.numel() // channels)
 
 
+@pytest.mark.op("lls_block")
 def test_batch_stats_options(module):
     z = preactivation((3, 5, 4, 4))
     check(module, "batch_stats", (z, None, None, None, 0.1, 1e-5), length=48)
@@ -300,6 +307,7 @@ def test_batch_stats_options(module):
 
 
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
+@pytest.mark.op("lls_block")
 def test_batch_stats_far_from_zero(module, layout):
     """A variance from sum(z^2) - n*mean^2 in float32 loses every digit here."""
     z = preactivation((4, 6, 9, 9), layout=layout)
@@ -308,6 +316,7 @@ def test_batch_stats_far_from_zero(module, layout):
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=label)
+@pytest.mark.op("lls_block")
 def test_norm_grads(module, case):
     dim = case["C"] * case["P"] ** 2
     g, s1, s2 = (randn(case["B"], dim, seed=i) for i in range(3))
@@ -323,6 +332,7 @@ def test_norm_grads(module, case):
 @pytest.mark.parametrize(
     "batch, dim, rows, classes", [(7, 33, 10, 10), (3, 40, 40, 40), (5, 20, 20, 7), (3, 20, 20, 300)]
 )
+@pytest.mark.op("lls_block")
 def test_head_finished_by_the_norm_gradients(module, batch, dim, rows, classes, kind):
     """A backend may leave the mean of the losses and the modulation's gradient to the norm gradients' launch."""
     if not module.CAPABILITIES.finishes_head:
@@ -377,6 +387,7 @@ def grad_preactivation(module, case, dtype, layout, slope=0.01, scale=1.0):
 
 
 @pytest.mark.parametrize("case", BLOCKS + [c for c in LINEAR if c["B"]], ids=label)
+@pytest.mark.op("lls_block")
 def test_grad_preactivation(module, case):
     grad_preactivation(module, case, torch.float32, "dense")
 
@@ -385,10 +396,12 @@ def test_grad_preactivation(module, case):
 @pytest.mark.parametrize("layout", ["dense", "channels_last", "offset"])
 @pytest.mark.parametrize("scale, slope", [(1.0, 0.0), (256.0, 0.01)])
 @pytest.mark.parametrize("case", [BASE, dict(B=2, C=3, H=7, W=5, P=2), dict(B=5, N=17, P=17)], ids=label)
+@pytest.mark.op("lls_block")
 def test_grad_preactivation_variants(module, case, dtype, layout, scale, slope):
     grad_preactivation(module, case, dtype, layout, slope, scale)
 
 
+@pytest.mark.op("lls_block")
 def test_grad_preactivation_returns_its_argument(module):
     z, *rest = map(place, (preactivation((2, 3, 4, 4)), *norm_arguments(3)))
     result = module.grad_preactivation_(z, *rest, 0.01, place(randn(2, 12)), place(randn(3)), place(randn(3)), 2, 1.0)
@@ -457,6 +470,7 @@ FUZZ = random_cases(
 
 
 @pytest.mark.parametrize("case", FUZZ, ids=lambda c: f"{c['B']}x{c['C']}x{c['H']}x{c['W']}-P{c['P']}")
+@pytest.mark.op("lls_block")
 def test_random_blocks(module, case):
     """All functions along one block. (ReLU makes rows of zeros: their huge gradients would overflow float16.)"""
     max_pool = case["max_pool"] and min(case["H"], case["W"]) > 1

@@ -65,6 +65,7 @@ SWEEP = list(sweep(BASE, B=(0, 1, 17, 65), C=(1, 17, 64, 129, 513), H=(1, 13), W
 
 @pytest.mark.parametrize("form", ["map", "map channels_last", "tokens"])
 @pytest.mark.parametrize("case", SWEEP, ids=label)
+@pytest.mark.op("local_cross_entropy")
 def test_cross_entropy(module, case, form):
     name, _, layout = form.partition(" ")
     check_cross_entropy(module, case, feature_map(case, name, layout=layout or "dense"))
@@ -72,10 +73,12 @@ def test_cross_entropy(module, case, form):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ["map", "tokens", "vector"])
+@pytest.mark.op("local_cross_entropy")
 def test_cross_entropy_of_any_layout(module, form, layout):
     check_cross_entropy(module, BASE, feature_map(BASE, form, layout=layout))
 
 
+@pytest.mark.op("local_cross_entropy")
 def test_cross_entropy_of_tokens_between_others(module):
     """Samples that do not follow one another: tokens without the class token, a slice of the channels."""
     case = dict(B=3, C=20, H=7, W=1, K=5)
@@ -85,6 +88,7 @@ def test_cross_entropy_of_tokens_between_others(module):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", ["map", "map channels_last", "vector"])
+@pytest.mark.op("local_cross_entropy")
 def test_cross_entropy_dtypes(module, form, dtype):
     name, _, layout = form.partition(" ")
     check_cross_entropy(module, BASE, feature_map(BASE, name, dtype, layout or "dense"), weight_dtype=dtype)
@@ -92,6 +96,7 @@ def test_cross_entropy_dtypes(module, form, dtype):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("form", ["map", "tokens", "vector"])
+@pytest.mark.op("local_cross_entropy")
 def test_cross_entropy_with_the_librarys_products(module, form, reduction, monkeypatch):
     if not hasattr(module, "_SMALL"):
         pytest.skip("a choice of the CPU's kernels")
@@ -102,18 +107,21 @@ def test_cross_entropy_with_the_librarys_products(module, form, reduction, monke
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 1.0])
+@pytest.mark.op("local_cross_entropy")
 def test_cross_entropy_reductions(module, reduction, smoothing):
     for compute_grad in (True, False):
         check_cross_entropy(module, BASE, feature_map(BASE, "map"), smoothing, reduction, compute_grad, bias=False)
 
 
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
+@pytest.mark.op("local_cross_entropy")
 def test_long_sums_keep_their_digits(module, layout):
     """Many positions of a map whose mean is far from 0."""
     case = dict(B=2, C=3, H=70, W=64, K=2)
     check_cross_entropy(module, case, feature_map(case, "map", layout=layout, mean=100.0))
 
 
+@pytest.mark.op("local_cross_entropy")
 def test_logits_far_apart(module):
     """exp would overflow without the shift by the row's largest logit."""
     h, eye = torch.tensor([[300.0, -300.0, 0.0], [88.0, 89.0, 90.0]]), torch.eye(3)
@@ -133,20 +141,24 @@ def check_goodness(module, h, threshold=2.0, mean=True):
 @pytest.mark.parametrize(
     "shape", [(0, 4), (1, 1), (3, 7), (65, 40), (5, 4, 3, 2), (2, 16385), (1, 3, 64, 129), (2, 70001)], ids=str
 )
+@pytest.mark.op("goodness")
 def test_goodness(module, shape):
     check_goodness(module, randn(*shape, seed=1))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.op("goodness")
 def test_goodness_of_any_layout(module, layout):
     check_goodness(module, arrange(randn(5, 4, 3, 6, seed=1), layout))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.op("goodness")
 def test_goodness_dtypes(module, dtype):
     check_goodness(module, randn(5, 37, seed=1, dtype=dtype), threshold=30.0, mean=False)
 
 
+@pytest.mark.op("goodness")
 def test_goodness_far_from_the_threshold(module):
     """log(1 + exp(.)) would be inf; the factor of a satisfied row underflows to 0."""
     h = torch.tensor([[1e4, 0.0], [1e4, 0.0], [0.0, 0.0], [3.0, 4.0]])
@@ -168,11 +180,13 @@ def check_similarity(module, x, classes=5, use_std=True):
 
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
 @pytest.mark.parametrize("shape", [(6, 8, 4, 3), (9, 4, 5, 1), (3, 17, 2, 2), (2, 70, 13, 9), (2, 5, 3, 3)], ids=str)
+@pytest.mark.op("similarity")
 def test_similarity_of_deviations(module, shape, layout):
     check_similarity(module, arrange(randn(*shape, seed=1) * (1 + torch.arange(shape[1])[:, None, None]), layout))
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 4, 3), (0, 6), (6, 9), (12, 5), (6, 3, 4, 4), (1, 7)], ids=str)
+@pytest.mark.op("similarity")
 def test_similarity_of_values(module, shape):
     check_similarity(module, randn(*shape, seed=1))
     if len(shape) == 4 and shape[0]:
@@ -180,18 +194,21 @@ def test_similarity_of_values(module, shape):
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "expanded"])  # equal rows: below
+@pytest.mark.op("similarity")
 def test_similarity_of_any_layout(module, layout):
     x = arrange(randn(6, 8, 4, 3, seed=1), layout)
     assert check_similarity(module, x).stride() == torch.empty_like(x).stride()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.op("similarity")
 def test_similarity_dtypes(module, dtype):
     check_similarity(module, randn(6, 8, 4, 3, seed=1, dtype=dtype))
     check_similarity(module, randn(6, 9, seed=1, dtype=dtype))
 
 
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
+@pytest.mark.op("similarity")
 def test_deviations_of_a_map_far_from_zero(module, layout):
     """The variance must not be a difference of two large numbers."""
     slope = torch.arange(13 * 9, dtype=torch.float32).view(13, 9) / 50  # and the first positions are not typical
@@ -199,12 +216,14 @@ def test_deviations_of_a_map_far_from_zero(module, layout):
 
 
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
+@pytest.mark.op("similarity")
 def test_deviations_of_more_positions_than_a_tile(module, layout):
     spread = 0.3 + randn(3, 4, 1, 1, seed=2).abs()  # rows of alike deviations would only measure their cancellation
     check_similarity(module, arrange(2 + spread * randn(3, 4, 66, 63, seed=1), layout))
 
 
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
+@pytest.mark.op("similarity")
 def test_constant_channels_and_rows_have_gradient_zero(module, layout):
     x = randn(5, 6, 10, 9, seed=1)
     x[0] = 0.0
@@ -216,6 +235,7 @@ def test_constant_channels_and_rows_have_gradient_zero(module, layout):
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, -7.7])
 @pytest.mark.parametrize("length", [7, 100, 1000])
+@pytest.mark.op("similarity")
 def test_rows_that_rounding_alone_varies_have_gradient_zero(module, length, value):
     x = randn(5, length, seed=1)
     x[2] = value
@@ -226,6 +246,7 @@ def test_rows_that_rounding_alone_varies_have_gradient_zero(module, length, valu
 
 
 @pytest.mark.parametrize("layout", ["dense", "channels_last"])
+@pytest.mark.op("similarity")
 def test_channels_that_rounding_alone_varies_have_gradient_zero(module, layout):
     x = randn(4, 5, 6, 7, seed=1)
     x[1, 2] = 1000.0

@@ -62,11 +62,9 @@ def build(sanitizers=""):
     checks = []
     if sanitizers:
         checks = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
-    include = [
-        f"-I{path}" for path in (ROOT / "csrc/include", HERE, pybind11.get_include(), sysconfig.get_paths()["include"])
-    ]
+    include = [f"-I{path}" for path in (ROOT / "csrc", HERE, pybind11.get_include(), sysconfig.get_paths()["include"])]
     common = hashlib.sha256(repr((compiler(), _FLAGS, sys.version, pybind11.__version__)).encode())
-    for path in [*sorted(HERE.glob("*.h")), *sorted((ROOT / "csrc/include/lgk").glob("*.h"))]:
+    for path in [*sorted(HERE.glob("*.h")), *sorted((ROOT / "csrc").rglob("*.h"))]:
         common.update(path.read_bytes())
     FOLDER.mkdir(parents=True, exist_ok=True)
 
@@ -75,15 +73,16 @@ def build(sanitizers=""):
         digest = common.copy()
         digest.update(repr(own).encode() + source.read_bytes())
         return _made(
-            FOLDER / f"{source.name}-{digest.hexdigest()[:16]}.o",
+            FOLDER / f"{source.parts[-3]}-{source.name}-{digest.hexdigest()[:16]}.o",
             [compiler(), *_FLAGS, *own, *include, "-x", "c++", "-c", str(source)],
         )
 
     # Bindings start first, because they take longest; of a function that both hold, the linker takes the kernels'.
-    bindings, kernels = [ROOT / "csrc/cuda_bindings.cpp", HERE / "module.cpp"], [*(ROOT / "csrc/cuda").glob("*.cu")]
+    bindings = [*sorted((ROOT / "csrc").glob("*/cuda/*.cpp")), HERE / "module.cpp"]
+    kernels = [*sorted((ROOT / "csrc").glob("*/cuda/*.cu")), HERE / "wrong_kernels.cu"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, bindings + sorted(kernels) + [HERE / "wrong_kernels.cu"]))
-    objects = [str(path) for path in objects[2:] + objects[:2]]
+        objects = [str(path) for path in pool.map(compiled, bindings + kernels)]
+    objects = objects[len(bindings) :] + objects[: len(bindings)]
     folder = FOLDER / hashlib.sha256(repr((objects, checks)).encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     return _made(

@@ -301,12 +301,12 @@ inline uint32_t vote(Wait wait, uint32_t mask, bool predicate, int line) {
 
 }  // namespace lgk::simt
 
-namespace lgk {
+namespace lgk::cuda {
 inline int launch_status() { return 0; }
 inline const char* status_string(int status) { return status == 1 ? "invalid argument" : "unknown"; }
 inline int runtime_version() { return 0; }
 inline int driver_version() { return 0; }
-}  // namespace lgk
+}  // namespace lgk::cuda
 
 #define LGK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (static_cast<void>(stream),                                      \

@@ -1,5 +1,5 @@
 // Kernels that try the executor itself; most of them are wrong on purpose.
-#include "lgk/launch.h"
+#include "common/cuda/launch.h"
 
 namespace {
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc").glob("*/cuda/*.cu"))
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 SHARED_LIMIT = 48 * 1024  # static and dynamic together; the dynamic part: tests/lls/test_launches.py
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
@@ -28,7 +28,7 @@ def compile_report(source, out, architectures=ARCHITECTURES):
             "--expt-relaxed-constexpr",
             "-Werror",
             "all-warnings",
-            f"-I{ROOT / 'csrc/include'}",
+            f"-I{ROOT / 'csrc'}",
             *targets,
             "--threads",
             str(min(2, os.cpu_count())),
@@ -59,7 +59,7 @@ def compile_report(source, out, architectures=ARCHITECTURES):
     return report
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
 def test_compiles_for_every_architecture(source, tmp_path):
     report = compile_report(source, tmp_path / "object.o")
     kernels = {kernel for _, kernel in report}

@@ -1,9 +1,18 @@
 """Fixtures of the tests on a CUDA device, test_gpu*.py: `python -m pytest --gpu`."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.support import problems
+
+ROOT = Path(__file__).parents[2]
+SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
 
 @pytest.fixture(params=["reference", "triton", "cuda"])
@@ -22,3 +31,19 @@ def on_the_device(monkeypatch):
     monkeypatch.setattr(problems, "DEVICE", "cuda")
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("checker", ["memcheck", "racecheck"])
+def test_no_kernel_is_at_fault(request, backend, checker):
+    """NVIDIA's compute-sanitizer over every kernel of the importing file's family on small cases: accesses out of
+    bounds, races in shared memory. (tests/simt/test_sanitizers.py: under ASan and UBSan, without a device.)"""
+    if backend == "reference":
+        pytest.skip("plain torch has no kernels of ours")
+    # Without the allocator's cache each tensor has its own allocation, and a step beyond it shows.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    tool = [SANITIZER, "--tool", checker, "--report-api-errors", "no", "--error-exitcode", "9"]
+    kernels = [sys.executable, "-m", "tests.support.sanitized", backend, request.path.parent.name]
+    result = subprocess.run([*tool, *kernels], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]

@@ -1,7 +1,7 @@
 """The kernels of every family that has a `tests/<family>/sanitized.py`, for a checker of memory accesses.
 
-`python -m tests.support.sanitized triton|cuda` runs them on the CUDA device. Each file has `run(kernels, device)`,
-which calls the functions of a backend and returns their results.
+`python -m tests.support.sanitized triton|cuda [family ...]` runs them on the CUDA device. Each file has
+`run(kernels, device)`, which calls the functions of a backend and returns their results.
 """
 
 import importlib
@@ -19,7 +19,7 @@ FAMILIES = sorted(
 
 if __name__ == "__main__":
     results = []
-    for family in FAMILIES:
+    for family in sys.argv[2:] or FAMILIES:
         cases = importlib.import_module(f"tests.{family}.sanitized")
         results += cases.run(backend_module(family, sys.argv[1]), "cuda")
     torch.cuda.synchronize()

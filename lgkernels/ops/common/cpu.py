@@ -2,13 +2,8 @@
 
 import torch
 
-from ...core.native import native
-
-_C = native()
-
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PACKED = {**DTYPES, torch.int32: 3}  # packed signs
-_LAWS = {"uniform": 0, "normal": 1, "uniform8": 2, "sign": 3}
 
 
 def code(dtype, codes=DTYPES):
@@ -31,25 +26,20 @@ def dense_rows(matrix):
 
 def matrix(tensor, codes=DTYPES):
     """The kernels' description of a matrix of dense rows; None: there is none."""
-    return (
-        _C.Matrix(0, 0, 0)
-        if tensor is None
-        else _C.Matrix(address(tensor), tensor.stride(0), code(tensor.dtype, codes))
-    )
+    return None if tensor is None else (address(tensor), tensor.stride(0), code(tensor.dtype, codes))
 
 
 def feedback(shape, f):
     """The kernels' description of F (`FeedbackMatrix`), whose matrices have dense rows."""
     random = f.random
-    return _C.Feedback(
+    return (
         *shape,
         matrix(f.weight, PACKED),
         matrix(f.magnitude),
         0 if random is None else address(random.state),
-        _LAWS[f.law],
+        f.law,
         f.law_scale,
-        0.0 if f.low is None else f.low,
-        f.low is not None,
+        f.low,
         f.scale,
         f.sign_plus,
     )

@@ -1,21 +1,21 @@
-"""The block of direct feedback over the C++ kernels of `lgkernels._C`: the functions of `reference.py`, float32.
+"""The block of direct feedback over the C++ kernels in csrc/direct/cpu: the functions of `reference.py`, float32.
 
 z is taken as contiguous planes (anything else is copied once); sums in an order that no number of threads changes.
 """
 
 import torch
 
-from ...core.native import native
+from ...core.native import cpu_entries
 from ..common.cpu import address, dense_rows, feedback, matrix
 from ..common.matrix import FeedbackMatrix
 
-_C = native()
+_C = cpu_entries()
 
 
 def _block(z, gamma, beta, mean, rstd, activation):
     """The kernels' description of the block, and the contiguous float32 tensors that it points to, z first."""
     held = [t.float().contiguous() for t in (z, gamma, beta, mean, rstd)]
-    return _C.DirectBlock(*z.shape, *map(address, held), activation.negative_slope, activation.max_pool), held
+    return (*z.shape, *map(address, held), activation.negative_slope, activation.max_pool), held
 
 
 def direct_forward(z, gamma, beta, running_mean, running_var, norm, activation):

@@ -1,4 +1,4 @@
-"""Feedback on the CPU: the functions of `reference.py` over the C++ kernels of `lgkernels._C` (csrc/cpu/feedback*).
+"""Feedback on the CPU: the functions of `reference.py` over the C++ kernels of `lgkernels._C` (csrc/feedback/cpu).
 
 Rows of a matrix are taken with any stride, columns dense (anything else is copied once). Arithmetic is float32, sums
 in an order that no number of threads changes.
@@ -8,11 +8,11 @@ import math
 
 import torch
 
-from ...core.native import native
-from ..common.cpu import address, code, dense_rows, feedback
+from ...core.native import cpu_entries
+from ..common.cpu import code, dense_rows, feedback
 from ..common.cpu import matrix as describe
 
-_C = native()
+_C = cpu_entries()
 
 _BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # the library then has matrix instructions for bf16
 
@@ -67,9 +67,8 @@ def fold(columns, shape, kernel, positions, stride, padding, dilation):
     if columns.shape != wanted:
         raise ValueError(f"columns must be {wanted}, got {tuple(columns.shape)}")
     own, out = columns.float().contiguous(), columns.new_empty(shape, dtype=torch.float32)
-    _C.feedback_fold(
-        shape, kernel, positions, stride, padding, dilation, own.data_ptr(), out.data_ptr(), torch.get_num_threads()
-    )
+    windows = (*shape, kernel, positions, stride, padding, dilation)
+    _C.feedback_fold(windows, own.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out.to(columns.dtype)
 
 
@@ -85,23 +84,7 @@ def sgd_update_(weight, momentum_buffer, grad, x, options):
     w, v = (t if t is None else dense_rows(t.to(weight.dtype)) for t in own)
     grad, x = dense_rows(grad), dense_rows(x)
     _C.feedback_sgd_update(
-        *weight.shape,
-        grad.shape[0],
-        w.data_ptr(),
-        w.stride(0),
-        address(v),
-        0 if v is None else v.stride(0),
-        code(weight.dtype),
-        describe(grad),
-        describe(x),
-        options.lr,
-        options.momentum,
-        options.dampening,
-        options.weight_decay,
-        options.nesterov,
-        options.manhattan,
-        options.grad_scale,
-        torch.get_num_threads(),
+        options, (*weight.shape, grad.shape[0]), *map(describe, (w, v, grad, x)), torch.get_num_threads()
     )
     for mine, used in zip(own, (w, v)):
         if used is not mine:

@@ -1,4 +1,4 @@
-"""Feedback matrices on the CUDA C++ kernels of `lgkernels._C` (csrc/cuda/feedback*.cu): the functions of reference.py.
+"""Feedback matrices on the CUDA C++ kernels of `lgkernels._C` (csrc/feedback/cuda): the functions of reference.py.
 
 Every function allocates its outputs with torch.empty and launches on the current stream; nothing synchronises.
 """
@@ -9,9 +9,7 @@ from ...core import native
 from ..common.cuda import DTYPES, address, call
 from ..common.matrix import FeedbackMatrix
 
-_NO_WEIGHT, _PACKED_SIGNS = -1, 3
-_ONES, _MAGNITUDE, _RANDOM = 0, 1, 2
-_LAWS = {"uniform": 0, "normal": 1, "uniform8": 2, "sign": 3}
+_PACKED_SIGNS = 3
 
 # Up to this many rows of grad the product makes F in registers, beyond that it writes F and calls the library. The
 # half dtypes change over earlier: there the library has matrix instructions. Not measured: by the multiply-adds that
@@ -25,9 +23,11 @@ def _dense_rows(tensor):
     return tensor if tensor is None or tensor.stride(1) == 1 or tensor.shape[1] <= 1 else tensor.contiguous()
 
 
-def _rows_of(tensor, kind):
-    """(address, dtype code or weight kind, row stride) for the kernels."""
-    return (0, kind, 0) if tensor is None else (address(tensor), kind, tensor.stride(0))
+def _rows_of(tensor):
+    """(address, row stride, dtype code) for the kernels, or None."""
+    if tensor is None:
+        return None
+    return address(tensor), tensor.stride(0), _PACKED_SIGNS if tensor.dtype == torch.int32 else DTYPES[tensor.dtype]
 
 
 def _strided(tensor):
@@ -37,22 +37,8 @@ def _strided(tensor):
 def _formula(shape, f):
     """The kernels' description of F, and the tensors that must outlive the launch."""
     weight, magnitude, random = _dense_rows(f.weight), _dense_rows(f.magnitude), f.random
-    kind = _NO_WEIGHT if weight is None else _PACKED_SIGNS if weight.dtype == torch.int32 else DTYPES[weight.dtype]
-    value = _MAGNITUDE if magnitude is not None else _ONES if random is None else _RANDOM
     state, law, law_scale, low = random or (None, "uniform", 1.0, None)
-    magnitude_dtype = 0 if magnitude is None else DTYPES[magnitude.dtype]
-    formula = native.cuda_entries().FeedbackMatrix(
-        *shape,
-        _rows_of(weight, kind),
-        value,
-        _rows_of(magnitude, magnitude_dtype),
-        address(state),
-        _LAWS[law],
-        law_scale,
-        low,
-        f.scale,
-        f.sign_plus,
-    )
+    formula = (*shape, _rows_of(weight), _rows_of(magnitude), address(state), law, law_scale, low, f.scale, f.sign_plus)
     return formula, (weight, magnitude, state)
 
 
@@ -100,23 +86,8 @@ def pack_signs(weight):
 
 def sgd_update_(weight, momentum_buffer, grad, x, options):
     ours = [_dense_rows(weight), _dense_rows(momentum_buffer)]
-    pair = [_rows_of(tensor, 0 if tensor is None else DTYPES[tensor.dtype]) for tensor in ours]
     shape = (grad.shape[0], *weight.shape)
-    call(
-        "feedback_sgd_update",
-        weight.device,
-        options.lr,
-        options.momentum,
-        options.dampening,
-        options.weight_decay,
-        options.grad_scale,
-        options.nesterov,
-        options.manhattan,
-        shape,
-        _strided(grad),
-        _strided(x),
-        *pair,
-    )
+    call("feedback_sgd_update", weight.device, options, shape, _strided(grad), _strided(x), *map(_rows_of, ours))
     for theirs, own in zip((weight, momentum_buffer), ours):
         if theirs is not own:
             theirs.copy_(own)

@@ -1,4 +1,4 @@
-"""LLS on the CPU: the functions of `reference.py` over the C++ kernels of `lgkernels._C` (csrc/cpu/lls*).
+"""LLS on the CPU: the functions of `reference.py` over the C++ kernels of `lgkernels._C` (csrc/lls/cpu).
 
 Tensors reach C++ as addresses, sizes and a dtype code; outputs are allocated here. Activations are taken in
 either dense memory format as they are, anything else is copied once. Arithmetic is float32.
@@ -6,11 +6,11 @@ either dense memory format as they are, anything else is copied once. Arithmetic
 
 import torch
 
-from ...core.native import native
+from ...core.native import cpu_entries
 from . import basis as tables
 from .options import Capabilities
 
-_C = native()
+_C = cpu_entries()
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 CAPABILITIES = Capabilities(packed_basis=_C is not None and _C.lls_packed_signs(), converts_layouts=True)
@@ -66,7 +66,7 @@ def latents(activation, pool_size):
         return _float(activation)
     a = _dense(activation)
     out = torch.empty(a.shape[0], _latent_size(a, pool_size), dtype=torch.float32)
-    _C.lls_latents(*_activation(a), *_pools(a, pool_size), out.data_ptr(), torch.get_num_threads())
+    _C.lls_latents(_activation(a), *_pools(a, pool_size), out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -96,31 +96,20 @@ def head(x, target, modulation, basis, options, compute_grad):
     grad_latents = torch.empty((batch, dim) if compute_grad else 0, dtype=torch.float32)
     grad_logits = torch.empty((batch, options.num_classes) if compute_grad else 0, dtype=torch.float32)
     _C.lls_head(
-        batch,
-        dim,
-        rows,
-        options.num_classes,
-        x.data_ptr(),
-        target.data_ptr(),
-        _address(modulation),
-        modulation is not None and modulation.dim() == 1,
-        0 if packed else basis.data_ptr(),
-        basis.data_ptr() if packed else 0,
-        options.temperature,
-        options.label_smoothing,
-        options.normalize,
-        options.eps,
-        options.zero_gradient_below_eps,
-        options.basis_scale,
-        options.loss == "hard_sigmoid_mse",
-        options.ignore_index,
-        options.reduction == "mean",
-        options.reduction == "none",
-        compute_grad,
-        value.data_ptr(),
-        similarity.data_ptr(),
-        grad_latents.data_ptr(),
-        grad_logits.data_ptr(),
+        options,
+        (
+            batch,
+            dim,
+            rows,
+            x.data_ptr(),
+            target.data_ptr(),
+            _address(modulation),
+            modulation is not None and modulation.dim() == 1,
+            0 if packed else basis.data_ptr(),
+            basis.data_ptr() if packed else 0,
+            compute_grad,
+        ),
+        (value.data_ptr(), similarity.data_ptr(), grad_latents.data_ptr(), grad_logits.data_ptr()),
         torch.get_num_threads(),
     )
     return value, grad_latents, similarity, grad_logits
@@ -130,17 +119,9 @@ def modulation_grad(similarity, grad_logits, vector, scale):
     (batch, rows), classes = similarity.shape, grad_logits.shape[1]
     s, g, scale = similarity.contiguous(), grad_logits.contiguous(), _float(scale)
     out = torch.empty(classes if vector else (rows, classes), dtype=torch.float32)
+    pointers = s.data_ptr(), g.data_ptr(), scale.data_ptr()
     _C.lls_modulation_grad(
-        batch,
-        rows,
-        classes,
-        vector,
-        s.data_ptr(),
-        g.data_ptr(),
-        scale.data_ptr(),
-        scale.dim() > 0,
-        out.data_ptr(),
-        torch.get_num_threads(),
+        (batch, rows, classes, vector, *pointers, scale.dim() > 0, out.data_ptr()), torch.get_num_threads()
     )
     return out
 
@@ -148,7 +129,7 @@ def modulation_grad(similarity, grad_logits, vector, scale):
 def expand_grad(grad_latents, scale, out, pool_size):
     dense, g, scale = _dense(out), _float(grad_latents), _float(scale)
     _C.lls_expand_grad(
-        *_activation(dense),
+        _activation(dense),
         *_pools(out, pool_size),
         g.data_ptr(),
         scale.data_ptr(),
@@ -163,7 +144,7 @@ def to_channels_last(x):
     if _channels_last(x) or not x.is_contiguous():
         return x.contiguous(memory_format=torch.channels_last)
     out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
-    _C.lls_to_channels_last(x.data_ptr(), *x.shape, _code(x), out.data_ptr(), torch.get_num_threads())
+    _C.lls_to_channels_last(_activation(x), out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -175,9 +156,8 @@ def to_contiguous(x):
     out = torch.empty(
         x.shape, dtype=x.dtype
     )  # the same transposition, with channels and positions in each other's place
-    _C.lls_to_channels_last(
-        x.data_ptr(), batch, height * width, channels, 1, _code(x), out.data_ptr(), torch.get_num_threads()
-    )
+    turned = (x.data_ptr(), batch, height * width, channels, 1, False, _code(x))
+    _C.lls_to_channels_last(turned, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -190,13 +170,8 @@ def batch_stats(z, bias, running_mean, running_var, momentum, eps):
     bias = None if bias is None else _float(bias)
     running = [t if t is None else _float(t) for t in (running_mean, running_var)]
     _C.lls_batch_stats(
-        *_preactivation(z),
-        _address(bias),
-        *map(_address, running),
-        momentum,
-        eps,
-        mean.data_ptr(),
-        rstd.data_ptr(),
+        _preactivation(z),
+        (_address(bias), *map(_address, running), momentum, eps, mean.data_ptr(), rstd.data_ptr()),
         torch.get_num_threads(),
     )
     for own, used in zip((running_mean, running_var), running):
@@ -221,11 +196,10 @@ def norm_act_pool(
         out = torch.empty_like(z)
         activated = torch.empty(z.shape, dtype=torch.float32)
         _C.lls_norm_act_pool(
-            *_preactivation(z),
+            _preactivation(z),
             1,
             1,
-            *norm,
-            negative_slope,
+            (*norm, negative_slope),
             False,
             out.data_ptr(),
             True,
@@ -246,11 +220,10 @@ def norm_act_pool(
     pooled = torch.empty(batch, dim, dtype=torch.float32)
     s1, s2 = (torch.empty((batch, dim) if compute_grad else 0, dtype=torch.float32) for _ in range(2))
     _C.lls_norm_act_pool(
-        *_activation(z),
+        _activation(z),
         pool_size,
         pool_size,
-        *norm,
-        negative_slope,
+        (*norm, negative_slope),
         max_pool,
         out.data_ptr(),
         last,
@@ -286,10 +259,9 @@ def grad_preactivation_(
     kept, norm = _norm(mean, rstd, gamma, beta)
     grads = [_float(t) for t in (grad_latents, grad_gamma, grad_beta)]
     _C.lls_grad_preactivation(
-        *_activation(dense),
+        _activation(dense),
         *_pools(z, pool_size),
-        *norm,
-        negative_slope,
+        (*norm, negative_slope),
         *(t.data_ptr() for t in grads),
         float(scale),
         torch.get_num_threads(),
@@ -304,11 +276,8 @@ def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_
     kept, norm = _norm(mean, rstd, gamma, beta)
     grads = [torch.empty(z.shape[1], dtype=torch.float32) for _ in range(3)]
     _C.lls_linear_grad_preactivation(
-        dense.data_ptr(),
-        *z.shape,
-        _code(z),
-        *norm,
-        negative_slope,
+        _preactivation(dense),
+        (*norm, negative_slope),
         grad.data_ptr(),
         *(t.data_ptr() for t in grads),
         float(scale),

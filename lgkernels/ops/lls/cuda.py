@@ -1,4 +1,4 @@
-"""LLS on the CUDA C++ kernels of `lgkernels._C` (csrc/cuda): the functions of reference.py.
+"""LLS on the CUDA C++ kernels of `lgkernels._C` (csrc/lls/cuda): the functions of reference.py.
 
 Every function allocates its outputs with torch.empty and launches on the current stream; nothing synchronises.
 """
@@ -49,17 +49,14 @@ def _new(like, *shape):
 
 def latents(activation, pool_size):
     dense, channels_last = _dense(activation)
-    identity, slope = [0, 0, 0, 0], 1.0
+    identity = 0, 0, 0, 0, 1.0
     if activation.dim() == 2:
         result = _new(dense, activation.shape[0], pool_size)
         call(
             "lls_linear_norm_act_pool",
             dense.device,
-            *dense.shape,
-            pool_size,
-            DTYPES[dense.dtype],
+            (*dense.shape, pool_size, DTYPES[dense.dtype]),
             identity,
-            slope,
             address(dense),
             0,
             address(result),
@@ -71,7 +68,6 @@ def latents(activation, pool_size):
         dense.device,
         _image(dense, channels_last, pool_size),
         identity,
-        slope,
         address(dense),
         False,
         0,
@@ -82,58 +78,26 @@ def latents(activation, pool_size):
     return result
 
 
-_LOSSES = {"cross_entropy": 0, "hard_sigmoid_mse": 1}
-_REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
-
-
 def head(x, target, modulation, basis, options, compute_grad, reduce=True):
     """Without `reduce` the first result are the losses of the rows, for `finish` of a later call."""
     x, modulation, target = _float(x), _float(modulation), target.contiguous()
     packed = basis.dtype == torch.int32
     basis = basis.contiguous() if packed else _float(basis)
     (batch, dim), rows = x.shape, basis.shape[0]
-    problem = native.cuda_entries().LlsHead(
-        batch,
-        dim,
-        rows,
-        options.num_classes,
-        packed,
-        0 if modulation is None else modulation.dim(),
-        _LOSSES[options.loss],
-        _REDUCTIONS[options.reduction],
-        options.temperature,
-        options.label_smoothing,
-        options.eps,
-        options.basis_scale,
-        options.normalize,
-        options.zero_gradient_below_eps,
-        compute_grad,
-        options.ignore_index,
-    )
+    shape = batch, dim, rows, packed, 0 if modulation is None else modulation.dim(), compute_grad
     row_loss, similarity = _new(x, batch), _new(x, batch, rows)
     value = row_loss if options.reduction == "none" or not reduce else _new(x)
     grad_latents, grad_logits = (_new(x, *((batch, n) if compute_grad else (0,))) for n in (dim, options.num_classes))
-    scratch = native.cuda_entries().lls_head_scratch(problem)
+    scratch = native.cuda_entries().lls_head_scratch(options, shape)
     scratch = _new(x, scratch) if scratch else None
     call(
         "lls_head",
         x.device,
-        problem,
-        *map(
-            address,
-            (
-                x,
-                target,
-                modulation,
-                basis,
-                None if value is row_loss else value,
-                row_loss,
-                grad_latents,
-                similarity,
-                grad_logits,
-                scratch,
-            ),
-        ),
+        options,
+        shape,
+        tuple(map(address, (x, target, modulation, basis))),
+        tuple(map(address, (None if value is row_loss else value, row_loss, grad_latents, similarity, grad_logits))),
+        address(scratch),
     )
     return value, grad_latents, similarity, grad_logits
 
@@ -147,7 +111,7 @@ def modulation_grad(similarity, grad_logits, vector, scale):
 
 
 def _modulation_grad(similarity, grad_logits, vector, scale, grad):
-    return native.cuda_entries().LlsModulationGrad(
+    return (
         *similarity.shape,
         grad_logits.shape[1],
         vector,
@@ -163,17 +127,12 @@ def _finishing(finish):
     """What the kernels that finish a head take and, after their own results, return, for
     `finish` = (losses, target, similarity, dL/dlogits, modulation or None, ignore_index)."""
     if finish is None:
-        return native.cuda_entries().LlsFinish(), ()
+        return None, ()
     losses, target, similarity, grad_logits, modulation, ignore_index = finish
     loss, grad = _new(losses), _new(losses, *((0,) if modulation is None else modulation.shape))
     vector = modulation is not None and modulation.dim() == 1
-    return native.cuda_entries().LlsFinish(
-        address(target),
-        ignore_index,
-        address(losses),
-        address(loss),
-        _modulation_grad(similarity, grad_logits, vector, None, grad),
-    ), (loss, grad)
+    gradient = _modulation_grad(similarity, grad_logits, vector, None, grad)
+    return (address(target), ignore_index, address(losses), address(loss), gradient), (loss, grad)
 
 
 def expand_grad(grad_latents, scale, out, pool_size):
@@ -202,12 +161,7 @@ def batch_stats(z, bias, running_mean, running_var, momentum, eps):
         z.device,
         image,
         address(dense),
-        address(bias),
-        *map(address, running),
-        momentum,
-        eps,
-        address(mean),
-        address(rstd),
+        (address(bias), *map(address, running), momentum, eps, address(mean), address(rstd)),
         address(scratch),
     )
     for theirs, ours in zip((running_mean, running_var), running):
@@ -224,11 +178,8 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
         call(
             "lls_linear_norm_act_pool",
             z.device,
-            *z.shape,
-            pool_size,
-            DTYPES[z.dtype],
-            addresses,
-            negative_slope,
+            (*z.shape, pool_size, DTYPES[z.dtype]),
+            (*addresses, negative_slope),
             address(dense),
             address(out),
             address(result),
@@ -249,8 +200,7 @@ def norm_act_pool(z, mean, rstd, gamma, beta, negative_slope, pool_size, max_poo
         "lls_norm_act_pool",
         z.device,
         _image(dense, channels_last, pool_size),
-        addresses,
-        negative_slope,
+        (*addresses, negative_slope),
         address(dense),
         max_pool,
         address(out),
@@ -298,8 +248,7 @@ def grad_preactivation_(
             "lls_grad_preactivation",
             z.device,
             _image(dense, channels_last, pool_size),
-            addresses,
-            negative_slope,
+            (*addresses, negative_slope),
             address(dense),
             *map(address, grads),
             scale,
@@ -318,11 +267,8 @@ def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_
         lambda dense, _: call(
             "lls_linear_grad_preactivation",
             z.device,
-            *z.shape,
-            pool_size,
-            DTYPES[z.dtype],
-            addresses,
-            negative_slope,
+            (*z.shape, pool_size, DTYPES[z.dtype]),
+            (*addresses, negative_slope),
             address(dense),
             address(grad_latents),
             scale,

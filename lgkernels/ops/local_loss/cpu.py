@@ -1,4 +1,4 @@
-"""Local losses on the CPU: the functions of `reference.py` over the C++ kernels of `lgkernels._C` (csrc/cpu).
+"""Local losses on the CPU: the functions of `reference.py` over the C++ kernels in csrc/local_loss/cpu.
 
 A feature map is taken as it lies, planes or channels last, with any distance between samples; anything else is copied
 once. Products of matrices are the library's. Arithmetic is float32, sums in an order that no number of threads changes.
@@ -7,11 +7,11 @@ once. Products of matrices are the library's. Arithmetic is float32, sums in an 
 import torch
 import torch.nn.functional as F
 
-from ...core.native import native
+from ...core.native import cpu_entries
 from . import reference
 from .reference import local_cross_entropy_grads  # noqa: F401  products and scalings of small matrices
 
-_C = native()
+_C = cpu_entries()
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -38,7 +38,7 @@ def _feature_map(h):
         h = h if planes or _samples(h.permute(0, 2, 3, 1)) else h.contiguous()
         planes = planes or _samples(h)
         batch, channels, positions = *h.shape[:2], h.shape[2] * h.shape[3]
-    return _C.FeatureMap(h.data_ptr(), batch, channels, positions, h.stride(0), not planes, _code(h)), h
+    return (h.data_ptr(), batch, channels, positions, h.stride(0), not planes, _code(h)), h
 
 
 def _moments(h, with_variance):
@@ -82,18 +82,16 @@ def local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, com
         products = (0, 0, 0, logits.data_ptr())
     grad_pooled = torch.empty((batch, channels) if compute_grad and small else 0)
     _C.local_logit_loss(
-        batch,
-        classes,
-        channels,
-        *products,
-        target.data_ptr(),
+        (batch, classes, channels, *products, target.data_ptr()),
         label_smoothing,
         batch if reduction == "mean" else 1,
         reduction == "none",
-        loss.data_ptr(),
-        grad.data_ptr() if compute_grad else 0,
-        grad_pooled.data_ptr() if compute_grad and small else 0,
-        1 / max(positions, 1),
+        (
+            loss.data_ptr(),
+            grad.data_ptr() if compute_grad else 0,
+            grad_pooled.data_ptr() if compute_grad and small else 0,
+            1 / max(positions, 1),
+        ),
         torch.get_num_threads(),
     )
     if not compute_grad:
@@ -117,16 +115,18 @@ def goodness(h, is_positive, threshold, mean, compute_grad):
     kappa = torch.empty(batch if compute_grad else 0)
     is_positive = is_positive.contiguous()
     _C.local_goodness(
-        h.data_ptr(),
-        batch,
-        size,
-        _code(h),
-        is_positive.data_ptr(),
-        threshold,
-        1 / max(size, 1) if mean else 1.0,
-        loss.data_ptr(),
-        kappa.data_ptr() if compute_grad else 0,
-        squares.data_ptr(),
+        (
+            h.data_ptr(),
+            batch,
+            size,
+            _code(h),
+            is_positive.data_ptr(),
+            threshold,
+            1 / max(size, 1) if mean else 1.0,
+            loss.data_ptr(),
+            kappa.data_ptr() if compute_grad else 0,
+            squares.data_ptr(),
+        ),
         torch.get_num_threads(),
     )
     return loss, kappa, squares
@@ -136,7 +136,7 @@ def goodness_grad(h, kappa, scale):
     if not _dense(h):
         return reference.goodness_grad(h, kappa, scale)
     out, factor = torch.empty_like(h), (kappa * scale).contiguous()
-    x = _C.FeatureMap(h.data_ptr(), len(h), 1, h.shape[1:].numel(), h.stride(0), False, _code(h))
+    x = (h.data_ptr(), len(h), 1, h.shape[1:].numel(), h.stride(0), False, _code(h))
     _C.local_scale_shifted(x, 0, factor.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out
 

@@ -1,4 +1,4 @@
-"""Local losses on the CUDA C++ kernels of `lgkernels._C` (csrc/cuda/local_loss*.cu): the functions of reference.py.
+"""Local losses on the CUDA C++ kernels of `lgkernels._C` (csrc/local_loss/cuda): the functions of reference.py.
 
 Every function allocates its outputs with torch.empty and launches on the current stream; nothing synchronises.
 """
@@ -133,7 +133,8 @@ def _rows_grad(factor, grad, rows, norms, deviation, mean, positions):
     call(
         "local_loss_rows_grad",
         rows.device,
-        (*rows.shape, positions),
+        *rows.shape,
+        positions,
         factor,
         *map(address, (grad, rows, norms, deviation, mean, out)),
     )

@@ -1,14 +1,14 @@
-"""The step on the CPU: all tensors in one call of the C++ kernel of `lgkernels._C` (csrc/cpu/offset.h), float32.
+"""The step on the CPU: all tensors in one call of the C++ kernel of `lgkernels._C` (csrc/offset/cpu), float32.
 
 Elements are independent: no number of threads changes a bit.
 """
 
 import torch
 
-from ...core.native import native
+from ...core.native import cpu_entries
 from .memory import stepper
 
-_C = native()
+_C = cpu_entries()
 _OFFSET_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -31,7 +31,7 @@ def prepare(rows):
 
 
 def run(table, device, *factors):
-    _C.offset_sgd(table.data_ptr(), len(table), *factors, torch.get_num_threads())
+    _C.offset_sgd(factors, table.data_ptr(), len(table), torch.get_num_threads())
 
 
 step_ = stepper(prepare, run)

@@ -1,4 +1,4 @@
-"""The step on the CUDA C++ kernel of `lgkernels._C` (csrc/cuda/offset.cu), float32: all tensors in one pass.
+"""The step on the CUDA C++ kernel of `lgkernels._C` (csrc/offset/cuda), float32: all tensors in one pass.
 
 Launches on the current stream; nothing synchronises and nothing is copied to the device.
 """

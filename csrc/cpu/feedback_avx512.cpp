@@ -1,2 +1,0 @@
-#define LGK_ISA avx512
-#include "feedback_kernels.h"

@@ -1,3 +1,0 @@
-#define LGK_ISA avx2
-#define LGK_LEVEL "avx2"
-#include "lls_kernels.h"

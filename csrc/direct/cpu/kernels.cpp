@@ -1,0 +1,2 @@
+#define LGK_ISA base
+#include "direct/cpu/table.h"

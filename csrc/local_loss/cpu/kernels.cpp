@@ -1,0 +1,2 @@
+#define LGK_ISA base
+#include "local_loss/cpu/table.h"

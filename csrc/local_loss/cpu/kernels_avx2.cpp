@@ -1,0 +1,2 @@
+#define LGK_ISA avx2
+#include "local_loss/cpu/table.h"

@@ -1,0 +1,2 @@
+#define LGK_ISA base
+#include "offset/cpu/table.h"

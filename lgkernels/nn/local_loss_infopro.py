@@ -1,0 +1,135 @@
+"""InfoPro's units, of the family local_loss."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import functional as LF
+from ..core import checks
+from ..core.annotations import BlockOutput
+from .local_loss import LocalHead
+
+__all__ = ["InfoProUnit", "infopro_weights"]
+
+
+def infopro_weights(units: int, first: Sequence[float], last: Sequence[float]) -> list[tuple[float, ...]]:
+    """[(lambda_1, lambda_2)] of all units but the last: from `first` to `last` in equal steps.
+
+    Example:
+        >>> import lgkernels.nn as lnn
+        >>> lnn.infopro_weights(4, (1.0, 0.0), (0.0, 1.0))
+        [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
+    """
+    checks.positive_integer("units", units)
+    steps = [h / (units - 2) if units > 2 else 0.0 for h in range(units - 1)]
+    return [tuple(a * (1 - r) + b * r for a, b in zip(first, last)) for r in steps]
+
+
+class InfoProUnit(LocalHead):
+    r"""A unit of InfoPro: keep what reconstructs the image, and what tells the class.
+
+    .. math::
+        L = \lambda_1\, \mathrm{BCE}(\mathrm{decoder}(h),\; \mathrm{image}) + \lambda_2\, L_y(\mathrm{aux}(h),\; y)
+
+    Decoder: bilinear to the image's size, 3x3 convolution to 12 channels, normalised, ReLU, 3x3 convolution, sigmoid.
+    aux ("1c2f"): 3x3 convolution of stride 2, normalised, ReLU, average pool, linear, ReLU, linear; L_y: the supervised
+    contrastive loss, or cross entropy. Both heads are trained with the unit.
+
+    Args:
+        block (nn.Module): gives (B, C, H, W).
+        channels (int): C. num_classes (int): for cross entropy. image_channels (int).
+        weights (pair of float): lambda_1, lambda_2; see :func:`infopro_weights`. A head of weight 0 is left out.
+        loss (str): ``"supcon"`` or ``"cross_entropy"``.
+        temperature (float): of the contrastive loss. width (int): of the linear layers.
+        first (InfoProUnit, optional): the network's first unit, whose input is the image; None: this is it.
+        mean, std (float or sequence): of the image's normalisation: its pixels are ``image * std + mean``, in [0, 1].
+
+    Source: Wang et al., "Revisiting Locally Supervised Learning" (ICLR 2021), and its code (CIFAR).
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> first = lnn.InfoProUnit(torch.nn.Conv2d(3, 8, 3), 8, 5, 3)
+        >>> second = lnn.InfoProUnit(torch.nn.Conv2d(8, 8, 3, 2), 8, 5, 3, first=first)
+        >>> out, loss = first(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0]))
+        >>> second(out, torch.tensor([0, 1, 1, 0]))[0].shape
+        torch.Size([4, 8, 2, 2])
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self,
+        block: nn.Module,
+        channels: int,
+        num_classes: int,
+        image_channels: int,
+        *,
+        weights: Sequence[float] = (1.0, 1.0),
+        loss: Literal["supcon", "cross_entropy"] = "supcon",
+        temperature: float = 0.07,
+        width: int = 128,
+        first: "InfoProUnit | None" = None,
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
+    ) -> None:
+        super().__init__(block)
+        checks.choice("loss", loss, ("supcon", "cross_entropy"))
+        checks.positive("temperature", temperature)
+        if first is not None and not isinstance(first, InfoProUnit):
+            raise TypeError(f"first must be an InfoProUnit, got {type(first).__name__}")
+        if not any(weights):
+            raise ValueError(f"weights must not all be 0: nothing would be learnt, got {tuple(weights)}")
+        self.weights, self.kind, self.temperature = tuple(weights), loss, temperature
+        self._first = (first,)  # a tuple: not a submodule
+        self._image: torch.Tensor | None = None  # of the batch in training, where this is the first unit
+        pixels = lambda value: torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)  # noqa: E731
+        self.register_buffer("mean", pixels(mean), persistent=False)
+        self.register_buffer("std", pixels(std), persistent=False)
+        self.decoder = self.aux = None
+        if weights[0]:
+            self.decoder = nn.Sequential(
+                nn.Conv2d(channels, 12, 3, padding=1),
+                nn.BatchNorm2d(12),
+                nn.ReLU(),
+                nn.Conv2d(12, image_channels, 3, padding=1),
+            )
+        if weights[1]:
+            self.aux = nn.Sequential(
+                nn.Conv2d(channels, channels, 3, 2, 1, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(channels, width),
+                nn.ReLU(),
+                nn.Linear(width, width if loss == "supcon" else num_classes),
+            )
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
+        if self.training and target is not None and self._first[0] is None:
+            self._image = x.detach()
+        return super().forward(x, target)
+
+    def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        total = out.new_zeros((), dtype=torch.float32)
+        if self.decoder is not None:
+            image = (self._first[0] or self)._image
+            if image is None:
+                raise RuntimeError("the first InfoProUnit has not seen an image yet: call it before this one")
+            logits = self.decoder(F.interpolate(out, image.shape[-2:], mode="bilinear", align_corners=True))
+            # with logits: the sigmoid is in it, and it stays finite; pixels may leave [0, 1] by rounding
+            pixels = (image * self.std + self.mean).clamp(0, 1)
+            total = total + self.weights[0] * F.binary_cross_entropy_with_logits(logits.float(), pixels.float())
+        if self.aux is not None:
+            z = self.aux(out)
+            value = (
+                LF.supcon_loss(z, target, temperature=self.temperature)
+                if self.kind == "supcon"
+                else F.cross_entropy(z.float(), target.long())
+            )
+            total = total + self.weights[1] * value
+        return total

@@ -1,0 +1,65 @@
+"""The sources of the native module give every name one definition: a type that two files define differently under one
+name is undefined behaviour that no compiler of a single file can see. GCC's link-time optimiser sees it."""
+
+import os
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.simt import executor
+
+CSRC = executor.ROOT / "csrc"
+# The wider instruction-set levels are the same headers in another namespace.
+SOURCES = [
+    *(path for path in sorted(CSRC.glob("*/cpu/*.cpp")) if not path.stem.endswith(("_avx2", "_avx512"))),
+    *sorted(CSRC.glob("*/cuda/*.cpp")),
+    *sorted(CSRC.glob("*/cuda/*.cu")),
+]
+SEEDED = "namespace lgk { struct Norm { const double* mean; }; double seeded(const Norm& norm) { return *norm.mean; } }"
+
+
+def _unavailable():
+    if executor.unavailable():
+        return executor.unavailable()
+    version = subprocess.run([executor.compiler(), "--version"], capture_output=True, text=True).stdout
+    return None if "Free Software Foundation" in version else "needs GCC"
+
+
+pytestmark = pytest.mark.skipif(_unavailable() is not None, reason=str(_unavailable()))
+
+
+def compiled(source, out):
+    import pybind11
+
+    folders = (CSRC, executor.HERE, pybind11.get_include(), sysconfig.get_paths()["include"])
+    include = [f"-I{folder}" for folder in folders]
+    command = [executor.compiler(), "-std=c++17", "-O0", "-flto", "-fPIC", "-w", "-DLGK_SIMT", *include]
+    subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", str(out)], check=True)
+    return str(out)
+
+
+def linked(objects, out):
+    """What the linker says of definitions that differ."""
+    command = [executor.compiler(), "-O0", "-flto", "-shared", "-fPIC", "-Wodr", "-Werror=odr"]
+    return subprocess.run([*command, *objects, "-o", str(out)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_definition")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compiled, SOURCES, (folder / f"{i}.o" for i in range(len(SOURCES)))))
+
+
+def test_the_native_module_defines_every_type_once(objects, tmp_path):
+    result = linked(objects, tmp_path / "module.so")
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_second_definition_is_seen(objects, tmp_path):
+    (tmp_path / "seeded.cpp").write_text(SEEDED)
+    result = linked([*objects, compiled(tmp_path / "seeded.cpp", tmp_path / "seeded.o")], tmp_path / "module.so")
+    assert result.returncode != 0
+    assert "struct Norm" in result.stderr and "violates the C++ One Definition Rule" in result.stderr, result.stderr

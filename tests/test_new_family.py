@@ -1,0 +1,329 @@
+"""A new family is new files and at most three edited lines: a toy is added to a copy of the tree, and all commands find
+it. What it had to edit elsewhere would be a fault of the structure.
+
+The toy: y = factor * x, an op with three backends, a function, a module, a rule, a bench case, tests.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NEW = {
+    "lgkernels/ops/toy/__init__.py": "",
+    "lgkernels/ops/toy/reference.py": '''
+def scale(x, options):
+    """y = factor * x."""
+    return x * options.factor
+''',
+    "lgkernels/ops/toy/options.py": """
+from typing import NamedTuple
+
+
+class ToyOptions(NamedTuple):
+    factor: float = 2.0
+""",
+    "lgkernels/ops/toy/op.py": """
+import torch
+from torch import Tensor
+
+from ...core.ops import define
+from .options import ToyOptions
+
+
+@define(backends_of="toy_scale", package=__package__, fake=lambda x, options: torch.empty_like(x))
+def toy_scale(kernels, x: Tensor, options: ToyOptions) -> Tensor:
+    return kernels.scale(x, options)
+""",
+    "lgkernels/ops/toy/autograd.py": """
+import torch
+
+from ...core.autograd import apply, first_order_only
+from . import op  # noqa: F401  registers the op
+
+_ops = torch.ops.lgkernels
+
+
+class _Toy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, options, impl):
+        ctx.options, ctx.impl = options, impl
+        return _ops.toy_scale(x, *options, impl)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return first_order_only("toy", _ops.toy_scale(grad.contiguous(), *ctx.options, ctx.impl), grad), None, None
+
+
+def toy(x, options, impl):
+    return apply(_Toy, "toy", x, options, impl)
+""",
+    "lgkernels/ops/toy/cpu.py": """
+import torch
+
+from ...core.native import cpu_entries
+
+_C = cpu_entries()
+
+
+def scale(x, options):
+    own, out = x.float().contiguous(), torch.empty(x.shape, dtype=torch.float32)
+    _C.toy_scale(options, own.data_ptr(), own.numel(), out.data_ptr())
+    return out.to(x.dtype)
+""",
+    "lgkernels/ops/toy/triton.py": """
+import torch
+import triton
+import triton.language as tl
+
+from ..common.addressing import indices, program_id
+from ..common.launch import launch
+from ..common.rounding import rounded
+
+
+@triton.jit
+def toy_kernel(x, out, factor, size, BLOCK: tl.constexpr):
+    i = indices(program_id(0), BLOCK)
+    value = tl.load(x + i, mask=i < size, other=0.0).to(tl.float32) * tl.cast(factor, tl.float32)
+    tl.store(out + i, rounded(value, out.dtype.element_ty), mask=i < size)
+
+
+def scale(x, options):
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    programs = -(-x.numel() // 256)
+    if programs:
+        launch(toy_kernel, programs, x.device, x.contiguous(), out, options.factor, x.numel(), BLOCK=256)
+    return out
+""",
+    "lgkernels/ops/toy/selftest.py": """
+import torch
+
+from . import autograd
+from .options import ToyOptions
+
+
+def toy(impl, device, dtype):
+    x = torch.arange(6.0).to(device, dtype).requires_grad_()
+    y = autograd.toy(x, ToyOptions(), impl)
+    y.sum().backward()
+    return [y.detach(), x.grad]
+
+
+CASES = {"toy_scale": toy}
+""",
+    "csrc/toy/cpu/bindings.cpp": """
+#include "common/cpu/bindings.h"
+
+namespace lgk::cpu {
+
+static int toy_scale(std::array<float, 1> options, const float* x, int64_t size, float* out) {
+  for (int64_t i = 0; i < size; ++i) out[i] = options[0] * x[i];
+  return 0;
+}
+
+static void bind(py::module_& m) { define_kernel(m, "toy_scale", toy_scale); }
+
+static const Registration registration(Processor::kCpu, bind);
+
+}  // namespace lgk::cpu
+""",
+    "lgkernels/functional/toy.py": '''
+"""A toy."""
+
+import torch
+
+from ..core import checks
+from ..ops.toy import autograd as _toy
+from ..ops.toy.options import ToyOptions
+
+__all__ = ["toy"]
+
+
+def toy(x: torch.Tensor, *, factor: float = 2.0, impl: str = "auto") -> torch.Tensor:
+    """factor * x."""
+    checks.floating("x", x)
+    return _toy.toy(x, ToyOptions(factor), impl)
+''',
+    "lgkernels/nn/toy.py": '''
+"""A toy."""
+
+import torch
+
+from .. import functional as LF
+
+__all__ = ["Toy"]
+
+
+class Toy(torch.nn.Module):
+    """factor * x."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return LF.toy(x)
+''',
+    "lgkernels/recipes/rules/toy.py": '''
+"""A toy: back-propagation, with everything doubled on the way in."""
+
+from torch import nn
+
+from ... import nn as lnn
+from .. import models
+from . import Rule
+
+
+def build(task):
+    return [nn.Sequential(lnn.Toy(), block) if i == 0 else block for i, block in enumerate(models.plain(*task.size))]
+
+
+RULES = (Rule("toy", build),)
+''',
+    "bench/toy.py": '''
+"""A toy."""
+
+import lgkernels.functional as LF
+
+from .common import Case, Contestant, Problem
+
+
+class Toy(Problem):
+    op = registered_op = "toy_scale"
+    title = "Toy"
+    baseline = "floor"
+
+    def contestants(self):
+        x = self.inputs
+        return [
+            *self.ours(lambda impl: lambda i: {"y": LF.toy(x[i], impl=impl)}),
+            Contestant("floor", "floor", lambda: lambda i: {"": x[i] * 2}),
+        ]
+
+    @property
+    def truth(self):
+        return {"y": self.inputs[0].double() * 2}
+
+
+CASES = {"smoke": [Case(Toy, 4, 6)]}
+''',
+    "tests/toy/__init__.py": "",
+    "tests/toy/aot.py": """
+import torch
+
+from lgkernels.ops.toy import triton as toy
+from lgkernels.ops.toy.options import ToyOptions
+
+LAUNCHER = toy
+MATRIX_KERNELS = set()
+TABLES = {}
+
+
+def cases():
+    toy.scale(torch.empty(1000, 10), ToyOptions())
+""",
+    "tests/toy/test_gpu_kernels.py": """
+import pytest
+import torch
+
+import lgkernels.functional as LF
+from tests.support.gpu import backend, on_the_device  # noqa: F401
+
+
+@pytest.mark.op("toy_scale")
+def test_toy(impl):
+    assert (LF.toy(torch.ones(3, device="cuda"), impl=impl) == 2).all()
+""",
+}
+EDITED = {  # one line each
+    "lgkernels/functional/__init__.py": ("from .lls import *", "from .toy import *"),
+    "lgkernels/nn/__init__.py": ("from .lls import *", "from .toy import *"),
+    "README.md": ("| Local forward gradients", "| Toy | works | `functional.toy` |"),
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of the tree with the toy, and the native module built in it."""
+    folder = tmp_path_factory.mktemp("tree")
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "build", "runs", ".git", ".*cache")
+    shutil.copytree(ROOT, folder, ignore=ignored, dirs_exist_ok=True)
+    for name, text in NEW.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.lstrip("\n"))
+    for name, (before, line) in EDITED.items():
+        lines = (folder / name).read_text().splitlines(keepends=True)
+        at = next(i for i, text in enumerate(lines) if text.startswith(before))
+        lines.insert(at, f"{line}\n")
+        (folder / name).write_text("".join(lines))
+    run(folder, "setup.py", "-q", "build_ext", "--inplace", LGKERNELS_BUILD="cpu")
+    return folder
+
+
+def run(folder, *arguments, **environment):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LGKERNELS_IMPL", "TRITON_", "PYTEST_"))}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**kept, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_only_names_are_edited():
+    assert len(EDITED) <= 3 and not any((ROOT / name).exists() for name in NEW)
+
+
+def test_selftest_finds_its_backends(tree):
+    printed = run(tree, "-m", "lgkernels", "info", "--selftest", TRITON_INTERPRET="1")
+    found = set(re.findall(r"PASS toy_scale +cpu +float32 +(\w+)", printed))
+    assert found == {"reference", "cpu", "triton"}
+
+
+def test_bench_finds_its_case(tree):
+    printed = run(
+        tree,
+        "-m",
+        "pytest",
+        "bench",
+        "-q",
+        "--preset",
+        "smoke",
+        "--seconds",
+        "0",
+        "--min-rounds",
+        "2",
+        "--family",
+        "toy",
+    )
+    assert re.search(r"\b3 passed", printed), printed[-1000:]  # our two backends, and the floor
+
+
+def test_gpu_check_finds_its_parts(tree):
+    printed = run(tree, "-c", "from bench import gpu_check; print(*gpu_check.PARTS)")
+    assert {"test:toy", "bench:toy"} <= set(printed.split())
+
+
+def test_the_gpu_tests_are_collected(tree):
+    printed = run(tree, "-m", "pytest", "--gpu", "--collect-only", "-q", "tests/toy")
+    assert "test_toy[triton]" in printed
+
+
+def test_ahead_of_time_gate_compiles_its_kernel(tree):
+    printed = run(tree, "-c", "from tests.static import aot; print(aot.FAMILIES); print(len(aot.record(86)))")
+    assert "toy" in printed
+    code = "from tests.static import aot; aot.FAMILIES = ['toy']; aot.main([86])"
+    assert '"kernel": "toy_kernel"' in run(tree, "-c", code)
+
+
+def test_train_finds_its_rule(tree, tmp_path):
+    assert "toy" in run(tree, "-m", "lgkernels", "train", "--help")
+    printed = run(
+        tree, "-m", "lgkernels", "train", "--rule", "toy", "--epochs", "1", "--limit", "256", "--out", str(tmp_path)
+    )
+    assert re.search(r"^toy +\d+\.\d+ %", printed, re.MULTILINE)
