@@ -49,6 +49,11 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the dtype that it is computed in (`wide_dtype`)."""
+    return tensor.to(wide_dtype(tensor.dtype))
+
+
 def of_first(*arguments: Any) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of the first argument: what chooses the backend of most ops."""
     return arguments[0].device, arguments[0].dtype

@@ -7,7 +7,6 @@ from lgkernels.ops.feedback import triton as feedback
 from lgkernels.ops.feedback.options import SgdOptions
 from tests.feedback.common import made
 
-LAUNCHER = feedback
 MATRIX_KERNELS = {"product_kernel", "sgd_update_kernel"}
 TABLES = {
     "product_kernel": (tiles.PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lgkernels.core.dispatch import interpreting
+from lgkernels.ops.common import launch
 from lgkernels.ops.feedback import reference
 from tests.conftest import running
 from tests.feedback.common import made, randn, weights
@@ -22,14 +23,10 @@ def triton():
 
 
 @pytest.fixture
-def launched(triton, monkeypatch):
+def launched(monkeypatch):
     """Names of the kernels in the order of their launches."""
-    names, launch = [], triton.launch
-    monkeypatch.setattr(
-        triton,
-        "launch",
-        lambda kernel, *args, **meta: (names.append(kernel.fn.__name__), launch(kernel, *args, **meta)),
-    )
+    names, start = [], launch.start
+    monkeypatch.setattr(launch, "start", lambda kernel, *rest: (names.append(kernel.fn.__name__), start(kernel, *rest)))
     return names
 
 

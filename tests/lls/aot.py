@@ -6,7 +6,6 @@ from lgkernels.ops.lls import basis, tiles
 from lgkernels.ops.lls import triton as lls
 from lgkernels.ops.lls.options import HeadOptions
 
-LAUNCHER = lls
 MATRIX_KERNELS = {"similarity_kernel", "latent_grad_kernel", "logits_kernel", "grad_similarity_kernel"}
 TABLES = {
     "similarity_kernel": (tiles.SIMILARITY, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),

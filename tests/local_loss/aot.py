@@ -4,7 +4,6 @@ import torch
 
 from lgkernels.ops.local_loss import triton as local
 
-LAUNCHER = local
 MATRIX_KERNELS = set()  # the library multiplies
 TABLES = {}
 

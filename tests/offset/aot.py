@@ -4,7 +4,6 @@ import torch
 
 from lgkernels.ops.offset import triton as offset
 
-LAUNCHER = offset
 MATRIX_KERNELS = set()
 TABLES = {}
 

@@ -7,8 +7,7 @@ machine code, runs for each. Prints one JSON object a line. Must run without TRI
 differently under it.
 
 A family takes part by a module tests/<family>/aot.py:
-    LAUNCHER        the backend's module, whose `launch` and `architecture` are replaced
-    cases()         calls of its functions, one for each specialisation that matters
+    cases()         calls of its backend's functions, one for each specialisation that matters
     MATRIX_KERNELS  names of the kernels that multiply matrices
     TABLES          {kernel: (rows of its table, names of their first entries)}
 """
@@ -22,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -31,6 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.cache import triton_key
 
 from lgkernels.core import tiles
+from lgkernels.ops.common import launch as launching
 
 FAMILIES = sorted(
     path.parent.name for path in Path(__file__).parents[1].glob("*/aot.py") if path.parent.name != "static"
@@ -55,7 +56,7 @@ def record(arch):
     """`{key: (kernel, signature, constants, attributes, options)}` of all launches that the cases make on `arch`."""
     launches = {}
 
-    def launch(kernel, programs, device, *args, **meta):
+    def start(kernel, programs, device, args, meta):
         values = dict(zip((p.name for p in kernel.params if p.name not in meta), args), **meta)
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(kernel.params):
@@ -75,9 +76,9 @@ def record(arch):
         key = repr((kernel.fn.__name__, signature, constants, attributes, options))
         launches[key] = kernel, signature, constants, attributes, options
 
-    for family in families():
-        family.LAUNCHER.launch, family.LAUNCHER.architecture = launch, lambda device: arch
-        family.cases()
+    with mock.patch.multiple(launching, start=start, architecture=lambda device: arch):
+        for family in families():
+            family.cases()
     return launches
 
 

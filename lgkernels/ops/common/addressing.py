@@ -31,3 +31,17 @@ def indices(block, BLOCK: tl.constexpr):
 def within(row, rows, column, columns):
     """Mask of a tile: where `row` is below `rows` and `column` below `columns`."""
     return (row < rows)[:, None] & (column < columns)[None, :]
+
+
+@triton.jit
+def load_tile(matrix, row, column, rows, columns):
+    """Tile of a dense (rows, columns) matrix, 0 outside of it."""
+    return tl.load(
+        matrix + offset(row, columns)[:, None] + column[None, :], mask=within(row, rows, column, columns), other=0.0
+    )
+
+
+@triton.jit
+def store_tile(matrix, value, row, column, rows, columns):
+    """Store a tile of a dense (rows, columns) matrix, as far as it lies inside."""
+    tl.store(matrix + offset(row, columns)[:, None] + column[None, :], value, mask=within(row, rows, column, columns))

@@ -18,12 +18,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ...core.ops import wide_dtype
 from ...random import random_matrix, random_rows
-
-
-def wide(dtype):
-    """float64 stays, everything else is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def fold(columns, shape, kernel, positions, stride, padding, dilation):
@@ -59,7 +55,7 @@ def sign(weight, sign_plus, cols):
 
 def matrix(shape, f, dtype, device):
     """F (N, K) = shape in `dtype`, rounded once."""
-    value = torch.ones(shape, dtype=wide(dtype), device=device)
+    value = torch.ones(shape, dtype=wide_dtype(dtype), device=device)
     if f.magnitude is not None:
         value = f.magnitude.to(value.dtype)
     elif f.state is not None:
@@ -78,7 +74,7 @@ def product(grad, columns, f):
 def rows(index, columns, f, dtype):
     """(B, K) of row index[b] (int64) of scale * law: DRTP's projection of class indices."""
     value = random_rows(f.state, index, columns, f.law, f.law_scale, f.low)
-    return (value.to(wide(dtype)) * f.scale).to(dtype)
+    return (value.to(wide_dtype(dtype)) * f.scale).to(dtype)
 
 
 def sgd_update_(weight, momentum_buffer, grad, x, options):
@@ -90,7 +86,7 @@ def sgd_update_(weight, momentum_buffer, grad, x, options):
     weight (N, K), momentum_buffer (N, K) or None (then no v: W -= lr * g), grad (M, N), x (M, K). torch's first step
     with momentum sets v = g: pass a zero buffer and dampening 0.
     """
-    dtype = wide(weight.dtype)
+    dtype = wide_dtype(weight.dtype)
     g = (grad.to(dtype).t() @ x.to(dtype)) * options.grad_scale
     if options.manhattan:
         g = g.sign()

@@ -7,9 +7,8 @@ dtype (but for `scale`, a factor of the sum). Sums have a fixed order. CPU tenso
 
 import torch
 
-from ...core.tiles import architecture, select
 from ..common.dot import precision
-from ..common.launch import launch
+from ..common.launch import block_count, configuration, launch, new
 from ..common.philox import law_arguments, values_per_call
 from . import triton_matrix, triton_product
 from .tiles import TILES
@@ -19,14 +18,6 @@ from .tiles import TILES
 # few rows of F (DFA) the output is the larger by far, and F is never written. Neither has been measured on a GPU yet.
 ROWS_IN_REGISTERS = 128
 SMALL_ROWS_OF_F = 128
-
-
-def _config(op, sizes, dtype, device):
-    return select(TILES[op], sizes, dtype, architecture(device))
-
-
-def _blocks(n, block):
-    return -(-n // block)
 
 
 def _strides(matrix):
@@ -54,27 +45,26 @@ def matrix(shape, f, dtype, device):
     N, K = shape
     out = torch.empty((N, K), dtype=dtype, device=device)
     state, law, meta, v = _random(f.random)
-    config = _config("matrix", (N, K, v), dtype, out.device)
-    programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
-    if programs:
-        launch(
-            triton_matrix.matrix_kernel,
-            programs,
-            out.device,
-            out,
-            f.weight,
-            f.magnitude,
-            *state,
-            float(f.scale),
-            *law,
-            N,
-            K,
-            *_strides(f.weight),
-            *_strides(f.magnitude),
-            SIGNS=_signs(f),
-            **meta,
-            **config,
-        )
+    config = configuration(TILES["matrix"], (N, K, v), out)
+    programs = block_count(N, config["BLOCK_N"]) * block_count(K, config["BLOCK_K"])
+    launch(
+        triton_matrix.matrix_kernel,
+        programs,
+        out.device,
+        out,
+        f.weight,
+        f.magnitude,
+        *state,
+        float(f.scale),
+        *law,
+        N,
+        K,
+        *_strides(f.weight),
+        *_strides(f.magnitude),
+        SIGNS=_signs(f),
+        **meta,
+        **config,
+    )
     return out
 
 
@@ -86,11 +76,11 @@ def product(grad, columns, f):
     if out.numel() == 0:
         return out
     state, law, meta, v = _random(f.random)
-    config = _config("product", (M, N, K, v), grad.dtype, grad.device)
-    programs = _blocks(M, config["BLOCK_M"]) * _blocks(K, config["BLOCK_K"])
+    config = configuration(TILES["product"], (M, N, K, v), grad)
+    programs = block_count(M, config["BLOCK_M"]) * block_count(K, config["BLOCK_K"])
     # too few programs for the card: share N, at least four tiles each
-    slices = max(1, min(_blocks(512, programs), N // (4 * config["BLOCK_N"]), 16))
-    partial = out if slices == 1 else torch.empty((slices, M, K), dtype=torch.float32, device=out.device)
+    slices = max(1, min(block_count(512, programs), N // (4 * config["BLOCK_N"]), 16))
+    partial = out if slices == 1 else new(out, slices, M, K)
     launch(
         triton_product.product_kernel,
         programs * slices,
@@ -114,10 +104,10 @@ def product(grad, columns, f):
         **config,
     )
     if slices > 1:
-        config = _config("sum", (M * K,), grad.dtype, grad.device)
+        config = configuration(TILES["sum"], (M * K,), grad)
         launch(
             triton_product.sum_slices_kernel,
-            _blocks(M * K, config["BLOCK"]),
+            block_count(M * K, config["BLOCK"]),
             out.device,
             partial,
             out,
@@ -132,63 +122,56 @@ def rows(index, columns, f, dtype):
     B, K = index.shape[0], columns
     out = torch.empty((B, K), dtype=dtype, device=index.device)
     (state,), law, meta, v = _random(f.random)
-    config = _config("matrix", (B, K, v), dtype, out.device)
-    programs = _blocks(B, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
-    if programs:
-        launch(
-            triton_matrix.rows_kernel,
-            programs,
-            out.device,
-            index.contiguous(),
-            out,
-            state,
-            float(f.scale),
-            *law,
-            B,
-            K,
-            **meta,
-            **config,
-        )
+    config = configuration(TILES["matrix"], (B, K, v), out)
+    programs = block_count(B, config["BLOCK_N"]) * block_count(K, config["BLOCK_K"])
+    launch(
+        triton_matrix.rows_kernel,
+        programs,
+        out.device,
+        index.contiguous(),
+        out,
+        state,
+        float(f.scale),
+        *law,
+        B,
+        K,
+        **meta,
+        **config,
+    )
     return out
 
 
 def pack_signs(weight):
     N, K = weight.shape
-    packed = torch.empty((N, _blocks(K, 32)), dtype=torch.int32, device=weight.device)
-    config = _config("matrix", (N, K, 32), weight.dtype, weight.device)
-    programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
-    if programs:
-        launch(
-            triton_matrix.pack_signs_kernel, programs, weight.device, weight, packed, N, K, *weight.stride(), **config
-        )
+    packed = torch.empty((N, block_count(K, 32)), dtype=torch.int32, device=weight.device)
+    config = configuration(TILES["matrix"], (N, K, 32), weight)
+    programs = block_count(N, config["BLOCK_N"]) * block_count(K, config["BLOCK_K"])
+    launch(triton_matrix.pack_signs_kernel, programs, weight.device, weight, packed, N, K, *weight.stride(), **config)
     return packed
 
 
 def sgd_update_(weight, momentum_buffer, grad, x, options):
     (N, K), M = weight.shape, grad.shape[0]
     dtype = torch.promote_types(grad.dtype, x.dtype)
-    config = _config("update", (M, N, K), dtype, weight.device)
-    programs = _blocks(N, config["BLOCK_N"]) * _blocks(K, config["BLOCK_K"])
-    if programs:
-        numbers = map(
-            float, (options.lr, options.momentum, options.dampening, options.weight_decay, options.grad_scale)
-        )
-        launch(
-            triton_product.sgd_update_kernel,
-            programs,
-            weight.device,
-            weight,
-            momentum_buffer,
-            grad.contiguous(),
-            x.contiguous(),
-            *numbers,
-            M,
-            N,
-            K,
-            *weight.stride(),
-            *_strides(momentum_buffer),
-            NESTEROV=bool(options.nesterov),
-            MANHATTAN=bool(options.manhattan),
-            PRECISION=precision(dtype),
-            **config,
-        )
+    config = configuration(TILES["update"], (M, N, K), weight, dtype)
+    programs = block_count(N, config["BLOCK_N"]) * block_count(K, config["BLOCK_K"])
+    numbers = map(float, (options.lr, options.momentum, options.dampening, options.weight_decay, options.grad_scale))
+    launch(
+        triton_product.sgd_update_kernel,
+        programs,
+        weight.device,
+        weight,
+        momentum_buffer,
+        grad.contiguous(),
+        x.contiguous(),
+        *numbers,
+        M,
+        N,
+        K,
+        *weight.stride(),
+        *_strides(momentum_buffer),
+        NESTEROV=bool(options.nesterov),
+        MANHATTAN=bool(options.manhattan),
+        PRECISION=precision(dtype),
+        **config,
+    )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..common import philox
-from ..common.addressing import indices, offset, program_id, within
+from ..common.addressing import indices, offset, program_id, store_tile, within
 from ..common.rounding import rounded
 from ..common.signs import unpacked
 
@@ -139,7 +139,7 @@ def matrix_kernel(
     )
     k = indices(block, BLOCK_K)
     value = rounded(value * tl.cast(scale, tl.float32), out.dtype.element_ty)
-    tl.store(out + offset(n, K)[:, None] + k[None, :], value, mask=within(n, N, k, K))
+    store_tile(out, value, n, k, N, K)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -167,7 +167,7 @@ def rows_kernel(
     value = philox.panel(seed, stream, step, row[:, None], block, law_scale, span, low, LAW, HAS_LOW, BLOCK_N, BLOCK_K)
     k = indices(block, BLOCK_K)
     value = rounded(value * tl.cast(scale, tl.float32), out.dtype.element_ty)
-    tl.store(out + offset(b, K)[:, None] + k[None, :], value, mask=within(b, B, k, K))
+    store_tile(out, value, b, k, B, K)
 
 
 @triton.jit(do_not_specialize=["N"])

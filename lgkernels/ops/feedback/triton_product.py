@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..common.addressing import indices, offset, program_id, within
+from ..common.addressing import indices, load_tile, offset, program_id, within
 from ..common.dot import dot
 from ..common.rounding import rounded
 from .triton_matrix import load_state, values
@@ -46,7 +46,7 @@ def product_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for rows in range(slice, tl.cdiv(N, BLOCK_N), slices):
         n = indices(rows, BLOCK_N)
-        g = tl.load(grad + offset(m, N)[:, None] + n[None, :], mask=within(m, M, n, N), other=0.0)
+        g = load_tile(grad, m, n, M, N)
         f = values(
             weight,
             magnitude,
@@ -121,8 +121,8 @@ def sgd_update_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in range(0, M, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        g = tl.load(grad + offset(m, N)[:, None] + n[None, :], mask=within(m, M, n, N), other=0.0)
-        columns = tl.load(x + offset(m, K)[:, None] + k[None, :], mask=within(m, M, k, K), other=0.0)
+        g = load_tile(grad, m, n, M, N)
+        columns = load_tile(x, m, k, M, K)
         total = dot(tl.trans(g), columns, total, PRECISION)
     total = total * tl.cast(grad_scale, tl.float32)
     if MANHATTAN:

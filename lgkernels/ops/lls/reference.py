@@ -15,14 +15,10 @@ tests compare them with autograd of the written-out loss.
 import torch
 import torch.nn.functional as F
 
+from ...core.ops import wide
 from .options import Capabilities
 
 CAPABILITIES = Capabilities()
-
-
-def wide(tensor):
-    """float64 stays, everything else is computed in float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def bins(size, pool, device=None):

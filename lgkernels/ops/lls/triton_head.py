@@ -1,7 +1,4 @@
-"""Triton kernels of the head: latents x (B, d) and basis Phi (K, d) to loss and gradients.
-
-Few rows and classes (K, C up to 32, d up to 4096): one launch, `head`, a sample a program. Up to 256 of them, and few
-samples: one launch as well, `wide_head`, which walks over the rows in tiles. Else three:
+"""The head in Triton: latents x (B, d) and basis Phi (K, d) to loss and gradients, in three launches.
 
     similarity        partial x Phi^T and |x|^2 of each slice of d     programs: samples, rows, slices
     loss_rows         s, logits, loss, dL/dlogits, dL/ds, rho          programs: samples
@@ -9,61 +6,19 @@ samples: one launch as well, `wide_head`, which walks over the rows in tiles. El
 
 With a modulation matrix M two more, before and after loss_rows: `logits`, s M, and `grad_similarity`, dL/dlogits M^T.
 rho = <dL/ds, s> = <dL/dlogits, logits> in every mode. The partial sums are added in a fixed order. Phi is float32, or
-the bit-packed signs of the square waveform.
+the bit-packed signs of the square waveform. Small heads take one launch: triton_fused_head.py.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from ..common.addressing import indices, offset, program_id, within
-from ..common.dot import dot
-from ..common.signs import unpacked
-
-
-@triton.jit
-def _basis(basis, k, block, K, d, PACKED: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows k of block number `block` of BLOCK_D columns of Phi. Past the last column some finite value."""
-    j = indices(block, BLOCK_D)
-    if PACKED:
-        word = indices(block, BLOCK_D // 32)
-        words = tl.load(
-            basis + offset(k, tl.cdiv(d, 32))[:, None] + word[None, :], mask=within(k, K, word * 32, d), other=0
-        )
-        return tl.where(j[None, :] == 0, 0.0, unpacked(words))  # sin(0) = 0: the only zero
-    else:
-        return tl.load(basis + offset(k, d)[:, None] + j[None, :], mask=within(k, K, j, d), other=0.0)
-
-
-@triton.jit
-def _loss(z, label, c, C, count, temperature, smoothing, ignore_index, CROSS_ENTROPY: tl.constexpr):
-    """Losses (rows,) and dL/dlogits (rows, classes) of logits z; the gradient is divided by `count`."""
-    v = z / tl.cast(temperature, tl.float32)
-    valid = label != ignore_index
-    one_hot = tl.where(label[:, None] == c[None, :], 1.0, 0.0)
-    if CROSS_ENTROPY:
-        v = tl.where((c < C)[None, :], v, float("-inf"))
-        v = v - tl.max(v, 1)[:, None]
-        e = tl.exp(v)
-        total = tl.sum(e, 1)
-        q = one_hot * (1.0 - tl.cast(smoothing, tl.float32)) + tl.cast(smoothing, tl.float32) / C
-        loss = tl.sum(tl.where((c < C)[None, :], q * (tl.log(total)[:, None] - v), 0.0), 1)
-        grad_v = e / total[:, None] - q
-    else:
-        difference = tl.minimum(tl.maximum(v / 4 + 0.5, 0.0), 1.0) - one_hot
-        loss = tl.sum(tl.where((c < C)[None, :], difference * difference, 0.0), 1) / C
-        grad_v = difference * (2.0 / C)
-    grad_z = tl.where(valid[:, None] & (c < C)[None, :], grad_v / (tl.cast(temperature, tl.float32) * count), 0.0)
-    return tl.where(valid, loss, 0.0), grad_z
-
-
-@triton.jit
-def _valid_rows(target, B, ignore_index):
-    """Number of targets that are not ignored, float32."""
-    valid = tl.zeros((1024,), tl.int32)
-    for first in range(0, B, 1024):
-        b = first + tl.arange(0, 1024)
-        valid += (tl.load(target + b, mask=b < B, other=ignore_index) != ignore_index).to(tl.int32)
-    return tl.sum(valid, 0).to(tl.float32)
+from ..common.addressing import indices, load_tile, offset, program_id, store_tile, within
+from ..common.dot import dot, float32_precision
+from ..common.launch import block_count, configuration, launch, new
+from .tiles import TILES
+from .triton_finish import reduce_loss
+from .triton_steps import basis_tile, head_loss, latent_tile, norm_and_factor, store_latent_grad, store_loss, valid_rows
 
 
 @triton.jit(do_not_specialize=["B", "ignore_index", "slices"])
@@ -94,16 +49,15 @@ def similarity_kernel(
     products = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
     for block in range(slice, tl.cdiv(d, BLOCK_D), slices):
-        j = indices(block, BLOCK_D)
-        tile = tl.load(x + offset(m, d)[:, None] + j[None, :], mask=within(m, B, j, d), other=0.0)
-        products = dot(tile, tl.trans(_basis(basis, k, block, K, d, PACKED, BLOCK_D)), products, PRECISION)
+        tile = latent_tile(x, m, block, B, d, BLOCK_D)
+        products = dot(tile, tl.trans(basis_tile(basis, k, block, K, d, PACKED, BLOCK_D)), products, PRECISION)
         squares += tl.sum(tile * tile, 1)
     row = partial + offset(offset(slice, B) + m, K + 1)
     tl.store(row[:, None] + k[None, :], products, mask=within(m, B, k, K))
     if pid % k_blocks == 0:
         tl.store(row + K, squares, mask=m < B)
     if pid == 0:
-        tl.store(count, _valid_rows(target, B, ignore_index))
+        tl.store(count, valid_rows(target, B, ignore_index))
 
 
 @triton.jit
@@ -121,17 +75,13 @@ def _sum_slices(partial, b, k, B, width, slices):
 
 @triton.jit
 def _norms(partial, b, B, width, slices, eps, basis_scale, NORMALIZE: tl.constexpr):
-    """|x| and the factor that turns x Phi^T into s: basis_scale, over max(|x|, eps) with NORMALIZE."""
+    """|x| and the factor that turns x Phi^T into s (`norm_and_factor`), from the slices' sums of squares."""
     squares = tl.zeros((b.shape[0],), tl.float32)
     for slice in range(slices):
         squares += tl.load(
             partial + offset(offset(slice + tl.zeros_like(b), B) + b, width) + (width - 1), mask=b < B, other=0.0
         )
-    norm = tl.sqrt(squares)
-    factor = tl.zeros_like(norm) + tl.cast(basis_scale, tl.float32)
-    if NORMALIZE:
-        factor = factor / tl.maximum(norm, tl.cast(eps, tl.float32))
-    return norm, factor
+    return norm_and_factor(squares, eps, basis_scale, NORMALIZE)
 
 
 @triton.jit(do_not_specialize=["B", "K", "slices"])
@@ -165,36 +115,9 @@ def logits_kernel(
         k = start + tl.arange(0, BLOCK_K)
         s = _sum_slices(partial, b, k, B, K + 1, slices) * factor[:, None]
         if pid % blocks == 0:
-            tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=within(b, B, k, K))
-        matrix = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=within(k, K, c, C), other=0.0)
-        z = dot(s, matrix, z, PRECISION)
-    tl.store(logits + offset(b, C)[:, None] + c[None, :], z, mask=within(b, B, c, C))
-
-
-@triton.jit(do_not_specialize=["B", "K"])
-def grad_similarity_kernel(
-    grad_logits,
-    modulation,
-    grad_similarity,
-    B,
-    K,
-    C,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """dL/ds = dL/dlogits M^T for a block of basis rows."""
-    pid = program_id(0)
-    blocks = tl.cdiv(K, BLOCK_N)
-    b, k = indices(pid // blocks, BLOCK_M), indices(pid % blocks, BLOCK_N)
-    grad_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, C, BLOCK_K):
-        c = start + tl.arange(0, BLOCK_K)
-        grad_z = tl.load(grad_logits + offset(b, C)[:, None] + c[None, :], mask=within(b, B, c, C), other=0.0)
-        matrix = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=within(k, K, c, C), other=0.0)
-        grad_s = dot(grad_z, tl.trans(matrix), grad_s, PRECISION)
-    tl.store(grad_similarity + offset(b, K)[:, None] + k[None, :], grad_s, mask=within(b, B, k, K))
+            store_tile(similarity, s, b, k, B, K)
+        z = dot(s, load_tile(modulation, k, c, K, C), z, PRECISION)
+    store_tile(logits, z, b, c, B, C)
 
 
 @triton.jit(do_not_specialize=["B", "C", "ignore_index", "slices"])
@@ -227,8 +150,7 @@ def loss_rows_kernel(
     """losses[b], dL/dlogits, rows[1] = rho. The logits are given (matrix), or computed here: s, or s * vector; then
     this also writes s, rows[0] = |x| and, with a vector, dL/ds = dL/dlogits * vector."""
     b, c = indices(program_id(0), BLOCK_B), tl.arange(0, BLOCK_C)
-    at = offset(b, C)[:, None] + c[None, :]
-    inside = within(b, B, c, C)
+    at, inside = offset(b, C)[:, None] + c[None, :], within(b, B, c, C)
     if logits is not None:
         z = tl.load(logits + at, mask=inside, other=0.0)
     else:
@@ -245,7 +167,7 @@ def loss_rows_kernel(
     if MEAN:
         n = tl.load(count)
     label = tl.load(target + b, mask=b < B, other=ignore_index)
-    loss, grad_z = _loss(z, label, c, C, n, temperature, smoothing, ignore_index, CROSS_ENTROPY)
+    loss, grad_z = head_loss(z, label, c, C, n, temperature, smoothing, ignore_index, CROSS_ENTROPY)
     tl.store(losses + b, loss, mask=b < B)
     if GRAD:
         tl.store(grad_logits + at, grad_z, mask=inside)
@@ -254,31 +176,29 @@ def loss_rows_kernel(
         tl.store(rows + B + b, tl.sum(grad_z * z, 1), mask=b < B)
 
 
-@triton.jit
-def _reduce_loss(losses, count, loss, B):
-    total = tl.zeros((1024,), tl.float32)
-    for start in range(0, B, 1024):
-        b = start + tl.arange(0, 1024)
-        total += tl.load(losses + b, mask=b < B, other=0.0)
-    tl.store(loss, tl.sum(total, 0) / count)
-
-
-@triton.jit(do_not_specialize=["B", "ignore_index"])
-def reduce_loss_kernel(losses, target, loss, B, ignore_index, MEAN: tl.constexpr):
-    """loss = sum of losses, divided by the number of rows that count with MEAN. One program."""
-    count = 1.0
-    if MEAN:
-        count = _valid_rows(target, B, ignore_index)
-    _reduce_loss(losses, count, loss, B)
-
-
-@triton.jit
-def _through_norm(g, x, norm, rho, eps, ZERO_BELOW: tl.constexpr):
-    """dL/dx = (g - xhat * rho) / |x| of rows of x; below eps g / eps, or 0."""
-    smallest = tl.cast(eps, tl.float32)
-    inverse = (1.0 / tl.maximum(norm, smallest))[:, None]
-    below = g * 0.0 if ZERO_BELOW else g / smallest
-    return tl.where((norm >= smallest)[:, None], (g - x * inverse * rho[:, None]) * inverse, below)
+@triton.jit(do_not_specialize=["B", "K"])
+def grad_similarity_kernel(
+    grad_logits,
+    modulation,
+    grad_similarity,
+    B,
+    K,
+    C,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dL/ds = dL/dlogits M^T for a block of basis rows."""
+    pid = program_id(0)
+    blocks = tl.cdiv(K, BLOCK_N)
+    b, k = indices(pid // blocks, BLOCK_M), indices(pid % blocks, BLOCK_N)
+    grad_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, C, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
+        grad_z, matrix = load_tile(grad_logits, b, c, B, C), load_tile(modulation, k, c, K, C)
+        grad_s = dot(grad_z, tl.trans(matrix), grad_s, PRECISION)
+    store_tile(grad_similarity, grad_s, b, k, B, K)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -306,335 +226,140 @@ def latent_grad_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """g = basis_scale * dL/ds Phi; dL/dx = (g - xhat * rho) / |x|, below eps g / eps or 0; g itself without
-    NORMALIZE. With REDUCE the first program sums the losses."""
+    """dL/dx from g = basis_scale * dL/ds Phi. With REDUCE the first program sums the losses."""
     pid = program_id(0)
     d_blocks = tl.cdiv(d, BLOCK_D)
     m, block = indices(pid // d_blocks, BLOCK_M), pid % d_blocks
     g = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, K, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        grad_s = tl.load(grad_similarity + offset(m, K)[:, None] + k[None, :], mask=within(m, B, k, K), other=0.0)
-        g = dot(grad_s, _basis(basis, k, block, K, d, PACKED, BLOCK_D), g, PRECISION)
+        grad_s = load_tile(grad_similarity, m, k, B, K)
+        g = dot(grad_s, basis_tile(basis, k, block, K, d, PACKED, BLOCK_D), g, PRECISION)
     g = g * tl.cast(basis_scale, tl.float32)
-    j = indices(block, BLOCK_D)
-    at = offset(m, d)[:, None] + j[None, :]
-    mask = within(m, B, j, d)
-    if NORMALIZE:
-        norm, rho = tl.load(rows + m, mask=m < B, other=1.0), tl.load(rows + B + m, mask=m < B, other=0.0)
-        g = _through_norm(g, tl.load(x + at, mask=mask, other=0.0), norm, rho, eps, ZERO_BELOW)
-    tl.store(grad_latents + at, g, mask=mask)
+    norm, rho = tl.load(rows + m, mask=m < B, other=1.0), tl.load(rows + B + m, mask=m < B, other=0.0)
+    store_latent_grad(grad_latents, g, x, norm, rho, m, block, B, d, eps, NORMALIZE, ZERO_BELOW, BLOCK_D)
     if REDUCE:
         if pid == 0:
             n = 1.0
             if MEAN:
                 n = tl.load(count)
-            _reduce_loss(losses, n, loss, B)
+            store_loss(losses, n, loss, B)
 
 
-@triton.jit
-def _modulation_tile(
-    tile,
-    similarity,
-    grad_logits,
-    scale,
-    grad,
-    B,
-    K,
-    C,
-    PER_ROW: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """dL/dm = sum over the batch of scale * g_z * s, or dL/dM = s^T (scale * g_z), tile number `tile` of it; without
-    `scale` it is 1."""
-    c_blocks = tl.cdiv(C, BLOCK_C)
-    k, c = indices(tile // c_blocks, BLOCK_K), indices(tile % c_blocks, BLOCK_C)
-    by_vector = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-    by_matrix = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-    for start in range(0, B, BLOCK_B):
-        b = start + tl.arange(0, BLOCK_B)
-        g = tl.load(grad_logits + offset(b, C)[:, None] + c[None, :], mask=within(b, B, c, C), other=0.0)
-        if scale is not None:
-            if PER_ROW:
-                g = g * tl.load(scale + b, mask=b < B, other=0.0).to(tl.float32)[:, None]
-            else:
-                g = g * tl.load(scale).to(tl.float32)
-        if VECTOR:
-            by_vector += g * tl.load(
-                similarity + offset(b, C)[:, None] + c[None, :], mask=within(b, B, c, C), other=0.0
-            )
-        else:
-            s = tl.load(
-                similarity + offset(b, K)[None, :] + k[:, None], mask=(b < B)[None, :] & (k < K)[:, None], other=0.0
-            )
-            by_matrix = dot(s, g, by_matrix, PRECISION)
-    if VECTOR:
-        tl.store(grad + c, tl.sum(by_vector, 0), mask=c < C)
-    else:
-        tl.store(grad + offset(k, C)[:, None] + c[None, :], by_matrix, mask=within(k, K, c, C))
+def head_in_steps(x, target, modulation, basis, options, compute_grad, out):
+    """The three launches, five with a modulation matrix; `out`: what they write (`HeadResults`)."""
+    (B, d), K, C = x.shape, basis.shape[0], options.num_classes
+    eps, basis_scale = float(options.eps), float(options.basis_scale)
+    packed, precision, normalize = basis.dtype == torch.int32, float32_precision(), options.normalize
+    matrix = modulation is not None and modulation.dim() == 2
 
-
-@triton.jit(do_not_specialize=["B"])
-def modulation_grad_kernel(
-    similarity,
-    grad_logits,
-    scale,
-    grad,
-    B,
-    K,
-    C,
-    PER_ROW: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The modulation's gradient, a tile a program."""
-    _modulation_tile(
-        program_id(0),
-        similarity,
-        grad_logits,
-        scale,
-        grad,
+    config = configuration(TILES["similarity"], (B, d, K), x)
+    programs = block_count(B, config["BLOCK_M"]) * block_count(K, config["BLOCK_K"])
+    slices = min(block_count(d, config["BLOCK_D"]), block_count(256, programs), 16)
+    partial, rows, count = new(x, slices, B, K + 1), new(x, 2, B), new(x, 1)
+    launch(
+        similarity_kernel,
+        programs * slices,
+        x.device,
+        x,
+        basis,
+        target,
+        partial,
+        count,
         B,
+        d,
         K,
-        C,
-        PER_ROW,
-        VECTOR,
-        PRECISION,
-        BLOCK_B,
-        BLOCK_K,
-        BLOCK_C,
+        slices,
+        options.ignore_index,
+        PACKED=packed,
+        PRECISION=precision,
+        **config,
     )
 
+    logits = None
+    if matrix:
+        logits = new(x, B, C)
+        config = configuration(TILES["logits"], (B, C, K), x)
+        programs = block_count(B, config["BLOCK_M"]) * block_count(C, config["BLOCK_N"])
+        sizes = B, K, C, slices, eps, basis_scale
+        modes = dict(NORMALIZE=normalize, PRECISION=precision)
+        launch(
+            logits_kernel,
+            programs,
+            x.device,
+            partial,
+            modulation,
+            out.similarity,
+            logits,
+            rows,
+            *sizes,
+            **modes,
+            **config,
+        )
 
-@triton.jit
-def finish_head(
-    program,
-    losses,
-    target,
-    loss,
-    similarity,
-    grad_logits,
-    grad,
-    B,
-    K,
-    C,
-    ignore_index,
-    VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """What a head that was told not to reduce leaves to a later launch: program 0 takes the mean of the losses, the
-    others a tile of the modulation's gradient each."""
-    if program == 0:
-        _reduce_loss(losses, _valid_rows(target, B, ignore_index), loss, B)
-    else:
-        if grad is not None:
-            _modulation_tile(
-                program - 1,
-                similarity,
-                grad_logits,
-                None,
-                grad,
-                B,
-                K,
-                C,
-                False,
-                VECTOR,
-                PRECISION,
-                BLOCK_B,
-                BLOCK_K,
-                BLOCK_C,
-            )
+    config = configuration(TILES["loss_rows"], (B, C), x)
+    launch(
+        loss_rows_kernel,
+        block_count(B, config["BLOCK_B"]),
+        x.device,
+        partial,
+        target,
+        None if matrix else modulation,
+        logits,
+        count,
+        out.similarity,
+        out.grad_logits,
+        out.grad_similarity,
+        rows,
+        out.losses,
+        B,
+        C,
+        slices,
+        float(options.temperature),
+        float(options.label_smoothing),
+        eps,
+        basis_scale,
+        options.ignore_index,
+        NORMALIZE=normalize,
+        CROSS_ENTROPY=options.loss == "cross_entropy",
+        MEAN=options.reduction == "mean",
+        GRAD=compute_grad,
+        **config,
+    )
+    if not compute_grad:
+        if out.loss is not None:
+            reduce_loss(out.losses, target, out.loss, options)
+        return
 
+    if matrix:
+        config = configuration(TILES["grad_similarity"], (B, K, C), x)
+        programs = block_count(B, config["BLOCK_M"]) * block_count(K, config["BLOCK_N"])
+        tensors = out.grad_logits, modulation, out.grad_similarity
+        launch(grad_similarity_kernel, programs, x.device, *tensors, B, K, C, PRECISION=precision, **config)
 
-@triton.jit(do_not_specialize=["B", "ignore_index"])
-def head_kernel(
-    x,
-    basis,
-    target,
-    modulation,
-    losses,
-    similarity,
-    grad_logits,
-    grad_latents,
-    B,
-    d,
-    K,
-    C,
-    temperature,
-    smoothing,
-    eps,
-    basis_scale,
-    ignore_index,
-    PACKED: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    ZERO_BELOW: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    MEAN: tl.constexpr,
-    MATRIX: tl.constexpr,
-    GRAD: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The whole head of a few samples, for few rows and classes; all but the sum of the losses."""
-    b, k, c = indices(program_id(0), BLOCK_B), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_C)
-    count = 1.0
-    if MEAN:
-        count = _valid_rows(target, B, ignore_index)
-    products = tl.zeros((BLOCK_B, BLOCK_K, BLOCK_D), tl.float32)
-    squares = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for block in range(tl.cdiv(d, BLOCK_D)):
-        j = indices(block, BLOCK_D)
-        row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=within(b, B, j, d), other=0.0)
-        products += row[:, None, :] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :]
-        squares += row * row
-    norm = tl.sqrt(tl.sum(squares, 1))
-    factor = tl.zeros_like(norm) + tl.cast(basis_scale, tl.float32)
-    if NORMALIZE:
-        factor = factor / tl.maximum(norm, tl.cast(eps, tl.float32))
-    s = tl.where((k < K)[None, :], tl.sum(products, 2) * factor[:, None], 0.0)
-    tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=within(b, B, k, K))
-
-    z = s
-    if MATRIX:
-        m = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=within(k, K, c, C), other=0.0)
-        z = tl.sum(s[:, :, None] * m[None, :, :], 1)
-    elif modulation is not None:
-        v = tl.load(modulation + c, mask=c < C, other=0.0)[None, :]
-        z = s * v
-    label = tl.load(target + b, mask=b < B, other=ignore_index)
-    loss, grad_z = _loss(z, label, c, C, count, temperature, smoothing, ignore_index, CROSS_ENTROPY)
-    tl.store(losses + b, loss, mask=b < B)
-    if GRAD:
-        tl.store(grad_logits + offset(b, C)[:, None] + c[None, :], grad_z, mask=within(b, B, c, C))
-        grad_s = grad_z
-        if MATRIX:
-            grad_s = tl.sum(grad_z[:, None, :] * m[None, :, :], 2)
-        elif modulation is not None:
-            grad_s = grad_z * v
-        rho = tl.sum(grad_s * s, 1)
-        grad_s = grad_s * tl.cast(basis_scale, tl.float32)
-        for block in range(tl.cdiv(d, BLOCK_D)):
-            j = indices(block, BLOCK_D)
-            at = offset(b, d)[:, None] + j[None, :]
-            mask = within(b, B, j, d)
-            g = tl.sum(grad_s[:, :, None] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :], 1)
-            if NORMALIZE:
-                g = _through_norm(g, tl.load(x + at, mask=mask, other=0.0), norm, rho, eps, ZERO_BELOW)
-            tl.store(grad_latents + at, g, mask=mask)
-
-
-@triton.jit(do_not_specialize=["B", "ignore_index"])
-def wide_head_kernel(
-    x,
-    basis,
-    target,
-    modulation,
-    losses,
-    similarity,
-    grad_logits,
-    grad_similarity,
-    grad_latents,
-    B,
-    d,
-    K,
-    C,
-    temperature,
-    smoothing,
-    eps,
-    basis_scale,
-    ignore_index,
-    PACKED: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    ZERO_BELOW: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
-    MEAN: tl.constexpr,
-    MATRIX: tl.constexpr,
-    GRAD: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """`head_kernel` for a row of classes in registers and more rows than fit there: s and dL/ds go through memory, a
-    tile of rows at a time. A barrier makes what a program has stored visible to all of its own threads."""
-    b, c = indices(program_id(0), BLOCK_B), tl.arange(0, BLOCK_C)
-    count = 1.0
-    if MEAN:
-        count = _valid_rows(target, B, ignore_index)
-    squares = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for block in range(tl.cdiv(d, BLOCK_D)):
-        j = indices(block, BLOCK_D)
-        row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=within(b, B, j, d), other=0.0)
-        squares += row * row
-    norm = tl.sqrt(tl.sum(squares, 1))
-    factor = tl.zeros_like(norm) + tl.cast(basis_scale, tl.float32)
-    if NORMALIZE:
-        factor = factor / tl.maximum(norm, tl.cast(eps, tl.float32))
-
-    z = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
-    for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        products = tl.zeros((BLOCK_B, BLOCK_K, BLOCK_D), tl.float32)
-        for block in range(tl.cdiv(d, BLOCK_D)):
-            j = indices(block, BLOCK_D)
-            row = tl.load(x + offset(b, d)[:, None] + j[None, :], mask=within(b, B, j, d), other=0.0)
-            products += row[:, None, :] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :]
-        s = tl.where((k < K)[None, :], tl.sum(products, 2) * factor[:, None], 0.0)
-        tl.store(similarity + offset(b, K)[:, None] + k[None, :], s, mask=within(b, B, k, K))
-        if MATRIX:
-            m = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=within(k, K, c, C), other=0.0)
-            z += tl.sum(s[:, :, None] * m[None, :, :], 1)
-    tl.debug_barrier()
-    at_class = offset(b, C)[:, None] + c[None, :]
-    class_mask = within(b, B, c, C)
-    if not MATRIX:
-        z = tl.load(similarity + at_class, mask=class_mask, other=0.0)
-        if modulation is not None:
-            v = tl.load(modulation + c, mask=c < C, other=0.0)[None, :]
-            z = z * v
-
-    label = tl.load(target + b, mask=b < B, other=ignore_index)
-    loss, grad_z = _loss(z, label, c, C, count, temperature, smoothing, ignore_index, CROSS_ENTROPY)
-    tl.store(losses + b, loss, mask=b < B)
-    if GRAD:
-        tl.store(grad_logits + at_class, grad_z, mask=class_mask)
-        rho = tl.sum(grad_z * z, 1)
-        if MATRIX:
-            for first in range(0, K, BLOCK_K):
-                k = first + tl.arange(0, BLOCK_K)
-                m = tl.load(modulation + offset(k, C)[:, None] + c[None, :], mask=within(k, K, c, C), other=0.0)
-                tl.store(
-                    grad_similarity + offset(b, K)[:, None] + k[None, :],
-                    tl.sum(grad_z[:, None, :] * m[None, :, :], 2),
-                    mask=within(b, B, k, K),
-                )
-        elif modulation is not None:
-            tl.store(grad_similarity + at_class, grad_z * v, mask=class_mask)
-        tl.debug_barrier()
-        for block in range(tl.cdiv(d, BLOCK_D)):
-            j = indices(block, BLOCK_D)
-            at = offset(b, d)[:, None] + j[None, :]
-            mask = within(b, B, j, d)
-            g = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-            for first in range(0, K, BLOCK_K):
-                k = first + tl.arange(0, BLOCK_K)
-                grad_s = tl.load(
-                    grad_similarity + offset(b, K)[:, None] + k[None, :], mask=within(b, B, k, K), other=0.0
-                )
-                g += tl.sum(grad_s[:, :, None] * _basis(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :], 1)
-            g = g * tl.cast(basis_scale, tl.float32)
-            if NORMALIZE:
-                g = _through_norm(g, tl.load(x + at, mask=mask, other=0.0), norm, rho, eps, ZERO_BELOW)
-            tl.store(grad_latents + at, g, mask=mask)
+    config = configuration(TILES["latent_grad"], (B, d, K), x)
+    launch(
+        latent_grad_kernel,
+        block_count(B, config["BLOCK_M"]) * block_count(d, config["BLOCK_D"]),
+        x.device,
+        x,
+        basis,
+        out.grad_similarity,
+        rows,
+        out.losses,
+        count,
+        out.losses if out.loss is None else out.loss,
+        out.grad_latents,
+        B,
+        d,
+        K,
+        eps,
+        basis_scale,
+        PACKED=packed,
+        NORMALIZE=normalize,
+        ZERO_BELOW=options.zero_gradient_below_eps,
+        REDUCE=out.loss is not None,
+        MEAN=options.reduction == "mean",
+        PRECISION=precision,
+        **config,
+    )

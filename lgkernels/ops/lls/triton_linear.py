@@ -1,12 +1,15 @@
 """Triton kernels of the linear block, z (B, N): every column has its own statistics, and the bins of the latents run
-over the columns. As in triton_norm.py a column is owned by one bin, which writes its output."""
+over the columns. As in triton_bins.py a column is owned by one bin, which writes its output."""
 
+import torch
 import triton
 import triton.language as tl
 
-from ..common.addressing import indices, offset, program_id, within
-from .triton_head import finish_head
-from .triton_norm import bin_range
+from ..common.addressing import indices, offset, program_id, store_tile, within
+from ..common.launch import block_count, configuration, launch, new
+from .tiles import TILES
+from .triton_bins import bin_range, cover, widest
+from .triton_finish import finish_head, finishing
 
 
 @triton.jit
@@ -50,7 +53,32 @@ def linear_pool_kernel(
             tl.store(out + at, value.to(out.dtype.element_ty), mask=inside & (n < next_left)[None, :])
         total += tl.where((n < right)[None, :], value, 0.0)
     width = ((right - left) * 1.0)[None, :]
-    tl.store(latents + offset(b, P)[:, None] + j[None, :], total / width, mask=inside)
+    store_tile(latents, total / width, b, j, B, P)
+
+
+def pool_columns(z, norm, negative_slope, pool_size):
+    """`(out, latents)`; norm: (mean, rstd, gamma, beta), or None: no norm, no activation and no `out`."""
+    z = z.contiguous()
+    B, N = z.shape
+    out, latents = torch.empty_like(z) if norm else None, new(z, B, pool_size)
+    config = configuration(TILES["linear_pool"], (B, pool_size), z)
+    launch(
+        linear_pool_kernel,
+        block_count(B, config["BLOCK_B"]) * block_count(pool_size, config["BLOCK_N"]),
+        z.device,
+        z,
+        out,
+        latents,
+        *(norm or (None,) * 4),
+        negative_slope,
+        B,
+        N,
+        pool_size,
+        widest(N, pool_size),
+        NORM=bool(norm),
+        **config,
+    )
+    return out, latents
 
 
 @triton.jit
@@ -85,7 +113,18 @@ def linear_expand_kernel(
     else:
         factor = tl.load(scale).to(tl.float32)
     result = _unpooled(grad_latents, b, n, B, N, P, cover) * factor
-    tl.store(out + offset(b, N)[:, None] + n[None, :], result.to(out.dtype.element_ty), mask=within(b, B, n, N))
+    store_tile(out, result.to(out.dtype.element_ty), b, n, B, N)
+
+
+def expand_columns(grad_latents, scale, out, pool_size):
+    """Into rows `out`, which it returns."""
+    B, N = out.shape
+    config = configuration(TILES["linear_expand"], (B, N), out)
+    programs = block_count(B, config["BLOCK_B"]) * block_count(N, config["BLOCK_N"])
+    sizes = B, N, pool_size, cover(N, pool_size)
+    modes = dict(PER_ROW=scale.dim() > 0)
+    launch(linear_expand_kernel, programs, out.device, grad_latents, scale, out, *sizes, **modes, **config)
+    return out
 
 
 @triton.jit
@@ -177,7 +216,7 @@ def linear_grad_kernel(
     """A block of columns a program; further programs finish the head where `losses` are given."""
     pid = program_id(0)
     blocks = tl.cdiv(N, BLOCK_N)
-    if losses is None:
+    if losses is None or pid < blocks:
         _linear_grad(
             pid,
             z,
@@ -199,43 +238,54 @@ def linear_grad_kernel(
             BLOCK_N,
         )
     else:
-        if pid < blocks:
-            _linear_grad(
-                pid,
-                z,
-                mean,
-                rstd,
-                gamma,
-                beta,
-                grad_latents,
-                grad_gamma,
-                grad_beta,
-                grad_bias,
-                slope,
-                scale,
-                B,
-                N,
-                P,
-                cover,
-                BLOCK_B,
-                BLOCK_N,
-            )
-        else:
-            finish_head(
-                pid - blocks,
-                losses,
-                target,
-                loss,
-                similarity,
-                grad_logits,
-                grad_modulation,
-                B,
-                K,
-                classes,
-                ignore_index,
-                VECTOR,
-                PRECISION,
-                HEAD_B,
-                HEAD_K,
-                HEAD_C,
-            )
+        finish_head(
+            pid - blocks,
+            losses,
+            target,
+            loss,
+            similarity,
+            grad_logits,
+            grad_modulation,
+            B,
+            K,
+            classes,
+            ignore_index,
+            VECTOR,
+            PRECISION,
+            HEAD_B,
+            HEAD_K,
+            HEAD_C,
+        )
+
+
+def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, pool_size, scale, finish=None):
+    """With `finish` as `norm_grads`."""
+    columns = z.contiguous()
+    B, N = z.shape
+    grads = tuple(new(z, N) for _ in range(3))
+    config = configuration(TILES["linear_grad"], (max(B, 1), N), z)
+    programs, arguments, meta, results = finishing(finish, z)
+    launch(
+        linear_grad_kernel,
+        block_count(N, config["BLOCK_N"]) + programs,
+        z.device,
+        columns,
+        mean,
+        rstd,
+        gamma,
+        beta,
+        grad_latents.contiguous(),
+        *grads,
+        float(negative_slope),
+        float(scale),
+        B,
+        N,
+        pool_size,
+        cover(N, pool_size),
+        *arguments,
+        **meta,
+        **config,
+    )
+    if columns is not z:
+        z.copy_(columns)
+    return grads + results

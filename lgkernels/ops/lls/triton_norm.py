@@ -1,46 +1,28 @@
-"""Triton kernels of the convolution block: statistics, normalise + activate + pool, gradient of the pre-activation.
+"""The convolution block's passes in Triton: normalise + activate + pool, and the gradients of the norm and before it.
 
-A tensor (B, C, H, W) is read as tiles (positions, planes); plane b * C + c is one channel of one sample, and
-`CHANNELS_LAST` tells which of the two axes is contiguous. One program serves one bin of the adaptive average pool and a
-block of planes, so what belongs to a bin (its sums, its gradient) is stored or loaded once. Bins may overlap
-(H % P != 0) or repeat positions (P > H). A position is *owned* by the last bin that holds it, the one bin i with
-start(i) <= position < start(i + 1): every output element is written by its owner, once.
+Maps are read bin by bin (triton_bins.py).
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from ..common.addressing import indices, offset, program_id, within
-from ..common.moments import combine
-from .triton_head import finish_head
-
-
-@triton.jit
-def bin_range(i, size, pool):
-    """Bin i holds positions [floor(i * size / pool), ceil((i + 1) * size / pool)), and owns those before start(i + 1).
-
-    Returns (start, end, end of the owned positions).
-    """
-    return i * size // pool, ((i + 1) * size + pool - 1) // pool, (i + 1) * size // pool
-
-
-@triton.jit
-def _elements(plane, row, column, C, H, W, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr):
-    """int64 offsets (positions, planes) of [plane // C, plane % C, row, column]; in NCHW order columns come in
-    aligned runs of RUN."""
-    position = row * W + column
-    if CHANNELS_LAST:
-        return offset(position, C)[:, None] + (offset(plane // C, H * W * C) + plane % C)[None, :]
-    position = tl.max_contiguous(tl.multiple_of(position, RUN), RUN)
-    return offset(plane, tl.multiple_of(H * W, RUN))[None, :] + position[:, None]
-
-
-@triton.jit
-def _bin_of_program(P, BLOCK_C: tl.constexpr):
-    """(bin row, bin column, planes) of this program, int32; bins vary fastest, so that neighbours share cache lines."""
-    pid = program_id(0)
-    bin = pid % (P * P)
-    return bin // P, bin % P, indices(pid // (P * P), BLOCK_C).to(tl.int32)
+from ..common.launch import block_count, configuration, launch, new
+from .tiles import TILES
+from .triton_bins import (
+    bin_gradient,
+    bin_layout,
+    bin_of_program,
+    bin_programs,
+    bin_range,
+    cover,
+    dense,
+    elements,
+    owned_positions,
+    unpooled,
+)
+from .triton_finish import finish_head, finishing
 
 
 @triton.jit
@@ -81,7 +63,7 @@ def norm_act_pool_kernel(
 ):
     """a = leaky_relu(gamma * (z - mean) * rstd + beta), or z itself without NORM; per bin the mean of a and the sums
     of lambda and lambda * xhat. Positions are visited in WINDOW x WINDOW groups, whose maximum is the output."""
-    i, j, plane = _bin_of_program(P, BLOCK_C)
+    i, j, plane = bin_of_program(P, BLOCK_C)
     top, bottom, next_top = bin_range(i, H, P)
     left, right, next_left = bin_range(j, W, P)
     exists = plane < B * C
@@ -109,7 +91,7 @@ def norm_act_pool_kernel(
                     valid = inside & (h < H) & (w < W)
                     member = (valid & (h >= top) & (h < bottom) & (w >= left) & (w < right))[:, None]
                 value = tl.load(
-                    z + _elements(plane, h, w, C, H, W, CHANNELS_LAST, RUN),
+                    z + elements(plane, h, w, C, H, W, CHANNELS_LAST, RUN),
                     mask=valid[:, None] & exists[None, :],
                     other=0.0,
                 ).to(tl.float32)
@@ -141,7 +123,7 @@ def norm_act_pool_kernel(
                     & (column * WINDOW < next_left)
                     & (column < W // WINDOW)
                 )
-            to = _elements(plane, row, column, C, H // WINDOW, W // WINDOW, CHANNELS_LAST, RUN)
+            to = elements(plane, row, column, C, H // WINDOW, W // WINDOW, CHANNELS_LAST, RUN)
             tl.store(out + to, largest.to(out.dtype.element_ty), mask=owned[:, None] & exists[None, :])
     to = offset(plane, P * P) + (i * P + j)
     area = (bottom - top) * (right - left) * 1.0
@@ -151,220 +133,43 @@ def norm_act_pool_kernel(
         tl.store(s2 + to, tl.sum(sum_xhat, 0), mask=exists)
 
 
-@triton.jit
-def _bin_gradient(grad_latents, plane, exists, y, x, H, W, P):
-    """grad / area of bin (y, x), (1, planes)."""
-    top, bottom, _ = bin_range(y, H, P)
-    left, right, _ = bin_range(x, W, P)
-    grad = tl.load(grad_latents + offset(plane, P * P) + (y * P + x), mask=exists, other=0.0)
-    return (grad / ((bottom - top) * (right - left) * 1.0))[None, :]
-
-
-@triton.jit
-def _unpooled(grad_latents, plane, exists, i, j, row, column, H, W, P, COVER: tl.constexpr):
-    """Sum of grad / area over the bins that hold (row, column), positions owned by bin (i, j), (positions, planes).
-
-    They are among the COVER bins up to the owner in each direction.
-    """
-    total = tl.zeros((row.shape[0], plane.shape[0]), tl.float32)
-    for dy in range(COVER):
-        for dx in range(COVER):
-            holds = ((row < ((i - dy + 1) * H + P - 1) // P) & (column < ((j - dx + 1) * W + P - 1) // P))[:, None]
-            y, x = tl.maximum(i - dy, 0), tl.maximum(j - dx, 0)  # holds is False at bins that do not exist
-            total += tl.where(holds, _bin_gradient(grad_latents, plane, exists, y, x, H, W, P), 0.0)
-    return total
-
-
-@triton.jit(do_not_specialize=["B", "H", "W", "P"])
-def grad_preactivation_kernel(
-    z,
-    mean,
-    rstd,
-    gamma,
-    beta,
-    grad_latents,
-    grad_gamma,
-    grad_beta,
-    slope,
-    scale,
-    inverse_count,
-    B,
-    C,
-    H,
-    W,
-    P,
-    COVER: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    RUN: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """z <- scale * gamma * rstd * (lambda * g - (dbeta + xhat * dgamma) / N), g = unpool(grad_latents)."""
-    i, j, plane = _bin_of_program(P, BLOCK_C)
-    top, _, next_top = bin_range(i, H, P)
-    left, _, next_left = bin_range(j, W, P)
-    columns = next_left - left
-    count = tl.multiple_of((next_top - top) * columns, RUN)
-    exists = plane < B * C
-    mu, r, g, shift = _normalization(mean, rstd, gamma, beta, plane % C, exists)
-    share = tl.cast(inverse_count, tl.float32)
-    mean_grad = (tl.load(grad_beta + plane % C, mask=exists, other=0.0) * share)[None, :]
-    mean_grad_xhat = (tl.load(grad_gamma + plane % C, mask=exists, other=0.0) * share)[None, :]
-    factor = g * r * tl.cast(scale, tl.float32)
-    negative = tl.cast(slope, tl.float32)
-    if COVER == 1:
-        grad = _bin_gradient(grad_latents, plane, exists, i, j, H, W, P)
-    for start in range(0, count, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        row, column = top + p // columns, left + p % columns
-        at = z + _elements(plane, row, column, C, H, W, CHANNELS_LAST, RUN)
-        mask = (p < count)[:, None] & exists[None, :]
-        xhat = (tl.load(at, mask=mask, other=0.0).to(tl.float32) - mu) * r
-        if COVER > 1:
-            grad = _unpooled(grad_latents, plane, exists, i, j, row, column, H, W, P, COVER)
-        grad_u = tl.where(xhat * g + shift > 0, grad, grad * negative)
-        result = factor * (grad_u - (mean_grad + xhat * mean_grad_xhat))
-        tl.store(at, result.to(z.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["B", "H", "W", "P"])
-def expand_grad_kernel(
-    grad_latents,
-    scale,
-    out,
-    B,
-    C,
-    H,
-    W,
-    P,
-    PER_ROW: tl.constexpr,
-    COVER: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    RUN: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """out = scale * unpool(grad_latents); scale is one value or one a sample."""
-    i, j, plane = _bin_of_program(P, BLOCK_C)
-    top, _, next_top = bin_range(i, H, P)
-    left, _, next_left = bin_range(j, W, P)
-    columns = next_left - left
-    count = tl.multiple_of((next_top - top) * columns, RUN)
-    exists = plane < B * C
-    if PER_ROW:
-        factor = tl.load(scale + plane // C, mask=exists, other=0.0).to(tl.float32)[None, :]
-    else:
-        factor = tl.load(scale).to(tl.float32)
-    if COVER == 1:
-        grad = _bin_gradient(grad_latents, plane, exists, i, j, H, W, P)
-    for start in range(0, count, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        row, column = top + p // columns, left + p % columns
-        if COVER > 1:
-            grad = _unpooled(grad_latents, plane, exists, i, j, row, column, H, W, P, COVER)
-        result = tl.broadcast_to(grad * factor, (BLOCK_P, BLOCK_C))
-        tl.store(
-            out + _elements(plane, row, column, C, H, W, CHANNELS_LAST, RUN),
-            result.to(out.dtype.element_ty),
-            mask=(p < count)[:, None] & exists[None, :],
-        )
-
-
-@triton.jit(do_not_specialize=["outer", "splits"])
-def batch_moments_kernel(
-    z, partial, outer, inner, C, splits, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Pass 1: count, mean and sum of squared deviations of every `splits`-th tile, by Welford's update in each tile
-    slot. z is (outer, inner, C) with channels last, (outer, C, inner) else; partial is (splits, 4, C).
-
-    All of z is counted from a value near the channel's mean, the fourth row: a mean far from zero then costs no digit
-    of the variance."""
-    pid = program_id(0)
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    c, split = indices(pid % channel_blocks, BLOCK_C), pid // channel_blocks
-    blocks = tl.cdiv(inner, BLOCK_P)
-    shift = _near_mean(z, c, inner, C, CHANNELS_LAST)
-    count = tl.zeros((BLOCK_P,), tl.float32)
-    mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for tile in range(split, outer * blocks, splits):
-        o, p = tile // blocks, indices(tile % blocks, BLOCK_P)
-        inside = p < inner
-        if CHANNELS_LAST:
-            at = offset(p + offset(o, inner), C)[:, None] + c[None, :]
-        else:
-            at = offset(c + offset(o, C), inner)[None, :] + p[:, None]
-        value = tl.load(z + at, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32) - shift[None, :]
-        count += tl.where(inside, 1.0, 0.0)
-        delta = tl.where(inside[:, None], value - mean, 0.0)
-        mean += delta / tl.maximum(count, 1.0)[:, None]
-        squares += delta * (value - mean)
-    _store_moments(partial + offset(split, 4 * C), count[:, None], mean, squares, c, C)
-    tl.store(partial + offset(split, 4 * C) + 3 * C + c, shift, mask=c < C)
-
-
-@triton.jit
-def _near_mean(z, c, inner, C, CHANNELS_LAST: tl.constexpr):
-    """Mean of the first sixteen elements of channels c, or of as many as there are in one piece, cut to twelve bits:
-    then half precision less it is exact, and not all values of one exponent are rounded the same way. 0 where the mean
-    is no larger than the spread: counting from elsewhere would cost the mean digits."""
-    p = tl.arange(0, 16)
-    at = offset(p, C)[:, None] + c[None, :] if CHANNELS_LAST else offset(c, inner)[None, :] + p[:, None]
-    inside = (p < inner)[:, None]
-    value = tl.load(z + at, mask=inside & (c < C)[None, :], other=0.0).to(tl.float32)
-    mean = tl.sum(value, 0) / tl.minimum(inner, 16)
-    spread = tl.max(tl.where(inside, tl.abs(value - mean[None, :]), 0.0), 0)
-    short = (mean.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(mean) > 8 * spread, short, 0.0)
-
-
-@triton.jit
-def _store_moments(partial, count, mean, squares, c, C):
-    total, total_mean, total_squares = combine(count, mean, squares)
-    tl.store(partial + c, tl.zeros_like(total_mean) + total, mask=c < C)
-    tl.store(partial + C + c, total_mean, mask=c < C)
-    tl.store(partial + 2 * C + c, total_squares, mask=c < C)
-
-
-@triton.jit(do_not_specialize=["splits", "C"])
-def batch_stats_kernel(
-    partial,
-    bias,
-    mean,
-    rstd,
-    running_mean,
-    running_var,
-    momentum,
-    eps,
-    splits,
-    C,
-    SPLITS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Pass 2: combine the partial moments; write mean and 1/sqrt(var + eps), move the running statistics."""
-    c = indices(program_id(0), BLOCK_C)
-    s = tl.arange(0, SPLITS)
-    at = partial + offset(s, 4 * C)[:, None] + c[None, :]
-    mask = within(s, splits, c, C)
-    total, mu, squares = combine(
-        tl.load(at, mask=mask, other=0.0),
-        tl.load(at + C, mask=mask, other=0.0),
-        tl.load(at + 2 * C, mask=mask, other=0.0),
+def pool_maps(z, norm, negative_slope, pool_size, window, compute_grad):
+    """`(out, latents, s1, s2)`; norm: (mean, rstd, gamma, beta), or None: no norm, no activation and no `out`."""
+    z, channels_last = dense(z)
+    B, C, H, W = z.shape
+    memory_format = torch.channels_last if channels_last and not z.is_contiguous() else torch.contiguous_format
+    out = s1 = s2 = None
+    if norm:
+        out = torch.empty((B, C, H // window, W // window), dtype=z.dtype, device=z.device, memory_format=memory_format)
+    latents = new(z, B, C * pool_size**2)
+    if compute_grad:
+        s1, s2 = torch.empty_like(latents), torch.empty_like(latents)
+    run, positions = bin_layout(z.shape, pool_size, channels_last, window)
+    config = configuration(TILES["norm_act_pool"], (positions, B * C, channels_last, window > 1), z)
+    launch(
+        norm_act_pool_kernel,
+        bin_programs(z.shape, pool_size, config),
+        z.device,
+        z,
+        out,
+        latents,
+        s1,
+        s2,
+        *(norm or (None,) * 4),
+        negative_slope,
+        B,
+        C,
+        H,
+        W,
+        pool_size,
+        NORM=bool(norm),
+        GRAD=compute_grad,
+        WINDOW=window,
+        CHANNELS_LAST=channels_last,
+        RUN=run,
+        **config,
     )
-    mu += tl.load(partial + 3 * C + c, mask=c < C, other=0.0)
-    var = squares / total
-    tl.store(mean + c, mu, mask=c < C)
-    tl.store(rstd + c, 1.0 / tl.sqrt(var + tl.cast(eps, tl.float32)), mask=c < C)
-    if running_mean is not None:
-        weight = tl.cast(momentum, tl.float32)
-        shifted = mu
-        if bias is not None:
-            shifted = mu + tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
-        old_mean = tl.load(running_mean + c, mask=c < C, other=0.0)
-        old_var = tl.load(running_var + c, mask=c < C, other=0.0)
-        unbiased = squares / tl.maximum(total - 1.0, 1.0)
-        tl.store(running_mean + c, old_mean + weight * (shifted - old_mean), mask=c < C)
-        tl.store(running_var + c, old_var + weight * (unbiased - old_var), mask=c < C)
+    return out, latents, s1, s2
 
 
 @triton.jit
@@ -436,7 +241,7 @@ def norm_grads_kernel(
     """A block of channels a program; further programs finish the head where `losses` are given."""
     pid = program_id(0)
     blocks = tl.cdiv(C, BLOCK_C)
-    if losses is None:
+    if losses is None or pid < blocks:
         _norm_grads(
             pid,
             grad_latents,
@@ -454,39 +259,132 @@ def norm_grads_kernel(
             BLOCK_P,
         )
     else:
-        if pid < blocks:
-            _norm_grads(
-                pid,
-                grad_latents,
-                s1,
-                s2,
-                area,
-                grad_gamma,
-                grad_beta,
-                grad_bias,
-                B,
-                C,
-                positions,
-                BLOCK_B,
-                BLOCK_C,
-                BLOCK_P,
-            )
-        else:
-            finish_head(
-                pid - blocks,
-                losses,
-                target,
-                loss,
-                similarity,
-                grad_logits,
-                grad_modulation,
-                B,
-                K,
-                classes,
-                ignore_index,
-                VECTOR,
-                PRECISION,
-                HEAD_B,
-                HEAD_K,
-                HEAD_C,
-            )
+        finish_head(
+            pid - blocks,
+            losses,
+            target,
+            loss,
+            similarity,
+            grad_logits,
+            grad_modulation,
+            B,
+            K,
+            classes,
+            ignore_index,
+            VECTOR,
+            PRECISION,
+            HEAD_B,
+            HEAD_K,
+            HEAD_C,
+        )
+
+
+def norm_grads(grad_latents, s1, s2, channels, area, finish=None):
+    """With `finish` (see `finishing`) also the loss and the gradient of the modulation, after the other three."""
+    B, positions = grad_latents.shape[0], area.numel()
+    grads = tuple(new(s1, channels) for _ in range(3))
+    config = configuration(TILES["norm_grads"], (max(B, 1), channels, positions), s1)
+    programs, arguments, meta, results = finishing(finish, s1)
+    launch(
+        norm_grads_kernel,
+        block_count(channels, config["BLOCK_C"]) + programs,
+        s1.device,
+        grad_latents.contiguous(),
+        s1.contiguous(),
+        s2.contiguous(),
+        area.contiguous(),
+        *grads,
+        B,
+        channels,
+        positions,
+        *arguments,
+        **meta,
+        **config,
+    )
+    return grads + results
+
+
+@triton.jit(do_not_specialize=["B", "H", "W", "P"])
+def grad_preactivation_kernel(
+    z,
+    mean,
+    rstd,
+    gamma,
+    beta,
+    grad_latents,
+    grad_gamma,
+    grad_beta,
+    slope,
+    scale,
+    inverse_count,
+    B,
+    C,
+    H,
+    W,
+    P,
+    COVER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """z <- scale * gamma * rstd * (lambda * g - (dbeta + xhat * dgamma) / N), g = unpool(grad_latents)."""
+    i, j, plane = bin_of_program(P, BLOCK_C)
+    top, left, columns, count = owned_positions(i, j, H, W, P, RUN)
+    exists = plane < B * C
+    mu, r, g, shift = _normalization(mean, rstd, gamma, beta, plane % C, exists)
+    share = tl.cast(inverse_count, tl.float32)
+    mean_grad = (tl.load(grad_beta + plane % C, mask=exists, other=0.0) * share)[None, :]
+    mean_grad_xhat = (tl.load(grad_gamma + plane % C, mask=exists, other=0.0) * share)[None, :]
+    factor = g * r * tl.cast(scale, tl.float32)
+    negative = tl.cast(slope, tl.float32)
+    if COVER == 1:
+        grad = bin_gradient(grad_latents, plane, exists, i, j, H, W, P)
+    for start in range(0, count, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        row, column = top + p // columns, left + p % columns
+        at = z + elements(plane, row, column, C, H, W, CHANNELS_LAST, RUN)
+        mask = (p < count)[:, None] & exists[None, :]
+        xhat = (tl.load(at, mask=mask, other=0.0).to(tl.float32) - mu) * r
+        if COVER > 1:
+            grad = unpooled(grad_latents, plane, exists, i, j, row, column, H, W, P, COVER)
+        grad_u = tl.where(xhat * g + shift > 0, grad, grad * negative)
+        result = factor * (grad_u - (mean_grad + xhat * mean_grad_xhat))
+        tl.store(at, result.to(z.dtype.element_ty), mask=mask)
+
+
+def grad_preactivation_(
+    z, mean, rstd, gamma, beta, negative_slope, grad_latents, grad_gamma, grad_beta, pool_size, scale
+):
+    if z.numel() == 0:
+        return z
+    maps, channels_last = dense(z)
+    B, C, H, W = z.shape
+    run, positions = bin_layout(z.shape, pool_size, channels_last)
+    config = configuration(TILES["grad_preactivation"], (positions, B * C, channels_last, False), z)
+    launch(
+        grad_preactivation_kernel,
+        bin_programs(z.shape, pool_size, config),
+        z.device,
+        maps,
+        mean,
+        rstd,
+        gamma,
+        beta,
+        grad_latents.contiguous(),
+        grad_gamma,
+        grad_beta,
+        float(negative_slope),
+        float(scale),
+        1.0 / (B * H * W),
+        B,
+        C,
+        H,
+        W,
+        pool_size,
+        COVER=max(cover(H, pool_size), cover(W, pool_size)),
+        CHANNELS_LAST=channels_last,
+        RUN=run,
+        **config,
+    )
+    return z if maps is z else z.copy_(maps)

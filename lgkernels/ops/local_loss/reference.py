@@ -9,14 +9,11 @@ of a one-hot table or of all pairs of rows is built, but where a docstring says 
 import torch
 import torch.nn.functional as F
 
+from ...core.ops import wide
+
 ELEMENTS = 1 << 20  # of a row block's intermediate: 4 MB in float32
 EPS_NORM = 1e-8  # of the similarity matrix (anokland/local-loss)
 EPS_UNIT = 1e-12  # of torch's normalize
-
-
-def wide(tensor):
-    """float64 stays, everything else is computed in float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 # -- pool, linear, cross entropy ----------------------------------------------------------------------------------

@@ -9,46 +9,34 @@ from functools import partial
 
 import torch
 
-from ...core.tiles import architecture, power_of_two, select
-from ..common.launch import launch
+from ...core.tiles import power_of_two
+from ..common.launch import block_count, configuration, launch, new
 from . import composed, reference, triton_maps, triton_rows
 from .reference import local_cross_entropy_grads  # noqa: F401  products and scalings of small matrices
 from .tiles import TILES
-
-
-def _config(op, sizes, tensor):
-    return select(TILES[op], sizes, tensor.dtype, architecture(tensor.device))
-
-
-def _blocks(n, block):
-    return -(-n // block)
-
-
-def _new(like, *shape):
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def _map(op, shape, tensor):
     """`(configuration, programs over the planes, whether the channels are last)` of a pass over `shape`."""
     planes, positions, channels = shape
     channels_last = channels > 1
-    config = _config(op, (positions, channels if channels_last else planes, channels_last), tensor)
+    config = configuration(TILES[op], (positions, channels if channels_last else planes, channels_last), tensor)
     blocks = (
-        planes // channels * _blocks(channels, config["BLOCK_C"])
+        planes // channels * block_count(channels, config["BLOCK_C"])
         if channels_last
-        else _blocks(planes, config["BLOCK_C"])
+        else block_count(planes, config["BLOCK_C"])
     )
     return config, blocks, channels_last
 
 
 def _slices(positions, blocks, config):
     """Parts of a plane, of eight tiles at least, where the planes alone are too few programs for the card."""
-    return max(1, min(_blocks(positions, 8 * config["BLOCK_P"]), _blocks(1024, blocks), 64))
+    return max(1, min(block_count(positions, 8 * config["BLOCK_P"]), block_count(1024, blocks), 64))
 
 
 def _mean(h):
     dense, shape = composed.planes(h)
-    mean = _new(h, len(h), h.shape[1] if h.dim() == 4 else h.shape[2])
+    mean = new(h, len(h), h.shape[1] if h.dim() == 4 else h.shape[2])
     config, blocks, channels_last = _map("sums", shape, dense)
     launch(
         triton_maps.sums_kernel,
@@ -68,7 +56,7 @@ def _mean(h):
 
 def _deviation(x):
     dense, shape = composed.planes(x)
-    mean, deviation = _new(x, *x.shape[:2]), _new(x, *x.shape[:2])
+    mean, deviation = new(x, *x.shape[:2]), new(x, *x.shape[:2])
     config, blocks, channels_last = _map("deviation", shape, dense)
     launch(
         triton_maps.deviation_kernel,
@@ -111,15 +99,15 @@ def _scale(dense, shape, mean, factor, scale, like):
 
 def _rows(rows, tensor):
     """`(configuration, programs)` of a pass over the rows of a matrix."""
-    config = _config("rows", rows, tensor)
-    return config, _blocks(rows[0], config["BLOCK_B"])
+    config = configuration(TILES["rows"], rows, tensor)
+    return config, block_count(rows[0], config["BLOCK_B"])
 
 
 # -- pool, linear, cross entropy ----------------------------------------------------------------------------------
 
 
 def _cross_entropy_rows(logits, target, label_smoothing, grad_scale, compute_grad):
-    losses = _new(logits, len(logits))
+    losses = new(logits, len(logits))
     config, programs = _rows(logits.shape, logits)
     launch(
         triton_rows.cross_entropy_kernel,
@@ -150,8 +138,8 @@ def goodness(h, is_positive, threshold, mean, compute_grad):
     batch, size, _ = shape
     config, blocks, _ = _map("sums", shape, dense)
     slices = _slices(size, blocks, config)
-    parts, loss, squares = _new(h, slices, batch), _new(h), _new(h, batch)
-    kappa = _new(h, batch) if compute_grad else None
+    parts, loss, squares = new(h, slices, batch), new(h), new(h, batch)
+    kappa = new(h, batch) if compute_grad else None
     launch(
         triton_maps.sums_kernel,
         blocks * slices,
@@ -181,7 +169,7 @@ def goodness(h, is_positive, threshold, mean, compute_grad):
         SLICES=power_of_two(slices),
         BLOCK_B=max(2048 // power_of_two(slices), 16),
     )
-    return loss, _new(h, 0) if kappa is None else kappa, squares
+    return loss, new(h, 0) if kappa is None else kappa, squares
 
 
 def goodness_grad(h, kappa, scale):
@@ -192,14 +180,14 @@ def goodness_grad(h, kappa, scale):
 
 
 def _normalize_rows(features):
-    rows, norms = _new(features, *features.shape), _new(features, len(features))
+    rows, norms = new(features, *features.shape), new(features, len(features))
     config, programs = _rows(features.shape, rows)
     launch(triton_rows.normalize_kernel, programs, features.device, features, rows, norms, *features.shape, **config)
     return rows, norms
 
 
 def _match_rows(products, target, same, other):
-    losses = _new(products, len(products))
+    losses = new(products, len(products))
     config, programs = _rows(products.shape, products)
     launch(
         triton_rows.match_kernel,

@@ -10,13 +10,7 @@ import triton
 import triton.language as tl
 
 from ..common.addressing import indices, offset, program_id, within
-
-
-@triton.jit
-def _tile(b, start, B, F, BLOCK_F: tl.constexpr):
-    """(columns, offsets and mask of the tile) of rows b and columns start to start + BLOCK_F."""
-    c = start + tl.arange(0, BLOCK_F)
-    return c, offset(b, F)[:, None] + c[None, :], within(b, B, c, F)
+from ..common.rows import cross_entropy_in_tiles, row_tile
 
 
 @triton.jit
@@ -39,35 +33,11 @@ def cross_entropy_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """loss = logsumexp(v) - (1 - smoothing) v_target - smoothing * mean(v); with GRAD
-    v <- grad_scale * (softmax(v) - smoothed one-hot)."""
+    """Losses of all rows; with GRAD v <- grad_scale * (softmax(v) - smoothed one-hot) (ops/common/rows.py)."""
     b = indices(program_id(0), BLOCK_B)
     label = tl.load(target + b, mask=b < B, other=0)[:, None]
-    largest = tl.full((BLOCK_B, BLOCK_F), float("-inf"), tl.float32)
-    for start in range(0, F, BLOCK_F):
-        c, at, mask = _tile(b, start, B, F, BLOCK_F)
-        largest = tl.maximum(largest, tl.load(logits + at, mask=mask, other=float("-inf")))
-    most = tl.where(b < B, tl.max(largest, 1), 0.0)[:, None]
-    total = tl.zeros((BLOCK_B, BLOCK_F), tl.float32)
-    evenly = tl.zeros((BLOCK_B, BLOCK_F), tl.float32)
-    picked = tl.zeros((BLOCK_B, BLOCK_F), tl.float32)
-    for start in range(0, F, BLOCK_F):
-        c, at, mask = _tile(b, start, B, F, BLOCK_F)
-        v = tl.load(logits + at, mask=mask, other=float("-inf")) - most
-        total += tl.exp(v)
-        evenly += tl.where(mask, v, 0.0)
-        picked += tl.where(mask & (c[None, :] == label), v, 0.0)
-    log_sum = tl.log(tl.where(b < B, tl.sum(total, 1), 1.0))
-    even = tl.cast(smoothing, tl.float32) / F
-    sharp = 1.0 - tl.cast(smoothing, tl.float32)
-    tl.store(losses + b, log_sum - sharp * tl.sum(picked, 1) - even * tl.sum(evenly, 1), mask=b < B)
-    if GRAD:
-        for start in range(0, F, BLOCK_F):
-            c, at, mask = _tile(b, start, B, F, BLOCK_F)
-            v = tl.load(logits + at, mask=mask, other=float("-inf")) - most
-            q = even + tl.where(c[None, :] == label, sharp, 0.0)
-            p = tl.exp(v - log_sum[:, None])
-            tl.store(logits + at, (p - q) * tl.cast(grad_scale, tl.float32), mask=mask)
+    loss = cross_entropy_in_tiles(logits, label, b, B, F, smoothing, grad_scale, GRAD, BLOCK_B, BLOCK_F)
+    tl.store(losses + b, loss, mask=b < B)
 
 
 @triton.jit(do_not_specialize=["B", "slices"])
@@ -110,7 +80,7 @@ def normalize_kernel(x, rows, norms, B, F, BLOCK_B: tl.constexpr, BLOCK_F: tl.co
     total = tl.zeros((BLOCK_B, BLOCK_F), tl.float32)
     square = tl.zeros((BLOCK_B, BLOCK_F), tl.float32)
     for start in range(0, F, BLOCK_F):
-        c, at, mask = _tile(b, start, B, F, BLOCK_F)
+        c, at, mask = row_tile(b, start, B, F, BLOCK_F)
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         total += value
         square += value * value
@@ -118,7 +88,7 @@ def normalize_kernel(x, rows, norms, B, F, BLOCK_B: tl.constexpr, BLOCK_F: tl.co
     length = tl.sqrt_rn(tl.sum(square, 1))
     square = tl.zeros((BLOCK_B, BLOCK_F), tl.float32)
     for start in range(0, F, BLOCK_F):
-        c, at, mask = _tile(b, start, B, F, BLOCK_F)
+        c, at, mask = row_tile(b, start, B, F, BLOCK_F)
         centred = tl.where(mask, tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean, 0.0)
         square += centred * centred
     norm = tl.sqrt_rn(tl.sum(square, 1))
@@ -126,7 +96,7 @@ def normalize_kernel(x, rows, norms, B, F, BLOCK_B: tl.constexpr, BLOCK_F: tl.co
     tl.store(norms + b, tl.where(varies, norm, 0.0), mask=b < B)
     inverse = tl.where(varies, 1.0 / (norm + 1e-8), 0.0)[:, None]
     for start in range(0, F, BLOCK_F):
-        c, at, mask = _tile(b, start, B, F, BLOCK_F)
+        c, at, mask = row_tile(b, start, B, F, BLOCK_F)
         tl.store(rows + at, (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean) * inverse, mask=mask)
 
 
@@ -137,7 +107,7 @@ def match_kernel(products, target, losses, B, F, same, other, BLOCK_B: tl.conste
     label = tl.load(target + b, mask=b < B, other=0)[:, None]
     total = tl.zeros((BLOCK_B, BLOCK_F), tl.float32)
     for start in range(0, F, BLOCK_F):
-        c, at, mask = _tile(b, start, B, F, BLOCK_F)
+        c, at, mask = row_tile(b, start, B, F, BLOCK_F)
         product = tl.minimum(tl.maximum(tl.load(products + at, mask=mask, other=0.0), -1.0), 1.0)
         equal = tl.load(target + c, mask=c < F, other=0)[None, :] == label
         error = product - tl.where(equal, tl.cast(same, tl.float32), tl.cast(other, tl.float32))
@@ -158,7 +128,7 @@ def rows_grad_kernel(
     sum_grad = tl.zeros((BLOCK_B, BLOCK_F), tl.float32)
     sum_rows = tl.zeros((BLOCK_B, BLOCK_F), tl.float32)
     for start in range(0, F, BLOCK_F):
-        c, at, mask = _tile(b, start, B, F, BLOCK_F)
+        c, at, mask = row_tile(b, start, B, F, BLOCK_F)
         g, r = tl.load(grad + at, mask=mask, other=0.0), tl.load(rows + at, mask=mask, other=0.0)
         along += g * r
         sum_grad += g
@@ -168,7 +138,7 @@ def rows_grad_kernel(
     centre = ((tl.sum(sum_grad, 1) - share * tl.sum(sum_rows, 1)) / F)[:, None]
     inverse = tl.where(varies, tl.cast(factor, tl.float32) / (norm + 1e-8), 0.0)[:, None]
     for start in range(0, F, BLOCK_F):
-        c, at, mask = _tile(b, start, B, F, BLOCK_F)
+        c, at, mask = row_tile(b, start, B, F, BLOCK_F)
         g, r = tl.load(grad + at, mask=mask, other=0.0), tl.load(rows + at, mask=mask, other=0.0)
         value = (g - r * share[:, None] - centre) * inverse
         if deviation is not None:

@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.tiles import architecture, select
 from ..common.addressing import offset, program_id
-from ..common.launch import launch
+from ..common.launch import block_count, configuration, launch
 from .memory import stepper
 from .tiles import TILES
 
@@ -133,7 +132,7 @@ def _table(pieces, chunk, device):
     elements)."""
     rows = np.array(pieces, dtype=np.int64)
     addresses, offset_bytes, sizes = rows[:, :4], rows[:, 4], rows[:, 5]
-    chunks = -(-sizes // chunk)
+    chunks = block_count(sizes, chunk)
     owner = np.repeat(np.arange(len(rows)), chunks)
     start = (np.arange(len(owner)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * chunk
     element = np.stack([np.full_like(sizes, 4)] * 3 + [offset_bytes], 1)
@@ -164,7 +163,7 @@ def prepare(rows):
     tables, device = [], rows[0][0].device if rows else None
     for half, members in pieces.items():
         largest = max(piece[-1] for piece in members)
-        config = select(TILES["offset_sgd"], (largest,), torch.float32, architecture(device))
+        config = configuration(TILES["offset_sgd"], (largest,), rows[0][0])
         tables.append((_table(tuple(members), config["BLOCK"] * config["PARTS"], device), half, config))
     return tables
 
