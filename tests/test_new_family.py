@@ -257,7 +257,11 @@ def tree(tmp_path_factory):
         at = next(i for i, text in enumerate(lines) if text.startswith(before))
         lines.insert(at, f"{line}\n")
         (folder / name).write_text("".join(lines))
-    run(folder, "setup.py", "-q", "build_ext", "--inplace", LGKERNELS_BUILD="cpu")
+    # .ci/run keeps the objects of its own build
+    launcher = (
+        {"CMAKE_CXX_COMPILER_LAUNCHER": str(ROOT / ".ci/keep_objects")} if "LGKERNELS_OBJECTS" in os.environ else {}
+    )
+    run(folder, "setup.py", "-q", "build_ext", "--inplace", LGKERNELS_BUILD="cpu", **launcher)
     return folder
 
 
