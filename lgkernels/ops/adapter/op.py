@@ -5,6 +5,7 @@ from functools import partial
 from torch import Tensor
 
 from ...core.ops import define
+from .options import Geometry
 
 _define = partial(define, package=__package__)
 
@@ -84,9 +85,10 @@ def lokr_linear_backward(
     return kernels.lokr_linear_grads(g, x, weight, w1, a, b, t, u, scale, needs)
 
 
-def _conv_fake(x, weight, bias, stride, padding, dilation, groups, w1, a, b, scale):
-    geometry = zip(x.shape[2:], padding, dilation, weight.shape[2:], stride)
-    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in geometry]
+def _conv_fake(x, weight, bias, geometry, w1, a, b, scale):
+    stride, padding, dilation, groups = geometry
+    dimensions = zip(x.shape[2:], padding, dilation, weight.shape[2:], stride)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in dimensions]
     new, rows, inner = x.new_empty, x.shape[0], b.shape[0] * size[0] * size[1]
     return (
         new(rows, weight.shape[0], *size),
@@ -101,28 +103,22 @@ def lokr_conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    geometry: Geometry,
     w1: Tensor,
     a: Tensor | None,
     b: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return kernels.lokr_conv2d(x, weight, bias, stride, padding, dilation, groups, w1, a, b, scale)
+    return kernels.lokr_conv2d(x, weight, bias, geometry, w1, a, b, scale)
 
 
-@_define(backends_of="lokr_conv2d", fake=_grads_fake(1, 2, -1, 7, 8, 9))
+@_define(backends_of="lokr_conv2d", fake=_grads_fake(1, 2, -1, 4, 5, 6))
 def lokr_conv2d_backward(
     kernels,
     g: Tensor,
     x: Tensor,
     weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    geometry: Geometry,
     w1: Tensor,
     a: Tensor | None,
     b: Tensor,
@@ -131,4 +127,4 @@ def lokr_conv2d_backward(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return kernels.lokr_conv2d_grads(g, x, weight, stride, padding, dilation, groups, w1, a, b, t, u, scale, needs)
+    return kernels.lokr_conv2d_grads(g, x, weight, geometry, w1, a, b, t, u, scale, needs)

@@ -100,9 +100,10 @@ def _mix_groups(w1, t, groups):
     return torch.matmul(w1.view(groups, -1, w1.shape[1]), t)
 
 
-def lokr_conv2d(x, weight, bias, stride, padding, dilation, groups, w1, a, b, scale):
+def lokr_conv2d(x, weight, bias, geometry, w1, a, b, scale):
     """`(y, T (B, groups, c, r P), U (B, groups, a / groups, r P))` of P positions; b (r, d, kh, kw), or with a None the
     full w2, and U empty."""
+    stride, padding, dilation, groups = geometry
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous()
     t = F.conv2d(_grouped(x, b.shape[1]), b, None, stride, padding, dilation)
     area = y.shape[2] * y.shape[3]
@@ -116,9 +117,10 @@ def lokr_conv2d(x, weight, bias, stride, padding, dilation, groups, w1, a, b, sc
     return y, t, u
 
 
-def lokr_conv2d_grads(g, x, weight, stride, padding, dilation, groups, w1, a, b, t, u, scale, needs):
+def lokr_conv2d_grads(g, x, weight, geometry, w1, a, b, t, u, scale, needs):
     """Gradients of x, weight, bias, w1, a, b; those not needed are empty."""
     none, g, area = g.new_empty(0), g.contiguous(), g.shape[2] * g.shape[3]
+    stride, padding, dilation, groups = geometry
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         g, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, list(needs[:3])
     )

@@ -38,14 +38,6 @@ class Parameters(NamedTuple):
     modulation: Tensor | None
 
 
-class Wanted(NamedTuple):
-    """Which gradients."""
-
-    any: bool
-    weight: bool
-    modulation: bool
-
-
 def channels_last(x):
     """True when `out` should be laid out with the channels innermost, as torch's convolution would."""
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
@@ -149,16 +141,18 @@ def forward(kernels, x, target, parameters, basis, options, wanted):
     affine = (t.to(wide).contiguous() for t in (parameters.norm_weight, parameters.norm_bias))
     norm = (*stats, *affine, options.negative_slope)
     layout = {"out_channels_last": last} if z.dim() == 4 and kernels.CAPABILITIES.converts_layouts else {}
-    out, latents, *sums = kernels.norm_act_pool(z, *norm, options.pool_size, options.max_pool, wanted.any, **layout)
+    out, latents, *sums = kernels.norm_act_pool(
+        z, *norm, options.pool_size, options.max_pool, wanted.compute_grad, **layout
+    )
 
     # Some backends leave the loss's mean and the modulation's gradient to the launch of the norm's gradients.
-    finishes = wanted.any and kernels.CAPABILITIES.finishes_head
+    finishes = wanted.compute_grad and kernels.CAPABILITIES.finishes_head
     loss, grad_latents, similarity, grad_logits = kernels.head(
-        latents, target, modulation, basis, options.head, wanted.any, **({"reduce": False} if finishes else {})
+        latents, target, modulation, basis, options.head, wanted.compute_grad, **({"reduce": False} if finishes else {})
     )
-    if not wanted.any:
+    if not wanted.compute_grad:
         return out, loss, *(loss.new_empty(0) for _ in range(5))
-    finish = (loss, target, similarity, grad_logits, modulation if wanted.modulation else None, -100)
+    finish = (loss, target, similarity, grad_logits, modulation if wanted.needs_modulation else None, -100)
     finish = {"finish": finish} if finishes else {}
     scale = _gradient_scale(z, options.pool_size, options.temperature)
     if z.dim() == 4:
@@ -166,7 +160,7 @@ def forward(kernels, x, target, parameters, basis, options, wanted):
         grad_gamma, grad_beta, grad_bias, *finished = kernels.norm_grads(
             grad_latents, *sums, z.shape[1], areas, **finish
         )
-        if wanted.weight:
+        if wanted.needs_weight:
             kernels.grad_preactivation_(z, *norm, grad_latents, grad_gamma, grad_beta, options.pool_size, scale)
     else:
         grad_gamma, grad_beta, grad_bias, *finished = kernels.linear_grad_preactivation_(
@@ -175,11 +169,11 @@ def forward(kernels, x, target, parameters, basis, options, wanted):
     loss, grad_modulation = finished if finishes else (loss, loss.new_empty(0))
 
     grad_weight = loss.new_empty(0)
-    if wanted.weight:
+    if wanted.needs_weight:
         grad_weight = layer.grad_weight(z).to(loss.dtype, memory_format=layer.memory_format)
         if scale != 1.0:
             grad_weight = grad_weight.div_(scale)
-    if wanted.modulation and not finishes:
+    if wanted.needs_modulation and not finishes:
         grad_modulation = kernels.modulation_grad(similarity, grad_logits, modulation.dim() == 1, one(loss.device))
     grad_bias = loss.new_empty(0) if parameters.bias is None else grad_bias
     return out, loss, grad_weight, grad_bias, grad_gamma, grad_beta, grad_modulation

@@ -10,7 +10,7 @@ from ...core import checks
 from ...core.ops import class_indices, define, wide_dtype
 from . import basis as tables
 from . import block
-from .options import BlockOptions, HeadOptions
+from .options import BlockOptions, HeadOptions, Wanted
 
 
 def basis_rows(modulation, basis, num_classes):
@@ -155,7 +155,7 @@ def lls_loss_backward(
 
 
 def _check_block(
-    x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, options, *needs
+    x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, options, wanted
 ):
     channels = weight.shape[:1]
     for name, tensor in (
@@ -180,9 +180,8 @@ def _check_block(
 
 
 def _block_fake(
-    x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, options, *needs
+    x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, options, wanted
 ):
-    compute_grad, needs_weight, needs_modulation = needs
     wide = wide_dtype(x.dtype)
     if weight.dim() == 2:
         out = x.new_empty((x.shape[0], weight.shape[0]))
@@ -192,19 +191,19 @@ def _block_fake(
         size = [n // 2 for n in size] if options.max_pool else size
         out = _empty((x.shape[0], weight.shape[0], *size), x.dtype, block.channels_last(x), x.device)
 
-    def new(reference, wanted=True):
-        if wanted and compute_grad and reference is not None:
+    def new(reference, asked=True):
+        if asked and wanted.compute_grad and reference is not None:
             return torch.empty_like(reference, dtype=wide)
         return x.new_empty(0, dtype=wide)
 
     return (
         out,
         x.new_empty((), dtype=wide),
-        new(weight, needs_weight),
+        new(weight, wanted.needs_weight),
         new(bias),
         new(norm_weight),
         new(norm_bias),
-        new(modulation, needs_modulation),
+        new(modulation, wanted.needs_modulation),
     )
 
 
@@ -227,13 +226,10 @@ def lls_block(
     target: Tensor,
     modulation: Tensor | None,
     options: BlockOptions,
-    compute_grad: bool,
-    needs_weight: bool,
-    needs_modulation: bool,
+    wanted: Wanted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     target = class_indices("target", target, options.num_classes, -100)
     dim = latent_size((0,) * weight.dim() if weight.dim() == 2 else (0, weight.shape[0], 0, 0), options.pool_size)
     basis = basis_for(kernels, basis_rows(modulation, None, options.num_classes), dim, options.waveform, x.device)
     parameters = block.Parameters(weight, bias, norm_weight, norm_bias, running_mean, running_var, modulation)
-    wanted = block.Wanted(compute_grad, needs_weight, needs_modulation)
     return block.forward(kernels, x, target, parameters, basis, options, wanted)

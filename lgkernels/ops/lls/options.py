@@ -38,6 +38,14 @@ class BlockOptions(NamedTuple):
         return HeadOptions(self.num_classes, self.temperature, self.label_smoothing)
 
 
+class Wanted(NamedTuple):
+    """Which gradients of a fused block."""
+
+    compute_grad: bool
+    needs_weight: bool
+    needs_modulation: bool
+
+
 class Capabilities(NamedTuple):
     """What a backend can do beyond the functions of `reference.py`: its `CAPABILITIES`."""
 
