@@ -40,7 +40,7 @@ def imports(name):
 
 
 def floor(name):
-    return max((i for i, f in enumerate(FLOORS) if name == f or name.startswith(f + ".")), default=len(FLOORS))
+    return next((i for i, f in enumerate(FLOORS) if name == f or name.startswith(f + ".")), len(FLOORS))
 
 
 def test_imports_are_seen():
