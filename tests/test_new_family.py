@@ -82,7 +82,7 @@ import triton
 import triton.language as tl
 
 from ..common.addressing import indices, program_id
-from ..common.launch import launch
+from ..common.launch import block_count, launch
 from ..common.rounding import rounded
 
 
@@ -95,9 +95,8 @@ def toy_kernel(x, out, factor, size, BLOCK: tl.constexpr):
 
 def scale(x, options):
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    programs = -(-x.numel() // 256)
-    if programs:
-        launch(toy_kernel, programs, x.device, x.contiguous(), out, options.factor, x.numel(), BLOCK=256)
+    programs = block_count(x.numel(), 256)
+    launch(toy_kernel, programs, x.device, x.contiguous(), out, options.factor, x.numel(), BLOCK=256)
     return out
 """,
     "lgkernels/ops/toy/selftest.py": """
@@ -214,7 +213,6 @@ import torch
 from lgkernels.ops.toy import triton as toy
 from lgkernels.ops.toy.options import ToyOptions
 
-LAUNCHER = toy
 MATRIX_KERNELS = set()
 TABLES = {}
 

@@ -10,8 +10,8 @@ from torch import nn
 from .. import functional as LF
 from ..core import checks
 from ..core.annotations import BlockOutput
+from ..core.ops import wide
 from ..functional.local_loss import goodness_and_squares
-from ..ops.local_loss import autograd as _local
 
 __all__ = ["ClassifierBlock", "ContrastiveHead", "ForwardForwardLayer", "LocalClassifier", "PredSimHead"]
 
@@ -143,11 +143,11 @@ class ForwardForwardLayer(nn.Module):
         """x by its norm, of which the sums of squares of the rows may be known."""
         if kind == "none":
             return x
-        wide = _local.reference.wide(x)  # a norm or eps that is no float16 must not become inf or 0
-        norm = torch.linalg.vector_norm(wide, dim=tuple(range(1, x.dim()))) if norm is None else norm
+        wider = wide(x)  # a norm or eps that is no float16 must not become inf or 0
+        norm = torch.linalg.vector_norm(wider, dim=tuple(range(1, x.dim()))) if norm is None else norm
         norm = norm if kind == "l2" else norm / x.shape[1:].numel() ** 0.5
         eps = (1e-4 if kind == "l2" else 1e-8) if self.eps is None else self.eps
-        return (wide / (norm + eps).view(-1, *[1] * (x.dim() - 1))).to(x.dtype)
+        return (wider / (norm + eps).view(-1, *[1] * (x.dim() - 1))).to(x.dtype)
 
     def normalized(self, x: torch.Tensor) -> torch.Tensor:
         """The layer's input."""
@@ -163,7 +163,7 @@ class ForwardForwardLayer(nn.Module):
     def goodness_of(self, x: torch.Tensor) -> torch.Tensor:
         """(B,) goodness of each sample: the argument of the prediction by largest goodness."""
         h = self.layer(self.normalized(x))
-        squares = _local.reference.wide(h).square().flatten(1)
+        squares = wide(h).square().flatten(1)
         return squares.mean(1) if self.goodness == "mean" else squares.sum(1)
 
 

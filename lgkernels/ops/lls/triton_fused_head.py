@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.addressing import indices, load_tile, program_id, store_tile
+from ..common.addressing import indices, load_tile, offset, program_id, store_tile, within
 from ..common.launch import block_count, configuration, launch
 from .tiles import TILES
 from .triton_finish import reduce_loss
@@ -240,8 +240,9 @@ def wide_head_kernel(
         x, basis, modulation, similarity, factor, b, c, B, d, K, C, PACKED, MATRIX, BLOCK_B, BLOCK_K, BLOCK_C, BLOCK_D
     )
     tl.debug_barrier()
+    at_class, class_mask = offset(b, C)[:, None] + c[None, :], within(b, B, c, C)  # made once, for fewer registers
     if not MATRIX:
-        z = load_tile(similarity, b, c, B, C)
+        z = tl.load(similarity + at_class, mask=class_mask, other=0.0)
         if modulation is not None:
             v = tl.load(modulation + c, mask=c < C, other=0.0)[None, :]
             z = z * v
@@ -250,7 +251,7 @@ def wide_head_kernel(
     loss, grad_z = head_loss(z, label, c, C, count, temperature, smoothing, ignore_index, CROSS_ENTROPY)
     tl.store(losses + b, loss, mask=b < B)
     if GRAD:
-        store_tile(grad_logits, grad_z, b, c, B, C)
+        tl.store(grad_logits + at_class, grad_z, mask=class_mask)
         rho = tl.sum(grad_z * z, 1)
         if MATRIX:
             for first in range(0, K, BLOCK_K):
@@ -258,7 +259,7 @@ def wide_head_kernel(
                 grad_s = _times_transposed(grad_z, load_tile(modulation, k, c, K, C))
                 store_tile(grad_similarity, grad_s, b, k, B, K)
         elif modulation is not None:
-            store_tile(grad_similarity, grad_z * v, b, c, B, C)
+            tl.store(grad_similarity + at_class, grad_z * v, mask=class_mask)
         tl.debug_barrier()
         for block in range(tl.cdiv(d, BLOCK_D)):
             g = _back_by_tiles(

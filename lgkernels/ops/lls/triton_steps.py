@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.addressing import indices, load_tile, offset, store_tile, within
+from ..common.addressing import indices, load_tile, offset, within
 from ..common.rows import cross_entropy
 from ..common.signs import unpacked
 
@@ -86,12 +86,13 @@ def store_latent_grad(
 ):
     """dL/dx = (g - xhat * rho) / |x| at rows b and a block of columns, below eps g / eps, or 0; g without NORMALIZE."""
     j = indices(block, BLOCK_D)
+    at, inside = offset(b, d)[:, None] + j[None, :], within(b, B, j, d)  # made once, for fewer registers
     if NORMALIZE:
-        x_tile, smallest = load_tile(x, b, j, B, d), tl.cast(eps, tl.float32)
+        x_tile, smallest = tl.load(x + at, mask=inside, other=0.0), tl.cast(eps, tl.float32)
         inverse = (1.0 / tl.maximum(norm, smallest))[:, None]
         below = g * 0.0 if ZERO_BELOW else g / smallest
         g = tl.where((norm >= smallest)[:, None], (g - x_tile * inverse * rho[:, None]) * inverse, below)
-    store_tile(grad_latents, g, b, j, B, d)
+    tl.store(grad_latents + at, g, mask=inside)
 
 
 @triton.jit
