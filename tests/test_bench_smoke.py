@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.once import made_once
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -28,9 +30,7 @@ def run_smoke(*arguments):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bench") / "cpu.json"
-    run_smoke("--save", str(path))
-    return path
+    return made_once(tmp_path_factory, "bench.json", lambda path: run_smoke("--save", str(path)))
 
 
 # -- cases and contestants --------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.once import made_once
+
 ROOT = Path(__file__).resolve().parents[1]
 NEW = {
     "lgkernels/ops/toy/__init__.py": "",
@@ -243,7 +245,10 @@ EDITED = {  # one line each
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """A copy of the tree with the toy, and the native module built in it."""
-    folder = tmp_path_factory.mktemp("tree")
+    return made_once(tmp_path_factory, "new_family", make_tree)
+
+
+def make_tree(folder):
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "build", "runs", ".git", ".*cache")
     shutil.copytree(ROOT, folder, ignore=ignored, dirs_exist_ok=True)
     for name, text in NEW.items():
@@ -260,7 +265,6 @@ def tree(tmp_path_factory):
         {"CMAKE_CXX_COMPILER_LAUNCHER": str(ROOT / ".ci/keep_objects")} if "LGKERNELS_OBJECTS" in os.environ else {}
     )
     run(folder, "setup.py", "-q", "build_ext", "--inplace", LGKERNELS_BUILD="cpu", **launcher)
-    return folder
 
 
 def run(folder, *arguments, **environment):
