@@ -3,17 +3,13 @@
 `CASES[op](impl, device, dtype)` returns what the op computes, gradients included, from fixed inputs.
 """
 
-import torch
-
+from ..common.selftest import leaves
 from . import autograd
 
 
 def _case(function, *shapes):
     def case(impl, device, dtype):
-        generator = torch.Generator().manual_seed(1)
-        tensors = [
-            torch.randn(shape, generator=generator).bfloat16().to(device, dtype).requires_grad_() for shape in shapes
-        ]
+        tensors = leaves(shapes, device, dtype)
         y = function(impl, *tensors)
         y.square().mean().backward()
         return [y.detach(), *(t.grad for t in tensors)]

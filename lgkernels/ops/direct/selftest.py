@@ -2,22 +2,17 @@
 
 import torch
 
+from ..common.selftest import values
 from . import op  # noqa: F401  registers the ops
 
 _ops = torch.ops.lgkernels
 
 
-def _random(*shape, device, dtype):
-    """Fixed standard normal values, rounded to half precision so that every dtype starts from the same ones."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float32)
-    return values.bfloat16().to(device, dtype)
-
-
 def direct(impl, device, dtype):
     """The block of direct feedback forward and backward; the ops go together."""
-    z = _random(3, 4, 6, 7, device=device, dtype=dtype)
-    gamma, beta = (_random(n, 1, device=device, dtype=dtype)[:4, 0].contiguous() for n in (5, 6))
-    error, state = _random(3, 5, device=device, dtype=dtype), torch.tensor([11, 3, 2], device=device)
+    z = values(3, 4, 6, 7, device=device, dtype=dtype)
+    gamma, beta = (values(n, 1, device=device, dtype=dtype)[:4, 0].contiguous() for n in (5, 6))
+    error, state = values(3, 5, device=device, dtype=dtype), torch.tensor([11, 3, 2], device=device)
     out, mean, rstd = _ops.direct_forward(z, gamma, beta, None, None, 0.1, 1e-5, 0.01, True, impl)
     gradients = _ops.direct_backward_(
         z, mean, rstd, gamma, beta, None, error, state, "uniform", 0.5, None, 0.01, True, impl

@@ -2,20 +2,15 @@
 
 import torch
 
+from ..common.selftest import values
 from . import op  # noqa: F401  registers the ops
 
 _ops = torch.ops.lgkernels
 
 
-def _random(*shape, device, dtype):
-    """Fixed standard normal values, rounded to half precision so that every dtype starts from the same ones."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float32)
-    return values.bfloat16().to(device, dtype)
-
-
 def _formulas(device, dtype):
     """(weight, magnitude, state, law, law_scale, low, scale, sign_plus) of uSF, frSF by tensor and by formula, FA."""
-    weight, magnitude = (_random(n, 40, device=device, dtype=dtype)[:6] for n in (6, 7))
+    weight, magnitude = (values(n, 40, device=device, dtype=dtype)[:6] for n in (6, 7))
     state = torch.tensor([11, 3, 2], device=device)
     return [
         (weight, None, None, "uniform", 1.0, None, 0.25, False),
@@ -26,7 +21,7 @@ def _formulas(device, dtype):
 
 
 def product(impl, device, dtype):
-    grad = _random(3, 6, device=device, dtype=dtype)
+    grad = values(3, 6, device=device, dtype=dtype)
     return [_ops.feedback_product(grad, 40, *formula, impl) for formula in _formulas(device, dtype)]
 
 
@@ -41,20 +36,20 @@ def rows(impl, device, dtype):
 
 
 def pack_signs(impl, device, dtype):
-    weight = _random(6, 40, device=device, dtype=dtype)
+    weight = values(6, 40, device=device, dtype=dtype)
     packed = _ops.feedback_pack_signs(weight, impl)
     grad = torch.eye(6, device=device, dtype=dtype)
     return [_ops.feedback_product(grad, 40, packed, None, None, "uniform", 1.0, None, 1.0, True, "reference")]
 
 
 def fold(impl, device, dtype):
-    columns = _random(2 * 12, 5 * 6, device=device, dtype=dtype)
+    columns = values(2 * 12, 5 * 6, device=device, dtype=dtype)
     return [_ops.feedback_fold(columns, (2, 5, 5, 9), (2, 3), (3, 4), (2, 2), (1, 0), (1, 1), impl)]
 
 
 def update(impl, device, dtype):
-    weight, buffer = (_random(n, 40, device=device, dtype=dtype)[:6].clone() for n in (6, 7))
-    grad, x = _random(5, 6, device=device, dtype=dtype), _random(5, 40, device=device, dtype=dtype)
+    weight, buffer = (values(n, 40, device=device, dtype=dtype)[:6].clone() for n in (6, 7))
+    grad, x = values(5, 6, device=device, dtype=dtype), values(5, 40, device=device, dtype=dtype)
     _ops.feedback_update_(weight, buffer, grad, x, 0.1, 0.9, 0.0, 0.01, True, False, 1.0, impl)
     return [weight, buffer]
 

@@ -5,14 +5,9 @@
 
 import torch
 
+from ..common.selftest import values
 from . import autograd
 from .options import BlockOptions, HeadOptions
-
-
-def _random(*shape, device, dtype, scale=1.0):
-    """Fixed standard normal values, rounded to half precision so that every dtype starts from the same ones."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float32)
-    return (values * scale).bfloat16().to(device, dtype)
 
 
 def _target(device):
@@ -23,8 +18,8 @@ def lls_loss(impl, device, dtype):
     kinds = dict(device=device, dtype=dtype)
     results = []
     for waveform in ("square", "cosine"):
-        activation = _random(3, 5, 7, 6, **kinds).requires_grad_()
-        modulation = _random(4, 4, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        activation = values(3, 5, 7, 6, **kinds).requires_grad_()
+        modulation = values(4, 4, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         modulation.requires_grad_()
         options = HeadOptions(4, label_smoothing=0.1)
         loss = autograd.lls_loss(activation, _target(device), modulation, None, waveform, 2, options, impl)
@@ -36,8 +31,8 @@ def lls_loss(impl, device, dtype):
 def lls_block(impl, device, dtype):
     kinds = dict(device=device, dtype=dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    x = _random(3, 2, 8, 8, **kinds)
-    weight = _random(5, 2, 3, 3, scale=0.3, **kinds).requires_grad_()
+    x = values(3, 2, 8, 8, **kinds)
+    weight = values(5, 2, 3, 3, scale=0.3, **kinds).requires_grad_()
     norm_weight = (1 + 0.1 * torch.arange(5, device=device, dtype=wide)).requires_grad_()
     norm_bias = torch.full((5,), 0.25, device=device, dtype=wide, requires_grad=True)
     options = BlockOptions("square", [1, 1], [1, 1], 0.1, 1e-5, 0.01, True, 4, 2, 0.5, 0.0)

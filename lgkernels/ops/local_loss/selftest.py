@@ -5,15 +5,13 @@
 
 import torch
 
+from ..common.selftest import leaves
 from . import autograd
 
 
 def _case(loss, *shapes):
     def case(impl, device, dtype):
-        generator = torch.Generator().manual_seed(1)
-        tensors = [
-            torch.randn(shape, generator=generator).bfloat16().to(device, dtype).requires_grad_() for shape in shapes
-        ]
+        tensors = leaves(shapes, device, dtype)
         value = loss(torch.tensor([0, 3, 1, 0], device=device), impl, *tensors)
         value.backward()
         return [value.detach(), *(t.grad for t in tensors)]
