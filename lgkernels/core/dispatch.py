@@ -8,7 +8,6 @@ architecture, then on any; else the reference.
 import importlib
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from . import native
+from . import environment, native
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLEMENTATIONS = ("auto", *BACKENDS)
@@ -71,7 +70,7 @@ def verified() -> dict[str, dict[str, list[str]]]:
 
 def interpreting() -> bool:
     """True when Triton kernels run in its CPU interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return environment.value("TRITON_INTERPRET", "0") == "1"
 
 
 def unavailable(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -134,7 +133,7 @@ def _chosen(
 
 def _choice(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ModuleType]:
     if impl == "auto":
-        impl = os.environ.get("LGKERNELS_IMPL", "auto")
+        impl = environment.value("LGKERNELS_IMPL", "auto")
     return _chosen(op, impl, device, dtype, (interpreting(), id(native.cuda_entries())))
 
 

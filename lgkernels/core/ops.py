@@ -19,13 +19,12 @@ registers `torch.ops.lgkernels.lls_loss_forward(activation, <the fields of HeadO
 
 import contextlib
 import inspect
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from . import checks, dispatch
+from . import checks, dispatch, environment
 from .checks import autocasts
 
 LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
@@ -39,7 +38,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 def class_indices(name: str, target: torch.Tensor, num_classes: int, ignore_index: int | None = None) -> torch.Tensor:
     """Contiguous int64; range-checked where looking at them costs no synchronisation, or when LGKERNELS_CHECK=1."""
     target = target.long()
-    if target.device.type == "cpu" or os.environ.get("LGKERNELS_CHECK") == "1":
+    if target.device.type == "cpu" or environment.value("LGKERNELS_CHECK", "0") == "1":
         checks.class_indices(name, target, num_classes, ignore_index)
     return target.contiguous()
 
@@ -94,8 +93,12 @@ def define(
         def implementation(*arguments):
             impl, own = arguments[-1], pack(arguments[:-1])
             device, dtype = where(*own)
-            for name, tensor in _tensors(tensors, arguments):
-                require_memory(name, tensor, device)
+            for i, name in tensors:
+                tensor = arguments[i]
+                if tensor is None or _is_plain(tensor) and tensor.device == device and tensor.data_ptr():
+                    continue  # nearly always
+                for one in tensor if type(tensor) is list else (tensor,):
+                    require_memory(name, one, device)
             if check is not None:
                 check(*own)
             kernels = choose(impl, *own) if choose else dispatch.backend(backends_of, impl, device, dtype)
@@ -145,7 +148,10 @@ def _flattened(parameters: list[inspect.Parameter]) -> tuple[list[inspect.Parame
 
     def pack(arguments):
         return tuple(
-            arguments[start] if kind is None else kind._make(arguments[start:end]) for kind, start, end in spans
+            [
+                arguments[start] if kind is None else tuple.__new__(kind, arguments[start:end])
+                for kind, start, end in spans
+            ]
         )
 
     return flat, pack
@@ -165,6 +171,10 @@ def _schema(function: Callable, flat: list[inspect.Parameter], mutates: Sequence
 # -- the door -------------------------------------------------------------------------------------------------------
 
 _plain_types: dict[type, bool] = {torch.Tensor: True, torch.nn.Parameter: True}
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
 
 
 def _has_an_address(kind: type) -> bool:

@@ -64,7 +64,9 @@ class _Linear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         with without_autocast(grad.device):
-            if needs[0]:
+            if needs[0] and signs is None and magnitude is not None and factor is None and ctx.formula.scale == 1.0:
+                grad_x = grad @ magnitude.to(grad.dtype)  # FA with a given tensor: nothing to make
+            elif needs[0]:
                 grad_x = _ops.feedback_product(
                     grad if factor is None else grad * factor,
                     ctx.columns,

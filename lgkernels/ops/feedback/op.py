@@ -26,14 +26,16 @@ def _check_matrix(rows, columns, f):
             checks.shape("weight", weight, shape, "rows and columns of the feedback (words of packed signs)")
     if f.magnitude is not None and f.magnitude.shape != (rows, columns):
         checks.shape("magnitude", f.magnitude, (rows, columns), "rows and columns of the feedback")
-    check_state(f.state)
+    if f.state is not None:
+        check_state(f.state)
 
 
 # -- the product with F ----------------------------------------------------------------------------------------------
 
 
 def _check_product(grad, columns, f):
-    checks.dims("grad", grad, (2,), "(M, N)")
+    if grad.dim() != 2:
+        checks.dims("grad", grad, (2,), "(M, N)")
     _check_matrix(grad.shape[1], columns, f)
 
 
