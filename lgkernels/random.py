@@ -104,7 +104,9 @@ def random_rows(
     checks.dims("index", index, (1,), "(rows,)")
     checks.same_device(state=state, index=index)
     checks.integer_between("cols", cols, 0, 2**32 + 1)
+    cols = int(cols)  # a NumPy integer would wrap around
     checks.integer_between("first", first, 0, 2**32 + 1 - cols)
+    first = int(first)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point dtype, got {checks.got(dtype)}")
     v = VALUES_PER_CALL[law]
@@ -140,6 +142,7 @@ def random_matrix(
     _check_state(state)
     checks.integer_between("rows", rows, 0, 2**32 + 1)
     checks.integer_between("cols", cols, 0, 2**32 + 1)
+    rows, cols = int(rows), int(cols)
     if not isinstance(offset, (tuple, list)):
         raise TypeError(f"offset must be (row, col), got {type(offset).__name__}")
     row, col = checks.pair("offset", offset, 0)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from lgkernels import random as lgk_random
-from lgkernels.random import LAW_VERSION, VALUES_PER_CALL, RandomFeedback, philox, random_matrix
+from lgkernels.random import LAW_VERSION, VALUES_PER_CALL, RandomFeedback, philox, random_matrix, random_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "random" / f"philox_v{LAW_VERSION}.npz"
@@ -452,3 +452,11 @@ def test_bad_arguments(arguments, error, message):
 def test_bad_materialize(shape, arguments, error, message):
     with pytest.raises(error, match=message):
         RandomFeedback(0).materialize(shape, **arguments)
+
+
+def test_numpy_sizes_do_not_wrap_around():
+    feedback = RandomFeedback(3)
+    whole = feedback.materialize((3, 100, 30))
+    assert torch.equal(feedback.materialize(tuple(np.int8([3, 100, 30]))), whole)
+    rows = random_rows(feedback.state, torch.arange(3), np.int32(30))
+    assert torch.equal(rows, random_matrix(feedback.state, np.int32(3), np.int32(30)))

@@ -6,7 +6,8 @@ which refuses by name what this form cannot do:
 
 - `torch.func` transforms refuse it, but under `torch.compile` Dynamo drops the rule in silence: the inputs of a
   feedback layer would get exact back-propagation, those of a loss 0.
-- `torch.export` keeps the forward alone. The exported graph runs; a backward pass through it raises.
+- `torch.export` keeps the forward alone. The exported graph runs; a backward pass through it raises. A feedback layer
+  in evaluation mode is exported as torch's own layer: it needs no lgkernels where it is loaded.
 - A second derivative is implemented, or raises: see `first_order_only`.
 """
 

@@ -205,6 +205,11 @@ def device(name: str, value: Any) -> None:
         raise ValueError(f"{name} must name a device, as 'cpu' or 'cuda:0' do, got {value!r}") from None
 
 
+def _plain_integer(value: Any) -> Any:
+    """A NumPy integer as an int: what is computed from it must not wrap around."""
+    return int(value) if isinstance(value, np.integer) else value
+
+
 def sizes(name: str, value: Any, meaning: str) -> tuple[int, ...]:
     """The sizes of a tensor of at least one dimension; an int is one size."""
     result = (value,) if isinstance(value, _INTEGERS) else value
@@ -212,7 +217,7 @@ def sizes(name: str, value: Any, meaning: str) -> tuple[int, ...]:
         raise TypeError(f"{name} must be {meaning}, got {type(value).__name__}")
     if not result or any(isinstance(n, bool) or not isinstance(n, _INTEGERS) or n < 0 for n in result):
         raise ValueError(f"{name} must be {meaning}, none negative, got {value!r}")
-    return tuple(result)
+    return tuple([_plain_integer(n) for n in result])
 
 
 def pair(name: str, value: Any, least: int) -> tuple[int, int]:
@@ -228,7 +233,7 @@ def pair(name: str, value: Any, least: int) -> tuple[int, int]:
         raise TypeError(f"{name} must be an int or two of them, got {got(value)}")
     if both[0] < least or both[1] < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return both[0], both[1]
+    return _plain_integer(both[0]), _plain_integer(both[1])
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

@@ -37,7 +37,9 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 def class_indices(name: str, target: torch.Tensor, num_classes: int, ignore_index: int | None = None) -> torch.Tensor:
     """Contiguous int64; range-checked where looking at them costs no synchronisation, or when LGKERNELS_CHECK=1."""
-    target = target.long()
+    if target.dtype != torch.int64:
+        checks.integer(name, target)
+        target = target.long()
     if target.device.type == "cpu" or environment.value("LGKERNELS_CHECK", "0") == "1":
         checks.class_indices(name, target, num_classes, ignore_index)
     return target.contiguous()

@@ -143,6 +143,8 @@ class LinearForward(FeedbackLayer):
     """The forward in nn.Linear's place; `self` is one, too."""
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        if not self.training and torch.compiler.is_exporting():  # for inference, by programs that know no rule
+            return F.linear(input, self.weight, self.bias)
         formula, tensors = self._formula()
         checks.linear(input, self.weight, self.bias)
         return _feedback.linear(input, self.weight, self.bias, formula, **tensors, impl=self.impl)
@@ -152,6 +154,8 @@ class Conv2dForward(FeedbackLayer):
     """The forward in nn.Conv2d's place; `self` is one, too."""
 
     def _conv_forward(self: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if not self.training and torch.compiler.is_exporting():
+            return super()._conv_forward(input, weight, bias)  # type: ignore[misc]  # nn.Conv2d's
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0

@@ -48,9 +48,9 @@ class _Plan:
     """A group's step, as the next one may run it again: the backends' tables of addresses, already checked.
 
     It may be reused while `key` is what :func:`_key` gives for the step to come, that is, while every parameter,
-    gradient, momentum buffer and offset is the same tensor at the same address with the same strides and dtype, the
-    same backends are chosen, and momentum and offset_scale are 0 or not as before. The factors themselves may change:
-    each run takes them anew. A new offset drops all plans (:meth:`OffsetSGD._set_offset`).
+    gradient, momentum buffer and offset is the same tensor at the same address with the same shape, strides and dtype,
+    the same backends are chosen, and momentum and offset_scale are 0 or not as before. The factors themselves may
+    change: each run takes them anew. A new offset drops all plans (:meth:`OffsetSGD._set_offset`).
     """
 
     def __init__(
@@ -76,11 +76,13 @@ def _key(factors: _Factors, members: list[_Member]) -> list | None:
             (
                 id(p),
                 p.data_ptr(),
+                p.shape,
                 p.stride(),
+                p.dtype,
                 grad.data_ptr(),
                 grad.stride(),
                 grad.dtype,
-                *((id(t), t.data_ptr()) for t in kept),
+                *((id(t), t.data_ptr(), t.shape, t.stride(), t.dtype) for t in kept),
             )
         )
     return places

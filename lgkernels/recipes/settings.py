@@ -150,10 +150,10 @@ class Settings(Start):
             except ValueError as error:
                 raise UsageError(str(error)) from None
 
-    def flat(self, every: bool = False) -> dict[str, Any]:
-        """All settings in one dict, with the options of the run's rules, or of `every` rule."""
+    def flat(self) -> dict[str, Any]:
+        """All settings in one dict, with the options of the run's rules."""
         result = {f.name: getattr(self, f.name) for kind in (Settings, Start) for f in own_fields(kind)}
-        for rule in rules.found().values() if every else self.rules:
+        for rule in self.rules:
             result |= dataclasses.asdict(self.options(rule))
         return result
 
@@ -197,10 +197,10 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Settings:
             raise ValueError("config.json holds no settings")
     except (OSError, ValueError) as error:
         raise UsageError(f"no run to resume in {folder} ({error})") from None
-    before = from_flat(stored).flat(every=True)
+    before = from_flat(stored).flat()  # without the options of other rules, which this run does not read
     for name, value in given.items():
-        if name not in CHANGEABLE and before.get(name) != value:
-            raise UsageError(f"{flag(name)} {value} differs from the run's {before.get(name)}: start a new run for it")
+        if name not in CHANGEABLE and name in before and before[name] != value:
+            raise UsageError(f"{flag(name)} {value} differs from the run's {before[name]}: start a new run for it")
     settings = from_flat({**stored, **given})
     settings.check()
     return settings

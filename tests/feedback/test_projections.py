@@ -29,6 +29,12 @@ def test_feedback_projection(impl, shape, batch, dtype):
     assert not LF.feedback_projection(error.requires_grad_(), random, shape, impl=impl).requires_grad
 
 
+@pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
+def test_a_given_matrix_needs_no_backend(name):
+    error, matrix = randn(3, 4, dtype=torch.float64), randn(4, 5, dtype=torch.float64, seed=1)
+    assert torch.equal(LF.feedback_projection(error, matrix, 5, impl=name), error @ matrix)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("integers", [torch.int64, torch.int32, torch.uint8], ids=str)
 def test_target_projection_is_a_row(impl, shape, integers):

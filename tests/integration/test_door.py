@@ -12,6 +12,8 @@ import torch
 
 from lgkernels.core import dispatch
 
+for _family in dispatch.families():
+    importlib.import_module(f"lgkernels.ops.{_family}.op")
 FAMILIES = sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/doors.py"))
 DOORS = {
     (family, op): arguments
@@ -40,8 +42,6 @@ def tensors(op, arguments):
 
 def test_every_op_of_a_kernel_family_is_here():
     """Ops with nothing but a reference take torch's own errors; all others are listed."""
-    for family in dispatch.families():
-        importlib.import_module(f"lgkernels.ops.{family}.op")
     native = {op for op in dispatch.registered_ops() if len(dispatch.backends(op)) > 1}
     listed = {op for _, op in DOORS}
     assert all(any(name.startswith(op.rstrip("_")) for name in listed) for op in native), native
@@ -61,6 +61,32 @@ def test_wrong_sizes(family, op):
             longer = torch.cat([tensor, tensor.narrow(d, 0, 1)], d)
             with pytest.raises((ValueError, TypeError)):
                 accepted(op, [*arguments[:i], longer, *arguments[i + 1 :]], "auto")
+
+
+@pytest.mark.parametrize("family, op", [key for key in DOORS if "backward" in key[1]])
+def test_saved_tensors_of_another_dtype_or_stride(family, op):
+    """A hook on saved tensors may give others back than it took: their values count, never their bytes."""
+    arguments = DOORS[family, op]
+
+    def result(i, tensor):
+        own = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        own[i] = tensor
+        return getattr(torch.ops.lgkernels, op)(*own, "auto"), own[0]
+
+    for i, name in tensors(op, arguments)[1:]:
+        tensor = arguments[i]
+        if not tensor.is_floating_point():
+            continue
+        rounded = tensor.bfloat16()
+        expected = result(i, rounded.float())
+        others = [rounded, rounded.double()]
+        if tensor.dim():
+            others.append(torch.stack([rounded.float()] * 2, -1)[..., 0])
+        for other in others:
+            try:
+                torch.testing.assert_close(result(i, other), expected, rtol=1e-2, atol=1e-2, check_dtype=False)
+            except (TypeError, ValueError) as refused:
+                assert name in str(refused)
 
 
 @pytest.mark.parametrize("family, op", DOORS)

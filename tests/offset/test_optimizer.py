@@ -507,3 +507,18 @@ def test_bad_input(bad, error, message):
     with pytest.raises(error) as caught:
         bad(OffsetSGD([nn.Parameter(torch.ones(1))], 0.1))
     assert str(caught.value) == message
+
+
+def test_a_parameter_of_another_size_at_the_same_address():
+    """The next step must not run the last one's table of addresses and sizes."""
+    memory = torch.ones(20)
+    p = nn.Parameter(memory[:10])
+    optimizer = OffsetSGD([p], lr=0.1)
+    for size, expected in ((10, 0.9), (5, 0.8), (20, None)):
+        p.grad = None
+        p.data = memory[:size]
+        p.grad = torch.ones(size)
+        optimizer.step()
+        if expected is not None:
+            torch.testing.assert_close(memory[:size], torch.full((size,), expected))
+    torch.testing.assert_close(memory, torch.tensor([0.7] * 5 + [0.8] * 5 + [0.9] * 10))

@@ -189,7 +189,7 @@ def test_heads_take_their_options():
 
 
 def test_a_config_holds_the_options_of_its_rules():
-    assert "units" not in settings.from_flat({}).flat() and "units" in settings.from_flat({}).flat(every=True)
+    assert "units" not in settings.from_flat({}).flat()
     chosen = settings.from_flat({"rule": "bp", "compare": ["loco-bpm"], "period": 7})
     flat = chosen.flat()
     assert flat["period"] == 7 and flat["units"] == 4 and "temperature" not in flat
@@ -207,6 +207,14 @@ OLD = {  # config.json as the command wrote it when it held every setting of eve
     "offset_batch": 16, "offset_chunk": 8, "period": 2, "first_period": None, "local_scale": "1",
     "offset_scale": "0.5", "offset_growth": None, "of_a_rule_that_is_gone": 3,
 }  # fmt: skip
+
+
+def test_a_run_goes_on_by_its_own_line(tmp_path):
+    """With an option in it that its rule does not read, too."""
+    line = [f"--{k.replace('_', '-')}={v}" for k, v in OLD.items() if v is not None and k not in ("compare",)][:-1]
+    line = [*line, "--name", "r"]
+    assert run(tmp_path, *line, "--rule", "bp", "--units", "6") == 0
+    assert run(tmp_path, *line, "--rule", "bp", "--units", "6", "--resume") == 0
 
 
 def test_a_run_of_before_goes_on(tmp_path, capsys):

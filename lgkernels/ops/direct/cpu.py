@@ -35,7 +35,7 @@ def direct_forward(z, gamma, beta, running_mean, running_var, norm, activation):
 
 
 def direct_backward_(z, mean, rstd, gamma, beta, delta, error, state, signal, activation):
-    grad_gamma, grad_beta = torch.empty_like(mean), torch.empty_like(mean)
+    grad_gamma, grad_beta = (torch.empty(z.shape[1], dtype=torch.float32) for _ in range(2))
     block, held = _block(z, gamma, beta, mean, rstd, activation)
     error = None if error is None else dense_rows(error.float())
     delta = None if delta is None else delta.float().contiguous()

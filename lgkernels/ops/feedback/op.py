@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...core import checks
+from ...core import checks, dispatch
 from ...core.ops import define
 from ..common.matrix import FeedbackMatrix, check_state
 from .options import SgdOptions
@@ -39,13 +39,20 @@ def _check_product(grad, columns, f):
     _check_matrix(grad.shape[1], columns, f)
 
 
+def _backend_of_product(impl, grad, columns, f):
+    """None where the matrix is given: torch multiplies by it, on any device and in any dtype."""
+    given = f.weight is None and f.magnitude is not None
+    return None if given else dispatch.backend("feedback_product", impl, grad.device, grad.dtype)
+
+
 @_define(
     backends_of="feedback_product",
     fake=lambda grad, columns, f: grad.new_empty((grad.shape[0], columns)),
     check=_check_product,
+    choose=_backend_of_product,
 )
 def feedback_product(kernels, grad: Tensor, columns: int, f: FeedbackMatrix) -> Tensor:
-    if f.weight is None and f.magnitude is not None:  # FA with a given matrix: nothing to make
+    if kernels is None:
         product = grad @ f.magnitude.to(grad.dtype)
         return product if f.scale == 1.0 else product.mul_(f.scale)
     return kernels.product(grad, columns, f)

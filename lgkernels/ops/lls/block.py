@@ -74,6 +74,9 @@ class _Linear:
     def preactivation(self):
         return self.x @ self.weight.t()
 
+    def for_grad_weight(self, dz):
+        return dz
+
     def grad_weight(self, dz):
         return dz.t() @ self.x
 
@@ -101,9 +104,11 @@ class _Convolution:
             return self.kernels.to_channels_last(z)
         return z
 
+    def for_grad_weight(self, dz):
+        """dz in the format that `grad_weight` wants; apart from it, so that the caller's dz is freed before."""
+        return self.kernels.to_contiguous(dz) if self.kernels and not self.z_last else dz
+
     def grad_weight(self, dz):
-        if self.kernels and not self.z_last:
-            dz = self.kernels.to_contiguous(dz)
         return _convolution_backward(dz, self.x, self.weight, None, *self.geometry, (False, True, False))[1]
 
 
@@ -170,6 +175,7 @@ def forward(kernels, x, target, parameters, basis, options, wanted):
 
     grad_weight = loss.new_empty(0)
     if wanted.needs_weight:
+        z = layer.for_grad_weight(z)
         grad_weight = layer.grad_weight(z).to(loss.dtype, memory_format=layer.memory_format)
         if scale != 1.0:
             grad_weight = grad_weight.div_(scale)

@@ -117,7 +117,7 @@ def head(x, target, modulation, basis, options, compute_grad):
 
 def modulation_grad(similarity, grad_logits, vector, scale):
     (batch, rows), classes = similarity.shape, grad_logits.shape[1]
-    s, g, scale = similarity.contiguous(), grad_logits.contiguous(), _float(scale)
+    s, g, scale = map(_float, (similarity, grad_logits, scale))
     out = torch.empty(classes if vector else (rows, classes), dtype=torch.float32)
     pointers = s.data_ptr(), g.data_ptr(), scale.data_ptr()
     _C.lls_modulation_grad(

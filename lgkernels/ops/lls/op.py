@@ -46,6 +46,9 @@ def _check_modulation(modulation, num_classes):
 def _check_loss(activation, target, modulation, basis, waveform, pool_size, options, compute_grad):
     if target.shape != activation.shape[:1]:
         checks.shape("target", target, activation.shape[:1], "one class index per row of activation")
+    checks.dims("activation", activation, (2, 4), "(B, N) or (B, C, H, W)")
+    if pool_size < 1:
+        raise ValueError(f"pool_size must be at least 1, got {pool_size}")
     _check_modulation(modulation, options.num_classes)
     if basis is not None:
         rows = basis_rows(modulation, None, options.num_classes)

@@ -54,6 +54,7 @@ def _moments(h, with_variance):
 def _scale_shifted(x, shift, scale):
     """(x - shift) * scale in x's dtype and memory format; `x` (B, C, H, W), the others (B, C)."""
     description, used = _feature_map(x)
+    shift, scale = shift.float().contiguous(), scale.float().contiguous()
     out = torch.empty_like(used, memory_format=torch.contiguous_format if _samples(used) else torch.channels_last)
     _C.local_scale_shifted(description, shift.data_ptr(), scale.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out if used is x else torch.empty_like(x).copy_(out)
@@ -135,7 +136,7 @@ def goodness(h, is_positive, threshold, mean, compute_grad):
 def goodness_grad(h, kappa, scale):
     if not _dense(h):
         return reference.goodness_grad(h, kappa, scale)
-    out, factor = torch.empty_like(h), (kappa * scale).contiguous()
+    out, factor = torch.empty_like(h), (kappa * scale).float().contiguous()
     x = (h.data_ptr(), len(h), 1, h.shape[1:].numel(), h.stride(0), False, _code(h))
     _C.local_scale_shifted(x, 0, factor.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out
@@ -151,4 +152,4 @@ def similarity(x, target, num_classes, use_std, compute_grad):
 def similarity_grad(x, grad, mean, scale):
     if not mean.numel():
         return reference.similarity_grad(x, grad, mean, scale)
-    return _scale_shifted(x, mean, (grad * scale).contiguous())
+    return _scale_shifted(x, mean, grad * scale)

@@ -31,7 +31,7 @@ def _scale(dense, shape, mean, factor, scale, like):
     result, out = torch.empty_like(dense), torch.empty_like(like)
     if result.stride() == out.stride():
         result = out
-    factor, scale = factor.contiguous(), scale.float()
+    factor, scale = factor.float().contiguous(), scale.float()
     call(
         "local_loss_scale",
         like.device,
@@ -150,4 +150,4 @@ def similarity_grad(x, grad, mean, scale):
     if mean.numel() == 0:
         return reference.similarity_grad(x, grad, mean, scale)
     dense, shape = composed.planes(x)
-    return _scale(dense, shape, mean.contiguous(), grad, scale, x)
+    return _scale(dense, shape, mean.float().contiguous(), grad, scale, x)

@@ -56,7 +56,11 @@ def local_cross_entropy_grads(scale, pooled, grad_logits, grad_pooled, dtype, ne
     none = pooled.new_empty(0)
     grad_h = (grad_pooled * factor).to(dtype) if needs_h else none.to(dtype)
     g = grad_logits * factor if needs_weight or needs_bias else none
-    return grad_h, g.t() @ pooled if needs_weight else none.clone(), g.sum(0) if needs_bias else none.clone()
+    return (
+        grad_h,
+        g.t() @ pooled.to(g.dtype) if needs_weight else none.clone(),
+        g.sum(0) if needs_bias else none.clone(),
+    )
 
 
 # -- Forward-Forward ----------------------------------------------------------------------------------------------
