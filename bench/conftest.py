@@ -74,7 +74,9 @@ def measure(case, config):
     for name, contestant in taking_part.items():
         try:
             function = contestant.make()
-            compare(function(0) or {}, truth, problem.tolerance)
+            result = function(0) or {}
+            assert not truth or contestant.role != "ours" or truth.keys() & result.keys(), "nothing to compare"
+            compare(result, truth, problem.tolerance)
             sizes[name] = timing.peak_memory(function, problem.device)
             timers[name] = timing.timer(function, problem.device, problem.copies)
         except Exception as error:  # one broken contestant must not hide the others

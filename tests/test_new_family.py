@@ -148,6 +148,8 @@ __all__ = ["toy"]
 def toy(x: torch.Tensor, *, factor: float = 2.0, impl: str = "auto") -> torch.Tensor:
     """factor * x."""
     checks.floating("x", x)
+    checks.number("factor", factor)
+    checks.impl(impl)
     return _toy.toy(x, ToyOptions(factor), impl)
 ''',
     "lgkernels/nn/toy.py": '''
@@ -209,6 +211,17 @@ class Toy(Problem):
 CASES = {"smoke": [Case(Toy, 4, 6)]}
 ''',
     "tests/toy/__init__.py": "",
+    "tests/toy/doors.py": """
+from tests.support.problems import randn
+
+DOORS = {"toy_scale": (randn(3, 4), 2.0)}
+""",
+    "tests/toy/calls.py": """
+from tests.support.calls import Call
+from tests.support.problems import randn
+
+CALLS = {"toy": Call(dict(x=randn(3, 4), factor=2.0), free={"x": ...}, any_sign=("factor",))}
+""",
     "tests/toy/aot.py": """
 import torch
 
@@ -236,8 +249,8 @@ def test_toy(impl):
 """,
 }
 EDITED = {  # one line each
-    "lgkernels/functional/__init__.py": ("from .lls import *", "from .toy import *"),
-    "lgkernels/nn/__init__.py": ("from .lls import *", "from .toy import *"),
+    "lgkernels/functional/__init__.py": ("\n__all__", "from .toy import *"),
+    "lgkernels/nn/__init__.py": ("\n__all__", "from .toy import *"),
     "README.md": ("| Local forward gradients", "| Toy | works | `functional.toy` |"),
 }
 
@@ -256,10 +269,9 @@ def make_tree(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text.lstrip("\n"))
     for name, (before, line) in EDITED.items():
-        lines = (folder / name).read_text().splitlines(keepends=True)
-        at = next(i for i, text in enumerate(lines) if text.startswith(before))
-        lines.insert(at, f"{line}\n")
-        (folder / name).write_text("".join(lines))
+        text = (folder / name).read_text()
+        assert text.count(before) == 1, name
+        (folder / name).write_text(text.replace(before, f"{line}\n{before}"))
     # .ci/run keeps the objects of its own build
     launcher = (
         {"CMAKE_CXX_COMPILER_LAUNCHER": str(ROOT / ".ci/keep_objects")} if "LGKERNELS_OBJECTS" in os.environ else {}
@@ -288,6 +300,12 @@ def test_selftest_finds_its_backends(tree):
     printed = run(tree, "-m", "lgkernels", "info", "--selftest", TRITON_INTERPRET="1")
     found = set(re.findall(r"PASS toy_scale +cpu +float32 +(\w+)", printed))
     assert found == {"reference", "cpu", "triton"}
+
+
+def test_its_doors_and_calls_are_found(tree):
+    tests = ("tests/integration/test_door.py", "tests/static/test_argument_checks.py")
+    printed = run(tree, "-m", "pytest", "-q", "-n", "0", *tests, "-k", "test_every or test_door and toy")
+    assert int(re.search(r"\b(\d+) passed", printed)[1]) > 3, printed[-1000:]
 
 
 def test_bench_finds_its_case(tree):

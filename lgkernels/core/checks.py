@@ -178,7 +178,8 @@ def between(name: str, value: Any, low: float, high: float) -> None:
 
 def boolean(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be a bool, got {'a NumPy bool' if kind in ('bool', 'bool_') else kind}")
 
 
 def choice(name: str, value: Any, options: Sequence[Any]) -> None:

@@ -1,6 +1,6 @@
 """Every feedback kernel gives the same bits whatever the order of threads and blocks.
 
-That the bits are right (all rules, dtypes, layouts, sizes) is tested in tests/ops, where "cuda-simt" is a backend.
+That the bits are right (all rules, dtypes, layouts, sizes) is tested in test_kernels.py, on the backend "cuda-simt".
 """
 
 import numpy as np

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.unpoisoned
 X, W, Y = randn(3, 6), randn(4, 6, seed=1), targets(3, 4)
 FUNCTIONS = {
     "feedback_linear": lambda x: LF.feedback_linear(x, W, feedback=W).sum(),
-    "feedback_conv2d": lambda x: LF.sign_symmetric_conv2d(x.view(3, 6, 1, 1), W.view(4, 6, 1, 1)).sum(),
+    "sign_symmetric_conv2d": lambda x: LF.sign_symmetric_conv2d(x.view(3, 6, 1, 1), W.view(4, 6, 1, 1)).sum(),
     "lls_loss": lambda x: LF.lls_loss(x, Y, num_classes=4, pool_size=6),
     "local_cross_entropy": lambda x: LF.local_cross_entropy(x, W, None, Y),
     "goodness_loss": lambda x: LF.goodness_loss(x, Y > 0),

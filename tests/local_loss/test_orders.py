@@ -1,6 +1,6 @@
-"""The kernels of the local losses and of the offset step give the same bits whatever the order of threads and blocks.
+"""The kernels of the local losses give the same bits whatever the order of threads and blocks.
 
-That the bits are right (all dtypes, layouts, sizes) is tested in tests/ops, where "cuda-simt" is a backend.
+That the bits are right (all dtypes, layouts, sizes) is tested in test_kernels.py, where "cuda-simt" is a backend.
 """
 
 import functools
@@ -53,19 +53,3 @@ def test_rows_of_one_and_of_several_warps(batch, classes):
     x, weight, target = randn(batch, 20), randn(classes, 20, seed=1), targets(batch, classes)
     local(lambda kernels: kernels.local_cross_entropy(x, weight, None, target, 0.1, "none", True))
     local(lambda kernels: kernels.similarity(randn(batch, classes), target, classes, True, True))
-
-
-def test_offset_step():
-    """More tensors than one launch takes, sizes around one block's, one tensor off the 16-byte grid."""
-    sizes = [8191, 8192, 8193, 0, *[5] * 75, 4]
-    params, grads, buffers, offsets = ([randn(n, seed=100 * i + j) for j, n in enumerate(sizes)] for i in range(4))
-    params[4] = randn(6)[1:]
-    offsets[1], offsets[2] = None, offsets[2].bfloat16()
-
-    def run(kernels):
-        own, velocity = [p.clone() for p in params], [b.clone() for b in buffers]
-        own[4] = torch.cat([params[4][:1], params[4]])[1:]
-        kernels.step_(own, grads, velocity, offsets, 0.1, 0.9, 0.01, 0.5, 2.0, 0.25)
-        return *own, *velocity
-
-    in_every_order("offset", run)

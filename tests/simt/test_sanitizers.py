@@ -9,6 +9,9 @@ import pytest
 
 from tests.simt import executor
 
+_TESTS = executor.ROOT / "tests"
+FAMILIES = [str(path) for name in ("orders", "kernels") for path in sorted(_TESTS.glob(f"*/test_{name}.py"))]
+
 
 def _preload():
     """The sanitizer's runtime, which must come first in the process, and libstdc++, whose throw it wraps."""
@@ -57,13 +60,7 @@ def test_kernels_are_clean():
         "-p",
         "no:randomly",
         "tests/simt/test_executor.py",
-        "tests/lls/test_orders.py",
-        "tests/lls/test_kernels.py",
-        "tests/feedback/test_orders.py",
-        "tests/feedback/test_kernels.py",
-        "tests/local_loss/test_orders.py",
-        "tests/local_loss/test_kernels.py",
-        "tests/offset/test_kernels.py",
+        *FAMILIES,
         "-k",
         "cuda-simt or (simt and not sanitizers)",
     )

@@ -68,7 +68,7 @@ def test_every_row_of_the_tables_is_compiled(compiled):
     for kernel, (table, names) in (item for family in _families() for item in family.TABLES.items()):
         seen = {tuple(r["constants"][name] for name in names) for r in results if r["kernel"] == kernel}
         missing = {row[:3] for row in table} - seen
-        assert not missing, f"{kernel}: no case of tests/static/aot.py selects {missing}"
+        assert not missing, f"{kernel}: no case of tests/<family>/aot.py selects {missing}"
 
 
 def test_large_tiles_load_sixteen_bytes_at_a_time(compiled):

@@ -13,7 +13,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2] / "lgkernels"
 ADDRESSING = ROOT / "ops" / "common" / "addressing.py"
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if "import triton" in path.read_text())
-SAFE = {"offset", "indices"}  # they cast to int64 before they multiply
 
 
 def _name(node):

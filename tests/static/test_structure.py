@@ -20,18 +20,23 @@ def module_name(path):
 MODULES = {module_name(path): path for path in SOURCES}
 
 
-def imports(name):
+def imports(name, path=None):
     """Modules of the package that `name` imports when it is imported itself (not those inside of functions)."""
-    path = MODULES[name]
+    path = path or MODULES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     package = [part for part in package if part]
     found, waiting = set(), list(ast.parse(path.read_text()).body)
     while waiting:
         node = waiting.pop()
-        if isinstance(node, (ast.If, ast.Try)):
-            waiting += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1] + (node.module or "").split(".")
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            waiting += [c for c in ast.iter_child_nodes(node) if isinstance(c, (ast.stmt, ast.ExceptHandler))]
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("lgkernels.") for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base += (node.module or "").split(".")
+            if not node.level and base.pop(0) != "lgkernels":
+                continue
             base = [part for part in base if part]
             for alias in node.names:
                 inner = ".".join([*base, alias.name])
@@ -46,6 +51,21 @@ def floor(name):
 def test_imports_are_seen():
     assert {"functional", "core.checks", "ops.lls.options"} <= imports("nn.lls") | imports("functional.lls")
     assert floor("nn.lls") > floor("functional.lls") > floor("ops.lls.op") > floor("ops.common.dot") > floor("core.ops")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from lgkernels.nn import lls",
+        "import lgkernels.nn.lls",
+        "try:\n    import os\nexcept ImportError:\n    from ..nn import lls",
+        "with open('x'):\n    from ..nn.lls import LLSHead",
+    ],
+)
+def test_imports_of_every_form_are_seen(text, tmp_path):
+    path = tmp_path / "checks.py"
+    path.write_text(text)
+    assert "nn.lls" in imports("core.checks", path)
 
 
 def test_imports_go_down():
@@ -91,7 +111,7 @@ def test_no_circle():
 
 def test_files_are_short():
     sources = [p for folder in ("lgkernels", "csrc", "bench") for p in (ROOT / folder).rglob("*")]
-    sources = [p for p in sources if p.suffix in (".py", ".h", ".cpp", ".cu")]
+    sources = [p for p in sources if p.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")]
     assert len(sources) > 150
     assert not [(str(p), n) for p in sources if (n := len(p.read_text().splitlines())) > 400]
 
@@ -102,7 +122,9 @@ def test_functions_are_narrow(folder):
     wide = []
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.FunctionDef) or any("jit" in ast.unparse(d) for d in node.decorator_list):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            if any("jit" in ast.unparse(d) for d in node.decorator_list):
                 continue
             names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
             if len(names) - (names[:1] in (["self"], ["cls"], ["ctx"], ["kernels"])) > 12:

@@ -229,7 +229,8 @@ def linear(x, weight, bias, formula: Formula, *, packed=None, magnitude=None, st
     x, bias, packed, factor, dtype = _prepare(x, weight, bias, packed, formula, impl)
     # Reshaped out here: the output of a Function that is a view must not be written to, as an activation in place does.
     rows = x if x.dim() == 2 else _rows(x)
-    y = apply(_Linear, "feedback_linear", rows, weight, bias, packed, magnitude, state, factor, formula, dtype, impl)
+    name = "feedback_linear" if formula.signs == "none" else "sign_symmetric_linear"
+    y = apply(_Linear, name, rows, weight, bias, packed, magnitude, state, factor, formula, dtype, impl)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -240,7 +241,7 @@ def conv2d(
     x, bias, packed, factor, dtype = _prepare(x, weight, bias, packed, formula, impl)
     return apply(
         _Conv2d,
-        "feedback_conv2d",
+        "feedback_conv2d" if formula.signs == "none" else "sign_symmetric_conv2d",
         x,
         weight,
         bias,
