@@ -511,13 +511,13 @@ def test_bad_input(bad, error, message):
 
 def test_a_parameter_of_another_size_at_the_same_address():
     """The next step must not run the last one's table of addresses and sizes."""
-    memory = torch.ones(20)
+    memory, grads = torch.ones(20), torch.ones(20)
     p = nn.Parameter(memory[:10])
     optimizer = OffsetSGD([p], lr=0.1)
     for size, expected in ((10, 0.9), (5, 0.8), (20, None)):
         p.grad = None
         p.data = memory[:size]
-        p.grad = torch.ones(size)
+        p.grad = grads[:size]
         optimizer.step()
         if expected is not None:
             torch.testing.assert_close(memory[:size], torch.full((size,), expected))
