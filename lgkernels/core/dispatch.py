@@ -1,8 +1,8 @@
 """Which backend runs an op: `impl=` argument, then `LGKERNELS_IMPL`, then a choice by device, dtype and evidence.
 
 A backend of an op is a module of its family's package, named as the backend (`ops/lls/triton.py`), imported when first
-used. On CUDA devices `auto` takes only what `core/verified.json` says has passed the GPU tests: first on this
-architecture, then on any; else the reference.
+used. On CUDA devices `auto` takes Triton, or CUDA C++ where the benches found that faster, once the kernels have proved
+themselves there (core/trust.py); else plain torch.
 """
 
 import importlib
@@ -15,11 +15,11 @@ from types import ModuleType
 
 import torch
 
-from . import environment, native
+from . import environment, native, trust
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLEMENTATIONS = ("auto", *BACKENDS)
-_VERIFIED = Path(__file__).with_name("verified.json")
+_FASTER = Path(__file__).with_name("faster.json")
 _ops: dict[str, tuple[str, tuple[str, ...]]] = {}  # op: (package, backends)
 
 
@@ -63,9 +63,21 @@ def architecture(device: torch.device) -> str:
 
 
 @lru_cache(maxsize=1)
-def verified() -> dict[str, dict[str, list[str]]]:
-    """{op: {architecture: [backends that passed the GPU tests, best first]}}, written by `bench.report`."""
-    return json.loads(_VERIFIED.read_text()) if _VERIFIED.exists() else {}
+def faster() -> dict[str, dict[str, list[str]]]:
+    """{op: {architecture: [backends, fastest first]}}, from the benches, written by `bench.report`."""
+    return json.loads(_FASTER.read_text()) if _FASTER.exists() else {}
+
+
+def kernels_for(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The GPU backend that `auto` would like to use, fastest first; None where there is none."""
+    order = faster().get(op, {}).get(architecture(device), [])
+    order = [*order, *(b for b in ("triton", "cuda") if b not in order)]
+    return next((b for b in order if unavailable(op, b, device, dtype) is None), None)
+
+
+def fallback(op: str) -> str:
+    """Plain torch, as lean as the op has it."""
+    return "torch" if "torch" in backends(op) else "reference"
 
 
 def interpreting() -> bool:
@@ -103,16 +115,17 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[st
     device = torch.device(device)
     if dtype == torch.float64:
         return "reference", "float64 is for the reference only"
+    if device.type in trust.DEVICE_TYPES:
+        kernels = kernels_for(op, device, dtype)
+        if kernels is None:
+            return fallback(op), f"{op} has no kernels that can run here"
+        if trust.policy() == "never":
+            return fallback(op), "LGKERNELS_TRUST=never"
+        untried = trust.policy() == "always"
+        return kernels, "LGKERNELS_TRUST=always" if untried else "each specialisation once it has passed its trial here"
     if device.type == "cpu":
         why_not = unavailable(op, "cpu", device, dtype)
         return ("reference", why_not) if why_not else ("cpu", f"native C++ ({native.native().cpu_level()})")
-    if device.type == "cuda":
-        passed, here = verified().get(op, {}), architecture(device)
-        for arch in [here, *sorted(set(passed) - {here})]:
-            for backend in passed.get(arch, []):
-                if unavailable(op, backend, device, dtype) is None:
-                    return backend, f"passed the GPU tests on {arch}"
-        return "reference", f"no kernel of {op} has passed the GPU tests on any architecture yet"
     return "reference", f"no kernels for {device.type}"
 
 
@@ -134,7 +147,22 @@ def _chosen(
 def _choice(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ModuleType]:
     if impl == "auto":
         impl = environment.value("LGKERNELS_IMPL", "auto")
-    return _chosen(op, impl, device, dtype, (interpreting(), id(native.cuda_entries())))
+    return _chosen(op, impl, device, dtype, (interpreting(), trust.policy(), id(native.cuda_entries())))
+
+
+def is_auto(impl: str) -> bool:
+    """Whether the backend is the library's choice."""
+    return impl == "auto" and environment.value("LGKERNELS_IMPL", "auto") == "auto"
+
+
+def fallback_module(op: str) -> ModuleType:
+    """The module of `fallback`."""
+    return importlib.import_module(f"{_ops[op][0]}.{fallback(op)}")
+
+
+def reference_module(op: str) -> ModuleType:
+    """The definition that every other backend is judged by."""
+    return importlib.import_module(f"{_ops[op][0]}.reference")
 
 
 def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:

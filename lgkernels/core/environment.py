@@ -5,7 +5,8 @@ import os
 
 _data = getattr(os.environ, "_data", None)
 _encode = getattr(os.environ, "encodekey", None)
-_keys = {name: _encode(name) if _encode else name for name in ("LGKERNELS_IMPL", "LGKERNELS_CHECK", "TRITON_INTERPRET")}
+_names = ("LGKERNELS_IMPL", "LGKERNELS_CHECK", "LGKERNELS_TRUST", "TRITON_INTERPRET")
+_keys = {name: _encode(name) if _encode else name for name in _names}
 
 
 def is_set(name: str) -> bool:

@@ -18,14 +18,16 @@ registers `torch.ops.lgkernels.lls_loss_forward(activation, <the fields of HeadO
 """
 
 import contextlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from . import checks, dispatch, environment
+from . import checks, dispatch, environment, trust
 from .checks import autocasts
+from .trial import Trial
 
 LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
 
@@ -90,6 +92,7 @@ def define(
         parameters = list(inspect.signature(function).parameters.values())[1:]
         flat, pack = _flattened(parameters)
         schema = _schema(function, flat, mutates)
+        op = trust.Op(function.__name__, function, tuple(p.name for p in flat), pack, _trial(package, function))
         tensors = [(i, p.name) for i, p in enumerate(flat) if "Tensor" in str(p.annotation)]
 
         def implementation(*arguments):
@@ -106,8 +109,19 @@ def define(
             kernels = choose(impl, *own) if choose else dispatch.backend(backends_of, impl, device, dtype)
             if torch._C._is_any_autocast_enabled():
                 with without_autocast(device):
-                    return function(kernels, *own)
-            return function(kernels, *own)
+                    return function(trusted(kernels, impl, device, arguments), *own)
+            return function(trusted(kernels, impl, device, arguments), *own)
+
+        def trusted(kernels, impl, device, arguments):
+            """These kernels where they may be used, else plain torch."""
+            if device.type not in trust.DEVICE_TYPES or kernels is None or not dispatch.is_auto(impl):
+                return kernels
+            backend = kernels.__name__.rpartition(".")[2]
+            if backend not in trust.BACKENDS or trust.policy() != "first-use":
+                return kernels
+            reference = dispatch.reference_module(backends_of)
+            admitted = trust.admits(op, backend, kernels, reference, arguments[:-1])
+            return kernels if admitted else dispatch.fallback_module(backends_of)
 
         def shapes(*arguments):
             own = pack(arguments[:-1])
@@ -123,6 +137,13 @@ def define(
         return function
 
     return register
+
+
+def _trial(package: str, function: Callable) -> Trial | None:
+    """How the op's kernels prove themselves on a GPU, by the family's `trials.py`."""
+    if importlib.util.find_spec(f"{package}.trials") is None:
+        return None
+    return importlib.import_module(f"{package}.trials").TRIALS.get(function.__name__)
 
 
 # -- the schema -----------------------------------------------------------------------------------------------------

@@ -2,9 +2,7 @@
 
     err(kernel, truth) <= 1.5 * err(torch, truth) + C * eps(dtype) * sqrt(K) * scale
 
-truth is the float64 reference on the same inputs, torch the same formula in plain torch at the kernel's dtype,
-K the length of the longest sum behind one entry, eps that of the output's dtype, and scale the largest entry of the
-truth (of each row, where rows differ by orders of magnitude). Every error is an absolute maximum.
+by lgkernels/core/accuracy.py, which says what each of them is; a trial on a user's device takes the same bound.
 
 Summands that cancel leave a truth that is 0 but for rounding, which has no scale of its own. A test that can meet
 this gives the `magnitude` of what was added up, |a| + |b| for a - b. Where the truth is smaller than the rounding of
@@ -17,19 +15,10 @@ import math
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SAME_DTYPE_FACTOR = 1.5
-C = 2.0
+from lgkernels.core.accuracy import C, bound, largest
 
 # golden/lls/README.md, relative to the largest absolute entry; sines and the float32 loss are absolute
 GOLDEN = {"float64": 1e-10, "float32_gradient": 1e-5, "float32_loss": 3e-6, "sine": 1.2e-7, "half_gradient": 2e-2}
-
-
-def _scale(truth, per_row):
-    if truth.numel() == 0:
-        return torch.zeros((), dtype=torch.float64)
-    if per_row and truth.dim() > 1:
-        return truth.abs().flatten(1).amax(1).reshape(-1, *[1] * (truth.dim() - 1))
-    return truth.abs().max()
 
 
 class _Magnitudes(TorchDispatchMode):
@@ -72,21 +61,21 @@ def assert_accurate(name, got, torch_same_dtype, truth, length, *, per_row=False
         )
         got64, torch64, truth = (t.masked_fill(special, 0) for t in (got64, torch64, truth))
     assert torch.isfinite(got64).all(), f"{name}: {(~torch.isfinite(got64)).sum()} entries are nan or inf"
-    scale = _scale(truth, per_row)
+    scale = largest(truth, per_row)
     own = (got64 - truth).abs()
     rival = (torch64 - truth).abs()
     if per_row and truth.dim() > 1:
         rival = rival.flatten(1).amax(1).reshape(scale.shape)
     else:
         rival = rival.max()
-    bound = SAME_DTYPE_FACTOR * rival + C * torch.finfo(rounding or got.dtype).eps * math.sqrt(max(length, 1)) * scale
+    allowed = bound(rival, scale, torch.finfo(rounding or got.dtype).eps, length)
     if magnitude is not None:
         accumulator = torch.finfo(torch.promote_types(got.dtype, torch.float32)).eps
-        noise = C * accumulator * math.sqrt(max(length, 1)) * _scale(magnitude.double(), per_row)
-        bound = bound + torch.where(scale <= noise, noise, 0.0)
-    excess = (own - bound).max()
+        noise = C * accumulator * math.sqrt(max(length, 1)) * largest(magnitude.double(), per_row)
+        allowed = allowed + torch.where(scale <= noise, noise, 0.0)
+    excess = (own - allowed).max()
     assert excess <= 0, (
-        f"{name}: error {own.max():.3e}, bound {bound.max():.3e} "
+        f"{name}: error {own.max():.3e}, bound {allowed.max():.3e} "
         f"(torch's own error {rival.max():.3e}, largest entry {scale.max():.3e})"
     )
 

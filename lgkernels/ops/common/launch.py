@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import torch
 
+from ...core import dry
 from ...core.dispatch import interpreting
 from ...core.tiles import architecture, select
 
@@ -24,11 +25,15 @@ def new(like, *shape):
 
 def configuration(tile, sizes, like, dtype=None):
     """Block sizes, warps and stages by an entry of the family's TILES, for the device and the dtype of `like`."""
-    return select(tile, sizes, dtype or like.dtype, architecture(like.device))
+    arch = dry.architecture() if like.is_meta else architecture(like.device)
+    return select(tile, sizes, dtype or like.dtype, arch)
 
 
 def start(kernel, programs, device, args, meta):
     """Run `kernel` on `device`'s current stream, or in the interpreter."""
+    if device.type == "meta":
+        dry.note(kernel, meta)
+        return
     if device.type != "cuda" and not interpreting():
         raise RuntimeError(
             f"the triton backend got tensors on {device}: move them to a CUDA device, choose another "

@@ -1,0 +1,251 @@
+"""Which kernels `impl="auto"` may use on a GPU: those that have proved themselves there.
+
+The first call of each specialisation (op, backend, dtypes, layouts, alignment, flags, block sizes) tries its kernels on
+small inputs (`core/trial.py`) and keeps the verdict (`core/verdicts.py`); a kernel that fails gives one warning, and
+the op runs in plain torch. LGKERNELS_TRUST: "first-use" (default), "always" (no trial), "never" (no kernel).
+
+Nothing is tried while a CUDA graph is captured: then the last verdict holds, or the fallback.
+"""
+
+import hashlib
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dry, environment, tiles, trial, verdicts
+
+BACKENDS = ("triton", "cuda")  # whose kernels are tried
+CHOICES = ("first-use", "always", "never")
+DEVICE_TYPES = {"cuda"}  # tests put "cpu" here: the interpreter stands in for a driver
+_LARGEST_BATCH = 64  # of a trial whose launches cannot be foreseen
+_lock = threading.RLock()
+_stores: dict[torch.device, verdicts.Verdicts] = {}
+_admitted: dict[tuple, bool] = {}
+_warned: set[str] = set()
+
+
+class Op(NamedTuple):
+    """A registered op, as a trial needs it."""
+
+    name: str
+    function: Callable
+    names: tuple[str, ...]  # of the flat arguments
+    pack: Callable
+    trial: trial.Trial | None  # None: its kernels are never trusted on a GPU
+
+
+def policy() -> str:
+    value = environment.value("LGKERNELS_TRUST", "first-use")
+    if value not in CHOICES:
+        raise ValueError(f"LGKERNELS_TRUST must be one of {', '.join(CHOICES)}, got {value!r}")
+    return value
+
+
+def store(device: torch.device) -> verdicts.Verdicts:
+    if device not in _stores:
+        _stores[device] = verdicts.Verdicts(device)
+    return _stores[device]
+
+
+def forget_all() -> None:
+    """As a new process would begin."""
+    _stores.clear()
+    _admitted.clear()
+    _warned.clear()
+
+
+def _after_fork() -> None:
+    """Another thread of the parent may have held the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+def _quick(op: Op, backend: str, arguments: tuple) -> tuple:
+    """Of a call, exact in its sizes: what the memory of this process is asked by."""
+    return (
+        op.name,
+        backend,
+        *[
+            (a.dtype, a.shape, a.stride(), a.data_ptr() & 15)
+            if isinstance(a, Tensor)
+            else tuple(a)
+            if isinstance(a, list)
+            else _kind(a)
+            for a in arguments
+        ],
+    )
+
+
+def _kind(value: Any) -> Any:
+    """Numbers that a schedule changes are one kind but for 0 and 1."""
+    return value if not isinstance(value, float) or value in (0.0, 1.0) else "a number"
+
+
+def _layout(tensor: Tensor, has_rows: bool) -> tuple:
+    """Sizes but the batch, strides, alignment."""
+    sizes = tuple(tensor.shape[1:]) if has_rows else tuple(tensor.shape)
+    stride = tuple(s for s, n in zip(tensor.stride(), tensor.shape) if n > 1)
+    return str(tensor.dtype)[6:], sizes, stride, tensor.data_ptr() % 16
+
+
+def _lasting(op: Op, backend: str, arguments: dict, blocks: str) -> tuple[str, str]:
+    """`(key, what it is in words)` of a specialisation: what the file is asked by."""
+    parts = []
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            parts.append((name, *_layout(value, name in op.trial.rows)))
+        elif name not in op.trial.counts:
+            parts.append((name, str(_kind(value))))
+        elif isinstance(value, list):
+            parts.append((name, str(value[1:])))
+    digest = hashlib.sha256(repr((op.name, backend, parts, blocks)).encode()).hexdigest()[:20]
+    dtypes = sorted({str(a.dtype)[6:] for a in arguments.values() if isinstance(a, Tensor)})
+    sizes = " x ".join(
+        str(tuple(a.shape[1:] if name in op.trial.rows else a.shape)).replace(" ", "")
+        for name, a in arguments.items()
+        if isinstance(a, Tensor) and a.dim() > 1
+    )
+    return f"{op.name}/{backend}/{digest}", f"{op.name} {backend} {', '.join(dtypes)} {sizes}"
+
+
+def batch_of(op: Op, arguments: dict) -> int:
+    for name in op.trial.rows:
+        if isinstance(arguments.get(name), Tensor) and arguments[name].dim():
+            return arguments[name].shape[0]
+    for name in op.trial.counts:
+        value = arguments[name]
+        return value[0] if isinstance(value, list) else value
+    return 1
+
+
+def _launches(op: Op, kernels: ModuleType, arguments: dict, batch: int, arch: int | str) -> tuple | None:
+    """What a call of `batch` rows launches; None where that cannot be foreseen."""
+
+    def meta(name, value):
+        if isinstance(value, Tensor):
+            rows = name in op.trial.rows and value.dim()
+            shape = (batch, *value.shape[1:]) if rows else value.shape
+            return torch.empty_strided(shape, value.stride(), dtype=value.dtype, device="meta")
+        if name in op.trial.counts:
+            return [batch, *value[1:]] if isinstance(value, list) else batch
+        return torch.device("meta") if isinstance(value, torch.device) else value
+
+    own = op.pack(tuple(meta(name, value) for name, value in arguments.items()))
+    try:
+        return dry.launches(lambda: op.function(kernels, *own), arch)
+    except Exception:  # the backend reads an address, say
+        return None
+
+
+def foreseen(op: Op, backend: str, kernels: ModuleType, arguments: dict, device: torch.device) -> tuple[int, str]:
+    """`(rows of the trial, blocks in words)`: the smallest batch whose launches are those of the call."""
+    batch = batch_of(op, arguments)
+    found = None
+    if backend == "triton":
+        arch = tiles.architecture(device)
+        found = _launches(op, kernels, arguments, batch, arch)
+    if found is None:
+        rows = min(tiles.power_of_two(batch), _LARGEST_BATCH)
+        return rows, f"{rows} rows"
+    rows = trial.FEWEST_ROWS
+    while rows < batch and _launches(op, kernels, arguments, rows, arch) != found:
+        rows *= 2
+    if rows >= batch and _launches(op, kernels, arguments, rows, arch) != found:
+        rows = batch
+    return rows, repr(sorted(set(found)))
+
+
+# -- admission --------------------------------------------------------------------------------------------------------
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _warn(key: str, message: str) -> None:
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(message, stacklevel=4)
+
+
+def admits(op: Op, backend: str, kernels: ModuleType, reference: ModuleType, arguments: tuple) -> bool:
+    """Whether these kernels may run this call; they are tried first where nobody has."""
+    quick = _quick(op, backend, arguments)
+    verdict = _admitted.get(quick) if op.trial is not None else False
+    if verdict is None:
+        with _lock:
+            verdict = _decide(op, backend, kernels, reference, arguments, quick)
+    return verdict
+
+
+def _decide(op, backend, kernels, reference, arguments, quick) -> bool:
+    named = dict(zip(op.names, arguments))
+    device = next((a.device for a in arguments if isinstance(a, Tensor)), named.get("device", torch.device("cpu")))
+    if batch_of(op, named) == 0:
+        return True  # nothing to launch a kernel over
+    batch, blocks = foreseen(op, backend, kernels, named, device)
+    key, what = _lasting(op, backend, named, blocks)
+    known = store(device)
+    state, why = known.state(key)
+    if state is None:
+        if _capturing(device):
+            _warn(
+                "capture",
+                f"{op.name} runs in plain torch in this CUDA graph: its {backend} kernels have not been tried for "
+                "these sizes. Run one step before the capture (as torch's documentation asks for), or "
+                "`python -m lgkernels verify`",
+            )
+            return False
+        state, why = _try(op, backend, kernels, reference, named, batch, known, key, what)
+    if state == verdicts.BAD:
+        _warn(
+            key,
+            f"the {backend} kernels of {op.name} failed their trial on this device, so it runs in plain torch: {why} "
+            f"({what}). `python -m lgkernels info` shows all verdicts; LGKERNELS_TRUST=always uses kernels untried",
+        )
+    if state is not None:
+        if len(_admitted) >= 4096:
+            _admitted.clear()
+        _admitted[quick] = state == verdicts.GOOD
+    return state == verdicts.GOOD
+
+
+def _try(op, backend, kernels, reference, named, batch, known, key, what) -> tuple[str | None, str]:
+    """The verdict of a trial now, noted."""
+    known.note(key, verdicts.RUNNING, what)
+    state: str | None = None
+    why, lasts = "", True
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(False)  # the float64 reference has no such form of every sum
+        with torch.no_grad():
+            for rows in (batch, batch - 1) if batch > 2 else (batch,):  # whole blocks, then one that masks cut
+                trial.check(op.function, op.pack, kernels, reference, named, op.trial, rows, key)
+        state = verdicts.GOOD
+    except trial.Fault as fault:
+        state, why = verdicts.BAD, str(fault)
+    except torch.OutOfMemoryError:
+        why = "no memory for the trial"
+    except Exception as error:  # of this process, perhaps: no compiler for Triton, say; the next tries again
+        state, why, lasts = verdicts.BAD, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=only_warn)
+        if state is not None and lasts:
+            known.note(key, state, what, why)
+        else:
+            known.forget(key)
+    return state, why

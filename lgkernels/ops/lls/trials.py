@@ -1,0 +1,49 @@
+"""How the family's kernels prove themselves on a user's GPU (core/trial.py)."""
+
+import math
+
+from ...core.trial import Trial
+
+_WEIGHT_GRADIENT = 2  # place among a block's results
+
+
+def _of_row(name):
+    """Terms behind a row's results: all of its values, and what the head sums over classes and basis rows."""
+    return lambda a: math.prod(a[name].shape[1:]) + a["num_classes"]
+
+
+def _plant(a):
+    """A row of norm zero, and an ignored one."""
+    rows = a["activation"].shape[0]
+    if rows > 2:
+        a["activation"][0] = 0
+        a["target"][rows - 1] = a["ignore_index"]
+
+
+def _block_length(a):
+    x, weight = a["x"], a["weight"]
+    positions = x.shape[0] * math.prod(x.shape[2:])
+    return max(positions, math.prod(weight.shape[1:])) + a["num_classes"]
+
+
+_CLASSES = {"target": lambda a: a["num_classes"]}
+
+TRIALS = {
+    "lls_loss_forward": Trial(
+        rows=("activation", "target"), indices=_CLASSES, plant=_plant, length=_of_row("activation")
+    ),
+    "lls_loss_backward": Trial(
+        rows=("grad_loss", "grad_latents", "similarity", "grad_logits"),
+        counts=("shape",),
+        length=lambda a: a["shape"][0],
+    ),
+    "lls_block": Trial(
+        rows=("x", "target"),
+        indices=_CLASSES,
+        positive=("running_var",),
+        mutates=("running_mean", "running_var"),
+        library=(_WEIGHT_GRADIENT,),
+        rounding="x",
+        length=_block_length,
+    ),
+}
