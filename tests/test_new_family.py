@@ -215,6 +215,7 @@ CASES = {"smoke": [Case(Toy, 4, 6)]}
 from tests.support.problems import randn
 
 DOORS = {"toy_scale": (randn(3, 4), 2.0)}
+FREE = {("toy_scale", "x"): {"entry 0", "entry 1", "one before", "one behind", "one less"}}
 """,
     "tests/toy/calls.py": """
 from tests.support.calls import Call
