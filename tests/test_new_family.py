@@ -366,7 +366,8 @@ def make_tree(folder):
         (folder / name).write_text(text.replace(before, f"{line}\n{before}"))
     if not executor.unavailable():  # what the executor is made of is compiled already, but for the toy
         executor.build()
-        shutil.copytree(executor.FOLDER, folder / "build/simt")
+        unfinished = shutil.ignore_patterns("*.new", "*.lock")  # another process may be compiling with sanitizers
+        shutil.copytree(executor.FOLDER, folder / "build/simt", ignore=unfinished)
     # .ci/run keeps the objects of its own build
     launcher = (
         {"CMAKE_CXX_COMPILER_LAUNCHER": str(ROOT / ".ci/keep_objects")} if "LGKERNELS_OBJECTS" in os.environ else {}
