@@ -10,13 +10,16 @@ CONV = dict(x=randn(2, 6, 8, 9, seed=1), weight=randn(4, 3, 3, 2, seed=2), bias=
 IMAGES = dict(free={"x": (0, 2, 3)}, dims={"x": (3,)})
 
 CALLS = {
-    "feedback_linear": Call(dict(LINEAR, feedback=randn(4, 5)), free={"x": ...}),
-    "feedback_conv2d": Call(dict(CONV, feedback=randn(4, 3, 3, 2)), **IMAGES),
-    "sign_symmetric_linear": Call(dict(LINEAR, magnitude=randn(4, 5)), free={"x": ...}),
-    "sign_symmetric_conv2d": Call(dict(CONV, magnitude=randn(4, 3, 3, 2)), **IMAGES),
-    "feedback_projection": Call(dict(error=randn(2, 3), feedback=randn(3, 4, 5), shape=(4, 5)), free={"error": (0,)}),
+    "feedback_linear": Call(dict(LINEAR, feedback=randn(4, 5)), free={"x": ...}, any_dtype=("feedback",)),
+    "feedback_conv2d": Call(dict(CONV, feedback=randn(4, 3, 3, 2)), **IMAGES, any_dtype=("feedback",)),
+    "sign_symmetric_linear": Call(dict(LINEAR, magnitude=randn(4, 5)), free={"x": ...}, any_dtype=("magnitude",)),
+    "sign_symmetric_conv2d": Call(dict(CONV, magnitude=randn(4, 3, 3, 2)), **IMAGES, any_dtype=("magnitude",)),
+    "feedback_projection": Call(
+        dict(error=randn(2, 3), feedback=randn(3, 4, 5), shape=(4, 5)), free={"error": (0,)}, any_dtype=("feedback",)
+    ),
     "target_projection": Call(
         dict(target=torch.tensor([0, 2]), feedback=randn(3, 4, 5), shape=(4, 5)),
         free={"target": (0,), "feedback": (0,)},
+        any_dtype=("feedback",),
     ),
 }

@@ -18,5 +18,6 @@ CALLS = {
         ),
         free={"activation": (2, 3)},
         any_sign=("basis_scale", "ignore_index"),
+        any_dtype=("basis",),
     ),
 }

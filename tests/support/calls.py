@@ -14,9 +14,11 @@ class Call(NamedTuple):
         size and number of dimensions from one up will do, where the last size stays.
     dims: other numbers of dimensions that a tensor may have.
     any_sign: numbers that may be negative.
+    any_dtype: fixed tensors, which may be of another floating dtype than the others.
     """
 
     arguments: dict
     free: dict[str, tuple[int, ...] | EllipsisType] = {}
     dims: dict[str, tuple[int, ...]] = {}
     any_sign: tuple[str, ...] = ()
+    any_dtype: tuple[str, ...] = ()

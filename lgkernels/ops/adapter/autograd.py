@@ -1,5 +1,7 @@
 """autograd entries of the family adapter: factorised forward and backward; nothing the size of the weight is built."""
 
+import math
+
 import torch
 
 from ...core.autograd import apply, first_order_only
@@ -46,8 +48,9 @@ class _Adapter(torch.autograd.Function):
 
 def _linear(name, x, weight, bias, factors, scale, impl):
     x, weight, bias, *factors = _uniform(x, weight, bias, *factors)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous where a size is 0
     with without_autocast(x.device):
-        y = apply(_Adapter, name, name, (), scale, impl, x.reshape(-1, x.shape[-1]), weight, bias, *factors)
+        y = apply(_Adapter, name, name, (), scale, impl, rows, weight, bias, *factors)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
