@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import checks
+from ..core import checks, constructors
 from ..core.annotations import BlockOutput, Device, Int2, Waveform
 from ..ops.lls import autograd as _lls
 from ..ops.lls.options import BlockOptions
@@ -21,6 +21,12 @@ def _runs_as_written(module: nn.Module, original: type[nn.Module]) -> bool:
     """Nothing hooks or replaces the forward of `original`'s class (a parametrised weight is no matter)."""
     hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module).forward is original.forward and "forward" not in module.__dict__ and not hooked
+
+
+def _check_block(activation: Any, negative_slope: Any, max_pool: Any = False) -> None:
+    checks.choice("activation", activation, ("leaky_relu", "relu"))
+    checks.number("negative_slope", negative_slope)
+    checks.boolean("max_pool", max_pool)
 
 
 class _LLSBlock(LLSModule):
@@ -41,10 +47,8 @@ class _LLSBlock(LLSModule):
         self.layer: Any = layer
         self.norm: Any = norm
         self._set_head(head, factory)
-        checks.choice("activation", activation, ("leaky_relu", "relu"))
-        checks.number("negative_slope", negative_slope)
         self.activation, self.max_pool = activation, max_pool
-        self.negative_slope = 0.0 if activation == "relu" else negative_slope
+        self.negative_slope = 0.0 if activation == "relu" else checks.item(negative_slope)
 
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
         """`(out.detach(), loss)` in training with a target; else `out` with its ordinary graph."""
@@ -197,11 +201,15 @@ class LLSConvBlock(_LLSBlock):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        constructors.conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        factory = constructors.factory(device, dtype)
+        head = Options(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl)
+        head = head.checked()
+        _check_block(activation, negative_slope, max_pool)
         super().__init__(
             nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias, **factory),
             nn.BatchNorm2d(out_channels, **factory),
-            Options(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl),
+            head,
             factory,
             activation=activation,
             negative_slope=negative_slope,
@@ -277,11 +285,15 @@ class LLSLinearBlock(_LLSBlock):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        constructors.linear(in_features, out_features, bias)
+        factory = constructors.factory(device, dtype)
+        head = Options(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl)
+        head = head.checked()
+        _check_block(activation, negative_slope)
         super().__init__(
             nn.Linear(in_features, out_features, bias=bias, **factory),
             nn.BatchNorm1d(out_features, **factory),
-            Options(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl),
+            head,
             factory,
             activation=activation,
             negative_slope=negative_slope,

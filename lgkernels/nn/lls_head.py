@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .. import functional as LF
-from ..core import checks, dispatch
+from ..core import checks, constructors
 from ..core.annotations import BlockOutput, Waveform
 
 __all__ = ["LLSHead"]
@@ -26,6 +26,21 @@ class Options(NamedTuple):
     label_smoothing: float
     impl: str
 
+    def checked(self) -> "Options":
+        """These, with plain numbers."""
+        checks.choice("modulation", self.modulation, (None, "vector", "matrix", "reduced"))
+        checks.choice("waveform", self.waveform, ("square", "cosine"))
+        checks.positive("temperature", self.temperature)
+        checks.between("label_smoothing", self.label_smoothing, 0.0, 1.0)
+        checks.impl(self.impl)
+        return self._replace(
+            num_classes=constructors.size("num_classes", self.num_classes),
+            pool_size=constructors.size("pool_size", self.pool_size),
+            reduced_rows=constructors.size("reduced_rows", self.reduced_rows),
+            temperature=checks.item(self.temperature),
+            label_smoothing=checks.item(self.label_smoothing),
+        )
+
 
 class LLSModule(nn.Module):
     """What all three share: the options of the head, the modulation, the loss."""
@@ -33,14 +48,6 @@ class LLSModule(nn.Module):
     modulation: nn.Parameter | None
 
     def _set_head(self, head: Options, factory: dict[str, Any]) -> None:
-        checks.positive_integer("num_classes", head.num_classes)
-        checks.positive_integer("pool_size", head.pool_size)
-        checks.positive_integer("reduced_rows", head.reduced_rows)
-        checks.choice("waveform", head.waveform, ("square", "cosine"))
-        checks.positive("temperature", head.temperature)
-        checks.between("label_smoothing", head.label_smoothing, 0.0, 1.0)
-        checks.choice("impl", head.impl, dispatch.IMPLEMENTATIONS)
-        checks.choice("modulation", head.modulation, (None, "vector", "matrix", "reduced"))
         self.num_classes, self.pool_size, self.waveform = head.num_classes, head.pool_size, head.waveform
         self.temperature, self.label_smoothing, self.impl = head.temperature, head.label_smoothing, head.impl
         self.modulation = None
@@ -95,11 +102,12 @@ class LLSHead(LLSModule):
         label_smoothing: float = 0.0,
         impl: str = "auto",
     ) -> None:
+        constructors.module("block", block)
+        head = Options(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl)
+        head = head.checked()
         super().__init__()
         self.block = block
-        factory = {"device": next(block.parameters(), torch.empty(0)).device}
-        head = Options(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl)
-        self._set_head(head, factory)
+        self._set_head(head, {"device": next(block.parameters(), torch.empty(0)).device})
 
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
         """`(block(x).detach(), loss)` in training with a target; else `block(x)`."""
