@@ -11,7 +11,7 @@ from ..core import checks, constructors
 from ..random import RandomFeedback
 from .feedback import FeedbackAlignmentConv2d, FeedbackAlignmentLinear, SignSymmetricConv2d, SignSymmetricLinear
 from .feedback_layer import SIGN_SYMMETRIC_RULES, FeedbackLayer
-from .random_state import name_without_wrappers
+from .random_state import feedback_state, load_feedback_state, name_without_wrappers, redraw_after  # noqa: F401  as before
 
 __all__ = ["convert"]
 

@@ -8,6 +8,8 @@ from torch.optim.optimizer import ParamsT
 
 from ..core import checks, constructors
 
+__all__ = ["BatchManhattan"]
+
 _NSC_MAGNITUDE = 1e-10
 
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from ..core import checks, constructors
 
+__all__ = ["split_blocks"]
+
 Module = TypeVar("Module", bound=nn.Module)
 
 

@@ -118,7 +118,7 @@ def _few_positions(positions, outputs):
     return outputs >= 256 and positions <= outputs
 
 
-def _multiplies(grad, x, signs, magnitude, state, groups, impl):
+def _multiplies(grad, signs, magnitude, state, groups, impl):
     """True where a convolution's dX goes by feedback_product."""
     if (
         torch.compiler.is_compiling()
@@ -170,7 +170,7 @@ class _Conv2d(torch.autograd.Function):
             )
 
         with without_autocast(grad.device):
-            if needs[0] and _multiplies(grad, x, signs, magnitude, state, groups, ctx.impl):
+            if needs[0] and _multiplies(grad, signs, magnitude, state, groups, ctx.impl):
                 rows = grad.permute(0, 2, 3, 1).reshape(-1, ctx.shape[0])
                 columns = _ops.feedback_product(
                     rows if factor is None else rows * factor,
