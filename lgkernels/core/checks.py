@@ -206,7 +206,9 @@ def _real(name: str, value: Any, expected: str) -> Any:
 
 def item(value: Any) -> Any:
     """The number of a tensor that holds one, for optimizers, whose learning rate may be such a tensor."""
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not isinstance(value, Tensor) or torch.nn.parameter.is_lazy(value) or value.is_meta or value.numel() != 1:
+        return value  # for a check to refuse
+    return value.item()
 
 
 def number(name: str, value: Any, expected: str = "a number") -> float:

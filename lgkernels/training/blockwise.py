@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..core import constructors
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
 
 __all__ = ["BlockwiseTrainer"]
@@ -59,7 +60,7 @@ class BlockwiseTrainer(Trainer):
         clip_grad_norm: float | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        blocks = list(blocks)
+        blocks = constructors.modules("blocks", blocks)
         # a parameter of several blocks (LoCo's overlap) gathers all their gradients and steps with the last of them
         self.reached = [trainable(block) for block in blocks]
         last: dict[nn.Parameter, int] = {}

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..core import checks, constructors
 from . import partition
 from .attention import KINDS, counted_attention
 
@@ -34,12 +36,13 @@ def parse_memory(text: float | str) -> float:
     if isinstance(text, str):
         unit = max((unit for unit in UNITS if text.endswith(unit)), key=len, default="")
         number, factor = text.removesuffix(unit), UNITS.get(unit, 1.0)
-    try:
-        if float(number) > 0:
-            return float(number) * factor
-    except (TypeError, ValueError):
-        pass
-    raise ValueError(f"memory must be a number of bytes, or a text such as '8GB' or '24GiB', got {text!r}")
+    if isinstance(number, (str, int, float, np.integer, np.floating)) and not isinstance(number, bool):
+        try:
+            if float(number) > 0:
+                return float(number) * factor
+        except (OverflowError, ValueError):
+            pass
+    raise ValueError(f"memory must be a number of bytes, or a text such as '8GB' or '24GiB', got {checks.got(text)}")
 
 
 def bp_chunk(batch: int, bp_bytes: float, unit_bytes: float) -> int:
@@ -82,6 +85,12 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def _counts(name: str, value: Iterable[int | None]) -> list[int | None]:
+    """Numbers of units; None where a model's own number is meant."""
+    counts = constructors.several(name, value, (int, np.integer, type(None)), "ints or Nones", 0)
+    return [n if n is None else constructors.size(name, n) for n in counts]
+
+
 def plan(
     model: nn.Module,
     input: torch.Tensor | Sequence[int],
@@ -122,8 +131,19 @@ def plan(
         >>> [row.name for row in table.rows if row.fits]
         ['local, 8 units']
     """
+    constructors.module("model", model)
     memory = parse_memory(memory)
-    x = input.detach().to("meta") if isinstance(input, torch.Tensor) else torch.empty(tuple(input), device="meta")
+    optimizer_state = constructors.size("optimizer_state", optimizer_state, 0)
+    units = _counts("units", units)
+    offset_batch = constructors.size("offset_batch", offset_batch)
+    period_samples = constructors.size("period_samples", period_samples)
+    checks.choice("attention", attention, KINDS)
+    if isinstance(input, torch.Tensor):
+        checks.tensor("input", input)
+        x = input.detach().to("meta")
+    else:
+        constructors.instance("input", input, (tuple, list), "a tensor, or the sizes of one")
+        x = torch.empty(checks.sizes("input", input, "a tensor, or the sizes of one"), device="meta")
     model = partition.to_meta(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:

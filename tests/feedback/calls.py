@@ -2,6 +2,7 @@
 
 import torch
 
+from lgkernels.nn import SignSymmetricLinear, feedback_state
 from tests.support.calls import Call
 from tests.support.problems import randn
 
@@ -22,4 +23,24 @@ CALLS = {
         free={"target": (0,), "feedback": (0,)},
         any_dtype=("feedback",),
     ),
+}
+
+LINEAR_LAYER = dict(in_features=4, out_features=3)
+CONVOLUTION = dict(in_channels=4, out_channels=6, kernel_size=3, groups=2)
+MODEL = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 3))
+BRSF = SignSymmetricLinear(4, 3, rule="brsf")
+SGD = torch.optim.SGD(MODEL.parameters(), 0.1)
+MODULES = {
+    "FeedbackAlignmentLinear": Call(LINEAR_LAYER, any_sign=("seed",)),
+    "FeedbackAlignmentConv2d": Call(CONVOLUTION, any_sign=("seed",)),
+    "SignSymmetricLinear": Call(LINEAR_LAYER, any_sign=("seed",)),
+    "SignSymmetricConv2d": Call(CONVOLUTION, any_sign=("seed",)),
+    "convert": Call(dict(model=MODEL, rule="fa", verbose=False), any_sign=("seed",)),
+    "alignment": Call(dict(model=BRSF)),
+    "weight_ratio": Call(dict(model=BRSF)),
+    "feedback_state": Call(dict(model=BRSF)),
+    "load_feedback_state": Call(dict(model=BRSF, state=feedback_state(BRSF))),
+    "redraw_after": Call(dict(optimizer=SGD, model=BRSF)),
+    "BatchManhattan": Call(dict(params=[torch.nn.Parameter(torch.ones(2))], lr=0.1)),
+    "fuse_update": Call(dict(model=MODEL, optimizer=SGD, min_weights=1)),
 }

@@ -222,7 +222,8 @@ MODULES = [
         lnn.FeedbackAlignmentLinear,
         dict(feedback_init="mean_abs"),
         ValueError,
-        "scale must be one of 'kaiming', 'xavier', 'inv_sqrt_fan_in', 'he_fan_out', 'he_fan_in', got 'mean_abs'",
+        "feedback_init must be one of 'kaiming', 'xavier', 'inv_sqrt_fan_in', 'he_fan_out', 'he_fan_in', "
+        "got 'mean_abs'",
     ),
     (lnn.FeedbackAlignmentLinear, dict(seed="1"), TypeError, "seed must be an int, got str"),
 ]
