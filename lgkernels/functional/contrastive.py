@@ -48,7 +48,7 @@ def nt_xent_loss(z: Tensor, *, temperature: float = 0.1, normalize: bool = True,
     if z.dim() != 2 or z.shape[0] % 2:
         raise ValueError(f"z must be (2N, D), the second views below the first, got shape {checks.shape_of(z)}")
     labels = torch.arange(z.shape[0] // 2, device=z.device).repeat(2)
-    return _local.contrastive(z, labels, z.shape[0], float(temperature), 1.0, bool(normalize), impl)
+    return _local.contrastive("nt_xent_loss", z, labels, z.shape[0], float(temperature), 1.0, bool(normalize), impl)
 
 
 def supcon_loss(
@@ -106,7 +106,8 @@ def supcon_loss(
         rows = z.transpose(0, 1).reshape(-1, z.shape[2])
     anchors = z.shape[0] if contrast_mode == "one" else rows.shape[0]
     factor = 1.0 if base_temperature is None else temperature / base_temperature
-    return _local.contrastive(rows, labels.repeat(views), anchors, float(temperature), factor, bool(normalize), impl)
+    labels = labels.repeat(views)
+    return _local.contrastive("supcon_loss", rows, labels, anchors, float(temperature), factor, bool(normalize), impl)
 
 
 def info_nce_loss(

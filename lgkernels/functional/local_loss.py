@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import checks
+from ..core.autograd import refuse_transforms
 from ..core.ops import class_indices
 from ..ops.local_loss import autograd as _local
 from .contrastive import info_nce_loss, nt_xent_loss, supcon_loss
@@ -354,6 +355,7 @@ def prediction_similarity_loss(
     checks.shape("decoder_weight", decoder_weight, (num_classes, pooled.shape[1]), "classes, pooled and flattened h")
     checks.bias("decoder_bias", decoder_bias, decoder_weight)
     checks.same_device(h=h, decoder_weight=decoder_weight, decoder_bias=decoder_bias)
+    refuse_transforms("prediction_similarity_loss")
     prediction = local_cross_entropy(pooled, decoder_weight, decoder_bias, target, impl=impl)
     similarity = similarity_matching_loss(h, target, sim_weight, num_classes=num_classes, use_std=use_std, impl=impl)
     return (1 - beta) * prediction + beta * similarity
