@@ -29,6 +29,17 @@ from torch import Tensor
 
 from .core import checks
 
+__all__ = [
+    "LAW_VERSION",
+    "VALUES_PER_CALL",
+    "Law",
+    "RandomFeedback",
+    "law_values",
+    "philox",
+    "random_matrix",
+    "random_rows",
+]
+
 LAW_VERSION = 1
 Law = Literal["uniform", "normal", "uniform8", "sign"]
 VALUES_PER_CALL = {"uniform": 4, "normal": 4, "uniform8": 16, "sign": 128}

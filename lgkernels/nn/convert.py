@@ -10,7 +10,7 @@ from torch import nn
 from ..core import checks
 from .feedback import FeedbackAlignmentConv2d, FeedbackAlignmentLinear, SignSymmetricConv2d, SignSymmetricLinear
 from .feedback_layer import SIGN_SYMMETRIC_RULES, FeedbackLayer
-from .random_state import name_without_wrappers
+from .random_state import feedback_state, load_feedback_state, name_without_wrappers, redraw_after  # noqa: F401  as before
 
 __all__ = ["convert"]
 

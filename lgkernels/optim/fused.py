@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..ops.feedback import op as _op  # noqa: F401  (registers the operators)
 from .manhattan import BatchManhattan
 
+__all__ = ["FusedUpdate", "fuse_update"]
+
 # The number of the backward that runs. Private, the only way to tell one backward from another: see _After.
 _current_backward: Any = getattr(torch._C, "_current_graph_task_id", None)
 _HELP = "fuse_update needs one backward for each optimizer.step() and plain gradients"

@@ -9,6 +9,8 @@ from torch.optim.optimizer import ParamsT
 
 from ..core import checks
 
+__all__ = ["BatchManhattan"]
+
 _NSC_MAGNITUDE = 1e-10
 
 

@@ -9,7 +9,9 @@ from torch.optim.optimizer import ParamsT
 
 from ..core import checks
 from ..ops.offset import op as _op
-from .offset_refresh import Group, Offsets
+from .offset_refresh import Group, Offsets, refresh_due, refresh_offsets  # noqa: F401  as before
+
+__all__ = ["OffsetSGD"]
 
 COEFFICIENTS = ("local_scale", "offset_scale", "bp_coef", "local_coef")
 

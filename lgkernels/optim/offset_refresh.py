@@ -20,6 +20,8 @@ from torch import nn
 from ..core import checks
 from .untouched import no_float16, untouched
 
+__all__ = ["refresh_due", "refresh_offsets"]
+
 Group = dict[str, Any]
 Losses = torch.Tensor | Iterable[torch.Tensor]
 Gradients = dict[torch.Tensor, torch.Tensor]

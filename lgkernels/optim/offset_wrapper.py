@@ -10,6 +10,8 @@ from ..core import checks
 from .offset import COEFFICIENTS, check_group
 from .offset_refresh import Group, Offsets
 
+__all__ = ["OffsetOptimizer"]
+
 
 class OffsetOptimizer(Offsets, torch.optim.Optimizer):
     """Any torch optimizer on ``local_scale * grad + offset_scale * offset``; the rest as :class:`OffsetSGD`.

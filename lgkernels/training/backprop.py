@@ -11,6 +11,8 @@ from torch import nn
 from ..nn.random_state import redraw_after
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
 
+__all__ = ["BackpropTrainer"]
+
 
 class BackpropTrainer(Trainer):
     """Trains the blocks as one network, by back-propagation of one loss, with one optimizer.

@@ -7,6 +7,12 @@ from torch import nn
 
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
 
+__all__ = ["BlockwiseTrainer"]
+
+# For `planner`: local classifiers and predsim; LoCo and GIM on two views; Forward-Forward on a right and a wrong label,
+# and a forward pass without.
+UNIT_COSTS = {"local": (1, 1.0), "two views": (2, 2.0), "forward-forward": (2, 7 / 3)}
+
 
 class BlockwiseTrainer(Trainer):
     """Forward a block, its loss, its gradients, its step, free them; the detached output goes on to the next.

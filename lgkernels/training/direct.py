@@ -15,6 +15,8 @@ from ..random import Law
 from . import fused
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
 
+__all__ = ["CONVENTIONS", "DirectTrainer"]
+
 RULES = ("dfa", "sdfa", "drtp", "shallow")
 ERRORS = ("probs_minus_onehot", "output_minus_target", "loss_grad")
 

@@ -12,6 +12,8 @@ from ..optim import refresh_offsets
 from .blockwise import BlockwiseTrainer
 from .trainer import bare
 
+__all__ = ["refresh_trainer"]
+
 
 def refresh_trainer(
     trainer: BlockwiseTrainer,

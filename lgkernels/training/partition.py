@@ -9,6 +9,8 @@ from torch import nn
 
 from ..core import checks
 
+__all__ = ["split_blocks"]
+
 Module = TypeVar("Module", bound=nn.Module)
 
 

@@ -1,6 +1,9 @@
 """Which ways of training a model fit into a given memory: counted on the meta device, nothing is allocated."""
 
 import argparse
+import importlib
+import os
+import pkgutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,9 +15,16 @@ from . import partition
 from .attention import KINDS, counted_attention
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "B": 1}
-# rows a unit trains on for each sample, and work: local classifiers and predsim; LoCo and GIM on two views;
-# Forward-Forward on a right and a wrong label, and a forward pass without
-RULES = {"local": (1, 1.0), "two views": (2, 2.0), "forward-forward": (2, 7 / 3)}
+
+
+def unit_costs() -> dict[str, tuple[int, float]]:
+    """{rule: (rows that a unit trains on for each sample, work relative to back-propagation)}: the `UNIT_COSTS` of the
+    files of this folder."""
+    package = __name__.rpartition(".")[0]
+    files = [
+        importlib.import_module(f"{package}.{name}") for _, name, _ in pkgutil.iter_modules([os.path.dirname(__file__)])
+    ]
+    return {rule: cost for file in files for rule, cost in getattr(file, "UNIT_COSTS", {}).items()}
 
 
 def parse_memory(text: float | str) -> float:
@@ -84,7 +94,7 @@ def plan(
     attention: Literal["flash", "eager"] = "flash",
 ) -> Plan:
     """Peak memory of the ways to train `model` on `input`: back-propagation, with accumulation, with checkpointing, and
-    local units by the rules of `RULES`, plain and BP-modified.
+    local units by the rules of the trainers (:func:`unit_costs`), plain and BP-modified.
 
     Counts saved bytes (distinct storages that autograd keeps, without weights), weights, gradients, optimizer state and
     offsets. Not counted: workspaces of libraries, the allocator's slack, short-lived temporaries, the local losses'
@@ -163,7 +173,7 @@ def plan(
             blocks = partition.split_blocks(model, count, input=x)
             unit = max(partition.unit_bytes(blocks, x))
             own = max(_bytes(p for p in block.parameters() if p.requires_grad) for block in blocks)
-            for rule, (rows, work) in RULES.items():
+            for rule, (rows, work) in unit_costs().items():
                 largest = rows * unit
                 add(f"{rule}, {count} units", largest, fixed + own, work, "local losses")
                 chunk = min(bp_chunk(batch, total, largest), batch)
