@@ -8,7 +8,6 @@ from tests.support.problems import randn, targets
 _BLOCK = BlockOptions("square", [1, 1], [1, 1], 0.1, 1e-5, 0.01, False, 5, 2, 0.5, 0.0)
 
 DOORS = {
-    "lls_basis": (3, 5, "square", 50.0, 512.0, torch.device("cpu")),
     "lls_loss_forward": (
         randn(3, 4, 6, 6),
         targets(3, 5),
