@@ -8,11 +8,9 @@ from torch import Tensor
 from ..core import checks
 from ..ops.lls import autograd as _lls
 from ..ops.lls import basis as _basis
-from ..ops.lls.options import HeadOptions
+from ..ops.lls.options import LOSSES, REDUCTIONS, WAVEFORMS, HeadOptions
 
 __all__ = ["lls_basis", "lls_loss"]
-
-_WAVEFORMS = ("square", "cosine")
 
 
 def lls_basis(
@@ -57,12 +55,15 @@ def lls_basis(
                 [ 0.,  1., -1.,  1.]])
     """
     rows, dim = checks.positive_integer("rows", rows), checks.positive_integer("dim", dim)
-    checks.choice("waveform", waveform, _WAVEFORMS)
+    checks.choice("waveform", waveform, WAVEFORMS)
     min_freq, max_freq = checks.number("min_freq", min_freq), checks.number("max_freq", max_freq)
     checks.number(f"max_freq * {dim} columns", max_freq * dim * 2)
     checks.number(f"min_freq * {dim} columns", min_freq * dim * 2)
     checks.device("device", device)
     checks.impl(impl)
+    device = torch.device("cpu" if device is None else device)
+    if torch.compiler.is_compiling():  # a graph holds one opaque call, not how the table is made
+        return torch.ops.lgkernels.lls_basis(rows, dim, waveform, float(min_freq), float(max_freq), device, impl)
     return _basis.table(rows, dim, waveform, min_freq, max_freq, device).clone()
 
 
@@ -139,9 +140,9 @@ def lls_loss(
     checks.class_targets("target", target, activation, "activation")
     num_classes = checks.positive_integer("num_classes", num_classes, 2**31)
     pool_size = checks.positive_integer("pool_size", pool_size)
-    checks.choice("waveform", waveform, _WAVEFORMS)
-    checks.choice("loss", loss, ("cross_entropy", "hard_sigmoid_mse"))
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.choice("waveform", waveform, WAVEFORMS)
+    checks.choice("loss", loss, LOSSES)
+    checks.choice("reduction", reduction, REDUCTIONS)
     temperature = checks.positive("temperature", temperature)
     eps = checks.positive("eps", eps)
     basis_scale = checks.number("basis_scale", basis_scale)

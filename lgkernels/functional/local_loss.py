@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import checks
+from ..core.autograd import refuse_transforms
 from ..core.ops import class_indices
 from ..ops.local_loss import autograd as _local
 from .contrastive import info_nce_loss, nt_xent_loss, supcon_loss
@@ -379,6 +380,7 @@ def prediction_similarity_loss(
     checks.shape("decoder_weight", decoder_weight, (num_classes, pooled.shape[1]), "classes, pooled and flattened h")
     checks.bias("decoder_bias", decoder_bias, decoder_weight)
     checks.same_device(h=h, decoder_weight=decoder_weight, decoder_bias=decoder_bias)
+    refuse_transforms("prediction_similarity_loss")
     checks.precision("decoder_weight", decoder_weight, "h", h)
     if decoder_bias is not None:
         checks.precision("decoder_bias", decoder_bias, "h", h)

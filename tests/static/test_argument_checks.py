@@ -6,14 +6,12 @@ taken, none reaches torch. Numbers of any kind that torch takes (Python's, NumPy
 A family is covered by its tests/<family>/calls.py.
 """
 
-import importlib
 import inspect
 import re
 import types
 import typing
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,15 +24,9 @@ import lgkernels.functional as LF
 from lgkernels.core import dispatch
 from lgkernels.optim import BatchManhattan, OffsetSGD
 from lgkernels.random import RandomFeedback, random_matrix, random_rows
-from tests.support.calls import Call
+from tests.support.calls import Call, all_calls
 
-TESTS = Path(__file__).resolve().parents[1]
-CALLS = {
-    name: call
-    for file in sorted(TESTS.glob("*/calls.py"))
-    if file.parent.name != "support"
-    for name, call in importlib.import_module(f"tests.{file.parent.name}.calls").CALLS.items()
-}
+CALLS = all_calls()
 STATE = torch.tensor([1, 2, 3])
 FUNCTIONS = {name: (getattr(LF, name), call) for name, call in CALLS.items()} | {
     "RandomFeedback": (RandomFeedback, Call(dict(seed=1, stream=2, low=-0.5), any_sign=("seed", "low"))),

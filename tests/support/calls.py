@@ -3,8 +3,12 @@
 Each family has its own in tests/<family>/calls.py, as `CALLS = {"name of the function": Call(...)}`.
 """
 
+import importlib
+from pathlib import Path
 from types import EllipsisType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 
 class Call(NamedTuple):
@@ -22,3 +26,20 @@ class Call(NamedTuple):
     dims: dict[str, tuple[int, ...]] = {}
     any_sign: tuple[str, ...] = ()
     any_dtype: tuple[str, ...] = ()
+
+
+def all_calls() -> dict[str, Call]:
+    """{public function: Call} of all families."""
+    folders = sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/calls.py"))
+    modules = [importlib.import_module(f"tests.{folder}.calls") for folder in folders if folder != "support"]
+    return {name: call for module in modules for name, call in module.CALLS.items()}
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def weighted(outputs: Any) -> torch.Tensor:
+    """A number in which every element of the (float) outputs has a weight of its own."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return sum((out * torch.arange(1.0, out.numel() + 1).view(out.shape)).sum() for out in outputs if is_float(out))

@@ -9,7 +9,17 @@ from ...core import checks
 from ...core.ops import class_indices, define, wide_dtype
 from . import reference
 
-_define = partial(define, package=__package__)
+_define = partial(
+    define,
+    package=__package__,
+    dtypes={
+        "target": checks.INTEGER,
+        "labels": checks.INTEGER,
+        "negatives": checks.INTEGER,
+        "is_positive": (torch.bool,),
+    },
+)
+_REDUCTIONS = ("mean", "sum", "none")
 
 
 def _new(tensor, dtype=None):
@@ -31,6 +41,8 @@ def _check_cross_entropy(h, weight, bias, target, label_smoothing, reduction, co
         checks.shape("weight", weight, (weight.shape[0], channels), "classes and channels of h")
     if bias is not None and bias.shape != weight.shape[:1]:
         checks.shape("bias", bias, weight.shape[:1], "one for each class of weight")
+    if reduction not in _REDUCTIONS:
+        checks.choice("reduction", reduction, _REDUCTIONS)
 
 
 def _cross_entropy_fake(h, weight, bias, target, label_smoothing, reduction, compute_grad):
@@ -105,8 +117,6 @@ def local_cross_entropy_backward(
 def _check_goodness(h, is_positive, *_):
     if is_positive.shape != h.shape[:1]:
         checks.shape("is_positive", is_positive, h.shape[:1], "one a row of h")
-    if is_positive.dtype != torch.bool:
-        raise TypeError(f"is_positive must be bool, got {str(is_positive.dtype)[6:]}")
 
 
 def _goodness_fake(h, is_positive, threshold, mean, compute_grad):
