@@ -7,7 +7,6 @@ MODULES of its tests/<family>/calls.py.
 """
 
 import copy
-import importlib
 import inspect
 import typing
 
@@ -21,15 +20,10 @@ import lgkernels
 from lgkernels import nn as lnn
 from lgkernels import optim, training
 from lgkernels.training.planner import plan
-from tests.static.test_argument_checks import TESTS, parameters, problem, wrong_values
-from tests.support.calls import Call
+from tests.static.test_argument_checks import parameters, problem, wrong_values
+from tests.support.calls import Call, all_calls
 
-CALLS: dict[str, Call] = {
-    name: call
-    for file in sorted(TESTS.glob("*/calls.py"))
-    if file.parent.name != "support"
-    for name, call in getattr(importlib.import_module(f"tests.{file.parent.name}.calls"), "MODULES", {}).items()
-}
+CALLS = all_calls("MODULES")
 PUBLIC = {name: getattr(package, name) for package in (lnn, optim, training) for name in package.__all__} | {
     "plan": plan
 }

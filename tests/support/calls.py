@@ -28,11 +28,11 @@ class Call(NamedTuple):
     any_dtype: tuple[str, ...] = ()
 
 
-def all_calls() -> dict[str, Call]:
-    """{public function: Call} of all families."""
+def all_calls(table: str = "CALLS") -> dict[str, Call]:
+    """{public function: Call} of all families; with "MODULES" those of classes."""
     folders = sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/calls.py"))
     modules = [importlib.import_module(f"tests.{folder}.calls") for folder in folders if folder != "support"]
-    return {name: call for module in modules for name, call in module.CALLS.items()}
+    return {name: call for module in modules for name, call in getattr(module, table, {}).items()}
 
 
 def is_float(value: Any) -> bool:
