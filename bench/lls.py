@@ -207,7 +207,7 @@ class Block(Problem):
 
     def lean(self, function):
         block = self.module()
-        arguments = [p.detach() for p in (block.layer.weight, block.layer.bias, block.norm.weight, block.norm.bias)]
+        arguments = [p.detach() for p in (block.layer.weight, block.norm.weight, block.norm.bias)]
         names = "out", "loss", "grad_weight", "grad_gamma", "grad_beta"
         options = self.phi, self.case.pool, self.case.max_pool
         return lambda i: dict(zip(names, function(self.inputs[i], self.target, *arguments, *options)))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from lgkernels.recipes import measure
+
 
 def environment(device):
     """Name and versions of what was measured on."""
@@ -131,28 +133,10 @@ def ratio(samples, baseline):
 
 
 def peak_memory(function, device):
-    """Bytes that one call holds at its peak beyond what was there before (CPU: torch's allocator, by the profiler)."""
+    """Bytes that a call holds at its peak beyond what was there before it, when it is not the first one."""
     function(0)
     gc.collect()
-    if device.type == "cuda":
-        _sync(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        result = function(0)  # kept until the peak is read, as a caller would
-        _sync(device)
-        del result
-        return torch.cuda.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = function(0)
-    del result
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return measure.peak_memory(lambda: function(0), device)
 
 
 def copy_bandwidth(device, megabytes):

@@ -29,6 +29,17 @@ from torch import Tensor
 
 from .core import checks
 
+__all__ = [
+    "LAW_VERSION",
+    "VALUES_PER_CALL",
+    "Law",
+    "RandomFeedback",
+    "law_values",
+    "philox",
+    "random_matrix",
+    "random_rows",
+]
+
 LAW_VERSION = 1
 Law = Literal["uniform", "normal", "uniform8", "sign"]
 VALUES_PER_CALL = {"uniform": 4, "normal": 4, "uniform8": 16, "sign": 128}
@@ -99,14 +110,12 @@ def random_rows(
     """(len(index), cols) elements: rows `index` (int64 tensor), columns from `first` on, of the matrix of `state`
     (int64 tensor: seed, stream, step)."""
     _check_state(state)
-    _check_law(law, scale, low)
+    scale, low = _check_law(law, scale, low)
     checks.integer("index", index, "row numbers are expected")
     checks.dims("index", index, (1,), "(rows,)")
     checks.same_device(state=state, index=index)
-    checks.integer_between("cols", cols, 0, 2**32 + 1)
-    cols = int(cols)  # a NumPy integer would wrap around
-    checks.integer_between("first", first, 0, 2**32 + 1 - cols)
-    first = int(first)
+    cols = checks.integer_between("cols", cols, 0, 2**32 + 1)
+    first = checks.integer_between("first", first, 0, 2**32 + 1 - cols)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point dtype, got {checks.got(dtype)}")
     v = VALUES_PER_CALL[law]
@@ -115,7 +124,7 @@ def random_rows(
     seed, stream, step = state.unbind()
     key, stream, step = (seed & _MASK, (seed >> 32) & _MASK), stream & _MASK, step & _MASK
     block = torch.arange(first, first + blocks, device=state.device)
-    rows = index.shape[0]
+    rows, index = index.shape[0], index.long()  # torch computes with few unsigned integers
     out = torch.empty(rows, cols, dtype=dtype, device=state.device)
     at_once = max(1, _BLOCKS_AT_ONCE // max(blocks, 1))
     for start in range(0, rows, at_once):
@@ -140,12 +149,11 @@ def random_matrix(
 ) -> Tensor:
     """(rows, cols) elements of the matrix of `state` (int64 tensor: seed, stream, step) from (row, col) `offset` on."""
     _check_state(state)
-    checks.integer_between("rows", rows, 0, 2**32 + 1)
-    checks.integer_between("cols", cols, 0, 2**32 + 1)
-    rows, cols = int(rows), int(cols)
+    rows = checks.integer_between("rows", rows, 0, 2**32 + 1)
+    cols = checks.integer_between("cols", cols, 0, 2**32 + 1)
     if not isinstance(offset, (tuple, list)):
         raise TypeError(f"offset must be (row, col), got {type(offset).__name__}")
-    row, col = checks.pair("offset", offset, 0)
+    row, col = checks.pair("offset", offset, 0, 2**32)
     if row + rows > 2**32 or col + cols > 2**32:
         raise ValueError(
             f"offset must keep rows and columns within [0, 2**32), got {tuple(offset)} for a ({rows}, {cols}) matrix"
@@ -178,12 +186,11 @@ class RandomFeedback(torch.nn.Module):
         self, seed: int, stream: int = 0, law: Law = "uniform", scale: float = 1.0, low: float | None = None
     ) -> None:
         super().__init__()
-        checks.integer_between("seed", seed, -(2**63), 2**64)
-        checks.integer_between("stream", stream, 0, 2**32)
-        _check_law(law, scale, low)
-        self.law: Law
-        self.law, self.scale, self.low = law, float(scale), None if low is None else float(low)
-        self.seed, self.stream = int(seed) - 2**64 if seed >= 2**63 else int(seed), int(stream)
+        seed = checks.integer_between("seed", seed, -(2**63), 2**64)
+        self.stream = checks.integer_between("stream", stream, 0, 2**32)
+        self.seed = seed - 2**64 if seed >= 2**63 else seed
+        self.law: Law = law
+        self.scale, self.low = _check_law(law, scale, low)
         with torch.inference_mode(False):  # a state made under inference mode could not advance outside of it
             self.register_buffer(
                 "state", torch.tensor([self.seed, self.stream, 0], dtype=torch.int64), persistent=False
@@ -203,8 +210,10 @@ class RandomFeedback(torch.nn.Module):
         shape = checks.sizes("shape", shape, "the sizes of a tensor of at least one dimension")
         checks.device("device", device)
         dtype = torch.float32 if dtype is None else dtype
-        state = self.state if device is None else self.state.to(device)
         rows, cols = shape[0], math.prod(shape[1:])
+        if max(rows, cols) > 2**32:
+            raise ValueError(f"shape must be at most 2**32 rows and columns, got {shape}")
+        state = self.state if device is None else self.state.to(device)
         return random_matrix(state, rows, cols, self.law, self.scale, self.low, offset=offset, dtype=dtype).view(shape)
 
     @torch.no_grad()
@@ -215,10 +224,9 @@ class RandomFeedback(torch.nn.Module):
     @torch.no_grad()
     def set_state(self, seed: int, stream: int, step: int) -> None:
         """Another matrix: as three integers of `state.tolist()`."""
-        for name, value in (("seed", seed), ("stream", stream), ("step", step)):
-            checks.integer_between(name, value, -(2**63), 2**63)
-        self.seed, self.stream = seed, stream
-        self.state.copy_(torch.tensor([seed, stream, step]))
+        words = [checks.whole_number(n, v) for n, v in (("seed", seed), ("stream", stream), ("step", step))]
+        self.seed, self.stream, _ = words
+        self.state.copy_(torch.tensor(words))
 
     @torch.no_grad()
     def advance(self, skipped: Tensor | None = None) -> None:
@@ -235,16 +243,20 @@ class RandomFeedback(torch.nn.Module):
         return f"law={self.law}, scale={self.scale:g}{low}"
 
 
-def _check_law(law: Any, scale: Any, low: Any) -> None:
+def _check_law(law: Any, scale: Any, low: Any) -> tuple[float, float | None]:
+    """`(scale, low)` as floats."""
     checks.choice("law", law, tuple(VALUES_PER_CALL))
     checks.number("scale", scale)
-    checks.positive("scale", scale)
+    scale = checks.positive("scale", scale)
     if low is not None:
         if law not in ("uniform", "uniform8"):
             raise ValueError(f"low must be None for law={law!r} (uniform laws alone have a low end), got {low!r}")
-        checks.number("low", low)
+        low = checks.number("low", low)
         if low >= scale:
             raise ValueError(f"low must be below scale={scale!r}, got {low!r}")
+        if scale - low > torch.finfo(torch.float32).max:
+            raise ValueError(f"low must be so near to scale={scale!r} that float32 holds their difference, got {low!r}")
+    return scale, low
 
 
 def _check_state(state: Any) -> None:

@@ -1,7 +1,7 @@
-"""A new family is new files and at most three edited lines: a toy is added to a copy of the tree, and all commands find
+"""A new family is new files and at most four edited lines: a toy is added to a copy of the tree, and all commands find
 it. What it had to edit elsewhere would be a fault of the structure.
 
-The toy: y = factor * x, an op with three backends, a function, a module, a rule, a bench case, tests.
+The toy: y = factor * x, an op with four backends, a function, a module, a trainer, a rule, a bench case, tests.
 """
 
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.simt import executor
 from tests.support.once import made_once
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +102,17 @@ def scale(x, options):
     launch(toy_kernel, programs, x.device, x.contiguous(), out, options.factor, x.numel(), BLOCK=256)
     return out
 """,
+    "lgkernels/ops/toy/cuda.py": """
+import torch
+
+from ..common.cuda import call
+
+
+def scale(x, options):
+    own, out = x.float().contiguous(), torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    call("toy_scale", x.device, options.factor, own.data_ptr(), own.numel(), out.data_ptr())
+    return out.to(x.dtype)
+""",
     "lgkernels/ops/toy/selftest.py": """
 import torch
 
@@ -132,6 +144,40 @@ static void bind(py::module_& m) { define_kernel(m, "toy_scale", toy_scale); }
 static const Registration registration(Processor::kCpu, bind);
 
 }  // namespace lgk::cpu
+""",
+    "csrc/toy/cuda/scale.cu": """
+#include "common/cuda/launch.h"
+
+namespace lgk::cuda {
+namespace {
+
+__global__ void scale_kernel(float factor, const float* x, int64_t size, float* out) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i < size) out[i] = factor * x[i];
+}
+
+}  // namespace
+
+int toy_scale(float factor, const float* x, int64_t size, float* out, void* stream) {
+  const dim3 blocks(static_cast<unsigned>((size + 255) / 256));
+  LGK_LAUNCH(scale_kernel, blocks, dim3(256), 0, stream, factor, x, size, out);
+  return launch_status();
+}
+
+}  // namespace lgk::cuda
+""",
+    "csrc/toy/cuda/bindings.cpp": """
+#include "common/bindings.h"
+
+namespace lgk::cuda {
+
+int toy_scale(float factor, const float* x, int64_t size, float* out, void* stream);
+
+static void bind(py::module_& m) { define(m, "toy_scale", &toy_scale); }
+
+static const Registration registration(Processor::kCuda, bind);
+
+}  // namespace lgk::cuda
 """,
     "lgkernels/functional/toy.py": '''
 """A toy."""
@@ -168,12 +214,31 @@ class Toy(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return LF.toy(x)
 ''',
+    "lgkernels/training/toy.py": '''
+"""A toy: back-propagation of half the loss."""
+
+from .backprop import BackpropTrainer
+
+__all__ = ["ToyTrainer"]
+
+UNIT_COSTS = {"toy": (3, 1.5)}
+
+
+class ToyTrainer(BackpropTrainer):
+    """Half the loss."""
+
+    def __init__(self, blocks, optimizer_factory, **options) -> None:
+        super().__init__(blocks, optimizer_factory, **options)
+        whole = self.loss
+        self.loss = lambda output, target: whole(output, target) / 2
+''',
     "lgkernels/recipes/rules/toy.py": '''
-"""A toy: back-propagation, with everything doubled on the way in."""
+"""A toy: everything is doubled on the way in."""
 
 from torch import nn
 
 from ... import nn as lnn
+from ...training import ToyTrainer
 from .. import models
 from . import Rule
 
@@ -182,7 +247,11 @@ def build(task):
     return [nn.Sequential(lnn.Toy(), block) if i == 0 else block for i, block in enumerate(models.plain(*task.size))]
 
 
-RULES = (Rule("toy", build),)
+def trainer(blocks, optimizer_factory, task, **options):
+    return ToyTrainer(blocks, optimizer_factory, **options)
+
+
+RULES = (Rule("toy", build, trainer),)
 ''',
     "bench/toy.py": '''
 """A toy."""
@@ -215,6 +284,7 @@ CASES = {"smoke": [Case(Toy, 4, 6)]}
 from tests.support.problems import randn
 
 DOORS = {"toy_scale": (randn(3, 4), 2.0)}
+FREE = {("toy_scale", "x"): {"entry 0", "entry 1", "one before", "one behind", "one less"}}
 """,
     "tests/toy/calls.py": """
 from tests.support.calls import Call
@@ -235,6 +305,27 @@ TABLES = {}
 def cases():
     toy.scale(torch.empty(1000, 10), ToyOptions())
 """,
+    "tests/toy/sanitized.py": """
+from lgkernels.ops.toy.options import ToyOptions
+from tests.support.problems import randn
+
+
+def run(kernels, device):
+    return [kernels.scale(randn(257).to(device), ToyOptions())]
+""",
+    "tests/toy/test_kernels.py": """
+import pytest
+
+from lgkernels.ops.toy.options import ToyOptions
+from tests.conftest import backend_module
+from tests.toy import sanitized
+
+
+def test_scale(backend):
+    [result] = sanitized.run(backend_module("toy", backend), "cpu")
+    [expected] = sanitized.run(backend_module("toy", "reference"), "cpu")
+    assert (result == expected).all()
+""",
     "tests/toy/test_gpu_kernels.py": """
 import pytest
 import torch
@@ -251,6 +342,7 @@ def test_toy(impl):
 EDITED = {  # one line each
     "lgkernels/functional/__init__.py": ("\n__all__", "from .toy import *"),
     "lgkernels/nn/__init__.py": ("\n__all__", "from .toy import *"),
+    "lgkernels/training/__init__.py": ("\n__all__", "from .toy import *"),
     "README.md": ("| Local forward gradients", "| Toy | works | `functional.toy` |"),
 }
 
@@ -272,6 +364,10 @@ def make_tree(folder):
         text = (folder / name).read_text()
         assert text.count(before) == 1, name
         (folder / name).write_text(text.replace(before, f"{line}\n{before}"))
+    if not executor.unavailable():  # what the executor is made of is compiled already, but for the toy
+        executor.build()
+        unfinished = shutil.ignore_patterns("*.new", "*.lock")  # another process may be compiling with sanitizers
+        shutil.copytree(executor.FOLDER, folder / "build/simt", ignore=unfinished)
     # .ci/run keeps the objects of its own build
     launcher = (
         {"CMAKE_CXX_COMPILER_LAUNCHER": str(ROOT / ".ci/keep_objects")} if "LGKERNELS_OBJECTS" in os.environ else {}
@@ -293,7 +389,7 @@ def run(folder, *arguments, **environment):
 
 
 def test_only_names_are_edited():
-    assert len(EDITED) <= 3 and not any((ROOT / name).exists() for name in NEW)
+    assert len(EDITED) <= 4 and not any((ROOT / name).exists() for name in NEW)
 
 
 def test_selftest_finds_its_backends(tree):
@@ -306,6 +402,22 @@ def test_its_doors_and_calls_are_found(tree):
     tests = ("tests/integration/test_door.py", "tests/static/test_argument_checks.py")
     printed = run(tree, "-m", "pytest", "-q", "-n", "0", *tests, "-k", "test_every or test_door and toy")
     assert int(re.search(r"\b(\d+) passed", printed)[1]) > 3, printed[-1000:]
+
+
+@pytest.mark.skipif(executor.unavailable() is not None, reason=str(executor.unavailable()))
+def test_all_its_backends_are_run(tree):
+    """The CUDA kernel by the executor; and what is run under checkers of memory is found."""
+    printed = run(tree, "-m", "pytest", "-q", "-n", "0", "tests/toy/test_kernels.py", TRITON_INTERPRET="1")
+    assert re.search(r"\b4 passed", printed), printed[-1000:]
+    code = "from tests.support import sanitized; from tests.simt import test_sanitizers as checked; "
+    printed = run(tree, "-c", code + "print(*sanitized.FAMILIES, *checked.FAMILIES)")
+    assert "toy" in printed.split() and "tests/toy/test_kernels.py" in printed
+
+
+def test_its_trainer_is_found(tree):
+    code = "import lgkernels, torch; from lgkernels.training import ToyTrainer, planner; print(planner.unit_costs()); "
+    printed = run(tree, "-c", code + "print(lgkernels.plan(torch.nn.Sequential(torch.nn.Linear(4, 4)), (2, 4)))")
+    assert "'toy': (3, 1.5)" in printed and "BP-modified toy, 1 units" in printed
 
 
 def test_bench_finds_its_case(tree):

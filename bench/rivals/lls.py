@@ -88,7 +88,7 @@ def lean_loss(activation, target, phi, pool, modulation):
     return LeanLoss.apply(activation, target, phi, pool, modulation)
 
 
-def lean_block(x, target, weight, bias, gamma, beta, phi, pool, max_pool):
+def lean_block(x, target, weight, gamma, beta, phi, pool, max_pool):
     """(out, loss, grad_weight, grad_gamma, grad_beta)."""
     weight = weight.to(x.dtype)
     z = F.conv2d(x, weight, None, 1, 1)

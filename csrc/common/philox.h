@@ -13,7 +13,6 @@
 
 namespace lgk {
 
-constexpr int kLawVersion = 1;
 enum Law : int { kUniform = 0, kNormal = 1, kUniform8 = 2, kSign = 3 };
 
 template <int LAW>

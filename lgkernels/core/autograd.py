@@ -11,6 +11,8 @@ which refuses by name what this form cannot do:
 - A second derivative is implemented, or raises: see `first_order_only`.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +20,32 @@ import torch
 from . import ops
 
 
-def apply(function: type[torch.autograd.Function], name: str, *arguments: Any) -> Any:
-    """`function.apply(*arguments)` of the public function `name`."""
+def refuse_transforms(name: str) -> None:
+    """Raise inside of a torch.func transform: what the public function `name` does is none of torch's derivatives."""
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             f"{name} does not support torch.func transforms (grad, vjp, jvp, vmap, ...): its gradient is a rule of its "
             "own. Use loss.backward() or torch.autograd.grad"
         )
+
+
+def settled_dtypes(method: Callable) -> Callable:
+    """Decorator of a Function's forward or backward that computes outside of ops, whose door does the same: an ambient
+    autocast does not touch the arithmetic. The first argument after `ctx` is a tensor."""
+
+    @functools.wraps(method)
+    def settled(ctx, tensor, *arguments):
+        if not ops.autocasts(tensor.device):
+            return method(ctx, tensor, *arguments)
+        with ops.without_autocast(tensor.device):
+            return method(ctx, tensor, *arguments)
+
+    return settled
+
+
+def apply(function: type[torch.autograd.Function], name: str, *arguments: Any) -> Any:
+    """`function.apply(*arguments)` of the public function `name`."""
+    refuse_transforms(name)
     result = function.apply(*arguments)
     if torch.compiler.is_exporting() and torch.is_grad_enabled():
         learning = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -47,6 +68,7 @@ def _refuse(ctx: Any, _grad: torch.Tensor) -> Any:
     )
 
 
+# Not by `ops.define`: it has no backends, looks at no memory, and its gradient is registered with torch.
 ops.LIBRARY.define("without_backward(Tensor x, Tensor[] learning, str name) -> Tensor")
 ops.LIBRARY.impl("without_backward", _without_backward, "CompositeExplicitAutograd")
 torch.library.register_fake(

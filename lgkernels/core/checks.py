@@ -3,12 +3,14 @@
 They run at each call, so the usual types are tried first, and a message is put together only where one is raised.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter, is_lazy
 
 from . import dispatch
 
@@ -19,6 +21,8 @@ _STRIDED = torch.strided
 _INTEGERS = (int, np.integer, torch.SymInt)
 _NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
 _INFINITY = float("inf")
+_LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+_INT64 = 2**63
 
 
 # -- what messages say ------------------------------------------------------------------------------------------------
@@ -38,6 +42,8 @@ def got(value: Any) -> str:
         return str(value)
     if isinstance(value, (tuple, list)):
         return f"{value!r}" if all(isinstance(v, _NUMBERS) for v in value) else f"a {type(value).__name__}"
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an int of {value.bit_length()} bits"
     return repr(value) if isinstance(value, (str, *_NUMBERS)) else type(value).__name__
 
 
@@ -46,6 +52,16 @@ def got(value: Any) -> str:
 
 def tensor(name: str, value: Any, expected: str = "a torch.Tensor") -> None:
     """A dense tensor: sparse and oneDNN tensors have layouts of their own."""
+    kind = type(value)
+    if kind is not Tensor and kind is not Parameter:
+        _unusual_tensor(name, value, expected)
+    if value.layout is not _STRIDED or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else f"layout {value.layout}; use .to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got {layout}")
+
+
+def _unusual_tensor(name: str, value: Any, expected: str) -> None:
+    """A subclass of Tensor is taken if it has a shape."""
     if not isinstance(value, Tensor):
         if isinstance(value, torch.fx.Proxy):
             raise TypeError(
@@ -53,9 +69,10 @@ def tensor(name: str, value: Any, expected: str = "a torch.Tensor") -> None:
                 "layer: use torch.export, or a Tracer with is_leaf_module true for it"
             )
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    if value.layout is not _STRIDED or value.is_nested:
-        layout = "a nested tensor" if value.is_nested else f"layout {value.layout}; use .to_dense()"
-        raise TypeError(f"{name} must be a dense tensor, got {layout}")
+    if is_lazy(value):
+        raise TypeError(
+            f"{name} must be {expected} with a shape, got an {type(value).__name__}: run the lazy module once"
+        )
 
 
 def floating(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
@@ -68,6 +85,12 @@ def integer(name: str, value: Any, meaning: str = "class indices are expected") 
     tensor(name, value)
     if value.dtype not in INTEGER:
         raise TypeError(f"{name} must hold integers (int64, int32, ...), got {dtype_of(value)}; {meaning}")
+
+
+def precision(name: str, value: Tensor, of: str, other: Tensor) -> None:
+    """What is computed together in float32, or in float64 where both are: halves mix with float32 and lose nothing."""
+    if value.dtype != other.dtype and torch.float64 in (value.dtype, other.dtype):
+        raise TypeError(f"{name} must be float64 if and only if {of} is, got {dtype_of(value)} and {dtype_of(other)}")
 
 
 def dims(name: str, value: Tensor, allowed: tuple[int, ...], meaning: str) -> None:
@@ -126,57 +149,102 @@ def class_indices(name: str, value: Tensor, num_classes: int, ignore_index: int 
 
 
 # -- numbers, flags, names --------------------------------------------------------------------------------------------
+#
+# A number is Python's, NumPy's, or a tensor of one number that requires no gradient, as torch takes it. Each check
+# returns Python's: what is computed from it does not wrap around, and fits into int64 or float32.
 
 
-def whole_number(name: str, value: Any) -> None:
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, _INTEGERS)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+def _plain(value: Any) -> Any:
+    """NumPy's number, or that of a tensor, as Python's; anything else as it is."""
+    if isinstance(value, Tensor):
+        if is_lazy(value) or value.numel() != 1 or value.requires_grad or value.dtype not in FLOATING + INTEGER:
+            return value
+        return value if value.layout is not _STRIDED or value.device.type == "meta" else value.item()
+    return value.item() if isinstance(value, (np.integer, np.floating)) else value
 
 
-def positive_integer(name: str, value: Any) -> None:
-    whole_number(name, value)
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+def _kind(value: Any) -> str:
+    lost = isinstance(value, Tensor) and value.requires_grad
+    return type(value).__name__ + (" with a gradient, which would be lost: pass .item()" if lost else "")
 
 
-def integer_between(name: str, value: Any, low: int, high: int) -> None:
+def _is(value: Any, types: tuple[type, ...]) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+def whole_number(name: str, value: Any) -> int:
+    return integer_between(name, value, -_INT64, _INT64)
+
+
+def positive_integer(name: str, value: Any, below: int = _INT64) -> int:
+    if type(value) is int and 0 < value < below:
+        return value
+    number = whole_number(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return integer_between(name, number, 1, below)
+
+
+def integer_between(name: str, value: Any, low: int, high: int) -> int:
     """In [low, high)."""
-    whole_number(name, value)
-    if not low <= value < high:
-        raise ValueError(f"{name} must be an integer in [{low}, {high}), got {value}")
+    if type(value) is int and low <= value < high:
+        return value
+    number = _plain(value)
+    if not _is(number, _INTEGERS):
+        raise TypeError(f"{name} must be an int, got {_kind(value)}")
+    if not low <= number < high:
+        raise ValueError(f"{name} must be an integer in [{low}, {high}), got {got(number)}")
+    return number
 
 
-def _real(name: str, value: Any, expected: str = "a number") -> None:
-    """A tensor is refused: its gradient would be lost, and reading it waits for its device."""
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, _NUMBERS)):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+def _real(name: str, value: Any, expected: str) -> Any:
+    number = _plain(value)
+    if not _is(number, _NUMBERS):
+        raise TypeError(f"{name} must be {expected}, got {_kind(value)}")
+    return number
 
 
 def item(value: Any) -> Any:
     """The number of a tensor that holds one, for optimizers, whose learning rate may be such a tensor."""
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not isinstance(value, Tensor) or torch.nn.parameter.is_lazy(value) or value.is_meta or value.numel() != 1:
+        return value  # for a check to refuse
+    return value.item()
 
 
-def number(name: str, value: Any, expected: str = "a number") -> None:
-    """A finite number, NumPy's too."""
-    _real(name, value, expected)
-    if not -_INFINITY < value < _INFINITY:
-        raise ValueError(f"{name} must be finite, got {value}")
+def number(name: str, value: Any, expected: str = "a number") -> float:
+    """A finite number."""
+    if type(value) is float and -_LARGEST <= value <= _LARGEST:
+        return value
+    number = _real(name, value, expected)
+    if not -_LARGEST <= number <= _LARGEST:
+        where = "" if number != number or number in (_INFINITY, -_INFINITY) else " in float32"
+        raise ValueError(f"{name} must be finite{where}, got {got(number)}")
+    return float(number)
 
 
-def positive(name: str, value: Any, expected: str = "a number") -> None:
-    _real(name, value, expected)
-    if not 0 < value < _INFINITY:
-        raise ValueError(f"{name} must be {'finite' if value == _INFINITY else 'greater than 0'}, got {value}")
+def positive(name: str, value: Any, expected: str = "a number") -> float:
+    """A number by which float32 can be multiplied and divided."""
+    if type(value) is float and _SMALLEST <= value <= _LARGEST:
+        return value
+    real = _real(name, value, expected)
+    if not real > 0:
+        raise ValueError(f"{name} must be greater than 0, got {got(real)}")
+    if real < _SMALLEST:
+        raise ValueError(f"{name} must be at least {_SMALLEST:.2g}, float32's smallest normal number, got {got(real)}")
+    return number(name, real)
 
 
-def between(name: str, value: Any, low: float, high: float) -> None:
-    _real(name, value)
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
+def between(name: str, value: Any, low: float, high: float) -> float:
+    if type(value) is float and low <= value <= high:
+        return value
+    number = _real(name, value, "a number")
+    if not low <= number <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], got {got(number)}")
+    return float(number)
 
 
 def boolean(name: str, value: Any) -> None:
+    """torch refuses NumPy's bools and tensors too."""
     if not isinstance(value, bool):
         kind = type(value).__name__
         raise TypeError(f"{name} must be a bool, got {'a NumPy bool' if kind in ('bool', 'bool_') else kind}")
@@ -195,46 +263,48 @@ def impl(value: Any) -> None:
 
 
 def device(name: str, value: Any) -> None:
-    """What torch.device takes, or None."""
-    if value is None or isinstance(value, torch.device):
+    """What torch.device takes, where this torch and this machine have it; or None."""
+    if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
+    if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):
         raise TypeError(f"{name} must be a torch.device, a str, an int or None, got {type(value).__name__}")
     try:
-        torch.device(value)
-    except RuntimeError:
-        raise ValueError(f"{name} must name a device, as 'cpu' or 'cuda:0' do, got {value!r}") from None
-
-
-def _plain_integer(value: Any) -> Any:
-    """A NumPy integer as an int: what is computed from it must not wrap around."""
-    return int(value) if isinstance(value, np.integer) else value
+        if torch.device(value).type not in ("cpu", "meta"):
+            torch.empty(0, device=value)
+    except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0]
+        shown = got(value) if isinstance(value, int) else repr(value)
+        raise ValueError(f"{name} must be a device of this machine, as 'cpu' is, got {shown}: {why}") from None
 
 
 def sizes(name: str, value: Any, meaning: str) -> tuple[int, ...]:
     """The sizes of a tensor of at least one dimension; an int is one size."""
-    result = (value,) if isinstance(value, _INTEGERS) else value
+    one = _plain(value)
+    result = (one,) if isinstance(one, _INTEGERS) else value
     if not isinstance(result, (tuple, list)):
-        raise TypeError(f"{name} must be {meaning}, got {type(value).__name__}")
-    if not result or any(isinstance(n, bool) or not isinstance(n, _INTEGERS) or n < 0 for n in result):
-        raise ValueError(f"{name} must be {meaning}, none negative, got {value!r}")
-    return tuple([_plain_integer(n) for n in result])
+        raise TypeError(f"{name} must be {meaning}, got {_kind(value)}")
+    result = tuple([_plain(n) for n in result])
+    if not result or not all(_is(n, _INTEGERS) and n >= 0 for n in result):
+        raise ValueError(f"{name} must be {meaning}, none negative, got {got(value)}")
+    if math.prod(result) >= _INT64:
+        raise ValueError(f"{name} must be {meaning}, fewer than 2**63 elements, got {got(value)}")
+    return result
 
 
-def pair(name: str, value: Any, least: int) -> tuple[int, int]:
-    """An int twice, or two of them, each at least `least`."""
-    if type(value) is int and value >= least:
+def pair(name: str, value: Any, least: int, below: int = 2**31) -> tuple[int, int]:
+    """An int twice, or two of them, each in [least, below)."""
+    if type(value) is int and least <= value < below:
         return value, value
-    both: Any = (value, value) if isinstance(value, _INTEGERS) else value
-    if (
-        not isinstance(both, (tuple, list))
-        or len(both) != 2
-        or any(isinstance(n, bool) or not isinstance(n, _INTEGERS) for n in both)
-    ):
+    one = _plain(value)
+    both: Any = (one, one) if isinstance(one, _INTEGERS) else value
+    both = tuple([_plain(n) for n in both]) if isinstance(both, (tuple, list)) else ()
+    if len(both) != 2 or not all(_is(n, _INTEGERS) for n in both):
         raise TypeError(f"{name} must be an int or two of them, got {got(value)}")
-    if both[0] < least or both[1] < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return _plain_integer(both[0]), _plain_integer(both[1])
+    if min(both) < least:
+        raise ValueError(f"{name} must be at least {least}, got {got(value)}")
+    if max(both) >= below:
+        raise ValueError(f"{name} must be below {below}, got {got(value)}")
+    return both
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -257,33 +327,35 @@ def bias(name: str, value: Any, weight: Tensor) -> None:
 
 
 def _one_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """As torch has it: one dtype, or under autocast any but float64, which autocast leaves alone."""
     for name, value in (("x", x), ("bias", bias)):
-        if value is not None and value.dtype != weight.dtype and not autocasts(x.device):
-            raise TypeError(
-                f"{name} must have weight's dtype {dtype_of(weight)} (outside of autocast), got {dtype_of(value)}"
-            )
+        if value is not None and value.dtype != weight.dtype:
+            if not autocasts(x.device):
+                raise TypeError(
+                    f"{name} must have weight's dtype {dtype_of(weight)} (outside of autocast), got {dtype_of(value)}"
+                )
+            precision(name, value, "weight", weight)
 
 
-def linear(x: Any, weight: Any, bias_: Any, *, one_dtype: bool = True) -> None:
-    """As torch's linear takes them; without `one_dtype` the caller casts weight and bias to x's dtype."""
+def linear(x: Any, weight: Any, bias_: Any) -> None:
+    """As torch's linear takes them."""
     floating("x", x)
     floating("weight", weight)
     dims("weight", weight, (2,), "(N, K)")
     if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must be (..., {weight.shape[1]}) (K of weight), got shape {shape_of(x)}")
-    _layer(x, weight, bias_, one_dtype)
+    _layer(x, weight, bias_)
 
 
-def _layer(x: Tensor, weight: Tensor, bias_: Any, one_dtype: bool) -> None:
+def _layer(x: Tensor, weight: Tensor, bias_: Any) -> None:
     """What linear and convolution have in common."""
     bias("bias", bias_, weight)
     same_device(weight=weight, x=x, bias=bias_)
-    if one_dtype:
-        _one_dtype(x, weight, bias_)
+    _one_dtype(x, weight, bias_)
 
 
 def conv2d(
-    x: Any, weight: Any, bias_: Any, stride: Any, padding: Any, dilation: Any, groups: Any, *, one_dtype: bool = True
+    x: Any, weight: Any, bias_: Any, stride: Any, padding: Any, dilation: Any, groups: Any
 ) -> tuple[Tensor, tuple[tuple[int, int], tuple[int, int], tuple[int, int], int], bool]:
     """`(x, (stride, padding, dilation, groups), batched)`: x with a batch, padding two numbers.
 
@@ -292,7 +364,7 @@ def conv2d(
     floating("x", x)
     floating("weight", weight)
     dims("weight", weight, (4,), "(O, C / groups, kh, kw)")
-    positive_integer("groups", groups)
+    groups = positive_integer("groups", groups)
     if x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
         raise ValueError(
             f"x must be (B, {weight.shape[1] * groups}, H, W) (weight's channels times groups) or the "
@@ -300,9 +372,9 @@ def conv2d(
         )
     if weight.shape[0] % groups:
         raise ValueError(f"groups must divide weight's {weight.shape[0]} outputs, got {groups}")
-    if 0 in weight.shape[2:]:
-        raise ValueError(f"weight must have a window of at least (1, 1), got shape {shape_of(weight)}")
-    _layer(x, weight, bias_, one_dtype)
+    if 0 in weight.shape:
+        raise ValueError(f"weight must have no empty dimension, got shape {shape_of(weight)}")
+    _layer(x, weight, bias_)
     batched = x.dim() == 4
     x = x if batched else x.unsqueeze(0)
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)

@@ -19,7 +19,7 @@ def _load():
         if importlib.util.find_spec("lgkernels._C") is None:
             return None, "built without the native module: there was no compiler, or LGKERNELS_BUILD=none"
         return None, str(error)
-    _warn_if_outdated(_C.__file__)
+    _warn_if_outdated(_C, Path(__file__).resolve().parents[2] / "csrc")
     # glibc returns free memory to the system above twice the largest block freed so far. A step's buffers (LLS's
     # pre-activation and output, a convolution's feedback weight) reach that together, and every step then pays
     # thousands of page faults (16 MB, 4 of 29 ms). Freeing once the largest block that glibc learns from, 32 MiB,
@@ -28,11 +28,17 @@ def _load():
     return _C, None
 
 
-def _warn_if_outdated(module):
+def _sources(csrc, cuda):
+    """The files that a build with or without CUDA reads (see CMakeLists.txt), and no editor's."""
+    patterns = ["*.cpp", "*/*.h", "*/cpu/*.h", "*/cpu/*.cpp"]
+    patterns += [f"*/cuda/*.{suffix}" for suffix in ("h", "cpp", "cu", "cuh") if cuda]
+    return [path for pattern in patterns for path in csrc.glob(pattern) if not path.name.startswith(".")]
+
+
+def _warn_if_outdated(module, csrc):
     """An editable install goes on with the old module after an update of the tree; say so before calls fail."""
-    sources = Path(__file__).resolve().parents[2] / "csrc"
-    newest = max((path.stat().st_mtime for path in sources.rglob("*")), default=0.0)
-    if newest > os.stat(module).st_mtime:
+    newest = max((path.stat().st_mtime for path in _sources(csrc, module.has_cuda)), default=0.0)
+    if newest > os.stat(module.__file__).st_mtime:
         warnings.warn(
             "lgkernels._C is older than its sources in csrc/: build it again with "
             "`pip install -e .` (or `python setup.py build_ext --inplace`)",

@@ -10,8 +10,9 @@ registers `torch.ops.lgkernels.lls_loss_forward(activation, <the fields of HeadO
   function.
 - `kernels` is the backend's module, chosen by `impl`, device and dtype inside of the op, so that a compiled graph
   holds one opaque call and no look-ups of the environment.
-- The op is a door: what native code will trust is checked here, whoever calls. Every tensor lies on one device, has
-  memory, and is no wrapper (a DTensor, say) whose address means nothing; sizes and dtypes are for `check(*arguments)`.
+- The op is a door: what native code will trust is checked here, whoever calls. Every tensor is dense, lies on one
+  device, has memory and one of its `dtypes`, and is no wrapper (a DTensor, say) whose address means nothing; sizes,
+  and words such as the name of a law, are for `check(*arguments)`.
 - An ambient autocast is switched off: inside of an op the dtypes are settled.
 
 `define`/`impl` of `torch.library` instead of `custom_op`: a third of the call's cost.
@@ -20,7 +21,7 @@ registers `torch.ops.lgkernels.lls_loss_forward(activation, <the fields of HeadO
 import contextlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,11 +39,18 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def class_indices(name: str, target: torch.Tensor, num_classes: int, ignore_index: int | None = None) -> torch.Tensor:
-    """Contiguous int64; range-checked where looking at them costs no synchronisation, or when LGKERNELS_CHECK=1."""
+    """Contiguous int64; range-checked where looking at them costs no synchronisation, or when LGKERNELS_CHECK=1.
+
+    While a graph is being traced, and inside of torch.func's transforms, there are no values to look at.
+    """
     if target.dtype != torch.int64:
         checks.integer(name, target)
         target = target.long()
-    if target.device.type == "cpu" or environment.value("LGKERNELS_CHECK", "0") == "1":
+    if (
+        not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and (target.device.type == "cpu" or environment.value("LGKERNELS_CHECK", "0") == "1")
+    ):
         checks.class_indices(name, target, num_classes, ignore_index)
     return target.contiguous()
 
@@ -70,6 +78,7 @@ def define(
     check: Callable | None = None,
     where: Callable[..., tuple[torch.device, torch.dtype]] = of_first,
     mutates: Sequence[str] = (),
+    dtypes: Mapping[str, Sequence[torch.dtype]] = {},
     backends: Sequence[str] | None = None,
     choose: Callable | None = None,
 ) -> Callable[[Callable], Callable]:
@@ -83,6 +92,7 @@ def define(
         check: raises where the arguments do not fit each other; takes them as `fake` does.
         where: device and dtype that choose the backend, from the arguments.
         mutates: names of the arguments that are written to.
+        dtypes: of the tensors that are none of `checks.FLOATING`, by name.
         backends: those that there are; default: every one that has a file in the package.
         choose: takes `impl` and the arguments, returns the backend's module; where device and dtype do not settle it.
     """
@@ -93,17 +103,28 @@ def define(
         flat, pack = _flattened(parameters)
         schema = _schema(function, flat, mutates)
         op = trust.Op(function.__name__, function, tuple(p.name for p in flat), pack, _trial(package, function))
-        tensors = [(i, p.name) for i, p in enumerate(flat) if "Tensor" in str(p.annotation)]
+        tensors = [
+            (i, p.name, dtypes.get(p.name, checks.FLOATING))
+            for i, p in enumerate(flat)
+            if "Tensor" in str(p.annotation)
+        ]
 
         def implementation(*arguments):
             impl, own = arguments[-1], pack(arguments[:-1])
             device, dtype = where(*own)
-            for i, name in tensors:
+            for i, name, kinds in tensors:
                 tensor = arguments[i]
-                if tensor is None or _is_plain(tensor) and tensor.device == device and tensor.data_ptr():
+                if (
+                    tensor is None
+                    or type(tensor) in _PLAIN
+                    and tensor.device == device
+                    and tensor.dtype in kinds
+                    and tensor.data_ptr()
+                ):
                     continue  # nearly always
                 for one in tensor if type(tensor) is list else (tensor,):
                     require_memory(name, one, device)
+                    _require_dtype(name, one, kinds)
             if check is not None:
                 check(*own)
             kernels = choose(impl, *own) if choose else dispatch.backend(backends_of, impl, device, dtype)
@@ -130,9 +151,18 @@ def define(
                 _require_device(name, tensor, device)
             return fake(*own)
 
+        def refuse(*arguments):
+            for name, tensor in _tensors(tensors, arguments):
+                checks.tensor(name, tensor)
+                if tensor.is_quantized:
+                    raise TypeError(f"{name} must be a dense tensor, got {tensor.dtype}; use .dequantize()")
+            raise TypeError(f"{function.__name__} takes dense tensors alone")
+
         function.implementation = implementation  # type: ignore[attr-defined]
         LIBRARY.define(function.__name__ + schema)
         LIBRARY.impl(function.__name__, implementation, "CompositeExplicitAutograd")
+        for key in _NOT_DENSE:  # by the dispatcher: a dense tensor's call pays nothing for it
+            LIBRARY.impl(function.__name__, refuse, key)
         torch.library.register_fake(f"lgkernels::{function.__name__}", shapes, lib=LIBRARY)
         return function
 
@@ -193,11 +223,11 @@ def _schema(function: Callable, flat: list[inspect.Parameter], mutates: Sequence
 
 # -- the door -------------------------------------------------------------------------------------------------------
 
-_plain_types: dict[type, bool] = {torch.Tensor: True, torch.nn.Parameter: True}
-
-
-def _is_plain(tensor: Any) -> bool:
-    return type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_LAYOUTS = ("Sparse", "SparseCsr", "Quantized", "NestedTensor")
+_NOT_DENSE = [layout + device for layout in _LAYOUTS for device in ("CPU", "CUDA")]
+_NOT_DENSE += ["SparseMeta", "SparseCsrMeta", "MkldnnCPU", "AutogradNestedTensor"]
+_plain_types = dict.fromkeys(_PLAIN, True)
 
 
 def _has_an_address(kind: type) -> bool:
@@ -208,9 +238,9 @@ def _has_an_address(kind: type) -> bool:
     return _plain_types[kind]
 
 
-def _tensors(places: list[tuple[int, str]], arguments: tuple) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(places: Sequence[tuple], arguments: tuple) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every tensor among the arguments, those of lists too."""
-    for i, name in places:
+    for i, name, _ in places:
         argument = arguments[i]
         if type(argument) is list:
             for tensor in argument:
@@ -222,6 +252,12 @@ def _tensors(places: list[tuple[int, str]], arguments: tuple) -> Iterator[tuple[
 def _require_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the op's other tensors, got {tensor.device}")
+
+
+def _require_dtype(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(str(dtype)[6:] for dtype in dtypes)
+        raise TypeError(f"{name} must be one of {expected}, got {checks.dtype_of(tensor)}")
 
 
 def require_memory(name: str, tensor: torch.Tensor, device: torch.device) -> None:

@@ -17,8 +17,10 @@ def lora_linear(
     r"""Linear layer with a low-rank adapter: :math:`y = x W^T + \beta + s\,(x a^T)\, b^T`.
 
     Args:
-        x (Tensor): (..., in). weight (Tensor): (out, in). bias (Tensor, optional): (out,).
-        a (Tensor): (r, in). b (Tensor): (out, r).
+        x (Tensor): (..., in). weight (Tensor): (out, in). bias (Tensor, optional): (out,). All three of one dtype
+            (outside of autocast), as for torch's linear.
+        a (Tensor): (r, in). b (Tensor): (out, r). Cast to x's dtype: float32 factors of a half-precision layer will
+            do; float64 goes with float64 alone.
         scale (float): s, alpha / r as a rule.
         impl (str): ``"auto"`` or ``"reference"``: plain torch is its only backend.
 
@@ -34,9 +36,9 @@ def lora_linear(
         >>> LF.lora_linear(torch.ones(1, 2), torch.eye(2), a=torch.ones(1, 2), b=torch.ones(2, 1), scale=0.5)
         tensor([[2., 2.]])
     """
-    checks.linear(x, weight, bias, one_dtype=False)
+    checks.linear(x, weight, bias)
     out, width = weight.shape
-    checks.number("scale", scale)
+    scale = checks.number("scale", scale)
     checks.impl(impl)
     checks.floating("a", a)
     if a.dim() != 2 or a.shape[1] != width:
@@ -44,7 +46,9 @@ def lora_linear(
     checks.floating("b", b)
     checks.shape("b", b, (out, a.shape[0]), "the rows of weight, and of a")
     checks.same_device(weight=weight, a=a, b=b)
-    return _adapter.lora_linear(x, weight, bias, a, b, float(scale), impl)
+    checks.precision("a", a, "weight", weight)
+    checks.precision("b", b, "weight", weight)
+    return _adapter.lora_linear(x, weight, bias, a, b, scale, impl)
 
 
 def lokr_linear(
@@ -62,7 +66,8 @@ def lokr_linear(
     Factorised, forward and backward: neither the Kronecker product nor its gradient is built.
 
     Args:
-        x (Tensor): (..., in). weight (Tensor): (out, in). bias (Tensor, optional): (out,).
+        x (Tensor): (..., in). weight (Tensor): (out, in). bias (Tensor, optional): (out,). Dtypes as in
+            :func:`lora_linear`, whose factors are w1 and w2 here.
         w1, w2 (Tensor, or pair of Tensors): (out1, in1) and (out2, in2) with out1 * out2 = out, in1 * in2 = in; a
             pair ``(a, b)`` stands for ``a @ b``.
         scale (float): s; alpha / rank as a rule, 1 if both are full matrices.
@@ -80,11 +85,11 @@ def lokr_linear(
         >>> LF.lokr_linear(torch.ones(1, 4), torch.zeros(4, 4), w1=torch.eye(2), w2=torch.ones(2, 2), scale=0.5)
         tensor([[1., 1., 1., 1.]])
     """
-    checks.linear(x, weight, bias, one_dtype=False)
-    checks.number("scale", scale)
+    checks.linear(x, weight, bias)
+    scale = checks.number("scale", scale)
     checks.impl(impl)
     w1, a, b = _factors(w1, w2, weight)
-    return _adapter.lokr_linear(x, weight, bias, w1, a, b, float(scale), impl)
+    return _adapter.lokr_linear(x, weight, bias, w1, a, b, scale, impl)
 
 
 def lokr_conv2d(
@@ -126,15 +131,13 @@ def lokr_conv2d(
         >>> y[0, 0, 1]
         tensor([24., 36., 24.])
     """
-    x, (stride, padding, dilation, groups), batched = checks.conv2d(
-        x, weight, bias, stride, padding, dilation, groups, one_dtype=False
-    )
-    checks.number("scale", scale)
+    x, (stride, padding, dilation, groups), batched = checks.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    scale = checks.number("scale", scale)
     checks.impl(impl)
     w1, a, b = _factors(w1, w2, weight)
     if w1.shape[0] % groups:
         raise ValueError(f"groups must divide the rows of w1, got {groups} and w1 of shape {checks.shape_of(w1)}")
-    y = _adapter.lokr_conv2d(x, weight, bias, stride, padding, dilation, groups, w1, a, b, float(scale), impl)
+    y = _adapter.lokr_conv2d(x, weight, bias, stride, padding, dilation, groups, w1, a, b, scale, impl)
     return y if batched else y.squeeze(0)
 
 
@@ -158,7 +161,10 @@ def _parts(name: str, value: Any, weight: Tensor) -> Sequence[Tensor]:
         checks.dims(f"{name}[1]", parts[1], (2,), "(r, columns)")
         checks.shape(f"{name}[1]", parts[1], (parts[0].shape[1], parts[1].shape[1]), "the columns of the first")
     for part in parts:
+        if 0 in part.shape:
+            raise ValueError(f"{name} must have no empty dimension, got shape {checks.shape_of(part)}")
         checks.same_device(weight=weight, **{name: part})
+        checks.precision(name, part, "weight", weight)
     return parts
 
 

@@ -11,12 +11,13 @@ from ..ops.local_loss import autograd as _local
 __all__ = ["info_nce_loss", "nt_xent_loss", "supcon_loss"]
 
 
-def _contrastive(z: Tensor, temperature: float, normalize: bool, impl: str) -> None:
+def _contrastive(z: Tensor, temperature: float, normalize: bool, impl: str) -> float:
+    """The temperature as a float."""
     checks.floating("z", z)
     checks.not_empty("z", z)
-    checks.positive("temperature", temperature)
     checks.boolean("normalize", normalize)
     checks.impl(impl)
+    return checks.positive("temperature", temperature)
 
 
 def nt_xent_loss(z: Tensor, *, temperature: float = 0.1, normalize: bool = True, impl: str = "auto") -> Tensor:
@@ -44,11 +45,11 @@ def nt_xent_loss(z: Tensor, *, temperature: float = 0.1, normalize: bool = True,
         >>> print(f"{LF.nt_xent_loss(torch.eye(2).repeat(2, 1), temperature=1.0).item():.4f}")
         0.5514
     """
-    _contrastive(z, temperature, normalize, impl)
+    temperature = _contrastive(z, temperature, normalize, impl)
     if z.dim() != 2 or z.shape[0] % 2:
         raise ValueError(f"z must be (2N, D), the second views below the first, got shape {checks.shape_of(z)}")
     labels = torch.arange(z.shape[0] // 2, device=z.device).repeat(2)
-    return _local.contrastive(z, labels, z.shape[0], float(temperature), 1.0, bool(normalize), impl)
+    return _local.contrastive("nt_xent_loss", z, labels, z.shape[0], temperature, 1.0, normalize, impl)
 
 
 def supcon_loss(
@@ -89,10 +90,10 @@ def supcon_loss(
         >>> print(f"{LF.supcon_loss(z, torch.tensor([0, 0, 1]), temperature=1.0).item():.4f}")
         0.2088
     """
-    _contrastive(z, temperature, normalize, impl)
+    temperature = _contrastive(z, temperature, normalize, impl)
     checks.dims("z", z, (2, 3), "(B, V, D) or (B, D)")
     if base_temperature is not None:
-        checks.positive("base_temperature", base_temperature)
+        base_temperature = checks.positive("base_temperature", base_temperature)
     checks.choice("contrast_mode", contrast_mode, ("all", "one"))
     if target is None:
         labels = torch.arange(z.shape[0], device=z.device)
@@ -105,8 +106,10 @@ def supcon_loss(
         views = z.shape[1]
         rows = z.transpose(0, 1).reshape(-1, z.shape[2])
     anchors = z.shape[0] if contrast_mode == "one" else rows.shape[0]
-    factor = 1.0 if base_temperature is None else temperature / base_temperature
-    return _local.contrastive(rows, labels.repeat(views), anchors, float(temperature), factor, bool(normalize), impl)
+    factor = 1.0
+    if base_temperature is not None:
+        factor = checks.number("temperature / base_temperature", temperature / base_temperature)
+    return _local.contrastive("supcon_loss", rows, labels.repeat(views), anchors, temperature, factor, normalize, impl)
 
 
 def info_nce_loss(
@@ -154,7 +157,7 @@ def info_nce_loss(
             f"negatives must be ({query.shape[0]}, n): row numbers of keys for each query, "
             f"got shape {checks.shape_of(negatives)}"
         )
-    checks.positive("temperature", temperature)
+    temperature = checks.positive("temperature", temperature)
     checks.impl(impl)
     checks.same_device(query=query, keys=keys, negatives=negatives)
-    return _local.info_nce(query, keys, negatives, float(temperature), impl)
+    return _local.info_nce(query, keys, negatives, temperature, impl)

@@ -279,4 +279,5 @@ def _projected(name: str, error: Tensor, feedback: _Projecting, shape: int | Seq
     checks.dims(name, error, (2,), "(B, C)")
     checks.impl(impl)
     shape, columns, source = _arguments.projection(name, error, feedback, shape, error.shape[1])
-    return _feedback.project(error, columns, *source, impl).view(error.shape[0], *shape)
+    function = "feedback_projection" if name == "error" else "target_projection"
+    return _feedback.project(function, error, columns, *source, impl).view(error.shape[0], *shape)

@@ -8,11 +8,9 @@ from torch import Tensor
 from ..core import checks
 from ..ops.lls import autograd as _lls
 from ..ops.lls import basis as _basis
-from ..ops.lls.options import HeadOptions
+from ..ops.lls.options import LOSSES, REDUCTIONS, WAVEFORMS, HeadOptions
 
 __all__ = ["lls_basis", "lls_loss"]
-
-_WAVEFORMS = ("square", "cosine")
 
 
 def lls_basis(
@@ -56,13 +54,16 @@ def lls_basis(
         tensor([[ 0., -1., -1., -1.],
                 [ 0.,  1., -1.,  1.]])
     """
-    checks.positive_integer("rows", rows)
-    checks.positive_integer("dim", dim)
-    checks.choice("waveform", waveform, _WAVEFORMS)
-    checks.number("min_freq", min_freq)
-    checks.number("max_freq", max_freq)
+    rows, dim = checks.positive_integer("rows", rows), checks.positive_integer("dim", dim)
+    checks.choice("waveform", waveform, WAVEFORMS)
+    min_freq, max_freq = checks.number("min_freq", min_freq), checks.number("max_freq", max_freq)
+    checks.number(f"max_freq * {dim} columns", max_freq * dim * 2)
+    checks.number(f"min_freq * {dim} columns", min_freq * dim * 2)
     checks.device("device", device)
     checks.impl(impl)
+    device = torch.device("cpu" if device is None else device)
+    if torch.compiler.is_compiling():  # a graph holds one opaque call, not how the table is made
+        return torch.ops.lgkernels.lls_basis(rows, dim, waveform, float(min_freq), float(max_freq), device, impl)
     return _basis.table(rows, dim, waveform, min_freq, max_freq, device).clone()
 
 
@@ -98,7 +99,7 @@ def lls_loss(
             bfloat16, float16; float64 runs in the reference.
         target (Tensor): (B,) class indices, any integer dtype.
         modulation (Tensor, optional): None is LLS; (num_classes,) LLS-M; (K, num_classes) LLS-MxM, K rows of the
-            basis (K != num_classes: the reduced set).
+            basis (K != num_classes: the reduced set). float64 if and only if the activation is.
         num_classes (int): C.
         pool_size (int): P. It may exceed the activation's size (features repeat), and bins may overlap.
         waveform (str): ``"square"`` or ``"cosine"``; see :func:`lls_basis`.
@@ -108,7 +109,8 @@ def lls_loss(
         eps (float): lower bound of that norm. A row below it gets the gradient of the bounded formula, up to
             1/eps large, as torch's ``normalize`` gives.
         zero_gradient_below_eps (bool): give such a row no gradient instead.
-        basis (Tensor, optional): (K, d) replaces the periodic basis (the random-basis control). Not trained.
+        basis (Tensor, optional): (K, d) of any float dtype replaces the periodic basis (the random-basis control). Not
+            trained.
         basis_scale (float): factor on the basis (TESS: 1/d).
         loss (str): ``"cross_entropy"`` or ``"hard_sigmoid_mse"`` (TESS): mean over classes of
             (hard_sigmoid(z/T) - onehot)^2, with a straight-through gradient, hard_sigmoid(v) = clamp(v/4 + 1/2, 0, 1).
@@ -136,19 +138,19 @@ def lls_loss(
     checks.floating("activation", activation)
     checks.dims("activation", activation, (2, 4), "(B, C, H, W) or (B, N)")
     checks.class_targets("target", target, activation, "activation")
-    checks.positive_integer("num_classes", num_classes)
-    checks.positive_integer("pool_size", pool_size)
-    checks.choice("waveform", waveform, _WAVEFORMS)
-    checks.choice("loss", loss, ("cross_entropy", "hard_sigmoid_mse"))
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
-    checks.positive("temperature", temperature)
-    checks.positive("eps", eps)
-    checks.number("basis_scale", basis_scale)
+    num_classes = checks.positive_integer("num_classes", num_classes, 2**31)
+    pool_size = checks.positive_integer("pool_size", pool_size)
+    checks.choice("waveform", waveform, WAVEFORMS)
+    checks.choice("loss", loss, LOSSES)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    temperature = checks.positive("temperature", temperature)
+    eps = checks.positive("eps", eps)
+    basis_scale = checks.number("basis_scale", basis_scale)
     checks.boolean("normalize", normalize)
     checks.boolean("zero_gradient_below_eps", zero_gradient_below_eps)
-    checks.whole_number("ignore_index", ignore_index)
+    ignore_index = checks.whole_number("ignore_index", ignore_index)
     checks.impl(impl)
-    checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
+    label_smoothing = checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
     if loss != "cross_entropy" and label_smoothing:
         raise ValueError(f"label_smoothing must be 0 with loss={loss!r}, got {label_smoothing}")
     if 0 in activation.shape[1:]:
@@ -156,6 +158,8 @@ def lls_loss(
             f"activation must have no empty dimension but the batch, got shape {checks.shape_of(activation)}"
         )
     dim = _lls.op.latent_size(activation.shape, pool_size)
+    if dim >= 2**31:
+        raise ValueError(f"pool_size must give fewer than 2**31 latents, got {pool_size} (which gives {dim})")
     if basis is not None:
         checks.floating("basis", basis)
         checks.dims("basis", basis, (2,), f"(K, {dim})")
@@ -175,14 +179,16 @@ def lls_loss(
             which = "num_classes" if modulation is None else "those of modulation"
             raise ValueError(f"basis must have {rows} rows ({which}), got shape {checks.shape_of(basis)}")
     checks.same_device(activation=activation, target=target, modulation=modulation, basis=basis)
+    if modulation is not None:
+        checks.precision("modulation", modulation, "activation", activation)
     options = HeadOptions(
         num_classes,
-        float(temperature),
-        float(label_smoothing),
+        temperature,
+        label_smoothing,
         normalize,
-        float(eps),
+        eps,
         zero_gradient_below_eps,
-        float(basis_scale),
+        basis_scale,
         loss,
         ignore_index,
         reduction,

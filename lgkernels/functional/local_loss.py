@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import checks
+from ..core.autograd import refuse_transforms
 from ..core.ops import class_indices
 from ..ops.local_loss import autograd as _local
 from .contrastive import info_nce_loss, nt_xent_loss, supcon_loss
@@ -50,7 +51,8 @@ def local_cross_entropy(
 
     Args:
         h (Tensor): (B, C, H, W), pooled over H and W; (B, T, C), pooled over T; (B, C), not pooled.
-        weight (Tensor): (K, C), of K classes. bias (Tensor, optional): (K,).
+        weight (Tensor): (K, C), of K classes. bias (Tensor, optional): (K,). Both float64 if and only if h is: all is
+            computed in float32 otherwise, so halves and float32 mix.
         target (Tensor): (B,) class indices, any integer dtype.
         label_smoothing (float): in [0, 1].
         reduction (str): ``"mean"``, ``"sum"``, ``"none"``.
@@ -83,11 +85,14 @@ def local_cross_entropy(
         )
     checks.bias("bias", bias, weight)
     checks.class_targets("target", target, h, "h")
-    checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
+    label_smoothing = checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     checks.impl(impl)
     checks.same_device(h=h, weight=weight, bias=bias, target=target)
-    return _local.local_cross_entropy(h, weight, bias, target, float(label_smoothing), reduction, impl)
+    checks.precision("weight", weight, "h", h)
+    if bias is not None:
+        checks.precision("bias", bias, "h", h)
+    return _local.local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, impl)
 
 
 def goodness_loss(
@@ -138,10 +143,10 @@ def goodness_and_squares(
         raise TypeError(f"is_positive must be bool, got {checks.dtype_of(is_positive)}; pass `label == 1`, say")
     checks.shape("is_positive", is_positive, h.shape[:1], "one entry per row of h")
     checks.choice("goodness", goodness, ("mean", "sum"))
-    checks.number("threshold", threshold)
+    threshold = checks.number("threshold", threshold)
     checks.impl(impl)
     checks.same_device(h=h, is_positive=is_positive)
-    return _local.goodness(h, is_positive, float(threshold), goodness == "mean", impl)
+    return _local.goodness(h, is_positive, threshold, goodness == "mean", impl)
 
 
 def peer_normalization_loss(
@@ -154,7 +159,8 @@ def peer_normalization_loss(
     The running mean counts as a constant.
 
     Args:
-        h_pos (Tensor): (B, ...), activity of positive samples. running_mean (Tensor): shaped like one row.
+        h_pos (Tensor): (B, ...), activity of positive samples. running_mean (Tensor): shaped like one row; float64 if
+            and only if ``h_pos`` is.
         momentum (float): mu, in [0, 1].
         impl (str): ``"auto"`` or ``"reference"``: plain torch is its only backend.
 
@@ -172,16 +178,34 @@ def peer_normalization_loss(
         tensor([1.0000, 1.2000])
     """
     _samples("h_pos", h_pos)
+    checks.not_empty("h_pos", h_pos)
     checks.floating("running_mean", running_mean)
     checks.shape("running_mean", running_mean, h_pos.shape[1:], "one row of h_pos")
-    checks.between("momentum", momentum, 0.0, 1.0)
+    momentum = checks.between("momentum", momentum, 0.0, 1.0)
     checks.impl(impl)
     checks.same_device(h_pos=h_pos, running_mean=running_mean)
-    return _local.peer_normalization(h_pos, running_mean, float(momentum), impl)
+    checks.precision("running_mean", running_mean, "h_pos", h_pos)
+    return _local.peer_normalization(h_pos, running_mean, momentum, impl)
+
+
+def _entry(value: float | Tensor, x: Tensor) -> Tensor:
+    """The value of `overlay_label` as a tensor () like x. One that is a tensor is not read: no device waits."""
+    if isinstance(value, Tensor):
+        checks.floating("value", value, checks.FLOATING + checks.INTEGER)
+        if value.numel() != 1:
+            raise ValueError(f"value must be one number, got shape {checks.shape_of(value)}")
+        if value.device.type == "meta" and x.device.type != "meta":
+            raise ValueError(f"value must have memory, got a tensor on {value.device}")
+        return value.reshape(()).to(x)
+    largest = torch.finfo(x.dtype).max
+    number = checks.number("value", value)
+    if abs(number) > largest:
+        raise ValueError(f"value must be finite in {checks.dtype_of(x)}, that of x, got {number}")
+    return torch.tensor(number, dtype=x.dtype, device=x.device)
 
 
 def overlay_label(
-    x: Tensor, label: Tensor, *, num_classes: int, value: float | None = None, impl: str = "auto"
+    x: Tensor, label: Tensor, *, num_classes: int, value: float | Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
     """Forward-Forward's label in the input: the first ``num_classes`` entries of a copy are 0, entry ``label`` is not.
 
@@ -189,7 +213,8 @@ def overlay_label(
         x (Tensor): (B, D), or (B, C, H, W): the entries are then the first pixels of every channel, row by row.
         label (Tensor): (B,) class indices.
         num_classes (int): at most the entries there are.
-        value (float, optional): what the label's entry holds. None: the largest value of the batch.
+        value (float or Tensor of one number, optional): what the label's entry holds, and where a tensor's gradient
+            goes; its number is not looked at. None: the largest value of the batch.
         impl (str): one of the usual names; plain torch is all there is.
 
     Returns:
@@ -206,9 +231,8 @@ def overlay_label(
     """
     checks.floating("x", x)
     checks.dims("x", x, (2, 4), "(B, D) or (B, C, H, W)")
-    checks.positive_integer("num_classes", num_classes)
-    if value is not None:
-        checks.number("value", value)
+    num_classes = checks.positive_integer("num_classes", num_classes)
+    entry = x.detach() if value is None else _entry(value, x)
     checks.impl(impl)
     entries = x.shape[1:].numel() if x.dim() == 2 else x.shape[2] * x.shape[3]
     if num_classes > entries:
@@ -221,7 +245,7 @@ def overlay_label(
     label = class_indices("label", label, num_classes)
     if not x.numel():
         return x.clone()
-    entry = x.detach().amax() if value is None else torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    entry = entry.amax() if value is None else entry
     classes = torch.arange(num_classes, device=x.device)
     patch = torch.where(label.unsqueeze(1) == classes, entry, torch.zeros_like(entry))
     flat = x.reshape(x.shape[0], -1, entries)
@@ -250,6 +274,7 @@ def similarity_matching_loss(
         h (Tensor): (B, C, H, W) or (B, N).
         target (Tensor): (B,) class indices.
         sim_weight (Tensor, optional): (C, C, 3, 3), a convolution with padding 1, or (N, N); None: identity.
+            float64 if and only if h is; cast to h's dtype.
         num_classes (int): K.
         use_std (bool): with more than 3 channels and height above 1, the features are the channels' unbiased standard
             deviations over space; else x flattened.
@@ -272,12 +297,13 @@ def similarity_matching_loss(
     checks.floating("h", h)
     checks.dims("h", h, (2, 4), "(B, C, H, W) or (B, N)")
     checks.not_empty("h", h)
-    checks.positive_integer("num_classes", num_classes)
+    num_classes = checks.positive_integer("num_classes", num_classes)
     checks.boolean("use_std", use_std)
     checks.impl(impl)
     checks.class_targets("target", target, h, "h")
     if sim_weight is not None:
         checks.floating("sim_weight", sim_weight)
+        checks.precision("sim_weight", sim_weight, "h", h)
     checks.same_device(h=h, target=target, sim_weight=sim_weight)
     x = h
     if sim_weight is not None:
@@ -287,7 +313,7 @@ def similarity_matching_loss(
         if not checks.autocasts(h.device):
             sim_weight = sim_weight.to(h.dtype)
         x = F.conv2d(h, sim_weight, padding=1) if h.dim() == 4 else F.linear(h, sim_weight)
-    return _local.similarity(x, target, num_classes, bool(use_std), impl)
+    return _local.similarity(x, target, num_classes, use_std, impl)
 
 
 def prediction_similarity_loss(
@@ -332,8 +358,8 @@ def prediction_similarity_loss(
     checks.floating("h", h)
     checks.dims("h", h, (2, 4), "(B, C, H, W) or (B, N)")
     checks.not_empty("h", h)
-    checks.between("beta", beta, 0.0, 1.0)
-    checks.positive_integer("num_classes", num_classes)
+    beta = checks.between("beta", beta, 0.0, 1.0)
+    num_classes = checks.positive_integer("num_classes", num_classes)
     kernel, padding = checks.pair("pool_kernel", pool_kernel, 1), checks.pair("pool_padding", pool_padding, 0)
     pooled = h
     if (kernel, padding) != ((1, 1), (0, 0)):
@@ -354,6 +380,10 @@ def prediction_similarity_loss(
     checks.shape("decoder_weight", decoder_weight, (num_classes, pooled.shape[1]), "classes, pooled and flattened h")
     checks.bias("decoder_bias", decoder_bias, decoder_weight)
     checks.same_device(h=h, decoder_weight=decoder_weight, decoder_bias=decoder_bias)
+    refuse_transforms("prediction_similarity_loss")
+    checks.precision("decoder_weight", decoder_weight, "h", h)
+    if decoder_bias is not None:
+        checks.precision("decoder_bias", decoder_bias, "h", h)
     prediction = local_cross_entropy(pooled, decoder_weight, decoder_bias, target, impl=impl)
     similarity = similarity_matching_loss(h, target, sim_weight, num_classes=num_classes, use_std=use_std, impl=impl)
     return (1 - beta) * prediction + beta * similarity

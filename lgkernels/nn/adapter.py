@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import functional as LF
-from ..core import checks
+from ..core import checks, constructors
 
 __all__ = ["LoKrConv2d", "LoKrLinear", "LoRALinear", "adapt", "merge", "unmerge"]
 
@@ -20,7 +20,7 @@ def factorization(dim: int, factor: int = -1) -> tuple[int, int]:
     """(m, n), m <= n, m * n = dim: the most square split (factor -1), or m (or n) the given divisor; a factor that does
     not divide bounds m. As LyCORIS: 64 = 8 x 8, 768 = 24 x 32, 3072 = 48 x 64."""
     checks.positive_integer("dim", dim)
-    checks.whole_number("factor", factor)
+    checks.integer_between("factor", factor, -(2**63), 2**63)
     if not factor:
         raise ValueError("factor must be a positive int, or -1 for the most square split, got 0")
     if factor > 0 and dim % factor == 0:
@@ -39,8 +39,9 @@ class _Adapter(nn.Module):
 
     def __init__(self, base: Any, rank: int, alpha: float) -> None:
         super().__init__()
-        checks.positive_integer("rank", rank)
+        rank = constructors.size("rank", rank)
         checks.number("alpha", alpha)
+        alpha = checks.item(alpha)
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self._merged: torch.Tensor | None = None  # the factors, in one vector, whose change the base's weight holds
@@ -119,9 +120,10 @@ class LoRALinear(_Adapter):
     """
 
     def __init__(self, base: nn.Linear, rank: int = 1, alpha: float = 4.0) -> None:
+        constructors.instance("base", base, nn.Linear, "a torch.nn.Linear")
         super().__init__(base, rank, alpha)
-        self.a = nn.Parameter(torch.empty(rank, base.in_features, **_factory(base)))
-        self.b = nn.Parameter(torch.zeros(base.out_features, rank, **_factory(base)))
+        self.a = nn.Parameter(torch.empty(self.rank, base.in_features, **_factory(base)))
+        self.b = nn.Parameter(torch.zeros(base.out_features, self.rank, **_factory(base)))
         nn.init.kaiming_uniform_(self.a, a=5**0.5)
 
     def delta(self) -> torch.Tensor:
@@ -146,8 +148,10 @@ class _LoKr(_Adapter):
         width: int,
         window: tuple[int, ...],
     ) -> None:
-        super().__init__(base, rank, alpha)
         (out1, out2), (in1, in2) = factorization(out, factor), factorization(width, factor)
+        checks.boolean("decompose_both", decompose_both)
+        super().__init__(base, rank, alpha)  # which freezes the base: all else is checked
+        rank = self.rank
         self.window, area = window, math.prod(window)
 
         def new(*shape: int) -> nn.Parameter:
@@ -201,6 +205,7 @@ class LoKrLinear(_LoKr):
     def __init__(
         self, base: nn.Linear, rank: int = 1, alpha: float = 4.0, *, factor: int = -1, decompose_both: bool = False
     ) -> None:
+        constructors.instance("base", base, nn.Linear, "a torch.nn.Linear")
         super().__init__(
             base,
             rank,
@@ -225,6 +230,7 @@ class LoKrConv2d(_LoKr):
     def __init__(
         self, base: nn.Conv2d, rank: int = 1, alpha: float = 4.0, *, factor: int = -1, decompose_both: bool = False
     ) -> None:
+        constructors.instance("base", base, nn.Conv2d, "a torch.nn.Conv2d")
         if base.padding_mode != "zeros" or isinstance(base.padding, str):
             raise ValueError(
                 f"base must pad with zeros by a number, got padding_mode={base.padding_mode!r}, "
@@ -297,11 +303,14 @@ def adapt(
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
         ['0.a', '0.b', '2.weight', '2.bias']
     """
+    constructors.module("model", model)
     checks.choice("kind", kind, tuple(KINDS))
+    checks.boolean("train_norm", train_norm)
+    given = target
     if target is not None and not callable(target):
-        words = (target,) if isinstance(target, str) else tuple(target)
+        words = constructors.texts("target", target)
         target = lambda name, module: any(word in name for word in words)  # noqa: E731
-    head = tuple((train_head,) if isinstance(train_head, str) else train_head)
+    head = constructors.texts("train_head", train_head)
     in_head = lambda name: any(name == h or name.startswith(h + ".") for h in head)  # noqa: E731
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in head:
@@ -327,7 +336,8 @@ def adapt(
     if not wrap:
         raise ValueError(
             f"target must pick at least one of the layers that {kind!r} adapts "
-            f"({', '.join(t.__name__ for t in KINDS[kind])}), got none in {type(model).__name__}"
+            f"({', '.join(t.__name__ for t in KINDS[kind])}), got none in {type(model).__name__} with "
+            f"target={checks.got(given)}"
         )
     learning = [p for p in model.parameters() if p.requires_grad]
     try:
@@ -353,6 +363,7 @@ def adapt(
 
 def merge(model: nn.Module) -> nn.Module:
     """`merge()` of every adapter in `model`. Returns the model."""
+    constructors.module("model", model)
     for module in model.modules():
         if isinstance(module, _Adapter):
             module.merge()
@@ -361,6 +372,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 def unmerge(model: nn.Module) -> nn.Module:
     """`unmerge()` of every adapter in `model`. Returns the model."""
+    constructors.module("model", model)
     for module in model.modules():
         if isinstance(module, _Adapter):
             module.unmerge()

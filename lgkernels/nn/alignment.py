@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from ..core import constructors
 from .feedback_layer import FeedbackLayer
 
 __all__ = ["alignment", "weight_ratio"]
@@ -26,6 +27,7 @@ def _products(layer: FeedbackLayer) -> list[float]:
 
 
 def _layers(model: nn.Module) -> list[tuple[str, FeedbackLayer]]:
+    constructors.module("model", model)
     return [(name, module) for name, module in model.named_modules() if isinstance(module, FeedbackLayer)]
 
 

@@ -7,10 +7,11 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from ..core import checks
+from ..core import checks, constructors
+from ..random import RandomFeedback
 from .feedback import FeedbackAlignmentConv2d, FeedbackAlignmentLinear, SignSymmetricConv2d, SignSymmetricLinear
 from .feedback_layer import SIGN_SYMMETRIC_RULES, FeedbackLayer
-from .random_state import name_without_wrappers
+from .random_state import feedback_state, load_feedback_state, name_without_wrappers, redraw_after  # noqa: F401  as before
 
 __all__ = ["convert"]
 
@@ -91,11 +92,12 @@ def convert(
         left alone
           2  Linear: the last layer (last_layer='bp')
     """
+    constructors.module("model", model)
     checks.choice("rule", rule, ("bp", *FEEDBACK_RULES))
     checks.choice("last_layer", last_layer, ("bp", "convert"))
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    RandomFeedback(seed)  # checks it, also where nothing is converted
+    checks.boolean("verbose", verbose)
     _check_options(rule, options)
     layers = _choose(model, included, excluded, spare_last=last_layer == "bp" and rule != "bp")
     if rule != "bp":

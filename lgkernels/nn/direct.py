@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import functional as LF
-from ..core import checks, dispatch
+from ..core import checks, constructors
 from ..ops.feedback.arguments import Scaled
 from ..random import VALUES_PER_CALL, Law, RandomFeedback
 
@@ -82,10 +82,11 @@ class DirectFeedback(nn.Module):
             checks.positive("init", init, "a name or a number")
             init = float(init)
         checks.choice("law", law, tuple(VALUES_PER_CALL))
-        checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
+        checks.impl(impl)
         if max_features is not None:
-            checks.positive_integer("max_features", max_features)
+            max_features = constructors.size("max_features", max_features)
         self.init, self.law, self.max_features, self.impl = init, law, max_features, impl
+        random = RandomFeedback(seed, stream, law)  # checks both, also beside a given matrix
         if feedback is not None:
             checks.floating("feedback", feedback)
             if feedback.dim() < 2:
@@ -95,7 +96,8 @@ class DirectFeedback(nn.Module):
         low = INITS[init][1] if isinstance(init, str) else None
         if low is not None and law not in ("uniform", "uniform8"):
             raise ValueError(f"law must be 'uniform' or 'uniform8' with init={init!r}, got {law!r}")
-        self.feedback = RandomFeedback(seed, stream, law, scale=1.0, low=low)  # the scale is set by N, at use
+        random.low = low
+        self.feedback = random  # its scale is set by N, at use
 
     def _feedback(self, shape: Sequence[int]) -> torch.Tensor | Scaled:
         if isinstance(self.feedback, torch.Tensor):

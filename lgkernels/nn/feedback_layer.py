@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import checks, dispatch
+from ..core import checks, constructors
 from ..ops.feedback import autograd as _feedback
 from ..ops.feedback.options import Formula
 from ..random import VALUES_PER_CALL, Law, RandomFeedback
@@ -19,7 +19,7 @@ SCALES = ("kaiming", "xavier", "inv_sqrt_fan_in", "he_fan_out", "he_fan_in")
 SIGN_SYMMETRIC_RULES = ("usf", "frsf", "brsf", "signed_init")
 
 
-def scale_of(scale: str | float, shape: Sequence[int]) -> float:
+def scale_of(scale: str | float, shape: Sequence[int], name: str = "scale") -> float:
     """The number that a scale's name stands for, for a weight of `shape` (out, in / groups, *kernel).
 
     kaiming          1 / sqrt(3 fan_in)             BioTorch, any init but xavier; the std of torch's own init
@@ -29,9 +29,9 @@ def scale_of(scale: str | float, shape: Sequence[int]) -> float:
     he_fan_in        sqrt(2 / fan_in)               ChFrenkel, FA
     """
     if not isinstance(scale, str):
-        checks.positive("scale", scale, "a name or a number")
+        checks.positive(name, scale, "a name or a number")
         return float(scale)
-    checks.choice("scale", scale, SCALES)
+    checks.choice(name, scale, SCALES)
     fan_in, fan_out = max(math.prod(shape[1:]), 1), max(shape[0] * math.prod(shape[2:]), 1)
     return {
         "kaiming": 1 / math.sqrt(3 * fan_in),
@@ -71,7 +71,7 @@ class FeedbackLayer(nn.Module):
     def _set(self, *, seed: int, stream: int, impl: str, **settings: Any) -> None:
         """Check and keep the settings of a rule; no random values yet."""
         RandomFeedback(seed, stream)  # checks both, also for a rule that draws nothing
-        checks.choice("impl", impl, dispatch.IMPLEMENTATIONS)
+        checks.impl(impl)
         settings.update(seed=seed, stream=stream, impl=impl)
         for name, value in settings.items():
             setattr(self, name, value)
@@ -142,6 +142,10 @@ class FeedbackLayer(nn.Module):
 class LinearForward(FeedbackLayer):
     """The forward in nn.Linear's place; `self` is one, too."""
 
+    def __init__(self, *arguments: Any) -> None:
+        constructors.linear(*arguments)
+        super().__init__(*arguments)  # nn.Linear's
+
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         if not self.training and torch.compiler.is_exporting():  # for inference, by programs that know no rule
             return F.linear(input, self.weight, self.bias)
@@ -152,6 +156,10 @@ class LinearForward(FeedbackLayer):
 
 class Conv2dForward(FeedbackLayer):
     """The forward in nn.Conv2d's place; `self` is one, too."""
+
+    def __init__(self, *arguments: Any) -> None:
+        constructors.conv2d(*arguments)
+        super().__init__(*arguments)  # nn.Conv2d's
 
     def _conv_forward(self: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if not self.training and torch.compiler.is_exporting():
@@ -193,18 +201,22 @@ class SignSymmetric(FeedbackLayer):
         """Choose the rule; "signed_init" with signs="weight" keeps the signs that the weight has, one bit each."""
         checks.choice("rule", rule, SIGN_SYMMETRIC_RULES)
         checks.choice("sign_zero", sign_zero, ("zero", "plus"))
+        checks.boolean("packed_signs", packed_signs)
         if packed_signs and sign_zero != "plus":
             raise ValueError(
                 f"sign_zero must be 'plus' with packed_signs=True (one bit cannot hold sign(0) = 0), got {sign_zero!r}"
             )
-        if rule == "signed_init" and (packed_signs or scale == "mean_abs"):
+        mean_abs = isinstance(scale, str) and scale == "mean_abs"
+        if rule == "signed_init" and (packed_signs or mean_abs):
             raise ValueError(
                 "packed_signs must be False and scale a fixed one with rule='signed_init' (it does not "
                 f"read the weight), got packed_signs={packed_signs}, scale={scale!r}"
             )
         if law is not None and rule not in ("frsf", "brsf"):
-            raise ValueError(f"law must be None with rule={rule!r} (it has no random magnitudes), got {law!r}")
-        number = "mean_abs" if scale == "mean_abs" else scale_of(scale, self.weight.shape)
+            raise ValueError(
+                f"law must be None with rule={rule!r} (it has no random magnitudes), got {checks.got(law)}"
+            )
+        number = "mean_abs" if mean_abs else scale_of(scale, self.weight.shape)
         magnitudes = _law(scale, law) if rule in ("frsf", "brsf") else None
         self._set(
             seed=seed,
@@ -294,7 +306,8 @@ class FeedbackAlignment(FeedbackLayer):
         stream: int = 0,
         impl: str = "auto",
     ) -> None:
-        number, law = scale_of(feedback_init, self.weight.shape), _law(feedback_init, law)
+        number = scale_of(feedback_init, self.weight.shape, "feedback_init")
+        law = _law(feedback_init, law)
         self._set(seed=seed, stream=stream, impl=impl, feedback_init=feedback_init)
         self._draw(law, _law_scale(feedback_init, law, number))
 

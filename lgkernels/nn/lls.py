@@ -1,71 +1,20 @@
-"""LLS (Local Learning rule inspired by neural activity Synchronization): the fused convolutional and linear blocks, and
-a head for any block of the user's."""
+"""LLS (Local Learning rule inspired by neural activity Synchronization): the fused convolutional and linear blocks."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import functional as LF
-from ..core import checks, dispatch
+from ..core import checks, constructors
 from ..core.annotations import BlockOutput, Device, Int2, Waveform
 from ..ops.lls import autograd as _lls
 from ..ops.lls.options import BlockOptions
+from .lls_head import LLSHead, LLSModule, Modulation, Options
 
 __all__ = ["LLSConvBlock", "LLSHead", "LLSLinearBlock"]
 
-Modulation = Literal["vector", "matrix", "reduced"] | None
 Activation = Literal["leaky_relu", "relu"]
-
-
-class _Head(NamedTuple):
-    """Options of a head, as the modules' constructors take them."""
-
-    num_classes: int
-    pool_size: int
-    modulation: Modulation
-    reduced_rows: int
-    waveform: Waveform
-    temperature: float
-    label_smoothing: float
-    impl: str
-
-
-class _LLSModule(nn.Module):
-    """What all three share: the options of the head, the modulation, the loss."""
-
-    modulation: nn.Parameter | None
-
-    def _set_head(self, head: _Head, factory: dict[str, Any]) -> None:
-        checks.positive_integer("num_classes", head.num_classes)
-        checks.positive_integer("pool_size", head.pool_size)
-        checks.positive_integer("reduced_rows", head.reduced_rows)
-        checks.choice("waveform", head.waveform, ("square", "cosine"))
-        checks.positive("temperature", head.temperature)
-        checks.between("label_smoothing", head.label_smoothing, 0.0, 1.0)
-        checks.choice("impl", head.impl, dispatch.IMPLEMENTATIONS)
-        checks.choice("modulation", head.modulation, (None, "vector", "matrix", "reduced"))
-        self.num_classes, self.pool_size, self.waveform = head.num_classes, head.pool_size, head.waveform
-        self.temperature, self.label_smoothing, self.impl = head.temperature, head.label_smoothing, head.impl
-        self.modulation = None
-        if head.modulation is not None:
-            rows = {"vector": (), "matrix": (head.num_classes,), "reduced": (head.reduced_rows,)}[head.modulation]
-            # drawn from 0.01 N(0, 1) as the authors do
-            self.modulation = nn.Parameter(0.01 * torch.randn((*rows, head.num_classes), **factory))
-
-    def _loss(self, activation: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return LF.lls_loss(
-            activation,
-            target,
-            self.modulation,
-            num_classes=self.num_classes,
-            pool_size=self.pool_size,
-            waveform=self.waveform,
-            temperature=self.temperature,
-            label_smoothing=self.label_smoothing,
-            impl=self.impl,
-        )
 
 
 def _runs_as_written(module: nn.Module, original: type[nn.Module]) -> bool:
@@ -74,14 +23,20 @@ def _runs_as_written(module: nn.Module, original: type[nn.Module]) -> bool:
     return type(module).forward is original.forward and "forward" not in module.__dict__ and not hooked
 
 
-class _LLSBlock(_LLSModule):
+def _check_block(activation: Any, negative_slope: Any, max_pool: Any = False) -> None:
+    checks.choice("activation", activation, ("leaky_relu", "relu"))
+    checks.number("negative_slope", negative_slope)
+    checks.boolean("max_pool", max_pool)
+
+
+class _LLSBlock(LLSModule):
     """What the two fused blocks share: everything behind the layer."""
 
     def __init__(
         self,
         layer: nn.Module,
         norm: nn.Module,
-        head: _Head,
+        head: Options,
         factory: dict[str, Any],
         *,
         activation: Activation,
@@ -92,10 +47,8 @@ class _LLSBlock(_LLSModule):
         self.layer: Any = layer
         self.norm: Any = norm
         self._set_head(head, factory)
-        checks.choice("activation", activation, ("leaky_relu", "relu"))
-        checks.number("negative_slope", negative_slope)
         self.activation, self.max_pool = activation, max_pool
-        self.negative_slope = 0.0 if activation == "relu" else negative_slope
+        self.negative_slope = 0.0 if activation == "relu" else checks.item(negative_slope)
 
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
         """`(out.detach(), loss)` in training with a target; else `out` with its ordinary graph."""
@@ -248,11 +201,15 @@ class LLSConvBlock(_LLSBlock):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        constructors.conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        factory = constructors.factory(device, dtype)
+        head = Options(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl)
+        head = head.checked()
+        _check_block(activation, negative_slope, max_pool)
         super().__init__(
             nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias, **factory),
             nn.BatchNorm2d(out_channels, **factory),
-            _Head(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl),
+            head,
             factory,
             activation=activation,
             negative_slope=negative_slope,
@@ -328,11 +285,15 @@ class LLSLinearBlock(_LLSBlock):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        constructors.linear(in_features, out_features, bias)
+        factory = constructors.factory(device, dtype)
+        head = Options(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl)
+        head = head.checked()
+        _check_block(activation, negative_slope)
         super().__init__(
             nn.Linear(in_features, out_features, bias=bias, **factory),
             nn.BatchNorm1d(out_features, **factory),
-            _Head(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl),
+            head,
             factory,
             activation=activation,
             negative_slope=negative_slope,
@@ -347,52 +308,3 @@ class LLSLinearBlock(_LLSBlock):
         checks.dims("x", x, (2,), f"(B, {self.in_features})")
         if x.shape[1] != self.in_features:
             raise ValueError(f"x must have {self.in_features} features (in_features), got shape {checks.shape_of(x)}")
-
-
-class LLSHead(_LLSModule):
-    """Trains any block of yours by the LLS loss of its output, unfused: autograd runs inside the block.
-
-    Args:
-        block (nn.Module): maps x to (B, C, H, W) or (B, N).
-        num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl: as
-            :class:`LLSConvBlock`.
-
-    ``forward(x, target)`` returns ``(out.detach(), loss)``; without target, or in evaluation, ``block(x)``.
-
-    Example:
-        >>> import torch, lgkernels.nn as lnn
-        >>> block = lnn.LLSHead(torch.nn.Linear(6, 8), num_classes=3, pool_size=8)
-        >>> out, loss = block(torch.randn(4, 6), torch.tensor([1, 0, 2, 1]))
-        >>> loss.backward()
-        >>> block.block.weight.grad.shape
-        torch.Size([8, 6])
-    """
-
-    def __init__(
-        self,
-        block: nn.Module,
-        *,
-        num_classes: int,
-        pool_size: int,
-        modulation: Modulation = None,
-        reduced_rows: int = 20,
-        waveform: Waveform = "square",
-        temperature: float = 0.5,
-        label_smoothing: float = 0.0,
-        impl: str = "auto",
-    ) -> None:
-        super().__init__()
-        self.block = block
-        factory = {"device": next(block.parameters(), torch.empty(0)).device}
-        head = _Head(num_classes, pool_size, modulation, reduced_rows, waveform, temperature, label_smoothing, impl)
-        self._set_head(head, factory)
-
-    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
-        """`(block(x).detach(), loss)` in training with a target; else `block(x)`."""
-        if target is None or not self.training:
-            return self.block(x)
-        out = self.block(x.detach())
-        return out.detach(), self._loss(out, target)
-
-    def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, pool_size={self.pool_size}, waveform={self.waveform!r}"

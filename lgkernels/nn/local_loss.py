@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import functional as LF
-from ..core import checks
+from ..core import checks, constructors
 from ..core.annotations import BlockOutput
 from ..core.ops import wide
 from ..functional.local_loss import goodness_and_squares
@@ -23,6 +23,7 @@ class LocalHead(nn.Module):
     """Wraps `block`: in training with a target, the detached output and the loss; else the output with its graph."""
 
     def __init__(self, block: nn.Module) -> None:
+        constructors.module("block", block)
         super().__init__()
         self.block = block
 
@@ -60,9 +61,11 @@ class ClassifierBlock(nn.Module):
     """
 
     def __init__(self, module: nn.Module, *, label_smoothing: float = 0.0) -> None:
+        constructors.module("module", module)
+        checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
         super().__init__()
         self.module = module
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = checks.item(label_smoothing)
 
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
         if target is None or not self.training:
@@ -92,8 +95,11 @@ class LocalClassifier(LocalHead):
         self, block: nn.Module, channels: int, num_classes: int, *, bias: bool = True, label_smoothing: float = 0.0
     ) -> None:
         super().__init__(block)
+        channels, num_classes = constructors.size("channels", channels), constructors.size("num_classes", num_classes)
+        checks.boolean("bias", bias)
+        checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
         self.head = nn.Linear(channels, num_classes, bias)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = checks.item(label_smoothing)
 
     def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return LF.local_cross_entropy(
@@ -133,11 +139,15 @@ class ForwardForwardLayer(nn.Module):
         eps: float | None = None,
     ) -> None:
         super().__init__()
+        constructors.module("layer", layer)
+        checks.number("threshold", threshold)
+        if eps is not None:
+            constructors.not_negative("eps", eps)
         checks.choice("goodness", goodness, ("mean", "sum"))
         checks.choice("normalize", normalize, ("l2", "rms", "none"))
         checks.choice("normalize_output", normalize_output, ("l2", "rms", "none"))
-        self.layer, self.threshold, self.goodness, self.normalize = layer, threshold, goodness, normalize
-        self.normalize_output, self.eps = normalize_output, eps
+        self.layer, self.threshold, self.goodness = layer, checks.item(threshold), goodness
+        self.normalize, self.normalize_output, self.eps = normalize, normalize_output, checks.item(eps)
 
     def _divided(self, x: torch.Tensor, kind: Normalize, norm: torch.Tensor | None = None) -> torch.Tensor:
         """x by its norm, of which the sums of squares of the rows may be known."""
@@ -201,8 +211,17 @@ class PredSimHead(LocalHead):
         decoder_dim: int = 4096,
     ) -> None:
         super().__init__(block)
+        expected = "the sizes (C, H, W) or (N,) of an output"
+        constructors.instance("shape", shape, (tuple, list), expected)
+        shape = checks.sizes("shape", shape, expected)
+        if len(shape) not in (1, 3) or 0 in shape:
+            raise ValueError(f"shape must be {expected}, each at least 1, got {shape}")
+        num_classes = constructors.size("num_classes", num_classes)
+        checks.between("beta", beta, 0.0, 1.0)
+        checks.boolean("use_std", use_std)
         checks.choice("sim_head", sim_head, ("layer", "identity"))
-        self.num_classes, self.beta, self.use_std = num_classes, beta, use_std
+        decoder_dim = constructors.size("decoder_dim", decoder_dim)
+        self.num_classes, self.beta, self.use_std = num_classes, checks.item(beta), use_std
         self.pool = [1, 1]
         features = shape[0]
         if len(shape) == 3:
@@ -273,12 +292,14 @@ class ContrastiveHead(LocalHead):
         super().__init__(block)
         checks.choice("loss", loss, ("nt_xent", "supcon"))
         checks.positive("temperature", temperature)
+        channels, dim = constructors.size("channels", channels), constructors.size("dim", dim)
+        hidden = constructors.size("hidden", hidden, 0)
         self.projection = (
             nn.Linear(channels, dim)
             if not hidden
             else nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, dim))
         )
-        self.kind, self.temperature = loss, temperature
+        self.kind, self.temperature = loss, checks.item(temperature)
 
     def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         z = self.projection(_pooled(out))

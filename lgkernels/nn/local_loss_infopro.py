@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import functional as LF
-from ..core import checks
+from ..core import checks, constructors
 from ..core.annotations import BlockOutput
 from .local_loss import LocalHead
 
@@ -23,9 +23,21 @@ def infopro_weights(units: int, first: Sequence[float], last: Sequence[float]) -
         >>> lnn.infopro_weights(4, (1.0, 0.0), (0.0, 1.0))
         [(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]
     """
-    checks.positive_integer("units", units)
+    units = constructors.size("units", units)
+    first = constructors.numbers("first", first, (2,), "a pair of numbers")
+    last = constructors.numbers("last", last, (2,), "a pair of numbers")
     steps = [h / (units - 2) if units > 2 else 0.0 for h in range(units - 1)]
     return [tuple(a * (1 - r) + b * r for a, b in zip(first, last)) for r in steps]
+
+
+def _per_channel(name: str, value: float | Sequence[float], channels: int) -> torch.Tensor:
+    expected = f"a number, or one for each of {channels} channels"
+    value = checks.item(value)
+    if hasattr(value, "__len__"):
+        value = constructors.numbers(name, value, (1, channels), expected)
+    else:
+        checks.number(name, value, expected)
+    return torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
 
 
 class InfoProUnit(LocalHead):
@@ -77,18 +89,20 @@ class InfoProUnit(LocalHead):
         std: float | Sequence[float] = 1.0,
     ) -> None:
         super().__init__(block)
+        channels, num_classes = constructors.size("channels", channels), constructors.size("num_classes", num_classes)
+        image_channels, width = constructors.size("image_channels", image_channels), constructors.size("width", width)
+        weights = constructors.numbers("weights", weights, (2,), "a pair of numbers")
         checks.choice("loss", loss, ("supcon", "cross_entropy"))
         checks.positive("temperature", temperature)
-        if first is not None and not isinstance(first, InfoProUnit):
-            raise TypeError(f"first must be an InfoProUnit, got {type(first).__name__}")
+        if first is not None:
+            constructors.instance("first", first, InfoProUnit, "an InfoProUnit")
         if not any(weights):
-            raise ValueError(f"weights must not all be 0: nothing would be learnt, got {tuple(weights)}")
-        self.weights, self.kind, self.temperature = tuple(weights), loss, temperature
+            raise ValueError(f"weights must not all be 0: nothing would be learnt, got {weights}")
+        self.weights, self.kind, self.temperature = weights, loss, checks.item(temperature)
         self._first = (first,)  # a tuple: not a submodule
         self._image: torch.Tensor | None = None  # of the batch in training, where this is the first unit
-        pixels = lambda value: torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)  # noqa: E731
-        self.register_buffer("mean", pixels(mean), persistent=False)
-        self.register_buffer("std", pixels(std), persistent=False)
+        self.register_buffer("mean", _per_channel("mean", mean, image_channels), persistent=False)
+        self.register_buffer("std", _per_channel("std", std, image_channels), persistent=False)
         self.decoder = self.aux = None
         if weights[0]:
             self.decoder = nn.Sequential(

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core import checks, constructors
 from ..random import LAW_VERSION, RandomFeedback
 from .feedback_layer import FeedbackLayer
 
@@ -23,8 +24,7 @@ def name_without_wrappers(name: str, root: nn.Module) -> str:
 
 def _holders(model: nn.Module) -> dict[str, Any]:
     """{name: module} of everything in the model that has feedback of its own to remember."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    constructors.module("model", model)
     return {
         name_without_wrappers(name, model): module
         for name, module in model.named_modules()
@@ -79,7 +79,7 @@ def load_feedback_state(model: nn.Module, state: dict[str, Any] | None) -> None:
             "random feedbacks of this model would be others than those it was trained with"
         )
     if not isinstance(state, dict) or set(state) != {"law_version", "feedback"}:
-        got = sorted(state) if isinstance(state, dict) else type(state).__name__
+        got = f"a dict of {list(state)}" if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"state must be a dict from feedback_state, got {got}")
     if state["law_version"] != LAW_VERSION:
         raise ValueError(
@@ -87,6 +87,8 @@ def load_feedback_state(model: nn.Module, state: dict[str, Any] | None) -> None:
             "are made by another formula"
         )
     saved = state["feedback"]
+    if not isinstance(saved, dict) or not all(isinstance(entry, dict) for entry in saved.values()):
+        raise TypeError("state must hold a dict of dicts under 'feedback', got something else")
     if set(saved) != set(holders):
         raise ValueError(
             f"state must have the model's feedbacks; only in state: {sorted(set(saved) - set(holders))}, "
@@ -113,6 +115,9 @@ def _check_saved(name: str, holder: Any, got: dict[str, Any]) -> None:
     needed = ("seed", "stream", "step") if isinstance(holder, RandomFeedback) else ("frozen_signs",)
     if missing := [key for key in needed if key not in got]:
         raise ValueError(f"state must have {', '.join(needed)} at {name!r}, got none of {', '.join(missing)}")
+    if isinstance(holder, RandomFeedback):
+        for key in needed:  # before any state changes
+            checks.integer_between(f"state at {name!r}: {key}", got[key], -(2**63), 2**63)
 
 
 def _kind(holder: Any) -> dict[str, Any]:
@@ -154,8 +159,8 @@ def redraw_after(optimizer: torch.optim.Optimizer, model: nn.Module) -> Removabl
         >>> layer.feedback.state
         tensor([0, 0, 1])
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    constructors.optimizer("optimizer", optimizer)
+    constructors.module("model", model)
     layers = [m for m in model.modules() if isinstance(m, FeedbackLayer) and m.rule == "brsf"]
     if not layers:
         raise ValueError("model must have layers with rule 'brsf', got none: convert(model, 'brsf') first")

@@ -1,17 +1,15 @@
-"""Optimizers for rules that carry signs or offsets, and a linear layer's step fused into its weight gradient."""
+"""Optimizers for rules that carry signs or offsets, and a linear layer's step fused into its weight gradient.
 
-from .fused import FusedUpdate, fuse_update
-from .manhattan import BatchManhattan
-from .offset import OffsetSGD
-from .offset_refresh import refresh_due, refresh_offsets
-from .offset_wrapper import OffsetOptimizer
+An optimizer is one line here, and its public names are the `__all__` of its file.
+"""
+# ruff: noqa: F403
 
-__all__ = [
-    "BatchManhattan",
-    "FusedUpdate",
-    "OffsetOptimizer",
-    "OffsetSGD",
-    "fuse_update",
-    "refresh_due",
-    "refresh_offsets",
-]
+from types import ModuleType as _Module
+
+from .fused import *
+from .manhattan import *
+from .offset import *
+from .offset_refresh import *
+from .offset_wrapper import *
+
+__all__ = sorted(name for name, value in vars().items() if name[0] != "_" and not isinstance(value, _Module))

@@ -12,8 +12,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..core import constructors
 from ..ops.feedback import op as _op  # noqa: F401  (registers the operators)
 from .manhattan import BatchManhattan
+
+__all__ = ["FusedUpdate", "fuse_update"]
 
 # The number of the backward that runs. Private, the only way to tell one backward from another: see _After.
 _current_backward: Any = getattr(torch._C, "_current_graph_task_id", None)
@@ -277,12 +280,18 @@ def fuse_update(
         )
     _check_model(model)
     _check_optimizer(optimizer)
+    min_weights = constructors.size("min_weights", min_weights, 0)
+    include = None if include is None else constructors.texts("include", include)
+    exclude = constructors.texts("exclude", exclude)
+    if include == ():
+        raise ValueError("include must name at least one linear layer, or be None, got ()")
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    for name in (*(include or ()), *exclude):
-        if name not in linear:
-            raise ValueError(
-                f"include and exclude take names of linear layers ({', '.join(linear) or 'none here'}), got {name!r}"
-            )
+    for argument, names in (("include", include or ()), ("exclude", exclude)):
+        for name in names:
+            if name not in linear:
+                raise ValueError(
+                    f"{argument} must name linear layers of model ({', '.join(linear) or 'none here'}), got {name!r}"
+                )
     stepped = {p for group in optimizer.param_groups for p in group["params"]}
     shared = _shared_parameters(model)
     fused = []
@@ -315,8 +324,7 @@ def fuse_update(
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    constructors.module("model", model)
     for module in model.modules():
         sharded = any("FSDP" in base.__name__ for base in type(module).__mro__)
         if sharded or isinstance(module, DistributedDataParallel):

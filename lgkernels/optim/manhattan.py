@@ -1,13 +1,14 @@
 """Batch Manhattan: steps of the sign of the mini-batch gradient."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ..core import checks
+from ..core import checks, constructors
+
+__all__ = ["BatchManhattan"]
 
 _NSC_MAGNITUDE = 1e-10
 
@@ -54,17 +55,19 @@ class BatchManhattan(torch.optim.Optimizer):
         *,
         no_sign_change: bool = False,
     ) -> None:
+        params = constructors.parameters("params", params)
         super().__init__(
             params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, no_sign_change=no_sign_change)
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's."""
+        constructors.instance("param_group", param_group, dict, "a dict")
         group = {**self.defaults, **param_group}
         checks.positive("lr", checks.item(group["lr"]))
         checks.between("momentum", checks.item(group["momentum"]), 0.0, 1.0)
-        if not 0 <= group["weight_decay"] < math.inf:
-            raise ValueError(f"weight_decay must be finite and at least 0, got {group['weight_decay']}")
+        constructors.not_negative("weight_decay", checks.item(group["weight_decay"]))
+        checks.boolean("no_sign_change", group["no_sign_change"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if group["no_sign_change"]:

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim.optimizer import ParamsT
 
-from ..core import checks
+from ..core import checks, constructors
 from ..ops.offset import op as _op
-from .offset_refresh import Group, Offsets
+from .offset_refresh import Group, Offsets, refresh_due, refresh_offsets  # noqa: F401  as before
+
+__all__ = ["OffsetSGD"]
 
 COEFFICIENTS = ("local_scale", "offset_scale", "bp_coef", "local_coef")
 
@@ -21,9 +23,7 @@ def check_group(values: Mapping[str, Any], where: str = "") -> None:
             checks.number(where + name, checks.item(values[name]))
     for name in ("lr", "momentum", "weight_decay"):
         if name in values:
-            checks.number(where + name, checks.item(values[name]))
-            if values[name] < 0:
-                raise ValueError(f"{where}{name} must be at least 0, got {values[name]}")
+            constructors.not_negative(where + name, checks.item(values[name]))
 
 
 class _Factors(NamedTuple):
@@ -131,8 +131,9 @@ class OffsetSGD(Offsets, torch.optim.Optimizer):
         local_coef: float | None = None,
         offset_dtype: torch.dtype | None = None,
     ) -> None:
-        if offset_dtype not in (None, torch.bfloat16):
-            raise TypeError(f"offset_dtype must be torch.bfloat16 or None, got {offset_dtype}")
+        params = constructors.parameters("params", params)
+        if offset_dtype is not None and offset_dtype is not torch.bfloat16:
+            raise TypeError(f"offset_dtype must be torch.bfloat16 or None, got {checks.got(offset_dtype)}")
         self.offset_dtype = offset_dtype
         self._plans: dict[int, _Plan] = {}  # by the group's number
         defaults = dict(
@@ -203,7 +204,7 @@ class OffsetSGD(Offsets, torch.optim.Optimizer):
 
     def _clip(self, max_norm: float) -> float:
         """What torch's clip_grad_norm_ would multiply the modified gradient by."""
-        checks.positive("max_norm", max_norm)
+        max_norm = constructors.bound_on_norm("max_norm", max_norm)
         norms = []
         for group in self.param_groups:
             for p in group["params"]:

@@ -17,8 +17,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ..core import checks
+from ..core import checks, constructors
 from .untouched import no_float16, untouched
+
+__all__ = ["refresh_due", "refresh_offsets"]
 
 Group = dict[str, Any]
 Losses = torch.Tensor | Iterable[torch.Tensor]
@@ -28,6 +30,10 @@ Gradients = dict[torch.Tensor, torch.Tensor]
 def refresh_due(step: int, period: int, first_period: int | None = None) -> bool:
     """Whether to refresh before step `step` (from 0): at 0, then every `period` steps; with `first_period`, an extra
     short period first (adapters start with a factor 0, so the first offset of the other factor is 0)."""
+    constructors.size("step", step, 0)
+    constructors.size("period", period)
+    if first_period is not None:
+        constructors.size("first_period", first_period)
     if first_period is None or step < first_period:
         return step % (period if first_period is None else first_period) == 0
     return (step - first_period) % period == 0
@@ -106,15 +112,21 @@ class Offsets:
         Raises: ValueError, TypeError naming the argument; RuntimeError where an offset is not finite (all are dropped),
         and in ``torch.inference_mode``.
         """
-        checks.positive_integer("bp_chunk", bp_chunk)
-        checks.positive_integer("local_chunk", local_chunk)
+        bp_chunk = constructors.size("bp_chunk", bp_chunk)
+        local_chunk = constructors.size("local_chunk", local_chunk)
+        if model is not None and not isinstance(model, nn.Module):
+            model = constructors.several("model", model, nn.Module, "torch.nn.Modules", 0)
+        constructors.flags(estimate_local_scale=estimate_local_scale, estimate_offset_scale=estimate_offset_scale)
         checks.choice("batch_norm", batch_norm, ("train", "eval"))
         data = _offset_batch(data)
         if max_growth is not None:
-            checks.positive("max_growth", max_growth)
+            max_growth = constructors.bound_on_norm("max_growth", max_growth)
         if torch.is_inference_mode_enabled():
             raise RuntimeError("refresh takes gradients, which torch.inference_mode forbids: call it outside")
         parameters = self._trainable()
+        for name, closure in (("bp_closure", bp_closure), ("local_closure", local_closure), ("average", average)):
+            if closure is not None or name == "bp_closure":
+                constructors.function(name, closure)
         what = _Refresh(bp_closure, local_closure, data, bp_chunk, local_chunk, average, parameters)
 
         norms = [group.pop("dropped_norm", None) or self._norm(group["params"]) for group in self.param_groups]
@@ -290,10 +302,7 @@ def refresh_offsets(
     **options: Any,
 ) -> None:
     """One refresh for several optimizers, of a block each, say: the arguments of :meth:`OffsetSGD.refresh`."""
-    optimizers = list(optimizers)
-    for i, optimizer in enumerate(optimizers):
-        if not isinstance(optimizer, Offsets):
-            raise TypeError(f"optimizers[{i}] must be an OffsetSGD or OffsetOptimizer, got {type(optimizer).__name__}")
+    optimizers = constructors.several("optimizers", optimizers, Offsets, "OffsetSGDs or OffsetOptimizers")
     _Joint(optimizers).refresh(bp_closure, local_closure, data, **options)
 
 
@@ -350,11 +359,13 @@ def _inner_products(a: Gradients, b: Gradients, parameters: Iterable[torch.Tenso
 
 
 def _offset_batch(data: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    data = (data,) if isinstance(data, torch.Tensor) else tuple(data)
-    if not data or any(len(t) != len(data[0]) for t in data) or not len(data[0]):
-        raise ValueError(
-            f"data must be tensors of one and the same length above 0, got lengths {[len(t) for t in data]}"
-        )
+    data = (data,) if isinstance(data, torch.Tensor) else data
+    data = tuple(constructors.several("data", data, torch.Tensor, "tensors"))
+    for t in data:
+        checks.tensor("data", t)
+    lengths = [len(t) if t.dim() else 0 for t in data]
+    if len(set(lengths)) != 1 or not lengths[0]:
+        raise ValueError(f"data must be tensors of one and the same length above 0, got lengths {lengths}")
     return data
 
 

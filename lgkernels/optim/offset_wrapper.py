@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import checks
+from ..core import constructors
 from .offset import COEFFICIENTS, check_group
 from .offset_refresh import Group, Offsets
+
+__all__ = ["OffsetOptimizer"]
 
 
 class OffsetOptimizer(Offsets, torch.optim.Optimizer):
@@ -44,8 +46,7 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
         bp_coef: float = 1.0,
         local_coef: float | None = None,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        constructors.optimizer("optimizer", optimizer)
         coefficients = dict(local_scale=local_scale, offset_scale=offset_scale, bp_coef=bp_coef, local_coef=local_coef)
         check_group(coefficients)
         for i, group in enumerate(optimizer.param_groups):
@@ -118,7 +119,7 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
             if tilted and group["offset_scale"]:
                 torch._foreach_add_(*map(list, zip(*tilted)), alpha=group["offset_scale"])
         if max_norm is not None:
-            checks.positive("max_norm", max_norm)
+            max_norm = constructors.bound_on_norm("max_norm", max_norm)
             nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], max_norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

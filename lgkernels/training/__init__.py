@@ -1,9 +1,15 @@
-"""Training loops: local losses block by block, direct feedback, and back-propagation with the same interface."""
+"""Training loops: local losses block by block, direct feedback, and back-propagation with the same interface.
 
-from .backprop import BackpropTrainer
-from .blockwise import BlockwiseTrainer
-from .direct import CONVENTIONS, DirectTrainer
-from .offset import refresh_trainer
-from .partition import split_blocks
+A trainer is one line here, and its public names are the `__all__` of its file.
+"""
+# ruff: noqa: F403
 
-__all__ = ["CONVENTIONS", "BackpropTrainer", "BlockwiseTrainer", "DirectTrainer", "refresh_trainer", "split_blocks"]
+from types import ModuleType as _Module
+
+from .backprop import *
+from .blockwise import *
+from .direct import *
+from .offset import *
+from .partition import *
+
+__all__ = sorted(name for name, value in vars().items() if name[0] != "_" and not isinstance(value, _Module))

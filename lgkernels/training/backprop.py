@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core import constructors
 from ..nn.random_state import redraw_after
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
+
+__all__ = ["BackpropTrainer"]
 
 
 class BackpropTrainer(Trainer):
@@ -37,7 +40,8 @@ class BackpropTrainer(Trainer):
         clip_grad_norm: float | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        blocks = list(blocks)
+        blocks = constructors.modules("blocks", blocks)
+        constructors.function("loss", loss)
         self.loss = loss
         super().__init__(
             blocks,

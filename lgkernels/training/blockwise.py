@@ -5,7 +5,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..core import constructors
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
+
+__all__ = ["BlockwiseTrainer"]
+
+# For `planner`: local classifiers and predsim; LoCo and GIM on two views; Forward-Forward on a right and a wrong label,
+# and a forward pass without.
+UNIT_COSTS = {"local": (1, 1.0), "two views": (2, 2.0), "forward-forward": (2, 7 / 3)}
 
 
 class BlockwiseTrainer(Trainer):
@@ -53,7 +60,7 @@ class BlockwiseTrainer(Trainer):
         clip_grad_norm: float | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        blocks = list(blocks)
+        blocks = constructors.modules("blocks", blocks)
         # a parameter of several blocks (LoCo's overlap) gathers all their gradients and steps with the last of them
         self.reached = [trainable(block) for block in blocks]
         last: dict[nn.Parameter, int] = {}

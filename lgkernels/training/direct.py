@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import checks
+from ..core import checks, constructors
 from ..nn.direct import DirectFeedback, Init
 from ..random import Law
 from . import fused
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
+
+__all__ = ["CONVENTIONS", "DirectTrainer"]
 
 RULES = ("dfa", "sdfa", "drtp", "shallow")
 ERRORS = ("probs_minus_onehot", "output_minus_target", "loss_grad")
@@ -128,8 +130,12 @@ class DirectTrainer(Trainer):
     ) -> None:
         checks.choice("rule", rule, RULES)
         checks.choice("error", error, ERRORS)
-        reduce = reduce or ("none" if error == "loss_grad" else "mean")
+        if reduce is None:
+            reduce = "none" if error == "loss_grad" else "mean"
         checks.choice("reduce", reduce, ("mean", "none"))
+        constructors.function("loss", loss)
+        checks.boolean("shared_slice", shared_slice)
+        DirectFeedback(init, law=law, seed=seed)  # checks them, also where no place is made
         if shared_slice and rule == "drtp":
             raise ValueError(
                 "shared_slice must be False with rule='drtp': it updates before later blocks' widths are "
@@ -137,10 +143,7 @@ class DirectTrainer(Trainer):
             )
         self.rule, self.loss, self.error, self.reduce = rule, loss, error, reduce
         self.shared_slice = shared_slice
-        blocks = list(blocks)
-        for block in blocks:
-            if not isinstance(block, nn.Module):
-                raise TypeError(f"blocks must be nn.Modules, got {type(block).__name__}")
+        blocks = constructors.modules("blocks", blocks)
         if not any(isinstance(block, DirectFeedback) for block in blocks):
             blocks = _with_places(blocks, init=init, law=law, seed=seed, shared_slice=shared_slice)
         self.segments = _segments(blocks)

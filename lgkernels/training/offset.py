@@ -8,9 +8,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from ..core import constructors
 from ..optim import refresh_offsets
 from .blockwise import BlockwiseTrainer
 from .trainer import bare
+
+__all__ = ["refresh_trainer"]
 
 
 def refresh_trainer(
@@ -42,6 +45,11 @@ def refresh_trainer(
         >>> [len(optimizer.offsets()) for optimizer in trainer.optimizers]
         [2, 2]
     """
+    constructors.instance("trainer", trainer, BlockwiseTrainer, "a BlockwiseTrainer")
+    constructors.function("loss", loss)
+    data = constructors.several("data", data, torch.Tensor, "two tensors, x and target", 2)
+    if len(data) != 2:
+        raise ValueError(f"data must be two tensors, x and target, got {len(data)}")
     if not trainer.training:
         raise RuntimeError("refresh_trainer needs training mode: call trainer.train() after an evaluation")
     blocks = [bare(block) for block in trainer.blocks]  # ranks exchange the offsets once, not every chunk's gradients

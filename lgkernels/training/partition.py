@@ -7,7 +7,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from ..core import checks
+from ..core import checks, constructors
+
+__all__ = ["split_blocks"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -251,9 +253,9 @@ def split_blocks(
         [2, 2, 2]
     """
     checks.choice("balance", balance, ("memory", "parts"))
-    checks.whole_number("overlap_blocks", overlap_blocks)
-    if overlap_blocks < 0:
-        raise ValueError(f"overlap_blocks must be at least 0, got {overlap_blocks}")
+    overlap_blocks = constructors.size("overlap_blocks", overlap_blocks, 0)
+    if input is not None:
+        checks.tensor("input", input)
     parts = chain(model)
     if isinstance(units, (list, tuple)):
         for i, start in enumerate(units):
@@ -263,7 +265,7 @@ def split_blocks(
             raise ValueError(f"units must be increasing part numbers in [1, {len(parts) - 1}], got {list(units)}")
         ends = [*starts[1:], len(parts)]
     else:
-        checks.positive_integer("units", units)
+        units = constructors.size("units", units)
         if units > len(parts):
             raise ValueError(f"units must be at most {len(parts)}, the parts of the model, got {units}")
         if balance == "parts":

@@ -1,20 +1,32 @@
 """Which ways of training a model fit into a given memory: counted on the meta device, nothing is allocated."""
 
 import argparse
+import importlib
+import os
+import pkgutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..core import checks, constructors
 from . import partition
 from .attention import KINDS, counted_attention
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "B": 1}
-# rows a unit trains on for each sample, and work: local classifiers and predsim; LoCo and GIM on two views;
-# Forward-Forward on a right and a wrong label, and a forward pass without
-RULES = {"local": (1, 1.0), "two views": (2, 2.0), "forward-forward": (2, 7 / 3)}
+
+
+def unit_costs() -> dict[str, tuple[int, float]]:
+    """{rule: (rows that a unit trains on for each sample, work relative to back-propagation)}: the `UNIT_COSTS` of the
+    files of this folder."""
+    package = __name__.rpartition(".")[0]
+    files = [
+        importlib.import_module(f"{package}.{name}") for _, name, _ in pkgutil.iter_modules([os.path.dirname(__file__)])
+    ]
+    return {rule: cost for file in files for rule, cost in getattr(file, "UNIT_COSTS", {}).items()}
 
 
 def parse_memory(text: float | str) -> float:
@@ -24,12 +36,13 @@ def parse_memory(text: float | str) -> float:
     if isinstance(text, str):
         unit = max((unit for unit in UNITS if text.endswith(unit)), key=len, default="")
         number, factor = text.removesuffix(unit), UNITS.get(unit, 1.0)
-    try:
-        if float(number) > 0:
-            return float(number) * factor
-    except (TypeError, ValueError):
-        pass
-    raise ValueError(f"memory must be a number of bytes, or a text such as '8GB' or '24GiB', got {text!r}")
+    if isinstance(number, (str, int, float, np.integer, np.floating)) and not isinstance(number, bool):
+        try:
+            if float(number) > 0:
+                return float(number) * factor
+        except (OverflowError, ValueError):
+            pass
+    raise ValueError(f"memory must be a number of bytes, or a text such as '8GB' or '24GiB', got {checks.got(text)}")
 
 
 def bp_chunk(batch: int, bp_bytes: float, unit_bytes: float) -> int:
@@ -72,6 +85,12 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def _counts(name: str, value: Iterable[int | None]) -> list[int | None]:
+    """Numbers of units; None where a model's own number is meant."""
+    counts = constructors.several(name, value, (int, np.integer, type(None)), "ints or Nones", 0)
+    return [n if n is None else constructors.size(name, n) for n in counts]
+
+
 def plan(
     model: nn.Module,
     input: torch.Tensor | Sequence[int],
@@ -84,7 +103,7 @@ def plan(
     attention: Literal["flash", "eager"] = "flash",
 ) -> Plan:
     """Peak memory of the ways to train `model` on `input`: back-propagation, with accumulation, with checkpointing, and
-    local units by the rules of `RULES`, plain and BP-modified.
+    local units by the rules of the trainers (:func:`unit_costs`), plain and BP-modified.
 
     Counts saved bytes (distinct storages that autograd keeps, without weights), weights, gradients, optimizer state and
     offsets. Not counted: workspaces of libraries, the allocator's slack, short-lived temporaries, the local losses'
@@ -112,8 +131,19 @@ def plan(
         >>> [row.name for row in table.rows if row.fits]
         ['local, 8 units']
     """
+    constructors.module("model", model)
     memory = parse_memory(memory)
-    x = input.detach().to("meta") if isinstance(input, torch.Tensor) else torch.empty(tuple(input), device="meta")
+    optimizer_state = constructors.size("optimizer_state", optimizer_state, 0)
+    units = _counts("units", units)
+    offset_batch = constructors.size("offset_batch", offset_batch)
+    period_samples = constructors.size("period_samples", period_samples)
+    checks.choice("attention", attention, KINDS)
+    if isinstance(input, torch.Tensor):
+        checks.tensor("input", input)
+        x = input.detach().to("meta")
+    else:
+        constructors.instance("input", input, (tuple, list), "a tensor, or the sizes of one")
+        x = torch.empty(checks.sizes("input", input, "a tensor, or the sizes of one"), device="meta")
     model = partition.to_meta(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
@@ -163,7 +193,7 @@ def plan(
             blocks = partition.split_blocks(model, count, input=x)
             unit = max(partition.unit_bytes(blocks, x))
             own = max(_bytes(p for p in block.parameters() if p.requires_grad) for block in blocks)
-            for rule, (rows, work) in RULES.items():
+            for rule, (rows, work) in unit_costs().items():
                 largest = rows * unit
                 add(f"{rule}, {count} units", largest, fixed + own, work, "local losses")
                 chunk = min(bp_chunk(batch, total, largest), batch)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core import checks
+from ..core import constructors
 from ..core.unit import unit_gradient
 from ..nn.random_state import feedback_state, load_feedback_state
 from ..optim.offset_refresh import Offsets
@@ -46,9 +46,14 @@ class Trainer:
         clip_grad_norm: float | None,
         grad_scaler: torch.amp.GradScaler | None,
     ) -> None:
-        checks.positive_integer("accumulation_steps", accumulation_steps)
+        constructors.function("optimizer_factory", optimizer_factory)
+        if scheduler_factory is not None:
+            constructors.function("scheduler_factory", scheduler_factory)
+        accumulation_steps = constructors.size("accumulation_steps", accumulation_steps)
         if clip_grad_norm is not None:
-            checks.positive("clip_grad_norm", clip_grad_norm)
+            clip_grad_norm = constructors.bound_on_norm("clip_grad_norm", clip_grad_norm)
+        if grad_scaler is not None:
+            constructors.instance("grad_scaler", grad_scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
         if not any(parameter_groups):
             raise ValueError("blocks must hold at least one parameter that requires a gradient, got none")
         self.blocks = blocks

@@ -1,5 +1,7 @@
 """Valid calls of the family's public functions."""
 
+from torch import nn
+
 from tests.support.calls import Call
 from tests.support.problems import randn
 
@@ -12,4 +14,13 @@ CALLS = {
     "lokr_conv2d": Call(
         dict(CONV, w1=randn(2, 2), w2=randn(4, 3, 3, 2)), free={"x": (0, 2, 3)}, dims={"x": (3,)}, any_sign=("scale",)
     ),
+}
+
+MODULES = {
+    "LoRALinear": Call(dict(base=nn.Linear(6, 8)), any_sign=("alpha",)),
+    "LoKrLinear": Call(dict(base=nn.Linear(6, 8)), any_sign=("alpha", "factor")),
+    "LoKrConv2d": Call(dict(base=nn.Conv2d(6, 8, 3)), any_sign=("alpha", "factor")),
+    "adapt": Call(dict(model=nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))), any_sign=("alpha",)),
+    "merge": Call(dict(model=nn.Linear(6, 8))),
+    "unmerge": Call(dict(model=nn.Linear(6, 8))),
 }

@@ -90,6 +90,10 @@ CASES = {
         lambda m, x, w, w1, w2: m.lokr_conv2d(x, w, w1=w1, w2=w2, scale=1.0),
         [(2, 6, 4, 4), (8, 6, 1, 1), (2, 2), (4, 3, 1, 1)],
     ),
+    "conv-full-window": (
+        lambda m, x, w, b, w1, w2: m.lokr_conv2d(x, w, b, 1, 1, w1=w1, w2=w2, scale=0.5),
+        [(2, 6, 4, 4), (8, 6, 3, 3), (8,), (2, 2), (4, 3, 3, 3)],
+    ),
     "conv-groups": (
         lambda m, x, w, w1, c, d: m.lokr_conv2d(x, w, None, 1, 1, 1, 2, w1=w1, w2=(c, d), scale=2.0),
         [(2, 6, 4, 4), (8, 3, 3, 3), (4, 1), (2, 2), (2, 27)],
@@ -102,10 +106,11 @@ def inputs(name, dtype=torch.float32):
     return [randn(*shape, seed=i + 1, dtype=dtype) for i, shape in enumerate(CASES[name][1])]
 
 
-def run(module, name, tensors):
+def run(module, name, tensors, grad_layout="dense"):
     leaves = [t.detach().requires_grad_() for t in tensors]
     y = CASES[name][0](module, *leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, randn(*y.shape, seed=99).to(y.dtype))]
+    grad = arrange(randn(*y.shape, seed=99).to(y.dtype), grad_layout)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
 @ALL
@@ -114,6 +119,21 @@ def test_closed_form(name, layout):
     tensors = [arrange(t, layout) for t in inputs(name, torch.float64)]
     for i, (ours, exact) in enumerate(zip(run(LF, name, tensors), run(Definition, name, tensors))):
         assert_relative(f"result {i}", ours, exact, 1e-12)
+
+
+@ALL
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_one_argument_in_another_layout(name, layout):
+    """Among dense ones, what torch returns may take the strides of any argument; also the gradient from above."""
+    count = len(CASES[name][1])
+    for other in range(count + 1):
+        tensors = inputs(name, torch.float64)
+        if other < count:
+            tensors[other] = arrange(tensors[other], layout)
+        ours = run(LF, name, tensors, layout if other == count else "dense")
+        exact = run(Definition, name, [t.contiguous() for t in tensors], layout if other == count else "dense")
+        for i, (mine, right) in enumerate(zip(ours, exact)):
+            assert_relative(f"result {i}, argument {other}", mine, right, 1e-12)
 
 
 @ALL

@@ -19,3 +19,10 @@ DOORS = {
         True,
     ),
 }
+
+# What such a tensor sets by itself: see there.
+FREE = {
+    ("direct_forward", "z"): {"entry 0", "entry 2", "entry 3"},
+    ("direct_backward_", "z"): {"entry 2", "entry 3"},
+    ("direct_backward_", "error"): {"entry 1"},
+}

@@ -336,7 +336,11 @@ def test_it_learns(rule):
         (dict(init="lls", law="sign"), ValueError, "law must be 'uniform' or 'uniform8' with init='lls'"),
         (dict(rule="drtp", shared_slice=True), ValueError, "shared_slice must be False with rule='drtp'"),
         (dict(blocks=[nn.Flatten()]), ValueError, "at least one parameter"),
-        (dict(blocks=[torch.tanh, nn.Linear(2, 2)]), TypeError, "blocks must be nn.Modules, got builtin"),
+        (
+            dict(blocks=[torch.tanh, nn.Linear(2, 2)]),
+            TypeError,
+            "blocks must be an iterable of torch.nn.Modules, got a list with builtin",
+        ),
         (
             dict(blocks=[nn.Sequential(nn.Linear(2, 2), lnn.DirectFeedback()), nn.Linear(2, 2)]),
             ValueError,

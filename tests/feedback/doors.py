@@ -28,3 +28,10 @@ DOORS = {
         torch.device("cpu"),
     ),
 }
+
+# What such a tensor sets by itself: see there.
+FREE = {
+    ("feedback_product", "grad"): {"entry 0"},
+    ("feedback_rows", "index"): {"entry 0"},
+    ("feedback_pack_signs", "weight"): {"entry 0", "entry 1"},
+}

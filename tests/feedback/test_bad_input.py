@@ -48,7 +48,7 @@ SYMMETRIC = LINEAR + [
     (dict(scale=0.0), ValueError, "scale must be greater than 0, got 0.0"),
     (dict(scale=float("nan")), ValueError, "scale must be greater than 0, got nan"),
     (dict(scale="kaiming"), ValueError, "scale must be one of 'mean_abs', got 'kaiming'"),
-    (dict(scale=randn()), TypeError, "scale must be a number or 'mean_abs', got Tensor"),
+    (dict(scale=randn(2)), TypeError, "scale must be a number or 'mean_abs', got Tensor"),
     (dict(scale=True), TypeError, "scale must be a number or 'mean_abs', got bool"),
     (
         dict(magnitude=0.5),
@@ -222,7 +222,8 @@ MODULES = [
         lnn.FeedbackAlignmentLinear,
         dict(feedback_init="mean_abs"),
         ValueError,
-        "scale must be one of 'kaiming', 'xavier', 'inv_sqrt_fan_in', 'he_fan_out', 'he_fan_in', got 'mean_abs'",
+        "feedback_init must be one of 'kaiming', 'xavier', 'inv_sqrt_fan_in', 'he_fan_out', 'he_fan_in', "
+        "got 'mean_abs'",
     ),
     (lnn.FeedbackAlignmentLinear, dict(seed="1"), TypeError, "seed must be an int, got str"),
 ]

@@ -366,7 +366,7 @@ def test_state_of_another_model_is_refused():
             ValueError,
             "sign_zero must be 'plus' with packed_signs=True (one bit cannot hold sign(0) = 0), got 'zero'",
         ),
-        (("fa",), dict(feedback_init=-1.0), ValueError, "scale must be greater than 0, got -1.0"),
+        (("fa",), dict(feedback_init=-1.0), ValueError, "feedback_init must be greater than 0, got -1.0"),
         (("frsf",), dict(seed=1.5), TypeError, "seed must be an int, got float"),
     ],
     ids=str,

@@ -447,10 +447,10 @@ def shared():
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        (dict(model=3), TypeError, "model must be an nn.Module, got int"),
+        (dict(model=3), TypeError, "model must be a torch.nn.Module, got int"),
         (dict(optimizer=torch.optim.Adam), TypeError, "optimizer must be torch.optim.SGD or .*, got Adam"),
         (dict(optimizer=lambda p: BatchManhattan(p, 0.1, no_sign_change=True)), ValueError, "no_sign_change"),
-        (dict(include=["1"]), ValueError, r"names of linear layers \(0, 2, 4\), got '1'"),
+        (dict(include=["1"]), ValueError, r"include must name linear layers of model \(0, 2, 4\), got '1'"),
         (dict(exclude=["x"]), ValueError, "got 'x'"),
         (dict(), ValueError, "no linear layer to fuse: none of at least min_weights=1048576"),
         (dict(model=shared(), include=["4"]), ValueError, "layer '4' is shared with another module"),

@@ -116,9 +116,9 @@ def test_closure_and_groups():
     [
         (dict(lr=0.0), "lr must be greater than 0"),
         (dict(momentum=1.5), "momentum must lie in"),
-        (dict(weight_decay=-1.0), "weight_decay must be finite and at least 0"),
+        (dict(weight_decay=-1.0), "weight_decay must be at least 0, got -1.0"),
         (dict(lr=-1.0), "lr must be greater than 0"),
-        (dict(weight_decay=float("nan")), "weight_decay must be finite and at least 0"),
+        (dict(weight_decay=float("nan")), "weight_decay must be finite, got nan"),
     ],
 )
 def test_bad_arguments(change, message):

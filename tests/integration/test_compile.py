@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import typing
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import lgkernels.nn as lnn
 from lgkernels.random import RandomFeedback
 from tests.lls.blocks import CONV, LINEAR, make
 from tests.lls.problems import modulation
+from tests.support.calls import all_calls, is_float, weighted
 from tests.support.problems import randn, targets
 from tests.support.tolerances import assert_relative
 
@@ -117,3 +119,49 @@ def test_direct_signals(given):
     for function in functions:
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(*arguments), function(*arguments))
+
+
+CALLS = all_calls()
+
+
+def given(name, seeded):
+    """Arguments of a valid call; `seeded`: random matrices by formula, where the function takes them."""
+    function, arguments = getattr(LF, name), dict(CALLS[name].arguments)
+    for own, hint in typing.get_type_hints(function).items() if seeded else ():
+        if RandomFeedback in typing.get_args(hint):
+            arguments[own] = RandomFeedback(1)
+    return arguments
+
+
+def outputs_and_gradients(function, arguments, learning):
+    own = {k: v.clone().requires_grad_() if learning and is_float(v) else v for k, v in arguments.items()}
+    loss = weighted(function(**own))
+    if loss.requires_grad:
+        loss.backward()
+    return loss.detach(), {k: v.grad for k, v in own.items() if is_float(v)}
+
+
+@pytest.mark.parametrize("learning", [True, False])
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_function_is_one_graph(name, seeded, learning):
+    arguments = given(name, seeded)
+    if seeded and not any(isinstance(v, RandomFeedback) for v in arguments.values()):
+        seeded, arguments = False, {**arguments, "impl": "reference"}
+    function = getattr(LF, name)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    loss, grads = outputs_and_gradients(compiled, arguments, learning)
+    expected_loss, expected = outputs_and_gradients(function, arguments, learning)
+    assert_relative("result", loss, expected_loss, 1e-6)
+    for own, gradient in expected.items():
+        assert (gradient is None) == (grads[own] is None), own
+        if gradient is not None:
+            assert_relative(own, grads[own], gradient, 1e-5)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_numbers_that_change(name):
+    """Numbers and sizes are symbols here, from the first call on."""
+    function = getattr(LF, name)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert_relative("result", weighted(compiled(**given(name, False))), weighted(function(**given(name, False))), 1e-6)

@@ -18,5 +18,13 @@ CALLS = {
         ),
         free={"activation": (2, 3)},
         any_sign=("basis_scale", "ignore_index"),
+        any_dtype=("basis",),
     ),
+}
+
+HEAD = dict(num_classes=3, pool_size=2)
+MODULES = {
+    "LLSConvBlock": Call(dict(HEAD, in_channels=2, out_channels=4, kernel_size=3), any_sign=("negative_slope",)),
+    "LLSLinearBlock": Call(dict(HEAD, in_features=2, out_features=4), any_sign=("negative_slope",)),
+    "LLSHead": Call(dict(HEAD, block=torch.nn.Linear(2, 4))),
 }

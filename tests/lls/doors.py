@@ -47,3 +47,12 @@ DOORS = {
         True,
     ),
 }
+
+# What such a tensor sets by itself: see there.
+FREE = {
+    ("lls_loss_forward", "activation"): {"entry 2", "entry 3"},
+    ("lls_loss_backward", "grad_loss"): {"one less"},  # a single number
+    ("lls_block", "x"): {"entry 2", "entry 3"},
+    ("lls_block", "weight"): {"entry 2", "entry 3"},
+    ("lls_block", "modulation"): {"one before"},  # a matrix of one row
+}

@@ -43,3 +43,15 @@ CALLS = {
     ),
     "supcon_loss": Call(dict(z=randn(3, 2, 4), target=TARGET, base_temperature=0.1), free={"z": (1, 2)}),
 }
+
+MODULES = {
+    "ClassifierBlock": Call(dict(module=torch.nn.Linear(4, 3))),
+    "LocalClassifier": Call(dict(block=torch.nn.Linear(4, 3), channels=3, num_classes=2)),
+    "ForwardForwardLayer": Call(dict(layer=torch.nn.Linear(4, 3)), any_sign=("threshold",)),
+    "PredSimHead": Call(dict(block=torch.nn.Linear(4, 3), shape=(3,), num_classes=2)),
+    "ContrastiveHead": Call(dict(block=torch.nn.Linear(4, 3), channels=3)),
+    "InfoProUnit": Call(
+        dict(block=torch.nn.Conv2d(3, 4, 3), channels=4, num_classes=2, image_channels=3), any_sign=("mean", "std")
+    ),
+    "infopro_weights": Call(dict(units=4, first=(1.0, 0.0), last=(0.0, 1.0))),
+}

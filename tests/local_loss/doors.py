@@ -21,3 +21,14 @@ DOORS = {
     "similarity": (randn(3, 4, 5, 5), targets(3, 7), 7, True, True),
     "similarity_backward": (randn(3, 4, 5, 5), randn(3, 4), randn(3, 4), torch.tensor(1.0)),
 }
+
+# What such a tensor sets by itself: see there.
+FREE = {
+    ("local_cross_entropy", "h"): {"entry 2", "entry 3"},
+    ("local_cross_entropy_backward", "scale"): {"one less"},  # a single number
+    ("local_cross_entropy_backward", "grad_logits"): {"entry 1"},
+    ("goodness", "h"): {"entry 1", "entry 2", "entry 3", "one behind"},
+    ("goodness_backward", "h"): {"entry 1", "entry 2", "entry 3", "one behind"},
+    ("similarity", "x"): {"entry 1", "entry 2", "entry 3", "one behind"},
+    ("similarity_backward", "x"): {"entry 2", "entry 3"},
+}

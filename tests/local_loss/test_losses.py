@@ -331,6 +331,19 @@ def test_overlay_label():
     assert LF.overlay_label(x[:, 0, 0], torch.tensor([1, 1, 0, 0]), num_classes=2, value=3)[0].tolist()[:2] == [0, 3]
 
 
+def test_overlay_label_takes_the_maximum_as_published_code_passes_it():
+    x, y = randn(4, 6), torch.tensor([0, 2, 1, 1])
+    expected = LF.overlay_label(x, y, num_classes=3)
+    assert_bit_equal("of x.max()", LF.overlay_label(x, y, num_classes=3, value=x.max()), expected)
+    value = torch.tensor([x.max().item()], dtype=torch.float64, requires_grad=True)
+    overlaid = LF.overlay_label(x, y, num_classes=3, value=value)
+    assert_bit_equal("of a parameter", overlaid.detach(), expected)
+    overlaid.sum().backward()
+    assert value.grad.tolist() == [4.0]
+    with pytest.raises(ValueError, match="value must be finite in float16, that of x, got 70000.0"):
+        LF.overlay_label(x.half(), y, num_classes=3, value=7e4)
+
+
 KERNELS = ("ce-map", "goodness-mean", "sim-std")
 
 

@@ -2,34 +2,31 @@
 annotated with, and every tensor another shape, dtype, layout and device.
 
 Each is refused by a ValueError or TypeError that names the argument, says what was expected and what was got: none is
-taken, none reaches torch. A family is covered by its tests/<family>/calls.py.
+taken, none reaches torch. Numbers of any kind that torch takes (Python's, NumPy's, a tensor of one) give one result.
+A family is covered by its tests/<family>/calls.py.
 """
 
-import importlib
 import inspect
 import re
 import types
 import typing
-from pathlib import Path
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 import lgkernels.functional as LF
 from lgkernels.core import dispatch
 from lgkernels.optim import BatchManhattan, OffsetSGD
 from lgkernels.random import RandomFeedback, random_matrix, random_rows
-from tests.support.calls import Call
+from tests.support.calls import Call, all_calls
 
-TESTS = Path(__file__).resolve().parents[1]
-CALLS = {
-    name: call
-    for file in sorted(TESTS.glob("*/calls.py"))
-    if file.parent.name != "support"
-    for name, call in importlib.import_module(f"tests.{file.parent.name}.calls").CALLS.items()
-}
+CALLS = all_calls()
 STATE = torch.tensor([1, 2, 3])
 FUNCTIONS = {name: (getattr(LF, name), call) for name, call in CALLS.items()} | {
     "RandomFeedback": (RandomFeedback, Call(dict(seed=1, stream=2, low=-0.5), any_sign=("seed", "low"))),
@@ -46,6 +43,7 @@ FUNCTIONS = {name: (getattr(LF, name), call) for name, call in CALLS.items()} | 
     ),
 }
 MAY_BE_ANY_DTYPE = {("advance", "skipped")}
+HUGE = 10**400  # no float64 holds it
 
 
 def parameters(function):
@@ -72,9 +70,19 @@ def wrong_values(kinds, any_sign):
     wrong += [] if number else [3]
     wrong += [0.5, float("nan"), float("inf")] if float not in kinds else [float("nan"), float("inf"), -float("inf")]
     wrong += [-1] if number and not any_sign else []
-    wrong += [] if Tensor in kinds else [torch.tensor(1), torch.tensor(0.5), torch.ones(2)]
-    wrong += [(), ("a", "b"), (0.5, 0.5), (True, True), (-1, -1)] if sequence else [(1, 1)]
+    wrong += [Fraction(1, 2), Decimal("0.5"), np.True_, HUGE, -HUGE, UninitializedParameter(), UninitializedBuffer()]
+    wrong += [1e308, -1e308] if float in kinds else [2**70, -(2**70)]
+    wrong += wrong_numbers(kinds) if number else [] if Tensor in kinds else [torch.tensor(1), torch.tensor(0.5)]
+    wrong += [(), ("a", "b"), (0.5, 0.5), (True, True), (-1, -1), (2**70, 2**70)] if sequence else [(1, 1)]
+    wrong += ["cuda:99", torch.device("cuda:99"), torch.device("hip")] if torch.device in kinds else []
     return wrong + ([torch.int64] if torch.dtype in kinds else [torch.float32])
+
+
+def wrong_numbers(kinds):
+    """Tensors that are no number, or of another kind, or whose gradient would be lost."""
+    wrong = [torch.ones(2), torch.tensor([]), torch.tensor(True), torch.tensor(1j), torch.tensor(1).to("meta")]
+    wrong += [] if Tensor in kinds else [torch.tensor(0.5, requires_grad=True)]
+    return wrong + ([] if float in kinds else [torch.tensor(0.5)])
 
 
 def wrong_tensors(valid):
@@ -103,7 +111,10 @@ def wrong_shapes(valid, free, dims):
 
 def said(value):
     """What a message may say of a value that it got."""
-    words = [type(value).__name__, repr(value)]
+    words = [type(value).__name__]
+    if isinstance(value, Tensor) and is_lazy(value):
+        return words
+    words += [f"{value.bit_length()} bits"] if isinstance(value, int) and abs(value) == HUGE else [repr(value)]
     if isinstance(value, Tensor):
         words += [str(value.dtype)[6:], str(value.layout), str(value.device)]
         words += ["nested"] if value.is_nested else [str(tuple(value.shape))]
@@ -114,7 +125,7 @@ def problem(function, arguments, name, value, own=True):
     """Why `function` does not refuse `value` as its argument `name` as it should; None if it does. `own`: the message
     names this very argument, else any of them: which of two shapes is wrong is for the function to say."""
     shown = f"{name}={' '.join(repr(value).split())[:60]}"
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not is_lazy(value):
         shape = "nested" if value.is_nested else tuple(value.shape)
         shown = f"{name}=<{shape} {value.dtype} {value.layout} {value.device}>"
     try:
@@ -159,7 +170,8 @@ def test_every_public_function_has_a_valid_call():
     assert sorted(CALLS) == sorted(LF.__all__)
     for name, (function, call) in FUNCTIONS.items():
         function(**call.arguments)
-        tensors = {a for a, (members, _) in parameters(function).items() if Tensor in members}
+        kinds = {a: members for a, (members, _) in parameters(function).items()}
+        tensors = {a for a, members in kinds.items() if Tensor in members and float not in members}
         assert tensors <= set(call.arguments), f"{name}: give the optional tensors too"
 
 
@@ -170,19 +182,97 @@ def test_wrong_values_are_refused(name, argument):
     assert not found, "\n".join([f"{len(found)} of {name}:", *found])
 
 
+def outcome(function, arguments):
+    """The results, or the message where the arguments are refused."""
+    torch.manual_seed(0)
+    try:
+        result = function(**arguments)
+    except ValueError as error:
+        return str(error)
+    return result.materialize((2, 3)) if isinstance(result, RandomFeedback) else result
+
+
+def same_number(value):
+    """`value` in NumPy's words and torch's; of integers, those whose sums and products wrap around early."""
+    if isinstance(value, tuple):
+        yield from zip(*map(same_number, value))
+    elif isinstance(value, float):
+        yield (np.float32 if float(np.float32(value)) == value else np.float64)(value)
+        yield torch.tensor(value, dtype=torch.float64)
+        yield torch.tensor([value], dtype=torch.float64)
+    else:
+        dtypes = [d for d in (np.int64, np.int8, np.uint8) if np.iinfo(d).min <= value <= np.iinfo(d).max]
+        yield from [dtype(value) for dtype in dtypes]
+        yield torch.tensor(value)
+        yield torch.tensor([value], dtype=torch.int16)
+
+
+def is_number(value, members):
+    if isinstance(value, tuple):
+        return all(type(n) is int for n in value) and bool(members & {int})
+    return isinstance(value, float) or type(value) is int and bool(members & {int, float})
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_numbers_of_numpy_are_taken(name):
+def test_numbers_of_numpy_and_torch_are_taken(name):
+    """As Python's of the same value are: the call's own, and for integers 100 (of which 3 are too many for 8 bits)."""
     function, call = FUNCTIONS[name]
-    expected = function(**call.arguments)
     for argument, (members, default) in parameters(function).items():
         value = call.arguments.get(argument, default)
-        if isinstance(value, float) or type(value) is int and members & {int, float}:
-            exact = np.float32 if float(np.float32(value)) == value else np.float64
-            number = exact(value) if isinstance(value, float) else np.int64(value)
-            result = function(**{**call.arguments, argument: number})
-            if isinstance(result, RandomFeedback):
-                result, expected = result.materialize((2, 3)), RandomFeedback(**call.arguments).materialize((2, 3))
-            torch.testing.assert_close(result, expected, rtol=0, atol=0)
+        if not is_number(value, members):
+            continue
+        for python in [value, 100] if int in members else [value]:
+            expected = outcome(function, {**call.arguments, argument: python})
+            for number in same_number(python):
+                result = outcome(function, {**call.arguments, argument: number})
+                if isinstance(expected, str):
+                    assert result == expected
+                elif expected is not None:
+                    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_empty_sizes_are_defined_or_refused(name):
+    """Every size in turn is 0, wherever it stands: refused by name, or a finite result with finite gradients. A mean
+    over an empty batch is nan, as torch's is."""
+    function, call = FUNCTIONS[name]
+    tensors = {k: v for k, v in call.arguments.items() if isinstance(v, Tensor)}
+    batch = next((len(v) for v in tensors.values()), 0)
+    for size in sorted({n for t in tensors.values() for n in t.shape}):
+        arguments = {
+            k: v.new_zeros([0 if n == size else n for n in v.shape]).requires_grad_(v.is_floating_point())
+            for k, v in tensors.items()
+        }
+        numbers = {k: v for k, v in call.arguments.items() if k not in tensors}
+        if "shape" in numbers:
+            numbers["shape"] = tuple(0 if n == size else n for n in numbers["shape"])
+        try:
+            results = function(**numbers, **arguments)
+        except ValueError as error:
+            found = re.fullmatch(r"(\w+)\b.*? must .+, got .+", str(error), re.DOTALL)
+            assert found and found[1] in parameters(function), error
+            continue
+        results = results if isinstance(results, tuple) else (results,)
+        for result in results:
+            if result.requires_grad:
+                result.sum().backward()
+        grads = [t.grad for t in arguments.values() if t.grad is not None]
+        if size != batch:
+            assert all(bool(t.isfinite().all()) for t in (*results, *grads)), f"{name}, {size} -> 0"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_float64_goes_with_float64_alone(name):
+    """Float32 and halves mix where docstrings say so; a float64 among them would lose its digits."""
+    function, call = FUNCTIONS[name]
+    floats = [k for k, v in call.arguments.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    floats = [argument for argument in floats if argument not in call.any_dtype]
+    found = []
+    for argument in floats if len(floats) > 1 else []:
+        found.append(problem(function, call.arguments, argument, call.arguments[argument].double(), own=False))
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(problem(function, call.arguments, argument, call.arguments[argument].double(), own=False))
+    assert not any(found), found
 
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if "impl" in parameters(FUNCTIONS[name][0])])

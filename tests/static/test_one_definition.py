@@ -1,14 +1,17 @@
 """The sources of the native module give every name one definition: a type that two files define differently under one
-name is undefined behaviour that no compiler of a single file can see. GCC's link-time optimiser sees it."""
+name is undefined behaviour that no compiler of a single file can see. GCC's link-time optimiser sees it. A function it
+does not see: of two bodies under one name it takes one; there the text of the sources is read."""
 
 import os
 import subprocess
 import sysconfig
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.simt import executor
+from tests.support.cpp_functions import functions
 
 CSRC = executor.ROOT / "csrc"
 # The wider instruction-set levels are the same headers in another namespace.
@@ -27,7 +30,7 @@ def _unavailable():
     return None if "Free Software Foundation" in version else "needs GCC"
 
 
-pytestmark = pytest.mark.skipif(_unavailable() is not None, reason=str(_unavailable()))
+needs_gcc = pytest.mark.skipif(_unavailable() is not None, reason=str(_unavailable()))
 
 
 def compiled(source, out):
@@ -53,13 +56,61 @@ def objects(tmp_path_factory):
         return list(pool.map(compiled, SOURCES, (folder / f"{i}.o" for i in range(len(SOURCES)))))
 
 
+@needs_gcc
 def test_the_native_module_defines_every_type_once(objects, tmp_path):
     result = linked(objects, tmp_path / "module.so")
     assert result.returncode == 0, result.stderr
 
 
-def test_a_second_definition_is_seen(objects, tmp_path):
+@needs_gcc
+def test_a_second_definition_of_a_type_is_seen(objects, tmp_path):
     (tmp_path / "seeded.cpp").write_text(SEEDED)
     result = linked([*objects, compiled(tmp_path / "seeded.cpp", tmp_path / "seeded.o")], tmp_path / "module.so")
     assert result.returncode != 0
     assert "struct Norm" in result.stderr and "violates the C++ One Definition Rule" in result.stderr, result.stderr
+
+
+# -- functions ------------------------------------------------------------------------------------------------------
+
+
+def defined_twice(*more):
+    """{function: files} of functions with more than one body, in csrc/ and in `more` (name, text)."""
+    files = [(path.relative_to(CSRC), path.read_text()) for path in CSRC.rglob("*") if path.suffix[1:] in SUFFIXES]
+    found = defaultdict(list)
+    for name, text in (*files, *more):
+        for function in functions(text):
+            found[function].append(str(name))
+    assert len(found) > 200
+    return {function: sorted(names) for function, names in found.items() if len(names) > 1}
+
+
+SUFFIXES = ("h", "cuh", "cpp", "cu")
+
+
+def test_every_function_is_defined_once():
+    assert not defined_twice()
+
+
+@pytest.mark.parametrize(
+    "text, seen",
+    [
+        ("namespace lgk::cuda { inline int finish_blocks(const Finish& f) { return 0; } }", True),
+        (
+            "namespace lgk { namespace cuda {\nint finish_blocks(\n    const Finish &finish)  // {\n{ return 0; } } }",
+            True,
+        ),
+        ("namespace lgk::cpu { inline int finish_blocks(const Finish& f) { return 0; } }", False),
+        ("namespace lgk::cuda { inline int finish_blocks(const Finish& f, int n = 2) { return 0; } }", False),
+        ("namespace lgk::cuda { static int finish_blocks(const Finish& f) { return 0; } }", False),
+        ("namespace lgk::cuda { namespace { int finish_blocks(const Finish& f) { return 0; } } }", False),
+        ("namespace lgk::cuda { int finish_blocks(const Finish& f); }", False),
+    ],
+)
+def test_a_second_definition_of_a_function_is_seen(text, seen):
+    twice = {("lgk::cuda", "finish_blocks", "constFinish&"): ["lls/cuda/finish.h", "toy.h"]}
+    assert defined_twice(("toy.h", text)) == (twice if seen else {})
+
+
+def test_a_second_definition_of_a_template_is_seen():
+    text = "namespace lgk::cuda { template <class T, class U> LGK_DEVICE T block_sum(T sum, T* r) { return sum; } }"
+    assert functions(text) == {("lgk::cuda", "block_sum", "T,T*")}

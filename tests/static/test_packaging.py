@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,17 +203,37 @@ assert x.grad.abs().sum() > 0
 # -- python -m lgkernels --------------------------------------------------------------------------------------------
 
 
-def test_an_outdated_native_module_is_reported(tmp_path, recwarn):
-    """After an update of an editable install, calls into the old module would fail with an obscure message."""
+READ = ("module.cpp", "toy/options.h", "toy/cpu/kernels.h", "toy/cpu/kernels.cpp")
+READ_WITH_CUDA = ("toy/cuda/kernels.h", "toy/cuda/bindings.cpp", "toy/cuda/kernels.cu", "toy/cuda/kernels.cuh")
+NOT_READ = ("toy/cpu/.kernels.cpp.swp", "toy/cpu/kernels.cpp~", "toy/.#options.h", "toy/notes.md")
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_an_outdated_native_module_is_reported(cuda, tmp_path):
+    """After an update of an editable install, calls into the old module would fail with an obscure message. What the
+    build does not read is no reason to build again."""
     native = pytest.importorskip("lgkernels.core.native")
-    module, newest = tmp_path / "_C.so", max(f.stat().st_mtime for f in (ROOT / "csrc").rglob("*"))
-    module.touch()
-    os.utime(module, (newest + 10, newest + 10))
-    native._warn_if_outdated(module)
-    assert not recwarn
-    os.utime(module, (0, 0))
-    with pytest.warns(UserWarning, match="older than its sources"):
-        native._warn_if_outdated(module)
+    module = SimpleNamespace(__file__=tmp_path / "_C.so", has_cuda=cuda)
+    files = [tmp_path / "csrc" / name for name in (*READ, *READ_WITH_CUDA, *NOT_READ)]
+    for path in (module.__file__, *files):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (1000, 1000))
+    for path in files:
+        os.utime(path, (2000, 2000))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            native._warn_if_outdated(module, tmp_path / "csrc")
+        read = str(path.relative_to(tmp_path / "csrc")) in (READ + READ_WITH_CUDA if cuda else READ)
+        assert [str(w.message)[:38] for w in said] == ["lgkernels._C is older than its sources"] * read, path
+        os.utime(path, (1000, 1000))
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_every_source_of_the_tree_is_watched(cuda):
+    native = pytest.importorskip("lgkernels.core.native")
+    expected = {p for p in (ROOT / "csrc").rglob("*") if p.is_file() and (cuda or p.parent.name != "cuda")}
+    assert set(native._sources(ROOT / "csrc", cuda)) == expected
 
 
 def test_no_command_prints_help():

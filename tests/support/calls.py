@@ -3,8 +3,12 @@
 Each family has its own in tests/<family>/calls.py, as `CALLS = {"name of the function": Call(...)}`.
 """
 
+import importlib
+from pathlib import Path
 from types import EllipsisType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 
 class Call(NamedTuple):
@@ -14,9 +18,28 @@ class Call(NamedTuple):
         size and number of dimensions from one up will do, where the last size stays.
     dims: other numbers of dimensions that a tensor may have.
     any_sign: numbers that may be negative.
+    any_dtype: fixed tensors, which may be of another floating dtype than the others.
     """
 
     arguments: dict
     free: dict[str, tuple[int, ...] | EllipsisType] = {}
     dims: dict[str, tuple[int, ...]] = {}
     any_sign: tuple[str, ...] = ()
+    any_dtype: tuple[str, ...] = ()
+
+
+def all_calls(table: str = "CALLS") -> dict[str, Call]:
+    """{public function: Call} of all families; with "MODULES" those of classes."""
+    folders = sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/calls.py"))
+    modules = [importlib.import_module(f"tests.{folder}.calls") for folder in folders if folder != "support"]
+    return {name: call for module in modules for name, call in getattr(module, table, {}).items()}
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def weighted(outputs: Any) -> torch.Tensor:
+    """A number in which every element of the (float) outputs has a weight of its own."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return sum((out * torch.arange(1.0, out.numel() + 1).view(out.shape)).sum() for out in outputs if is_float(out))

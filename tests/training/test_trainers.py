@@ -325,7 +325,11 @@ def test_predict_is_the_network():
         (dict(accumulation_steps=0), ValueError, "accumulation_steps"),
         (dict(accumulation_steps=1.5), (TypeError, ValueError), "accumulation_steps"),
         (dict(clip_grad_norm=-1.0), ValueError, "clip_grad_norm"),
-        (dict(blocks=[]), ValueError, "at least one parameter"),
+        (
+            dict(blocks=[]),
+            ValueError,
+            "blocks must be an iterable of at least one of torch.nn.Modules, got an empty list",
+        ),
         (dict(blocks=[nn.Flatten()]), ValueError, "at least one parameter"),
     ],
 )

@@ -152,5 +152,5 @@ def lokr_conv2d_grads(g, x, weight, geometry, w1, a, b, t, u, scale, needs):
         [needs[0], needs[5], False],
     )
     if needs[0]:
-        grad_x = grad_x.contiguous().add_(through_x.view(x.shape))
+        grad_x = grad_x.contiguous().add_(through_x.reshape(x.shape))
     return tuple(none.clone() if t is None else t for t in (grad_x, grad_weight, grad_bias, grad_w1, grad_a, grad_b))

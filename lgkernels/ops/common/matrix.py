@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core import checks
+from ...random import VALUES_PER_CALL
 
 
 class Law(NamedTuple):
@@ -41,6 +42,15 @@ class FeedbackMatrix(NamedTuple):
         if self.state is None or self.magnitude is not None:
             return None
         return Law(self.state, self.law, self.law_scale, self.low)
+
+
+# Of the tensors of a matrix in an op's schema, for `core/ops.define`.
+DTYPES = {"weight": (*checks.FLOATING, torch.int32), "state": (torch.int64,)}
+
+
+def check_law(law: str) -> None:
+    if law not in VALUES_PER_CALL:
+        checks.choice("law", law, tuple(VALUES_PER_CALL))
 
 
 def check_state(state: Tensor | None) -> None:

@@ -11,8 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ...core import dispatch
-from ...core.autograd import apply
-from ...core.ops import without_autocast
+from ...core.autograd import apply, settled_dtypes
 from . import op  # noqa: F401  registers the ops
 
 _ops = torch.ops.lgkernels
@@ -33,38 +32,38 @@ def fused(device, dtype):
 
 class _Block(torch.autograd.Function):
     @staticmethod
+    @settled_dtypes
     def forward(ctx, x, weight, bias, gamma, beta, running, signal, geometry, momentum, eps, slope, max_pool):
-        with without_autocast(x.device):
-            z = torch.conv2d(x, weight, bias, *geometry).contiguous()
-            out, mean, rstd = _ops.direct_forward(z, gamma, beta, *running, momentum, eps, slope, max_pool, "auto")
+        z = torch.conv2d(x, weight, bias, *geometry).contiguous()
+        out, mean, rstd = _ops.direct_forward(z, gamma, beta, *running, momentum, eps, slope, max_pool, "auto")
         ctx.save_for_backward(x, weight, gamma, beta, mean, rstd)
         ctx.z, ctx.signal, ctx.geometry, ctx.activation = z, signal, geometry, (slope, max_pool)
         return out
 
     @staticmethod
     @once_differentiable
+    @settled_dtypes
     def backward(ctx, grad):
         if ctx.z is None:
             raise RuntimeError("a fused DFA block has one backward: its activation has become a gradient")
         x, weight, gamma, beta, mean, rstd = ctx.saved_tensors
         (z, ctx.z), signal, needs = (ctx.z, None), ctx.signal, ctx.needs_input_grad
-        with without_autocast(z.device):
-            grad_gamma, grad_beta = _ops.direct_backward_(
-                z,
-                mean,
-                rstd,
-                gamma,
-                beta,
-                None if signal.error is not None else grad,
-                signal.error,
-                *signal.random,
-                *ctx.activation,
-                "auto",
-            )
-            stride, padding, dilation, groups = ctx.geometry
-            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-                z, x, weight, None, stride, padding, dilation, False, (0, 0), groups, [*needs[:2], False]
-            )
+        grad_gamma, grad_beta = _ops.direct_backward_(
+            z,
+            mean,
+            rstd,
+            gamma,
+            beta,
+            None if signal.error is not None else grad,
+            signal.error,
+            *signal.random,
+            *ctx.activation,
+            "auto",
+        )
+        stride, padding, dilation, groups = ctx.geometry
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            z, x, weight, None, stride, padding, dilation, False, (0, 0), groups, [*needs[:2], False]
+        )
         grad_bias = weight.new_zeros(weight.shape[0]) if needs[2] else None  # the batch norm cancels it
         return grad_x, grad_weight, grad_bias, grad_gamma, grad_beta, *(None,) * 7
 

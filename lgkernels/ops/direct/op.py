@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...core import checks
 from ...core.ops import define
-from ..common.matrix import check_state
+from ..common.matrix import DTYPES, check_law, check_state
 from .options import ActivationOptions, NormOptions, SignalLaw
 
 _define = partial(define, package=__package__)
@@ -58,6 +58,7 @@ def direct_forward(
 def _check_backward(z, mean, rstd, gamma, beta, delta, error, state, signal, activation):
     _check_channels(z, mean=mean, rstd=rstd, gamma=gamma, beta=beta)
     check_state(state)
+    check_law(signal.law)
     if delta is not None:
         checks.shape("delta", delta, (*z.shape[:2], *_out_size(z, activation)), "that of the block's output")
     elif error is None or state is None:
@@ -70,6 +71,7 @@ def _check_backward(z, mean, rstd, gamma, beta, delta, error, state, signal, act
     backends_of="direct_backward_",
     fake=lambda z, mean, rstd, gamma, *_: (torch.empty_like(gamma), torch.empty_like(gamma)),
     check=_check_backward,
+    dtypes=DTYPES,
     mutates=("z",),
 )
 def direct_backward_(

@@ -44,8 +44,7 @@ def sign_symmetric(
     if isinstance(scale, str):
         checks.choice("scale", scale, ("mean_abs",))
     else:
-        checks.positive("scale", scale, "a number or 'mean_abs'")
-        scale = float(scale)
+        scale = checks.positive("scale", scale, "a number or 'mean_abs'")
     law, source = ({}, {}) if magnitude is None else _source("magnitude", magnitude, weight)
     return Formula("packed" if packed_signs else "weight", scale=scale, sign_plus=sign_zero == "plus", **law), source
 

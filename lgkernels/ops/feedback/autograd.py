@@ -13,14 +13,13 @@ in the pass of direct.py.
 """
 
 import math
-import os
 
 import torch
 import torch.nn.functional as F
 
-from ...core import checks, dispatch
-from ...core.autograd import apply, first_order_only
-from ...core.ops import autocasts, without_autocast
+from ...core import dispatch
+from ...core.autograd import apply, first_order_only, refuse_transforms, settled_dtypes
+from ...core.ops import autocasts, class_indices
 from . import op  # noqa: F401  registers the ops
 from .options import Formula
 
@@ -59,24 +58,24 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight if dtype is None else weight.to(dtype), bias)
 
     @staticmethod
+    @settled_dtypes
     def backward(ctx, grad):
         x, signs, magnitude, state, factor = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
-        with without_autocast(grad.device):
-            if needs[0] and signs is None and magnitude is not None and factor is None and ctx.formula.scale == 1.0:
-                grad_x = grad @ magnitude.to(grad.dtype)  # FA with a given tensor: nothing to make
-            elif needs[0]:
-                grad_x = _ops.feedback_product(
-                    grad if factor is None else grad * factor,
-                    ctx.columns,
-                    *_formula_arguments(ctx.formula, signs, magnitude, state),
-                    ctx.impl,
-                )
-            if needs[2]:
-                grad_bias = grad.sum(0)
-            if needs[1]:
-                grad_weight = (grad.t() @ x).to(ctx.weight_dtype)
+        if needs[0] and signs is None and magnitude is not None and factor is None and ctx.formula.scale == 1.0:
+            grad_x = grad @ magnitude.to(grad.dtype)  # FA with a given tensor: nothing to make
+        elif needs[0]:
+            grad_x = _ops.feedback_product(
+                grad if factor is None else grad * factor,
+                ctx.columns,
+                *_formula_arguments(ctx.formula, signs, magnitude, state),
+                ctx.impl,
+            )
+        if needs[2]:
+            grad_bias = grad.sum(0)
+        if needs[1]:
+            grad_weight = (grad.t() @ x).to(ctx.weight_dtype)
         inputs = (x, grad, signs)
         return (
             first_order_only("feedback_linear", grad_x, *inputs),
@@ -118,7 +117,7 @@ def _few_positions(positions, outputs):
     return outputs >= 256 and positions <= outputs
 
 
-def _multiplies(grad, x, signs, magnitude, state, groups, impl):
+def _multiplies(grad, signs, magnitude, state, groups, impl):
     """True where a convolution's dX goes by feedback_product."""
     if (
         torch.compiler.is_compiling()
@@ -148,6 +147,7 @@ class _Conv2d(torch.autograd.Function):
         return torch.conv2d(x, weight if dtype is None else weight.to(dtype), bias, *geometry)
 
     @staticmethod
+    @settled_dtypes
     def backward(ctx, grad):
         x, signs, magnitude, state, factor = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -169,29 +169,28 @@ class _Conv2d(torch.autograd.Function):
                 mask,
             )
 
-        with without_autocast(grad.device):
-            if needs[0] and _multiplies(grad, x, signs, magnitude, state, groups, ctx.impl):
-                rows = grad.permute(0, 2, 3, 1).reshape(-1, ctx.shape[0])
-                columns = _ops.feedback_product(
-                    rows if factor is None else rows * factor,
-                    math.prod(ctx.shape[1:]),
-                    *_formula_arguments(ctx.formula, signs.flatten(1), None, None),
-                    ctx.impl,
-                )
-                grad_x = _ops.feedback_fold(
-                    columns, x.shape, ctx.shape[2:], grad.shape[2:], stride, padding, dilation, ctx.impl
-                )
-                del rows, columns
-            elif needs[0]:  # first and alone: F is gone, and its memory warm, when the weight's gradient is allocated
-                feedback = _conv_feedback(
-                    ctx.shape, signs, magnitude, state, factor, ctx.formula, grad.dtype, grad.device, ctx.impl
-                )
-                grad_x = gradients(feedback, [True, False, False])[0]
-                del feedback
-            if needs[1] or needs[2]:  # of the weight shape and strides are read, no value
-                usable = signs is not None and signs.dim() == 4 and signs.dtype == grad.dtype
-                weight = signs if usable else grad.new_empty_strided(ctx.shape, ctx.strides)
-                _, grad_weight, grad_bias = gradients(weight, [False, needs[1], needs[2]])
+        if needs[0] and _multiplies(grad, signs, magnitude, state, groups, ctx.impl):
+            rows = grad.permute(0, 2, 3, 1).reshape(-1, ctx.shape[0])
+            columns = _ops.feedback_product(
+                rows if factor is None else rows * factor,
+                math.prod(ctx.shape[1:]),
+                *_formula_arguments(ctx.formula, signs.flatten(1), None, None),
+                ctx.impl,
+            )
+            grad_x = _ops.feedback_fold(
+                columns, x.shape, ctx.shape[2:], grad.shape[2:], stride, padding, dilation, ctx.impl
+            )
+            del rows, columns
+        elif needs[0]:  # first and alone: F is gone, and its memory warm, when the weight's gradient is allocated
+            feedback = _conv_feedback(
+                ctx.shape, signs, magnitude, state, factor, ctx.formula, grad.dtype, grad.device, ctx.impl
+            )
+            grad_x = gradients(feedback, [True, False, False])[0]
+            del feedback
+        if needs[1] or needs[2]:  # of the weight shape and strides are read, no value
+            usable = signs is not None and signs.dim() == 4 and signs.dtype == grad.dtype
+            weight = signs if usable else grad.new_empty_strided(ctx.shape, ctx.strides)
+            _, grad_weight, grad_bias = gradients(weight, [False, needs[1], needs[2]])
         if grad_weight is not None:
             grad_weight = grad_weight.to(ctx.weight_dtype)
         inputs = (x, grad, signs)
@@ -274,18 +273,17 @@ def weight_rows(weight, formula, start, stop, *, packed=None, state=None, impl="
 
 
 @torch.no_grad()
-def project(error, columns, matrix, law, state, impl):
-    """error (B, C) @ (C, columns): DFA's signal."""
+def project(name, error, columns, matrix, law, state, impl):
+    """error (B, C) @ (C, columns): DFA's signal, for the public function `name`."""
+    refuse_transforms(name)
     return _ops.feedback_product(error, columns, None, matrix, state, *law, 1.0, False, impl)
 
 
 @torch.no_grad()
 def rows(index, columns, matrix, law, state, impl):
     """(B, columns): the rows `index` (B,) of the feedback, DRTP's signal."""
-    index = index.long()
-    checked = index.device.type == "cpu" or os.environ.get("LGKERNELS_CHECK") == "1"
-    if checked and not torch.compiler.is_compiling():  # it reads the indices, which no graph can
-        checks.class_indices("target", index, 2**32 if matrix is None else matrix.shape[0], None)
+    refuse_transforms("target_projection")
+    index = class_indices("target", index, 2**32 if matrix is None else matrix.shape[0])
     if matrix is not None:
         return matrix[index]
     return _ops.feedback_rows(index, columns, state, *law, 1.0, torch.float32, impl)

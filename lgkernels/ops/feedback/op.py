@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...core import checks, dispatch
 from ...core.ops import define
-from ..common.matrix import FeedbackMatrix, check_state
+from ..common.matrix import DTYPES, FeedbackMatrix, check_law, check_state
 from .options import SgdOptions
 
 _define = partial(define, package=__package__)
@@ -26,8 +26,8 @@ def _check_matrix(rows, columns, f):
             checks.shape("weight", weight, shape, "rows and columns of the feedback (words of packed signs)")
     if f.magnitude is not None and f.magnitude.shape != (rows, columns):
         checks.shape("magnitude", f.magnitude, (rows, columns), "rows and columns of the feedback")
-    if f.state is not None:
-        check_state(f.state)
+    check_state(f.state)
+    check_law(f.law)
 
 
 # -- the product with F ----------------------------------------------------------------------------------------------
@@ -49,6 +49,7 @@ def _backend_of_product(impl, grad, columns, f):
     backends_of="feedback_product",
     fake=lambda grad, columns, f: grad.new_empty((grad.shape[0], columns)),
     check=_check_product,
+    dtypes=DTYPES,
     choose=_backend_of_product,
 )
 def feedback_product(kernels, grad: Tensor, columns: int, f: FeedbackMatrix) -> Tensor:
@@ -65,6 +66,7 @@ def feedback_product(kernels, grad: Tensor, columns: int, f: FeedbackMatrix) -> 
     backends_of="feedback_matrix",
     fake=lambda rows, columns, f, dtype, device: torch.empty((rows, columns), dtype=dtype, device=device),
     check=lambda rows, columns, f, dtype, device: _check_matrix(rows, columns, f),
+    dtypes=DTYPES,
     where=lambda rows, columns, f, dtype, device: (device, dtype),
 )
 def feedback_matrix(
@@ -73,17 +75,17 @@ def feedback_matrix(
     return kernels.matrix((rows, columns), f, dtype, device)
 
 
-def _check_rows(index, columns, state, *_):
+def _check_rows(index, columns, state, law, *_):
     checks.dims("index", index, (1,), "(B,)")
-    if index.dtype != torch.int64:
-        raise TypeError(f"index must be int64, got {str(index.dtype)[6:]}")
     check_state(state)
+    check_law(law)
 
 
 @_define(
     backends_of="feedback_rows",
     fake=lambda index, columns, *rest: torch.empty((index.shape[0], columns), dtype=rest[-1], device=index.device),
     check=_check_rows,
+    dtypes={"index": (torch.int64,), "state": (torch.int64,)},
     where=lambda index, *rest: (index.device, rest[-1]),
 )
 def feedback_rows(

@@ -10,7 +10,9 @@ from ...core import checks
 from ...core.ops import class_indices, define, wide_dtype
 from . import basis as tables
 from . import block
-from .options import BlockOptions, HeadOptions, Wanted
+from .options import LOSSES, REDUCTIONS, WAVEFORMS, BlockOptions, HeadOptions, Wanted
+
+_DTYPES = {"target": checks.INTEGER}
 
 
 def basis_rows(modulation, basis, num_classes):
@@ -40,6 +42,34 @@ def _check_modulation(modulation, num_classes):
         )
 
 
+def _check_words(waveform, options=None):
+    if waveform not in WAVEFORMS:
+        checks.choice("waveform", waveform, WAVEFORMS)
+    if options is not None and options.loss not in LOSSES:
+        checks.choice("loss", options.loss, LOSSES)
+    if options is not None and options.reduction not in REDUCTIONS:
+        checks.choice("reduction", options.reduction, REDUCTIONS)
+
+
+# -- the basis, as the result of a public function ----------------------------------------------------------------
+
+
+@define(
+    backends_of="lls_loss",
+    package=__package__,
+    fake=lambda rows, dim, waveform, min_freq, max_freq, device: torch.empty(
+        (rows, dim), dtype=torch.float32, device=device
+    ),
+    check=lambda rows, dim, waveform, *_: _check_words(waveform),
+    where=lambda *arguments: (arguments[-1], torch.float32),
+    choose=lambda *_: None,  # the same table for all
+)
+def lls_basis(
+    kernels, rows: int, dim: int, waveform: str, min_freq: float, max_freq: float, device: torch.device
+) -> Tensor:
+    return tables.table(rows, dim, waveform, min_freq, max_freq, device).clone()
+
+
 # -- the loss ---------------------------------------------------------------------------------------------------
 
 
@@ -50,6 +80,7 @@ def _check_loss(activation, target, modulation, basis, waveform, pool_size, opti
     if pool_size < 1:
         raise ValueError(f"pool_size must be at least 1, got {pool_size}")
     _check_modulation(modulation, options.num_classes)
+    _check_words(waveform, options)
     if basis is not None:
         rows = basis_rows(modulation, None, options.num_classes)
         checks.shape("basis", basis, (rows, latent_size(activation.shape, pool_size)), "rows and latents")
@@ -71,7 +102,7 @@ def _loss_fake(activation, target, modulation, basis, waveform, pool_size, optio
     )
 
 
-@define(backends_of="lls_loss", package=__package__, fake=_loss_fake, check=_check_loss)
+@define(backends_of="lls_loss", package=__package__, fake=_loss_fake, check=_check_loss, dtypes=_DTYPES)
 def lls_loss_forward(
     kernels,
     activation: Tensor,
@@ -180,6 +211,7 @@ def _check_block(
     if target.shape != x.shape[:1]:
         checks.shape("target", target, x.shape[:1], "one class index per row of x")
     _check_modulation(modulation, options.num_classes)
+    _check_words(options.waveform)
 
 
 def _block_fake(
@@ -215,6 +247,7 @@ def _block_fake(
     package=__package__,
     fake=_block_fake,
     check=_check_block,
+    dtypes=_DTYPES,
     mutates=("running_mean", "running_var"),
 )
 def lls_block(

@@ -2,6 +2,11 @@
 
 from typing import NamedTuple
 
+# The words that options may be.
+WAVEFORMS = ("square", "cosine")
+LOSSES = ("cross_entropy", "hard_sigmoid_mse")
+REDUCTIONS = ("mean", "sum", "none")
+
 
 class HeadOptions(NamedTuple):
     """Of `lls_loss`, in its words; flat in the ops' schemas."""

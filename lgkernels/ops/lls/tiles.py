@@ -1,5 +1,7 @@
 """Block sizes of the LLS kernels, by sizes, dtype and architecture (core/tiles.py)."""
 
+from functools import partial
+
 from ...core.tiles import ELEMENTS, first_fit
 
 # Matrix products: (three block sizes, warps, stages), largest first. M samples, K basis rows, D latents, N columns.
@@ -47,12 +49,13 @@ def _rows(sizes, dtype, arch):
     return {"BLOCK_B": min(rows, 16), "BLOCK_N": min(columns, 32), "num_warps": 4}
 
 
-def _similarity(sizes, dtype, arch):
+def _basis_product(sizes, dtype, arch, table):
+    """(samples, latents) times the basis (basis rows, latents), or its adjoint."""
     batch, dim, rows = sizes
     if arch == "interpret":
         m, k, d, warps, stages = min(batch, 128), min(rows, 256), max(min(dim, 512), 32), 1, 1
     else:
-        m, k, d, warps, stages = first_fit(SIMILARITY, arch, lambda m, k, d: k <= rows or k == 16)
+        m, k, d, warps, stages = first_fit(table, arch, lambda m, k, d: k <= rows or k == 16)
     return {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
 
 
@@ -101,15 +104,6 @@ def _product(sizes, dtype, arch):
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
 
 
-def _latent_grad(sizes, dtype, arch):
-    batch, dim, rows = sizes
-    if arch == "interpret":
-        m, k, d, warps, stages = min(batch, 128), min(rows, 256), max(min(dim, 512), 32), 1, 1
-    else:
-        m, k, d, warps, stages = first_fit(LATENT_GRAD, arch, lambda m, k, d: k <= rows or k == 16)
-    return {"BLOCK_M": m, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
-
-
 def _modulation_grad(sizes, dtype, arch):
     batch, rows, classes = sizes
     if arch == "interpret":
@@ -151,11 +145,11 @@ TILES = {
     "linear_grad": _rows,
     "head": _head,
     "wide_head": _wide_head,
-    "similarity": _similarity,
+    "similarity": partial(_basis_product, table=SIMILARITY),
     "logits": _product,
     "loss_rows": _loss_rows,
     "grad_similarity": _product,
-    "latent_grad": _latent_grad,
+    "latent_grad": partial(_basis_product, table=LATENT_GRAD),
     "modulation_grad": _modulation_grad,
     "norm_grads": _norm_grads,
     "finish_head": _finish_head,

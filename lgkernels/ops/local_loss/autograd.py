@@ -126,25 +126,27 @@ def similarity(x, target, num_classes, use_std, impl):
 
 class _Contrastive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, labels, link, arguments, grad_enabled, impl):
-        compute_grad = grad_enabled and ctx.needs_input_grad[0]
+    def forward(ctx, name, z, labels, link, arguments, grad_enabled, impl):
+        compute_grad = grad_enabled and ctx.needs_input_grad[1]
         loss, grad = _ops.contrastive(z, labels, *arguments, compute_grad, impl)
         if compute_grad:
             ctx.save_for_backward(grad, link)
-            ctx.dtype = z.dtype
+            ctx.name, ctx.dtype = name, z.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad, link = ctx.saved_tensors
         grad = (grad * grad_loss).to(ctx.dtype)
-        return (first_order_only("a contrastive loss", grad, link, grad_loss), *[None] * 5)
+        return (None, first_order_only(ctx.name, grad, link, grad_loss), *[None] * 5)
 
 
-def contrastive(z, labels, anchors, temperature, factor, normalize, impl):
+def contrastive(name, z, labels, anchors, temperature, factor, normalize, impl):
+    """`name` of the public function, nt_xent_loss or supcon_loss."""
     return apply(
         _Contrastive,
-        "a contrastive loss",
+        name,
+        name,
         z,
         labels,
         link_to(z),

@@ -9,7 +9,17 @@ from ...core import checks
 from ...core.ops import class_indices, define, wide_dtype
 from . import reference
 
-_define = partial(define, package=__package__)
+_define = partial(
+    define,
+    package=__package__,
+    dtypes={
+        "target": checks.INTEGER,
+        "labels": checks.INTEGER,
+        "negatives": checks.INTEGER,
+        "is_positive": (torch.bool,),
+    },
+)
+_REDUCTIONS = ("mean", "sum", "none")
 
 
 def _new(tensor, dtype=None):
@@ -24,11 +34,15 @@ def _new(tensor, dtype=None):
 def _check_cross_entropy(h, weight, bias, target, label_smoothing, reduction, compute_grad):
     if target.shape != h.shape[:1]:
         checks.shape("target", target, h.shape[:1], "one class index per row of h")
+    if not 2 <= h.dim() <= 4:
+        checks.dims("h", h, (2, 3, 4), "(B, C), (B, T, C) or (B, C, H, W)")
     channels = h.shape[-1] if h.dim() < 4 else h.shape[1]
     if weight.dim() != 2 or weight.shape[1] != channels:
         checks.shape("weight", weight, (weight.shape[0], channels), "classes and channels of h")
     if bias is not None and bias.shape != weight.shape[:1]:
         checks.shape("bias", bias, weight.shape[:1], "one for each class of weight")
+    if reduction not in _REDUCTIONS:
+        checks.choice("reduction", reduction, _REDUCTIONS)
 
 
 def _cross_entropy_fake(h, weight, bias, target, label_smoothing, reduction, compute_grad):
@@ -61,9 +75,9 @@ def _check_cross_entropy_backward(scale, pooled, grad_logits, grad_pooled, dtype
     batch = pooled.shape[0]
     if scale.dim():
         checks.shape("scale", scale, (batch,), "one a row, or a single number")
-    if grad_logits.shape[0] != batch or grad_pooled.shape != pooled.shape:
+    if grad_logits.shape != (batch, *grad_logits.shape[-1:]) or grad_pooled.shape != pooled.shape:
         checks.shape("grad_pooled", grad_pooled, pooled.shape, "that of pooled")
-        checks.shape("grad_logits", grad_logits, (batch, grad_logits.shape[1]), "the rows of pooled")
+        checks.shape("grad_logits", grad_logits, (batch, *grad_logits.shape[-1:]), "the rows of pooled")
 
 
 def _cross_entropy_backward_fake(scale, pooled, grad_logits, grad_pooled, dtype, needs_h, needs_weight, needs_bias):
@@ -103,8 +117,6 @@ def local_cross_entropy_backward(
 def _check_goodness(h, is_positive, *_):
     if is_positive.shape != h.shape[:1]:
         checks.shape("is_positive", is_positive, h.shape[:1], "one a row of h")
-    if is_positive.dtype != torch.bool:
-        raise TypeError(f"is_positive must be bool, got {str(is_positive.dtype)[6:]}")
 
 
 def _goodness_fake(h, is_positive, threshold, mean, compute_grad):
@@ -169,6 +181,7 @@ def _check_similarity_backward(x, grad, mean, scale):
     if scale.dim():
         checks.shape("scale", scale, (), "a single number")
     if mean.numel():
+        checks.dims("x", x, (4,), "(B, C, H, W)")
         checks.shape("mean", mean, x.shape[:2], "one a channel of each row")
         checks.shape("grad", grad, x.shape[:2], "one a channel of each row")
     elif grad.numel() != x.numel():
