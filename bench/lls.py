@@ -261,6 +261,11 @@ class Pass(common.Problem):
         gamma, beta = torch.rand(2, self.case.channels, generator=generator).to(self.device)
         return mean, rstd, gamma + 0.5, beta - 0.5
 
+    def backends(self):
+        """Those whose block consists of passes."""
+        modules = {b: dispatch.backend("lls_block", b, self.device, self.case.torch_dtype) for b in super().backends()}
+        return [b for b, module in modules.items() if hasattr(module, self.op)]
+
     def contestants(self):
         def compiled():
             return self.run(self.compiled(getattr(self.reference, self.op)))

@@ -47,7 +47,7 @@ def written_out(z, gamma, beta, delta, slope, max_pool):
 
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["reference", "torch", "cpu"])
 def test_against_autograd(name, shape, given):
     *_, slope, classes = shape
     max_pool = shape[4]
@@ -67,16 +67,17 @@ def test_against_autograd(name, shape, given):
         assert_relative(what, mine, theirs, 1e-5)
 
 
-def test_ties_and_nans_are_pooled_as_torch_does():
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_ties_and_nans_are_pooled_as_torch_does(impl):
     z = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 2.0, 2.0, 1.0]).view(2, 1, 2, 2)
     for gamma in (1.0, -1.0, 0.0):
         gamma, beta = torch.full((1,), gamma), torch.ones(1)
         delta = torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
         truth = written_out(z, gamma, beta, delta, 0.1, True)
         own = z.clone()
-        out, *saved = _ops.direct_forward(own, gamma, beta, None, None, 0.1, 1e-5, 0.1, True, "auto")
+        out, *saved = _ops.direct_forward(own, gamma, beta, None, None, 0.1, 1e-5, 0.1, True, impl)
         gradients = _ops.direct_backward_(
-            own, *saved, gamma, beta, delta, None, None, "uniform", 1.0, None, 0.1, True, "auto"
+            own, *saved, gamma, beta, delta, None, None, "uniform", 1.0, None, 0.1, True, impl
         )
         for mine, theirs in zip((out, own, *gradients), (truth[0], *truth[3:])):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
@@ -107,14 +108,15 @@ def test_sums_do_not_depend_on_the_threads():
         assert torch.equal(one, three)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_opcheck(impl):
     z, gamma, beta, error, feedback = problem(3, 5, 6, 6, True, 0.1, 4)
-    arguments = (z, gamma, beta, torch.zeros(5), torch.ones(5), 0.1, 1e-5, 0.1, True, "reference")
+    arguments = (z, gamma, beta, torch.zeros(5), torch.ones(5), 0.1, 1e-5, 0.1, True, impl)
     torch.library.opcheck(_ops.direct_forward, arguments)
     _, mean, rstd = _ops.direct_forward(*arguments)
     torch.library.opcheck(
         _ops.direct_backward_,
-        (z, mean, rstd, gamma, beta, None, error, feedback.state, "uniform", 0.25, None, 0.1, True, "reference"),
+        (z, mean, rstd, gamma, beta, None, error, feedback.state, "uniform", 0.25, None, 0.1, True, impl),
     )
 
 

@@ -82,7 +82,7 @@ def test_dtypes(op):
                 call(op, ALL[op], i, tensor.to(dtype))
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "reference", "torch"])
 @pytest.mark.parametrize("op", ALL)
 def test_words(op, impl):
     """The name of a law, of a reduction, of a loss, of a waveform."""

@@ -347,7 +347,7 @@ def count_kernels(monkeypatch, backend, names):
     ids=label,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.only(where=lambda backend: backend != "reference")
+@pytest.mark.only(where=lambda backend: backend not in ("reference", "torch"))
 def test_at_most_eight_launches_a_layer(impl, backend, case, dtype, monkeypatch, opened):
     """Forward, loss and all gradients of a layer: torch calls plus our kernels.
 

@@ -43,7 +43,7 @@ def channels_last(x):
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _gradient_scale(z, pool_size, temperature):
+def gradient_scale(z, pool_size, temperature):
     """Power of two that keeps a float16 dz away from underflow; it cancels in the float32 weight gradient.
 
     dz shrinks like 1 / (batch * temperature * bin area): unscaled, 2 to 6 % of VGG8's dz flush to zero at B=128.
@@ -115,18 +115,38 @@ class _Convolution:
 # -- the norm, the head, and back --------------------------------------------------------------------------------------
 
 
-def _batch_stats(kernels, z, parameters, options):
+def start(kernels, x, parameters, options):
+    """The layer, and its pre-activation."""
+    layer = (_Convolution if parameters.weight.dim() == 4 else _Linear)(kernels, x, parameters.weight, options)
+    z = layer.preactivation()
+    if z.numel() == z.shape[1]:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got a pre-activation of size {z.shape}"
+        )
+    return layer, z
+
+
+def running_statistics(parameters, z):
+    """The running mean and variance that a backend updates: a half model's are copies."""
     running = parameters.running_mean, parameters.running_var
-    if z.shape[0] == 0:  # nothing to learn from: torch's batch norm leaves the running statistics alone, too
-        running = None, None
+    if running[0] is None or z.shape[0] == 0:  # of no rows there is nothing to learn, as in torch's batch norm
+        return None, None
     wide = wide_dtype(z.dtype)
+    return tuple(t.to(wide).contiguous() for t in running)
+
+
+def store_statistics(parameters, running):
+    """What was updated, where it was a copy."""
+    for theirs, used in zip((parameters.running_mean, parameters.running_var), running):
+        if used is not None and used is not theirs:
+            theirs.copy_(used)
+
+
+def _batch_stats(kernels, z, parameters, options):
+    running = running_statistics(parameters, z)
     bias = None if parameters.bias is None else parameters.bias.contiguous()
-    if running[0] is None or all(t.dtype == wide and t.is_contiguous() for t in running):
-        return kernels.batch_stats(z, bias, *running, options.momentum, options.norm_eps)
-    own = [t.to(wide).contiguous() for t in running]  # a half model's
-    stats = kernels.batch_stats(z, bias, *own, options.momentum, options.norm_eps)
-    for theirs, used in zip(running, own):
-        theirs.copy_(used)
+    stats = kernels.batch_stats(z, bias, *running, options.momentum, options.norm_eps)
+    store_statistics(parameters, running)
     return stats
 
 
@@ -136,12 +156,7 @@ def forward(kernels, x, target, parameters, basis, options, wanted):
     float64)."""
     wide, last, modulation = wide_dtype(x.dtype), channels_last(x), parameters.modulation
     modulation = None if modulation is None else modulation.to(wide).contiguous()
-    layer = (_Convolution if parameters.weight.dim() == 4 else _Linear)(kernels, x, parameters.weight, options)
-    z = layer.preactivation()
-    if z.numel() == z.shape[1]:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got a pre-activation of size {z.shape}"
-        )
+    layer, z = start(kernels, x, parameters, options)
     stats = _batch_stats(kernels, z, parameters, options)
     affine = (t.to(wide).contiguous() for t in (parameters.norm_weight, parameters.norm_bias))
     norm = (*stats, *affine, options.negative_slope)
@@ -159,7 +174,7 @@ def forward(kernels, x, target, parameters, basis, options, wanted):
         return out, loss, *(loss.new_empty(0) for _ in range(5))
     finish = (loss, target, similarity, grad_logits, modulation if wanted.needs_modulation else None, -100)
     finish = {"finish": finish} if finishes else {}
-    scale = _gradient_scale(z, options.pool_size, options.temperature)
+    scale = gradient_scale(z, options.pool_size, options.temperature)
     if z.dim() == 4:
         areas = _bin_areas(tuple(z.shape[2:]), options.pool_size, z.device)
         grad_gamma, grad_beta, grad_bias, *finished = kernels.norm_grads(

@@ -268,4 +268,6 @@ def lls_block(
     dim = latent_size((0,) * weight.dim() if weight.dim() == 2 else (0, weight.shape[0], 0, 0), options.pool_size)
     basis = basis_for(kernels, basis_rows(modulation, None, options.num_classes), dim, options.waveform, x.device)
     parameters = block.Parameters(weight, bias, norm_weight, norm_bias, running_mean, running_var, modulation)
+    if kernels.CAPABILITIES.whole_block:
+        return kernels.block(x, target, parameters, basis, options, wanted)
     return block.forward(kernels, x, target, parameters, basis, options, wanted)

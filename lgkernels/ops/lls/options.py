@@ -57,3 +57,4 @@ class Capabilities(NamedTuple):
     packed_basis: bool = False  # `head` also reads the sign bits of `basis.signs`
     finishes_head: bool = False  # the launch of the norm's gradients takes the head's last sums (`finish`)
     converts_layouts: bool = False  # has to_channels_last and to_contiguous, and takes out_channels_last
+    whole_block: bool = False  # has `block`, the results of block.py's `forward`, in place of its pieces
