@@ -19,7 +19,6 @@ import torch
 
 from . import ops
 
-
 _VMAP = torch._C._functorch.TransformType.Vmap
 _levels = torch._C._functorch.get_interpreter_stack
 
