@@ -57,6 +57,10 @@ class Counter(TorchDispatchMode):
         if function.namespace == "lgkernels":
             with self:  # a dispatch mode is off inside of its own handler
                 return _implementation(function.name().partition("::")[2])(*args)
+        with self:
+            result = function.decompose(*args, **kwargs)  # inside of an op, matmul and the like arrive whole
+        if result is not NotImplemented:
+            return result
         result = function(*args, **kwargs)
         packet = function.overloadpacket
         if packet in _ALLOCATIONS or packet in _NO_WORK or function.is_view:
