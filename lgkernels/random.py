@@ -46,6 +46,7 @@ Law = Literal["uniform", "normal", "uniform8", "sign"]
 VALUES_PER_CALL = {"uniform": 4, "normal": 4, "uniform8": 16, "sign": 128}
 
 _MASK = 0xFFFFFFFF
+_OF_NUMPY = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCKS_AT_ONCE = 1 << 18  # counters computed together: bounds the integer temporaries to a few MB
 
@@ -118,24 +119,39 @@ def random_rows(
     checks.same_device(state=state, index=index)
     cols = checks.integer_between("cols", cols, 0, 2**32 + 1)
     first = checks.integer_between("first", first, 0, 2**32 + 1 - cols)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point dtype, got {checks.got(dtype)}")
-    columns, v = (first, first + cols), VALUES_PER_CALL[law]
-    if _traced(state, index):
-        return _rows_in_torch(state, index.long(), columns, law, scale, low, dtype)
-    if state.device.type == "cpu":
-        return torch.from_numpy(philox_numpy.rows(state.numpy(), index.numpy(), columns, law, v, scale, low)).to(dtype)
-    if index.shape[0] and cols and _compiled_is_right(state.device, law, low is not None):
+    _check_dtype(dtype)
+    return _rows(state, index, (first, first + cols), law, scale, low, dtype)
+
+
+def _rows(
+    state: Tensor,
+    index: Tensor | range,
+    columns: tuple[int, int],
+    law: Law,
+    scale: float,
+    low: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`random_rows`, in the fastest way that there is."""
+    v, traced = VALUES_PER_CALL[law], _traced(state, index)
+    if state.device.type == "cpu" and not traced and dtype in _OF_NUMPY:
+        rows = np.arange(index.start, index.stop) if isinstance(index, range) else index.numpy()
+        made = philox_numpy.rows(state.numpy(), rows, columns, law, v, scale, low, str(dtype)[6:])
+        return torch.from_numpy(made).view(dtype)
+    if isinstance(index, range):
+        index = torch.arange(index.start, index.stop, device=state.device)
+    size = index.shape[0] * (columns[1] - columns[0])
+    if not traced and size and _compiled_is_right(state.device, law, low is not None):
         return philox_cuda.rows(state, index.long(), columns, law, v, scale, low, dtype)
     return _rows_in_torch(state, index.long(), columns, law, scale, low, dtype)
 
 
-def _traced(*tensors: Tensor) -> bool:
+def _traced(*tensors: Any) -> bool:
     """Whether the tensors stand for others, so that nobody but torch can compute with them."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or any(type(t) not in (Tensor, torch.nn.Buffer) for t in tensors)
+        or any(type(t) not in (Tensor, range) for t in tensors)
     )
 
 
@@ -219,8 +235,9 @@ def random_matrix(
         raise ValueError(
             f"offset must keep rows and columns within [0, 2**32), got {tuple(offset)} for a ({rows}, {cols}) matrix"
         )
-    index = torch.arange(row, row + rows, device=state.device)
-    return random_rows(state, index, cols, law, scale, low, first=col, dtype=dtype)
+    _check_dtype(dtype)
+    scale, low = _check_law(law, scale, low)
+    return _rows(state, range(row, row + rows), (col, col + cols), law, scale, low, dtype)
 
 
 def _native_matrix(
@@ -345,6 +362,11 @@ def _check_law(law: Any, scale: Any, low: Any) -> tuple[float, float | None]:
         if scale - low > torch.finfo(torch.float32).max:
             raise ValueError(f"low must be so near to scale={scale!r} that float32 holds their difference, got {low!r}")
     return scale, low
+
+
+def _check_dtype(dtype: Any) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {checks.got(dtype)}")
 
 
 def _check_state(state: Any) -> None:

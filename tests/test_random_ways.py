@@ -16,6 +16,7 @@ from lgkernels.random import VALUES_PER_CALL, RandomFeedback, philox, random_mat
 from tests.support.counting import at_most
 
 MOST_OPERATIONS = 12
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAWS = [
     ("uniform", 0.7, None),
     ("uniform", 0.7, 0.0),
@@ -57,6 +58,18 @@ def test_numpy(law, span, at_once, monkeypatch):
         assert_same(law[0], got, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numpy_rounds_once(dtype):
+    """Ties to even; 65520 and more are inf in float16, and 2**-25 is 0."""
+    for law in LAWS:
+        full = random_matrix(state(), 64, 700, *law)
+        for scale in (1.0, 2.0**17, 2.0**-20):
+            full, got = (
+                random_matrix(state(), 64, 700, law[0], scale * law[1], dtype=d) for d in (torch.float32, dtype)
+            )
+            assert got.dtype == dtype and torch.equal(got, full.to(dtype))
+
+
 def test_scales_at_the_ends_of_float32():
     for law in VALUES_PER_CALL:
         for scale in (1.2e-38, 3e38):
@@ -65,7 +78,7 @@ def test_scales_at_the_ends_of_float32():
 
 
 @pytest.mark.skipif(native() is None, reason="the native module is not built")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("law", LAWS, ids=str)
 def test_materialize_has_the_bits_of_random_matrix(law, dtype):
     feedback = RandomFeedback(-5, 3, *law)

@@ -87,7 +87,14 @@ def _values(words: np.ndarray, law: str, scale: float, low: float | None, table:
     return unit
 
 
-@np.errstate(over="ignore", under="ignore")  # near the ends of float32: inf and 0, as in torch
+def _bfloat16(values: np.ndarray) -> np.ndarray:
+    """The upper halves of finite float32 values, rounded to nearest even. Overwrites the values."""
+    bits = values.view(np.uint32)
+    bits += ((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF)
+    return bits >> np.uint32(16)
+
+
+@np.errstate(over="ignore", under="ignore")  # near the ends of a dtype: inf and 0, as in torch
 def rows(
     state: np.ndarray,
     index: np.ndarray,
@@ -96,13 +103,14 @@ def rows(
     values_per_call: int,
     scale: float,
     low: float | None,
+    dtype: str = "float32",
 ) -> np.ndarray:
-    """(len(index), stop - start) float32: rows `index` and `columns` (start, stop) of the matrix of `state` (seed,
-    stream, step)."""
+    """(len(index), stop - start) in `dtype`: rows `index` and `columns` (start, stop) of the matrix of `state` (seed,
+    stream, step). "bfloat16" comes as its bits, in uint16."""
     seed, stream, step = (int(word) % 2**64 for word in state)
     start, stop = columns
     first, blocks = start // values_per_call, -(-stop // values_per_call) - start // values_per_call
-    out = np.empty((len(index), stop - start), _f32)
+    out = np.empty((len(index), stop - start), "uint16" if dtype == "bfloat16" else dtype)
     if not out.size:
         return out
     table = _table(law, scale, low) if law in ("uniform8", "sign") else None
@@ -125,6 +133,7 @@ def rows(
             for place in range(4):
                 words[:size, place] = arrays[place]
             made = _values(words[:size], law, scale, low, table).reshape(len(some), -1)
+            made = _bfloat16(made) if dtype == "bfloat16" else made
             column = block * values_per_call
             left, right = max(column, start), min(column + made.shape[1], stop)
             out[row : row + len(some), left - start : right - start] = made[:, left - column : right - column]
