@@ -116,7 +116,7 @@ def lls_loss(
             (hard_sigmoid(z/T) - onehot)^2, with a straight-through gradient, hard_sigmoid(v) = clamp(v/4 + 1/2, 0, 1).
         ignore_index (int): rows with this target count nothing.
         reduction (str): ``"mean"`` (over the rows not ignored), ``"sum"``, ``"none"``.
-        impl (str): ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
+        impl (str): ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
 
     Returns:
         Tensor: the loss, () or (B,) for ``"none"``; float32 (float64 for float64). Its gradients to ``activation``
