@@ -318,7 +318,6 @@ def run(kernels, device):
     return [kernels.scale(randn(257).to(device), ToyOptions())]
 """,
     "tests/toy/test_kernels.py": """
-from lgkernels.ops.toy.options import ToyOptions
 from tests.conftest import backend_module
 from tests.toy import sanitized
 
