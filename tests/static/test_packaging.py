@@ -171,7 +171,8 @@ PUBLIC = "import lgkernels, lgkernels.functional, lgkernels.nn, lgkernels.traini
 
 
 def test_import_is_cheap():
-    code = f"import time, torch, numpy; t = time.perf_counter(); {PUBLIC}; print(time.perf_counter() - t)"
+    # of the processor, so that a busy machine changes nothing
+    code = f"import time, torch, numpy; t = time.process_time(); {PUBLIC}; print(time.process_time() - t)"
     assert min(float(output("-c", code)) for _ in range(3)) < 0.3
 
 
