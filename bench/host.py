@@ -1,6 +1,6 @@
 """Host cost: what Python takes around a kernel, with the driver replaced by one that starts nothing.
 
-    python -m bench.host            # a table; needs Triton, no GPU
+    python -m bench.host [ROUNDS]   # one JSON object a line; needs Triton, no GPU
 
 Rows: the launches of a fused LLS forward, by Triton and by the library's launcher, with the look-up that says whether
 its kernels are trusted; the step of `OffsetSGD` beside torch's fused SGD, on tiny tensors.
@@ -31,16 +31,16 @@ from .offset import resnet50_shapes
 from .stand_in import installed
 
 CPU = torch.device("cpu")
-ROUNDS, CALLS = 200, 20
+ROUNDS = int(sys.argv[1]) if sys.argv[1:] else 200
 
 
-def best(functions, rounds=ROUNDS, calls=CALLS):
+def best(functions, calls=20):
     """Microseconds of one call of each function."""
     found = [float("inf")] * len(functions)
     for function in functions:
         function()
         function()
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for i, function in enumerate(functions):
             found[i] = min(found[i], timeit.timeit(function, number=calls) / calls * 1e6)
     return [round(t, 2) for t in found]
@@ -121,13 +121,6 @@ def optimizer_rows():
         torch.set_num_threads(threads)
 
 
-def main():
-    rows = [*launch_rows(), *trust_rows(), *optimizer_rows()]
-    for row in rows:
-        print(json.dumps(row))
-    return rows
-
-
 if __name__ == "__main__":
-    main()
-    sys.exit(0)
+    for row in (*launch_rows(), *trust_rows(), *optimizer_rows()):
+        print(json.dumps(row))

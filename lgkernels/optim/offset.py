@@ -200,8 +200,17 @@ def _by_kernel(members: list[Member]) -> Iterable[list[int]]:
     return kinds.values()
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _momentum_buffer(p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
     if "momentum_buffer" not in state:
+        if _capturing(p.device):  # each replay would make it zero again
+            raise RuntimeError(
+                "the first step of OffsetSGD must not be captured in a CUDA graph, since it makes momentum buffers: "
+                "take a step before the capture"
+            )
         state["momentum_buffer"] = torch.zeros_like(p)
     return state["momentum_buffer"]
 

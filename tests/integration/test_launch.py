@@ -48,5 +48,17 @@ def test_whoever_watches_launches_sees_them(launched):
     assert asked and set(asked.values()) == {3}
 
 
+def test_a_remembered_launch_runs_little_python(launched):
+    """`launch`, `start`, Triton's look-up of its driver; device, stream and kernel of the stand-in."""
+    assert launched["calls"] <= 6
+
+
+def test_the_bench_of_host_costs_runs():
+    run = subprocess.run([sys.executable, "-m", "bench.host", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {"all 5 launches of a fused forward", "look-up of the verdict of lls_block"} <= {row["what"] for row in rows}
+
+
 def test_each_device_has_its_own(launched):
     assert launched["devices"] == {"compiled": [0, 1], "asked": [1, 1, 0, 0], "current": 0}

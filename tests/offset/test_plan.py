@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lgkernels.core import native
-from lgkernels.optim import OffsetSGD
+from lgkernels.optim import OffsetSGD, offset
 from tests.support.tolerances import assert_relative
 
 
@@ -82,3 +82,18 @@ def test_no_python_runs_for_a_parameter_where_nothing_is_new(monkeypatch):
             sys.setprofile(None)
         counts.append(len(calls))
     assert counts[0] == counts[1] < 60
+
+
+def test_a_first_step_inside_a_capture_says_what_to_do(monkeypatch):
+    """A graph would make the momentum buffers zero at each replay. Nothing stays that a later step would use."""
+    monkeypatch.setattr(offset, "_capturing", lambda device: True)
+    p = nn.Parameter(torch.ones(4))
+    optimizer = OffsetSGD([p], 0.5, 0.9)
+    p.grad = torch.ones(4)
+    with pytest.raises(RuntimeError, match="must not be captured in a CUDA graph.*: take a step before the capture"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(4)) and "momentum_buffer" not in optimizer.state[p]
+    monkeypatch.undo()
+    optimizer.step()
+    monkeypatch.setattr(offset, "_capturing", lambda device: True)
+    optimizer.step()

@@ -3,6 +3,7 @@ TRITON_INTERPRET: `python -m tests.support.launched`. It prints one JSON object,
 judges."""
 
 import json
+import sys
 from collections import Counter
 from unittest import mock
 
@@ -181,6 +182,20 @@ def on_two_devices(watch, launches):
     return {"compiled": sorted(kernel.device_caches), "asked": asked, "current": Driver.current}
 
 
+def python_calls(launches):
+    """The most Python functions that a remembered launch calls, the stand-in's three included."""
+    most, Compiled.noted = 0, None
+    for kernel, programs, args, meta in launches:
+        calls = []
+        for _ in range(2):
+            launch.launch(kernel, programs, CPU, *args, **meta)
+        sys.setprofile(lambda frame, event, argument, calls=calls: calls.append(event) if event == "call" else None)
+        launch.launch(kernel, programs, CPU, *args, **meta)
+        sys.setprofile(None)
+        most = max(most, len(calls))
+    return most
+
+
 def main():
     watch = Watch()
     with installed(), watch.patch:
@@ -192,6 +207,7 @@ def main():
             "compared": compared,
             "faults": found,
             "asked": {name: asked_under(watch, launches, context) for name, context in CONTEXTS.items()},
+            "calls": python_calls(launches),
             "devices": on_two_devices(watch, launches),
         }
     print(json.dumps(result))
