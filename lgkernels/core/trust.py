@@ -79,6 +79,8 @@ def _quick(op: Op, backend: str, arguments: tuple) -> tuple:
     This is looked up at every call. The fields of a tensor lie flat in the key, and the strides of a contiguous one
     are not asked for: its sizes say them.
     """
+    if op.trial is not None and op.trial.kind is not None:
+        return op.name, backend, _device(arguments), op.trial.kind(dict(zip(op.names, arguments)))
     key: list = [op.name, backend]
     for a in arguments:
         if isinstance(a, Tensor):
@@ -88,6 +90,13 @@ def _quick(op: Op, backend: str, arguments: tuple) -> tuple:
         else:
             key.append(_kind(a) if type(a) is float else a)
     return tuple(key)
+
+
+def _device(arguments: tuple) -> torch.device:
+    """Of the first tensor, in a list or not; else the one among the arguments."""
+    flat = [a for argument in arguments for a in (argument if isinstance(argument, list) else (argument,))]
+    tensors = (a.device for a in flat if isinstance(a, Tensor))
+    return next(tensors, None) or next((a for a in flat if isinstance(a, torch.device)), torch.device("cpu"))
 
 
 def _kind(value: Any) -> Any:
@@ -105,6 +114,9 @@ def _layout(tensor: Tensor, has_rows: bool) -> tuple:
 def _lasting(op: Op, backend: str, arguments: dict, blocks: str) -> tuple[str, str]:
     """`(key, what it is in words)` of a specialisation: what the file is asked by."""
     parts = []
+    if op.trial.kind is not None:
+        words = f"{op.name} {backend} {op.trial.kind(arguments)}"
+        return f"{op.name}/{backend}/{hashlib.sha256(words.encode()).hexdigest()[:20]}", words
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             parts.append((name, *_layout(value, name in op.trial.rows)))
@@ -154,6 +166,8 @@ def _launches(op: Op, kernels: ModuleType, arguments: dict, batch: int, arch: in
 def foreseen(op: Op, backend: str, kernels: ModuleType, arguments: dict, device: torch.device) -> tuple[int, str]:
     """`(rows of the trial, blocks in words)`: the smallest batch whose launches are those of the call."""
     batch = batch_of(op, arguments)
+    if op.trial.kind is not None:
+        return 1, ""
     found = None
     if backend == "triton":
         arch = tiles.architecture(device)
@@ -196,7 +210,7 @@ def admits(op: Op, backend: str, kernels: ModuleType, reference: ModuleType, arg
 
 def _decide(op, backend, kernels, reference, arguments, quick) -> bool:
     named = dict(zip(op.names, arguments))
-    device = next((a.device for a in arguments if isinstance(a, Tensor)), named.get("device", torch.device("cpu")))
+    device = _device(arguments)
     if batch_of(op, named) == 0:
         return True  # nothing to launch a kernel over
     batch, blocks = foreseen(op, backend, kernels, named, device)
@@ -235,6 +249,7 @@ def _try(op, backend, kernels, reference, named, batch, known, key, what) -> tup
     only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         torch.use_deterministic_algorithms(False)  # the float64 reference has no such form of every sum
+        named = named if op.trial.example is None else op.trial.example(named)
         with torch.no_grad():
             for rows in (batch, batch - 1) if batch > 2 else (batch,):  # whole blocks, then one that masks cut
                 trial.check(op.function, op.pack, kernels, reference, named, op.trial, rows, key)

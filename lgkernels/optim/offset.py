@@ -182,8 +182,9 @@ def _first_step(factors: Factors, group: list[torch.Tensor], members: list[Membe
         params, grads, states = [list(column) for column in zip(*(members[i] for i in places))]
         buffers = [_momentum_buffer(p, state) for p, state in zip(params, states)] if factors.momentum else []
         offsets = [state.get("offset") for state in states]
-        kernels = _op.kernels_for(params, "auto")
-        table = _op.step(kernels, params, grads, buffers, offsets, *factors, 1.0)
+        step = params, grads, buffers, offsets, *factors, 1.0
+        kernels = _op.trusted_kernels(*step)
+        table = _op.step(kernels, *step)
         launches.append(Launch(kernels, table, params[0].device, places))
     if not launches or torch.compiler.is_compiling() or any(launch.table is None for launch in launches):
         return None

@@ -53,7 +53,8 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 def _mode(factors: Factors) -> tuple:
     """What chooses backend and kernel beside the tensors."""
-    return environment.value("LGKERNELS_IMPL", "auto"), not factors.momentum, not factors.offset_scale
+    choice = environment.value("LGKERNELS_IMPL", "auto"), environment.value("LGKERNELS_TRUST", "")
+    return choice, not factors.momentum, not factors.offset_scale
 
 
 def _tensors_of(states: Sequence[dict[str, Any]], name: str) -> list[Tensor | None]:
