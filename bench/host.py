@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lgkernels.core import trust
+from lgkernels.core.trial import Trial
 from lgkernels.ops.common import launch
 from lgkernels.ops.lls import basis
 from lgkernels.ops.lls import op as lls_op
@@ -85,7 +86,7 @@ def trust_rows():
     x, weight, target = torch.empty(128, 128, 16, 16), torch.empty(128, 128, 3, 3), torch.zeros(128, dtype=torch.int64)
     numbers = ([1, 1], [1, 1], [1, 1], 1, 0.1, 1e-5, 0.01, 4, True, 10, "cross_entropy", 0.1, -100, True, True)
     arguments = (x, weight, None, *(torch.empty(128) for _ in range(4)), target, None, *numbers)
-    op = trust.Op("lls_block", lls_op.lls_block, (), lambda given: given, object())  # type: ignore[arg-type]
+    op = trust.Op("lls_block", lls_op.lls_block, (), lambda given: given, Trial(length=lambda given: 1))
     key = trust._quick(op, "triton", arguments)
     with mock.patch.dict(trust._admitted, {key: True}):
         (time,) = best([lambda: trust.admits(op, "triton", lls, lls, arguments)])
