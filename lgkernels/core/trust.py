@@ -74,21 +74,22 @@ if hasattr(os, "register_at_fork"):
 
 
 def _quick(op: Op, backend: str, arguments: tuple) -> tuple:
-    """Of a call, exact in its sizes: what the memory of this process is asked by."""
+    """Of a call, exact in its sizes: what the memory of this process is asked by.
+
+    This is looked up at every call. The fields of a tensor lie flat in the key, and the strides of a contiguous one
+    are not asked for: its sizes say them.
+    """
     if op.trial is not None and op.trial.kind is not None:
         return op.name, backend, _device(arguments), op.trial.kind(dict(zip(op.names, arguments)))
-    return (
-        op.name,
-        backend,
-        *[
-            (a.dtype, a.shape, a.stride(), a.data_ptr() & 15)
-            if isinstance(a, Tensor)
-            else tuple(a)
-            if isinstance(a, list)
-            else _kind(a)
-            for a in arguments
-        ],
-    )
+    key: list = [op.name, backend]
+    for a in arguments:
+        if isinstance(a, Tensor):
+            key += a.dtype, a.shape, a.data_ptr() & 15, a.is_contiguous() or a.stride()
+        elif type(a) is list:
+            key.append(tuple(a))
+        else:
+            key.append(_kind(a) if type(a) is float else a)
+    return tuple(key)
 
 
 def _device(arguments: tuple) -> torch.device:
@@ -197,8 +198,10 @@ def _warn(key: str, message: str) -> None:
 
 def admits(op: Op, backend: str, kernels: ModuleType, reference: ModuleType, arguments: tuple) -> bool:
     """Whether these kernels may run this call; they are tried first where nobody has."""
+    if op.trial is None:
+        return False
     quick = _quick(op, backend, arguments)
-    verdict = _admitted.get(quick) if op.trial is not None else False
+    verdict = _admitted.get(quick)
     if verdict is None:
         with _lock:
             verdict = _decide(op, backend, kernels, reference, arguments, quick)

@@ -4,6 +4,7 @@ Whoever receives it can tell that nothing scales it, which on a GPU would else t
 multiplication by it.
 """
 
+import contextlib
 from functools import lru_cache
 
 import torch
@@ -19,6 +20,19 @@ def one(device):
     if _made(device)._version:  # a hook on a loss wrote to its gradient: later backward passes must not see that
         _made.cache_clear()
     return _made(device)
+
+
+@contextlib.contextmanager
+def own(device):
+    """Inside, a tensor that nobody else starts from: for a CUDA graph, which reads it at every replay and keeps it."""
+    _made.cache_clear()
+    try:
+        made = one(device)
+        yield made
+        if made._version:
+            raise RuntimeError("a hook writes to the gradient of a loss, which a graph would repeat on what it wrote")
+    finally:
+        _made.cache_clear()
 
 
 def unit_gradient(loss):

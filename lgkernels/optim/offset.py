@@ -1,14 +1,14 @@
 """SGD on local gradients plus offsets: the optimizer of BP-modified local losses, see :mod:`.offset_refresh`."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.optim.optimizer import ParamsT
 
 from ..core import checks, constructors
 from ..ops.offset import op as _op
+from .offset_plan import Factors, Launch, Member, Plan, States
 from .offset_refresh import Group, Offsets, refresh_due, refresh_offsets  # noqa: F401  as before
 
 __all__ = ["OffsetSGD"]
@@ -24,69 +24,6 @@ def check_group(values: Mapping[str, Any], where: str = "") -> None:
     for name in ("lr", "momentum", "weight_decay"):
         if name in values:
             constructors.not_negative(where + name, checks.item(values[name]))
-
-
-class _Factors(NamedTuple):
-    """The numbers of a group's step, in the order in which the op takes them."""
-
-    lr: float
-    momentum: float
-    weight_decay: float
-    local_scale: float
-    offset_scale: float
-
-
-class _Member(NamedTuple):
-    """A parameter of a group that takes part in a step."""
-
-    parameter: torch.Tensor
-    grad: torch.Tensor
-    state: dict[str, Any]
-
-
-class _Plan:
-    """A group's step, as the next one may run it again: the backends' tables of addresses, already checked.
-
-    It may be reused while `key` is what :func:`_key` gives for the step to come, that is, while every parameter,
-    gradient, momentum buffer and offset is the same tensor at the same address with the same shape, strides and dtype,
-    the same backends are chosen, and momentum and offset_scale are 0 or not as before. The factors themselves may
-    change: each run takes them anew. A new offset drops all plans (:meth:`OffsetSGD._set_offset`).
-    """
-
-    def __init__(
-        self, key: list, launches: list, written: list[torch.Tensor], offsets: list[torch.Tensor | None]
-    ) -> None:
-        self.key, self.launches, self.written = key, launches, written
-        self.offsets = offsets  # kept alive: only so long does an id in the key belong to one tensor
-
-    def run(self, factors: _Factors) -> None:
-        for kernels, table, device in self.launches:
-            kernels.run(table, device, *factors)
-        _op.changed(self.written)
-
-
-def _key(factors: _Factors, members: list[_Member]) -> list | None:
-    """Where everything of a step lies; None where nothing can be reused. See :class:`_Plan`."""
-    if torch.compiler.is_compiling() or any(grad.layout != torch.strided for _, grad, _ in members):
-        return None
-    choice = os.environ.get("LGKERNELS_IMPL"), os.environ.get("LGKERNELS_TRUST")
-    places: list[tuple] = [(choice, not factors.momentum, not factors.offset_scale)]
-    for p, grad, state in members:
-        kept = [t for t in (state.get("momentum_buffer"), state.get("offset")) if t is not None]
-        places.append(
-            (
-                id(p),
-                p.data_ptr(),
-                p.shape,
-                p.stride(),
-                p.dtype,
-                grad.data_ptr(),
-                grad.stride(),
-                grad.dtype,
-                *((id(t), t.data_ptr(), t.shape, t.stride(), t.dtype) for t in kept),
-            )
-        )
-    return places
 
 
 class OffsetSGD(Offsets, torch.optim.Optimizer):
@@ -136,7 +73,9 @@ class OffsetSGD(Offsets, torch.optim.Optimizer):
         if offset_dtype is not None and offset_dtype is not torch.bfloat16:
             raise TypeError(f"offset_dtype must be torch.bfloat16 or None, got {checks.got(offset_dtype)}")
         self.offset_dtype = offset_dtype
-        self._plans: dict[int, _Plan] = {}  # by the group's number
+        self._plans: dict[int, Plan] = {}  # by the group's number
+        self._states: States | None = None  # under which they were made
+        self.offset_changes = 0  # by which a recorded step knows that it is an old one
         defaults = dict(
             lr=lr,
             momentum=momentum,
@@ -160,6 +99,7 @@ class OffsetSGD(Offsets, torch.optim.Optimizer):
 
     def _set_offset(self, p: torch.Tensor, offset: torch.Tensor | None) -> None:
         self._plans.clear()
+        self.offset_changes += 1
         if offset is None:
             self.state[p].pop("offset", None)
         else:
@@ -176,7 +116,7 @@ class OffsetSGD(Offsets, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._states, self.offset_changes = {}, None, 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, max_norm: float | None = None) -> Any:
@@ -187,20 +127,26 @@ class OffsetSGD(Offsets, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         clip = 1.0 if max_norm is None else self._clip(max_norm)
-        steps = []
+        if torch.compiler.is_compiling() or self._plans and not self._states.are(self.state):  # type: ignore[union-attr]
+            self._plans.clear()
+        steps: list[tuple[int, Factors, Plan | None, list[Member]]] = []
         for i, group in enumerate(self.param_groups):
-            factors = _factors(group, clip)
-            members = [_Member(p, p.grad, self.state[p]) for p in group["params"] if p.grad is not None]
-            if i not in self._plans or self._plans[i].key != _key(factors, members):
-                self._plans.pop(i, None)
-                for member in members:
-                    _check_member(i, member)
-            steps.append((i, factors, members))
-        for i, factors, members in steps:  # everything is checked before anything changes
-            if i in self._plans:
-                self._plans[i].run(factors)
-            elif plan := _first_step(factors, members):
-                self._plans[i] = plan
+            factors, plan = _factors(group, clip), self._plans.get(i)
+            if plan is not None and plan.fits(factors, group["params"]):
+                steps.append((i, factors, plan, []))
+                continue
+            self._plans.pop(i, None)
+            members = [Member(p, p.grad, self.state[p]) for p in group["params"] if p.grad is not None]
+            for member in members:
+                _check_member(i, member)
+            steps.append((i, factors, None, members))
+        for i, factors, plan, members in steps:  # everything is checked before anything changes
+            if plan is not None:
+                plan.run(factors)
+            elif made := _first_step(factors, self.param_groups[i]["params"], members):
+                self._plans[i], self._states = made, None
+        if self._states is None and self._plans:
+            self._states = States(self.state)
         return loss
 
     def _clip(self, max_norm: float) -> float:
@@ -218,9 +164,9 @@ class OffsetSGD(Offsets, torch.optim.Optimizer):
         return min(max_norm / (total + 1e-6), 1.0)
 
 
-def _factors(group: Group, clip: float) -> _Factors:
+def _factors(group: Group, clip: float) -> Factors:
     """Of a group; `clip` multiplies the modified gradient."""
-    return _Factors(
+    return Factors(
         float(group["lr"]),
         float(group["momentum"]),
         float(group["weight_decay"]),
@@ -229,43 +175,48 @@ def _factors(group: Group, clip: float) -> _Factors:
     )
 
 
-def _first_step(factors: _Factors, members: list[_Member]) -> _Plan | None:
+def _first_step(factors: Factors, group: list[torch.Tensor], members: list[Member]) -> Plan | None:
     """Step, and return what the next step can reuse; None where a backend has nothing to run again."""
     launches = []
-    written: list[torch.Tensor] = []
-    kept: list[torch.Tensor | None] = []
-    for some in _by_kernel(members):
-        params, grads, states = [list(column) for column in zip(*some)]
+    for places in _by_kernel(members):
+        params, grads, states = [list(column) for column in zip(*(members[i] for i in places))]
         buffers = [_momentum_buffer(p, state) for p, state in zip(params, states)] if factors.momentum else []
         offsets = [state.get("offset") for state in states]
         step = params, grads, buffers, offsets, *factors, 1.0
         kernels = _op.trusted_kernels(*step)
         table = _op.step(kernels, *step)
-        launches.append((kernels, table, params[0].device))
-        written += params + buffers
-        kept += offsets
-    key = _key(factors, members)  # after the step, which may have made the momentum buffers
-    if key is None or any(table is None for _, table, _ in launches):
+        launches.append(Launch(kernels, table, params[0].device, places))
+    if not launches or torch.compiler.is_compiling() or any(launch.table is None for launch in launches):
         return None
-    return _Plan(key, launches, written, kept)
+    return Plan(factors, group, members, launches)  # after the step, which may have made the momentum buffers
 
 
-def _by_kernel(members: list[_Member]) -> Iterable[list[_Member]]:
-    """The members that one backend steps together: of one device, and all float32 (what the kernels take) or none."""
-    kinds: dict[tuple, list[_Member]] = {}
-    for member in members:
+def _by_kernel(members: list[Member]) -> Iterable[list[int]]:
+    """Places of the members that one backend steps together: of one device, and all float32 (what the kernels take) or
+    none."""
+    kinds: dict[tuple, list[int]] = {}
+    for i, member in enumerate(members):
         p = member.parameter
-        kinds.setdefault((p.device, p.dtype == torch.float32), []).append(member)
+        kinds.setdefault((p.device, p.dtype == torch.float32), []).append(i)
     return kinds.values()
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _momentum_buffer(p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
     if "momentum_buffer" not in state:
+        if _capturing(p.device):  # each replay would make it zero again
+            raise RuntimeError(
+                "the first step of OffsetSGD must not be captured in a CUDA graph, since it makes momentum buffers: "
+                "take a step before the capture"
+            )
         state["momentum_buffer"] = torch.zeros_like(p)
     return state["momentum_buffer"]
 
 
-def _check_member(index: int, member: _Member) -> None:
+def _check_member(index: int, member: Member) -> None:
     """Raises where the step cannot take a gradient or a loaded state."""
     p, grad, state = member
     if grad.layout != torch.strided:

@@ -36,6 +36,7 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
 
     optimizer: torch.optim.Optimizer
     _table: dict[torch.Tensor, torch.Tensor]
+    offset_changes = 0  # by which a recorded step knows that it is an old one
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
         return self._table.get(p)
 
     def _set_offset(self, p: torch.Tensor, offset: torch.Tensor | None) -> None:
+        self.offset_changes += 1
         if offset is None:
             self._table.pop(p, None)
         else:

@@ -26,7 +26,7 @@ class BackpropTrainer(Trainer):
         blocks (iterable of nn.Module): applied in order as ``module(x)``.
         optimizer_factory (callable): the list of all parameters -> the optimizer.
         loss (callable): (logits, target) -> scalar. Default: cross entropy.
-        scheduler_factory, accumulation_steps, clip_grad_norm, grad_scaler: as `BlockwiseTrainer`.
+        scheduler_factory, accumulation_steps, clip_grad_norm, grad_scaler, cuda_graph: as `BlockwiseTrainer`.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class BackpropTrainer(Trainer):
         accumulation_steps: int = 1,
         clip_grad_norm: float | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         blocks = constructors.modules("blocks", blocks)
         constructors.function("loss", loss)
@@ -51,6 +52,7 @@ class BackpropTrainer(Trainer):
             accumulation_steps=accumulation_steps,
             clip_grad_norm=clip_grad_norm,
             grad_scaler=grad_scaler,
+            cuda_graph=cuda_graph,
         )
         model = nn.ModuleList(blocks)
         if any(getattr(module, "rule", None) == "brsf" for module in model.modules()):

@@ -32,6 +32,10 @@ class BlockwiseTrainer(Trainer):
         accumulation_steps (int): calls of ``step`` to one optimizer step; each loss is divided by it.
         clip_grad_norm (float, optional): bound on the gradient norm of each block, offsets added (`OffsetSGD`).
         grad_scaler (torch.amp.GradScaler, optional): for float16. Autocast is the caller's context around ``step``.
+        cuda_graph (bool): record the step of each shape of a batch in a CUDA graph, after three ordinary steps, and
+            replay it. Optimizers must be able to (``capturable=True`` for torch's Adam); a number of theirs that
+            changes, a learning rate say, has the step recorded anew. After a change that no optimizer shows, such as
+            a frozen block, call ``trainer.graphs.forget()``.
 
     Raises: ValueError, TypeError naming the argument.
 
@@ -59,6 +63,7 @@ class BlockwiseTrainer(Trainer):
         accumulation_steps: int = 1,
         clip_grad_norm: float | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         blocks = constructors.modules("blocks", blocks)
         # a parameter of several blocks (LoCo's overlap) gathers all their gradients and steps with the last of them
@@ -75,6 +80,7 @@ class BlockwiseTrainer(Trainer):
             accumulation_steps=accumulation_steps,
             clip_grad_norm=clip_grad_norm,
             grad_scaler=grad_scaler,
+            cuda_graph=cuda_graph,
         )
 
     def _step(self, x: torch.Tensor, target: torch.Tensor, last: bool) -> torch.Tensor:

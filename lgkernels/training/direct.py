@@ -82,7 +82,7 @@ class DirectTrainer(Trainer):
             ``"none"`` does not (Nokland, ChFrenkel, LLS). Default: ``"none"`` for ``"loss_grad"``, else ``"mean"``.
         init, law, seed: of the places that are made here, see :class:`lgkernels.nn.DirectFeedback`.
         shared_slice (bool): every B is a slice of one matrix, scaled by the widest block (LightOn), not for ``"drtp"``.
-        scheduler_factory, accumulation_steps, clip_grad_norm, grad_scaler: as :class:`BlockwiseTrainer`.
+        scheduler_factory, accumulation_steps, clip_grad_norm, grad_scaler, cuda_graph: as :class:`BlockwiseTrainer`.
             `CONVENTIONS` has the settings of the published codes.
 
     ``step(x, target)`` takes class indices (B,) of any integer dtype (-100: ignored by the default loss, and without
@@ -127,6 +127,7 @@ class DirectTrainer(Trainer):
         accumulation_steps: int = 1,
         clip_grad_norm: float | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         checks.choice("rule", rule, RULES)
         checks.choice("error", error, ERRORS)
@@ -155,6 +156,7 @@ class DirectTrainer(Trainer):
             accumulation_steps=accumulation_steps,
             clip_grad_norm=clip_grad_norm,
             grad_scaler=grad_scaler,
+            cuda_graph=cuda_graph,
         )
 
     def _step(self, x: torch.Tensor, target: torch.Tensor, last: bool) -> torch.Tensor:

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core import constructors
+from ..core import checks, constructors
 from ..core.unit import unit_gradient
 from ..nn.random_state import feedback_state, load_feedback_state
 from ..optim.offset_refresh import Offsets
+from .graph import StepGraphs
 
 STATE_VERSION = 1
 
@@ -45,6 +46,7 @@ class Trainer:
         accumulation_steps: int,
         clip_grad_norm: float | None,
         grad_scaler: torch.amp.GradScaler | None,
+        cuda_graph: bool = False,
     ) -> None:
         constructors.function("optimizer_factory", optimizer_factory)
         if scheduler_factory is not None:
@@ -54,6 +56,7 @@ class Trainer:
             clip_grad_norm = constructors.bound_on_norm("clip_grad_norm", clip_grad_norm)
         if grad_scaler is not None:
             constructors.instance("grad_scaler", grad_scaler, torch.amp.GradScaler, "a torch.amp.GradScaler")
+        checks.boolean("cuda_graph", cuda_graph)
         if not any(parameter_groups):
             raise ValueError("blocks must hold at least one parameter that requires a gradient, got none")
         self.blocks = blocks
@@ -62,6 +65,7 @@ class Trainer:
         self.schedulers = [scheduler_factory(o) if scheduler_factory and o else None for o in self.optimizers]
         self.accumulation_steps, self.clip_grad_norm = accumulation_steps, clip_grad_norm
         self.grad_scaler = grad_scaler
+        self.graphs = StepGraphs(self) if cuda_graph else None
         self.steps = 0  # optimizer steps taken
         self.accumulated = 0  # batches whose gradients wait for the next one
         self.output: torch.Tensor | None = (
@@ -83,7 +87,7 @@ class Trainer:
         if not self.training:
             raise RuntimeError("step() needs training mode: call trainer.train() after an evaluation")
         last = self.accumulated + 1 == self.accumulation_steps
-        losses = self._step(x, target, last)
+        losses = self._step(x, target, last) if self.graphs is None else self.graphs.step(x, target)
         self.accumulated = 0 if last else self.accumulated + 1
         if last:
             self.steps += 1

@@ -119,17 +119,6 @@ def test_a_sliced_parameter_leaves_its_gaps_alone(module):
     assert whole.isnan().sum() == whole.numel() - param.numel()
 
 
-def test_a_new_table_while_a_graph_is_captured(monkeypatch):
-    """Triton's table cannot be copied to the device then; the one of a step before can be used, and is kept."""
-    kernels = pytest.importorskip("lgkernels.ops.offset.triton")
-    device = type("Device", (), {"type": "cuda", "__hash__": lambda self: 0})()
-    monkeypatch.setattr(kernels.torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="cannot copy a new table of addresses to the device while a CUDA graph is"):
-        kernels._table(((16, 32, 48, 64, 4, 7),), 4, device)
-    kernels.run([], device, 0.1, 0.9, 0.0, 1.0, 1.0)
-    assert kernels._captured.pop() == []
-
-
 def test_special_values(module):
     lists = tensors([(20,)])
     lists[1][0][3], lists[1][0][17], lists[0][0][5] = float("inf"), float("nan"), float("inf")

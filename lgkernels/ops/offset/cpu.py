@@ -30,6 +30,12 @@ def prepare(rows):
     )
 
 
+def moved(table, addresses):
+    """The table for gradients at other addresses."""
+    table.numpy()[:, 1] = addresses
+    return table
+
+
 def run(table, device, *factors):
     _C.offset_sgd(factors, table.data_ptr(), len(table), torch.get_num_threads())
 

@@ -24,6 +24,11 @@ def prepare(rows):
     ]
 
 
+def moved(table, addresses):
+    """The table for gradients at other addresses."""
+    return [(param, grad, *rest) for (param, _, *rest), grad in zip(table, addresses)]
+
+
 def run(table, device, *factors):
     call("offset_sgd", device, factors, table)
 

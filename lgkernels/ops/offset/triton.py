@@ -1,8 +1,8 @@
 """The step in Triton: one launch over a table of chunks, whose rows hold the addresses of a piece of a parameter and of
 what belongs to it. float32 parameters; offsets in float32 or bfloat16 (one launch each where both occur).
 
-The table is an int64 tensor on the device, built once for the same addresses and sizes: `OffsetSGD` keeps its buffers,
-and a training loop's gradients return to the same memory. CPU tensors work under TRITON_INTERPRET=1.
+The table is an int64 tensor on the device, built once for the same addresses and sizes; gradients that move cost a new
+copy of it. CPU tensors work under TRITON_INTERPRET=1.
 """
 
 from functools import lru_cache
@@ -119,19 +119,75 @@ def offset_sgd_kernel(
         )
 
 
-_captured = []  # tables that a CUDA graph reads at every replay
+_captured = []  # what a CUDA graph reads at every replay
 
 
 def _capturing(device):
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def _pinned(host):
+    """Memory of the host like this, from which a copy to the device needs no waiting."""
+    return torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
+
+
+def _copied(host, device):
+    """A copy on the device, made by the current stream. `host` is pinned."""
+    return torch.empty(host.shape, dtype=host.dtype, device=device).copy_(host, non_blocking=True)
+
+
+class _Table:
+    """The rows (chunks, 5) on the host, and a copy of them on the device for one stream.
+
+    Another stream gets a copy of its own: nothing orders it behind the first one's. A step that is captured in a CUDA
+    graph gets one too, with the addresses of that moment, whose source in pinned memory is never written again: the
+    graph copies it at every replay. That memory is made by an eager step before, since a capture must not.
+    """
+
+    def __init__(self, rows, places, starts, device, spare=None):
+        self.rows, self.places, self.starts, self.device = rows, places, starts, device
+        self.copy, self.stream, self.spare = None, None, spare
+
+    def moved(self, addresses):
+        """The table for gradients at other addresses, by the number of their parameter."""
+        rows = self.rows.copy()
+        rows[:, 1] = np.asarray(addresses, dtype=np.int64)[self.places] + self.starts
+        spare, self.spare = self.spare, None
+        return _Table(rows, self.places, self.starts, self.device, spare)
+
+    def on_device(self):
+        """The copy for the current stream."""
+        host = torch.from_numpy(self.rows)
+        if self.device.type == "cpu":
+            return host
+        if _capturing(self.device):
+            return self._of_a_graph(host)
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        if self.copy is None or self.stream != stream:
+            self.copy, self.stream = _copied(_pinned(host).copy_(host), self.device), stream
+        if self.spare is None:
+            self.spare = _pinned(host)
+        return self.copy
+
+    def _of_a_graph(self, host):
+        if self.spare is None:
+            raise RuntimeError(
+                "the offset step cannot make a new table of addresses while a CUDA graph is captured: take a step "
+                "of the same optimizer, with the same parameters, before each capture, or set LGKERNELS_IMPL=cuda: "
+                "that kernel's table is an argument"
+            )
+        source, self.spare = self.spare, None
+        copy = _copied(source.copy_(host), self.device)
+        _captured.append((source, copy))
+        return copy
+
+
 @lru_cache(maxsize=64)
 def _table(pieces, chunk, device):
-    """(chunks, 5) on the device, from rows (addresses of w, grad, v and offset, bytes of an element of the offset,
-    elements)."""
+    """From rows (addresses of w, grad, v and offset, bytes of an element of the offset, elements, number of the
+    parameter)."""
     rows = np.array(pieces, dtype=np.int64)
-    addresses, offset_bytes, sizes = rows[:, :4], rows[:, 4], rows[:, 5]
+    addresses, offset_bytes, sizes, numbers = rows[:, :4], rows[:, 4], rows[:, 5], rows[:, 6]
     chunks = block_count(sizes, chunk)
     owner = np.repeat(np.arange(len(rows)), chunks)
     start = (np.arange(len(owner)) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * chunk
@@ -139,44 +195,38 @@ def _table(pieces, chunk, device):
     table = np.empty((len(owner), 5), np.int64)
     table[:, :4] = np.where(addresses[owner] != 0, addresses[owner] + start[:, None] * element[owner], 0)
     table[:, 4] = np.minimum(sizes[owner] - start, chunk)
-    host = torch.from_numpy(table)
-    if device.type == "cpu":
-        return host
-    if _capturing(device):
-        raise RuntimeError(
-            "the offset step cannot copy a new table of addresses to the device while a CUDA graph is "
-            "captured: take a step before the capture and keep the gradients' memory "
-            "(zero_grad(set_to_none=False)), or set LGKERNELS_IMPL=cuda: that kernel's table is an "
-            "argument"
-        )
-    return host.pin_memory().to(device, non_blocking=True)
+    return _Table(table, numbers[owner], 4 * start, device)
 
 
 def prepare(rows):
-    """[(table on the device, whether its offsets are bfloat16, launch settings)]"""
+    """[(table, whether its offsets are bfloat16, launch settings)]"""
     pieces = {}
-    for param, grad, buffer, tilt in rows:
+    for number, (param, grad, buffer, tilt) in enumerate(rows):
         if param.numel():
             half = tilt is not None and tilt.dtype == torch.bfloat16
             addresses = (0 if t is None else t.data_ptr() for t in (param, grad, buffer, tilt))
-            pieces.setdefault(half, []).append((*addresses, 2 if half else 4, param.numel()))
+            pieces.setdefault(half, []).append((*addresses, 2 if half else 4, param.numel(), number))
     tables, device = [], rows[0][0].device if rows else None
     for half, members in pieces.items():
-        largest = max(piece[-1] for piece in members)
+        largest = max(piece[5] for piece in members)
         config = configuration(TILES["offset_sgd"], (largest,), rows[0][0])
         tables.append((_table(tuple(members), config["BLOCK"] * config["PARTS"], device), half, config))
     return tables
 
 
+def moved(tables, addresses):
+    """The tables for gradients at other addresses."""
+    return [(table.moved(addresses), half, config) for table, half, config in tables]
+
+
 def run(tables, device, lr, momentum, *factors):
-    if _capturing(device):
-        _captured.append(tables)
     for table, half, config in tables:
+        rows = table.on_device()
         launch(
             offset_sgd_kernel,
-            len(table),
+            len(rows),
             device,
-            table,
+            rows,
             lr,
             momentum,
             *factors,
