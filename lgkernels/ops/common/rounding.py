@@ -19,6 +19,20 @@ def rounded(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def product(a, b):
+    """a * b of float32 values, rounded by itself, for sums over lanes.
+
+    The compiler fuses a plain product into the addition that follows. Where that addition takes the product of another
+    lane, each of the two rounds another one of the two products, and they disagree in the last bit."""
+    if INTERPRETING:
+        return a * b
+    else:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def fma(a, b, c):
     """a * b + c of float32 values, rounded once. (The interpreter's own rounds the product too.)"""
     if INTERPRETING:
