@@ -6,11 +6,13 @@ Environment:
   MAX_JOBS              compilers run at once
 """
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -51,7 +53,18 @@ def first_error(log):
     lines = log.read_text(errors="replace").splitlines()
     if any("CMAKE_CXX_COMPILER" in line or "CXX compiler identification is unknown" in line for line in lines):
         return "no working C++ compiler"
-    return next((line.removeprefix("-- error: ") for line in lines if "error: " in line), "CMake failed")
+    found = next((line.removeprefix("-- error: ") for line in lines if "error: " in line), None)
+    return found or cmake_error(lines) or "CMake failed"
+
+
+def cmake_error(lines):
+    """CMake's own last error in one line."""
+    starts = [number for number, line in enumerate(lines) if line.startswith("CMake Error")]
+    if not starts:
+        return None
+    first, *rest = lines[starts[-1] :]  # "CMake Error: text", or "CMake Error at file:line (command):" with text below
+    below = itertools.takewhile(lambda line: not line or line.startswith("  "), rest)
+    return textwrap.shorten(first.partition(": ")[2] or " ".join(below), 240)
 
 
 def build(cuda):
@@ -108,11 +121,16 @@ def native_module():
         sys.exit(f"lgkernels: LGKERNELS_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "none":
         return None
+    reason = None
     for cuda in {"auto": ("AUTO", "OFF"), "cpu": ("OFF",), "cuda": ("ON",)}[mode]:
         try:
-            return build(cuda)
+            module = build(cuda)
         except NativeBuildError as error:
             reason = error
+        else:
+            if reason:
+                say(f"CPU kernels only: {reason}")
+            return module
     if mode != "auto":
         sys.exit(f"lgkernels: LGKERNELS_BUILD={mode} failed: {reason}")
     say(f"no native module, the package is pure Python ({reason})")

@@ -14,10 +14,10 @@ which yields v values in word-then-byte-then-bit order, low first. With u(word) 
 
 A value depends on (seed, stream, step, row, col) alone: not on the matrix's shape, tile, device or sharding, so a
 slice of a matrix is the matrix of the slice. Arithmetic is float32, each operation rounded once, but for the forms
-with `low`: float64 of the float32 numbers scale - low and low, rounded at the end. Words, uniform, uniform8 and
-sign are bit-equal in every backend (`csrc/common/philox.h`, `ops/common/philox.py`) and in the faster ways that are
-taken here (`core/philox_numpy.py`, `core/philox_cuda.py`), normal within 4 ulp of the value computed here.
-`LAW_VERSION` changes with any of this.
+with `low`: a fused multiply-add of the float32 numbers scale - low and low, rounded once in all. Words, uniform,
+uniform8 and sign are bit-equal in every backend (`csrc/common/philox.h`, `ops/common/philox.py`) and in the faster
+ways that are taken here (`core/philox_numpy.py`, `core/philox_cuda.py`), normal within 4 ulp of the value computed
+here. `LAW_VERSION` changes with any of this.
 """
 
 import math
@@ -41,7 +41,7 @@ __all__ = [
     "random_rows",
 ]
 
-LAW_VERSION = 1
+LAW_VERSION = 2
 Law = Literal["uniform", "normal", "uniform8", "sign"]
 VALUES_PER_CALL = {"uniform": 4, "normal": 4, "uniform8": 16, "sign": 128}
 
@@ -82,8 +82,19 @@ def _normal(words: Tensor) -> Tensor:
 
 
 def _affine(unit: Tensor, scale: float, low: float) -> Tensor:
-    # The product is exact in float64, so a fused multiply-add there changes nothing, as it would in float32.
-    return (unit.double() * float(np.float32(scale - low)) + float(np.float32(low))).float()
+    """unit * span + low, rounded once, as a float32 fused multiply-add does."""
+    span, low = float(np.float32(scale - low)), float(np.float32(low))
+    if low == 0:
+        return unit * span
+    product = unit.double() * span  # exact
+    total = product + low
+    added = total - product
+    error = (product - (total - added)) + (low - added)  # exact: total + error is the sum
+    # The float64 neighbour with an odd last bit on the side of the error: rounded to float32, it gives what the exact
+    # sum gives, where `total` may lie on a tie.
+    towards = torch.nextafter(total, torch.copysign(torch.full_like(error, math.inf), error))
+    even = (total.view(torch.int64) & 1) == 0
+    return torch.where(even & (error != 0), towards, total).float()
 
 
 def law_values(words: Tensor, law: Law, scale: float = 1.0, low: float | None = None) -> Tensor:

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,8 @@ CASES = {
     "uniform": (0, 0, 0, "uniform", 1.0, None, 5, 13, (0, 0)),
     "uniform_wide": (0x0123456789ABCDEF, 0xFFFFFFFF, 3, "uniform", 0.37, None, 7, 130, (4294967000, 4294967001)),
     "uniform_low": (-1, 5, 0xFFFFFFFF, "uniform", 0.3, -0.1, 6, 33, (2, 3)),
+    # its first value is a tie of float32 in float64, and rounds up: float64 first would lose that
+    "uniform_far_low": (0, 0, 0, "uniform", 1 + 8392705 * 2.0**-46, 1.0, 4, 16, (1303239, 0)),
     "uniform_low0": (11, 1, 1, "uniform", 1e-4, 0.0, 3, 21, (0, 4)),
     "normal": (1, 2, 3, "normal", 1.0, None, 17, 65, (0, 0)),
     "normal_scaled": (-(2**63), 9, 0, "normal", 0.05, None, 9, 30, (1, 2)),
@@ -62,6 +65,13 @@ def numpy_philox(counter, key):
     return np.stack(np.broadcast_arrays(*c), -1).astype(np.uint32)
 
 
+def nearest(exact):
+    """The float32 nearest to a fraction, the even one of two."""
+    guess = np.float32(float(exact))
+    near = [np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf))]
+    return min(near, key=lambda value: (abs(Fraction(float(value)) - exact), value.view(np.int32) & 1))
+
+
 def numpy_matrix(seed, stream, step, law, scale, low, rows, cols, offset):
     f32, v = np.float32, {"uniform": 4, "normal": 4, "uniform8": 16, "sign": 128}[law]
     row, col = np.arange(rows)[:, None] + offset[0], np.arange(cols)[None, :] + offset[1]
@@ -75,7 +85,8 @@ def numpy_matrix(seed, stream, step, law, scale, low, rows, cols, offset):
     def scaled(u):
         if low is None:
             return (2 * u - f32(1)) * f32(scale)
-        return (u.astype(np.float64) * f32(scale - low) + f32(low)).astype(f32)
+        span, start = Fraction(float(f32(scale - low))), Fraction(float(f32(low)))
+        return np.vectorize(lambda value: nearest(Fraction(float(value)) * span + start), otypes=[f32])(u)
 
     def pick(which):
         return np.take_along_axis(words, which[..., None], -1)[..., 0]
@@ -225,6 +236,7 @@ def test_header(header, name):
 
 TRITON_PROGRAM = """
 import sys
+from fractions import Fraction
 import numpy as np
 import torch
 import triton

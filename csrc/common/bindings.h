@@ -48,10 +48,13 @@ struct Loaded<T*> {
   using type = Pointer<T>;
 };
 
-// Defines `name` as a function whose status is its result.
+using Release = py::call_guard<py::gil_scoped_release>;
+
+// Defines `name` as a function whose status is its result. Other threads of Python run meanwhile: a launch waits where
+// the queue of the stream is full.
 template <class R, class... A>
 void define(py::module_& m, const char* name, R (*function)(A...), const char* doc = "") {
-  m.def(name, [function](typename Loaded<A>::type... arguments) { return function(arguments...); }, doc);
+  m.def(name, [function](typename Loaded<A>::type... arguments) { return function(arguments...); }, doc, Release());
 }
 
 // References to the N fields of an aggregate.

@@ -1,10 +1,10 @@
-// Philox4x32-10 and the laws of lgkernels/random.py, for CPU and CUDA code (law version 1).
+// Philox4x32-10 and the laws of lgkernels/random.py, for CPU and CUDA code (law version 2).
 //
 //   counter = (col / v, row, step, stream), key = (seed low, seed high)
 //   v = 4 uniform and normal, 16 uniform8, 128 sign; values in word-then-byte-then-bit order, low first.
 //
 // Words, uniform, uniform8 and sign are bit-equal everywhere, also where the compiler contracts into fused
-// multiply-adds: every product that meets a sum is exact.
+// multiply-adds: every product that meets a sum is exact, or fused on purpose.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -47,10 +47,8 @@ LGK_HD Words feedback_words(const int64_t* state, uint32_t row, uint32_t block) 
 
 LGK_HD float unit(uint32_t word) { return (static_cast<float>(word >> 9) + 0.5f) * 0x1p-23f; }  // exact
 
-// low + (scale - low) * unit, in double: the product is exact there, so a fused multiply-add changes nothing.
-LGK_HD float affine(float unit_value, float span, float low) {
-  return static_cast<float>(static_cast<double>(low) + static_cast<double>(span) * static_cast<double>(unit_value));
-}
+// low + (scale - low) * unit, rounded once
+LGK_HD float affine(float unit_value, float span, float low) { return fmaf(unit_value, span, low); }
 
 // How a law maps to values: scale as given, span = float(double(scale) - double(low)).
 struct Range {

@@ -111,19 +111,15 @@ def native_module():
     found = {"present": True, "version": module.version, "cpu_level": module.cpu_level(), "cuda": module.has_cuda}
     if module.has_cuda:
         runtime, driver = module.cuda.cuda_runtime_version(), module.cuda.cuda_driver_version()
-        found |= {"cuda_runtime": cuda_version(runtime), "cuda_driver": cuda_version(driver)}
+        found |= {"cuda_runtime": native.version_text(runtime), "cuda_driver": native.version_text(driver)}
         if not driver:
             found["warning"] = "no CUDA driver here: the native CUDA kernels can't run"
         elif driver // 1000 < runtime // 1000:
             found["warning"] = (
-                f"the driver serves CUDA {cuda_version(driver)}, the native kernels were built with "
-                f'{cuda_version(runtime)}: update the driver, or use impl="triton"'
+                f"the driver serves CUDA {native.version_text(driver)}, the native kernels were built with "
+                f'{native.version_text(runtime)}: update the driver, or use impl="triton"'
             )
     return found
-
-
-def cuda_version(number):
-    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
 
 
 def environment():

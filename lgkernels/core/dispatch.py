@@ -110,7 +110,7 @@ def unavailable(op: str, backend: str, device: torch.device, dtype: torch.dtype)
         return f"the native module has no CUDA kernels ({native.native_error() or 'built for CPU only'})"
     if device.type != native.cuda_device_type():
         return f"it runs on {native.cuda_device_type()} tensors, got {device.type}"
-    return None
+    return native.cuda_unusable(device) if device.type == "cuda" else None
 
 
 def explain(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[str, str]:

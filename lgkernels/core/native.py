@@ -75,6 +75,36 @@ def cuda_device_type():
     return "cuda" if _cuda_override is None else "cpu"
 
 
+def version_text(number):
+    """A CUDA version as its own functions give it, for people."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
+
+
+@lru_cache(maxsize=16)
+def _cuda_unusable(entries, index):
+    runtime, driver = entries.cuda_runtime_version(), entries.cuda_driver_version()
+    if not driver:
+        return "there is no CUDA driver"
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the driver serves CUDA {version_text(driver)}, the native kernels were built with "
+            f"{version_text(runtime)}: update the driver"
+        )
+    status = entries.cuda_device_status(index)
+    if status == 0:
+        return None
+    built = ", ".join(f"sm_{number // 10}" for number in entries.cuda_architectures())
+    return f"the native kernels, built for {built}, do not run on it: {entries.cuda_error_string(status)}"
+
+
+def cuda_unusable(device):
+    """Why `cuda_entries` cannot run on a CUDA device; None if it can. Asked once a device."""
+    if _cuda_override is not None:
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _cuda_unusable(cuda_entries(), index)
+
+
 def override_cuda(module):
     """Let `module` stand in for the CUDA entry points (None: no more). For tests."""
     global _cuda_override

@@ -61,7 +61,14 @@ def words(block: Tensor, row: Tensor, state: Tensor, kind: str = "words") -> Ten
 
 def _affine(unit: Tensor, scale: float, low: float) -> Tensor:
     span, low = float(np.float32(scale - low)), float(np.float32(low))
-    return unit.mul_(span) if low == 0 else unit.double().mul_(span).add_(low).float()
+    if low == 0:
+        return unit.mul_(span)
+    product = unit.double().mul_(span)  # exact; then as in random.py: the odd neighbour of the sum, rounded once
+    total = product + low
+    added = total - product
+    error = (product - (total - added)) + (low - added)
+    odd = torch.nextafter(total, torch.copysign(torch.full_like(error, torch.inf), error))
+    return torch.where(((total.view(torch.int64) & 1) == 0) & (error != 0), odd, total).float()
 
 
 def _values(block: Tensor, row: Tensor, state: Tensor, law: str, scale: float, low: float | None) -> Tensor:

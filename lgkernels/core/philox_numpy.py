@@ -48,8 +48,11 @@ def _affine(unit: np.ndarray, scale: float, low: float) -> np.ndarray:
         return np.multiply(unit, span, out=unit)
     wide = unit.astype(np.float64)
     wide *= np.float64(span)
-    wide += np.float64(low)
-    return wide.astype(_f32)
+    total = wide + np.float64(low)
+    added = total - wide
+    error = (wide - (total - added)) + (np.float64(low) - added)
+    odd = np.nextafter(total, np.copysign(np.inf, error))  # as in random.py: rounded again, it gives the exact sum's
+    return np.where(((total.view(np.int64) & 1) == 0) & (error != 0), odd, total).astype(_f32)
 
 
 def _normal(words: np.ndarray, scale: float) -> np.ndarray:

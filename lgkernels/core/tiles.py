@@ -12,7 +12,11 @@ from functools import lru_cache
 import torch
 
 # Shared memory that one block may use, bytes.
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+SHARED_MEMORY = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+
+# Architectures with bfloat16, and with matrix instructions that Triton uses. Turing (75) has those of float16, which
+# libraries use; Triton multiplies with plain arithmetic there.
+MATRIX_INSTRUCTIONS_FROM = 80
 
 # Elementwise passes: elements of a tile. With sixteen elements a thread enough loads are in flight, and three float32
 # accumulators of that size still fit the registers.
@@ -31,7 +35,13 @@ def architecture(device: torch.device) -> int | str:
         return "interpret"
     major, minor = torch.cuda.get_device_capability(device)
     older = [arch for arch in SHARED_MEMORY if arch <= 10 * major + minor]
-    return max(older, default=80)
+    return max(older, default=min(SHARED_MEMORY))
+
+
+def half_precision(device: torch.device) -> torch.dtype:
+    """The 16-bit dtype to train in: bfloat16, or float16 where the device has no arithmetic for bfloat16."""
+    arch = architecture(device)
+    return torch.float16 if arch != "interpret" and arch < MATRIX_INSTRUCTIONS_FROM else torch.bfloat16
 
 
 def fits(m: int, k: int, d: int, stages: int, arch: int) -> bool:
@@ -39,9 +49,14 @@ def fits(m: int, k: int, d: int, stages: int, arch: int) -> bool:
     return 4 * (m * k + k * d + m * d) * stages <= SHARED_MEMORY[arch]
 
 
+def fitting(candidates: tuple, arch: int) -> list:
+    """The rows (three block sizes, warps, stages) that fit."""
+    return [row for row in candidates if fits(*row[:3], row[4], arch)]
+
+
 def first_fit(candidates: tuple, arch: int, wanted: Callable) -> tuple:
     """The first row (three block sizes, warps, stages) that is wanted and fits; rows are in order, largest first."""
-    return next(c for c in candidates if wanted(*c[:3]) and fits(*c[:3], c[4], arch))
+    return next(row for row in fitting(candidates, arch) if wanted(*row[:3]))
 
 
 @lru_cache(maxsize=4096)

@@ -81,14 +81,16 @@ def load_feedback_state(model: nn.Module, state: dict[str, Any] | None) -> None:
     if not isinstance(state, dict) or set(state) != {"law_version", "feedback"}:
         got = f"a dict of {list(state)}" if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"state must be a dict from feedback_state, got {got}")
-    if state["law_version"] != LAW_VERSION:
+    saved = state["feedback"]
+    if not isinstance(saved, dict) or not all(isinstance(entry, dict) for entry in saved.values()):
+        raise TypeError("state must hold a dict of dicts under 'feedback', got something else")
+    # version 1 rounded values with a `low` other than 0 twice, and is the same but for those
+    same = state["law_version"] == 1 and not any(entry.get("low") for entry in saved.values())
+    if state["law_version"] != LAW_VERSION and not same:
         raise ValueError(
             f"state must have law version {LAW_VERSION}, got {state['law_version']}: its random matrices "
             "are made by another formula"
         )
-    saved = state["feedback"]
-    if not isinstance(saved, dict) or not all(isinstance(entry, dict) for entry in saved.values()):
-        raise TypeError("state must hold a dict of dicts under 'feedback', got something else")
     if set(saved) != set(holders):
         raise ValueError(
             f"state must have the model's feedbacks; only in state: {sorted(set(saved) - set(holders))}, "

@@ -9,8 +9,8 @@ from tests.feedback.common import made
 
 MATRIX_KERNELS = {"product_kernel", "sgd_update_kernel"}
 TABLES = {
-    "product_kernel": (tiles.PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
-    "sgd_update_kernel": (tiles.UPDATE, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "product_kernel": (tiles.product_rows, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "sgd_update_kernel": (tiles.update_rows, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
 }
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -20,6 +20,7 @@ N, K = 4096, 9216
 def cases():
     state = torch.zeros(3, dtype=torch.int64)
     uniform, normal, byte, bit = ((state, law, 1.0, None) for law in ("uniform", "normal", "uniform8", "sign"))
+    positive = (state, "uniform8", 1.0, 0.0)  # the law of frSF and brSF by default
     weight, half, packed = torch.empty(N, K), torch.empty(N, K, dtype=BF16), torch.empty(N, K // 32, dtype=torch.int32)
     for m, dtype, w, magnitude, random, plus in (
         (8, FLOAT, weight, None, None, False),
@@ -35,6 +36,7 @@ def cases():
         (64, FLOAT, weight, None, bit, False),
         (128, BF16, half, weight, None, False),
         (8, FLOAT, None, None, uniform, False),
+        (64, HALF, weight, None, positive, False),
         (128, BF16, None, None, byte, False),
         (32, FLOAT, packed, None, None, True),
         (128, BF16, packed, None, None, True),
@@ -44,6 +46,7 @@ def cases():
     for w, magnitude, random, dtype in (
         (weight, None, None, BF16),
         (weight, None, byte, BF16),
+        (weight, None, positive, HALF),
         (None, None, normal, FLOAT),
         (weight.t(), weight.t(), None, FLOAT),
         (packed, None, None, BF16),
@@ -57,6 +60,7 @@ def cases():
         (8, FLOAT, weight, False),
         (128, BF16, weight, False),
         (128, FLOAT, None, True),
+        (128, HALF, weight, False),
     ):
         feedback.sgd_update_(
             weight,

@@ -286,7 +286,7 @@ def test_state_round_trip(rule, tmp_path):
 def test_state_is_24_bytes_or_one_bit_a_weight():
     """The stream, CRC-32 of the layer's name, is frozen: an old checkpoint must mean the same."""
     state = lnn.feedback_state(quiet(network(), "frsf", seed=2))
-    assert state["law_version"] == 1 and set(state["feedback"]) == {"0.feedback", "3.feedback", "5.feedback"}
+    assert state["law_version"] == 2 and set(state["feedback"]) == {"0.feedback", "3.feedback", "5.feedback"}
     assert state["feedback"]["5.feedback"] == dict(
         seed=2, stream=2226203566, step=0, law="uniform8", scale=pytest.approx(1 / 288**0.5), low=0.0
     )
@@ -309,7 +309,8 @@ def test_state_of_another_model_is_refused():
     for state, message in (
         (None, "state must be a dict from feedback_state, got None: resumed without it, the 3 random feedbacks"),
         ([], "state must be a dict from feedback_state, got list"),
-        ({**good, "law_version": 0}, "state must have law version 1, got 0"),
+        ({**good, "law_version": 0}, "state must have law version 2, got 0"),
+        ({**change(low=0.01), "law_version": 1}, "state must have law version 2, got 1"),
         (missing, r"only in the model: \['5.feedback'\]"),
         (change(law="normal"), "state must have the model's feedback at '5.feedback', got law=normal"),
         (change(scale=0.5), "got scale=0.5, the model has "),
@@ -317,6 +318,7 @@ def test_state_of_another_model_is_refused():
         with pytest.raises(ValueError, match=message):
             lnn.load_feedback_state(model, state)
     assert lnn.feedback_state(model) == before
+    lnn.load_feedback_state(model, {**good, "law_version": 1})  # low = 0: the matrices are the same
     lnn.load_feedback_state(model, change(seed=7, step=4))
     assert model[5].feedback.state.tolist()[0::2] == [7, 4]
 

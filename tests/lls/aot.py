@@ -1,18 +1,21 @@
 """Family lls for the ahead-of-time gate: cases that reach every row of its configuration tables."""
 
+from functools import partial
+
 import torch
 
+from lgkernels.core.tiles import fitting
 from lgkernels.ops.lls import basis, tiles
 from lgkernels.ops.lls import triton as lls
 from lgkernels.ops.lls.options import HeadOptions
 
 MATRIX_KERNELS = {"similarity_kernel", "latent_grad_kernel", "logits_kernel", "grad_similarity_kernel"}
 TABLES = {
-    "similarity_kernel": (tiles.SIMILARITY, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
-    "latent_grad_kernel": (tiles.LATENT_GRAD, ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
-    "logits_kernel": (tiles.PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
-    "grad_similarity_kernel": (tiles.PRODUCT, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
-    "modulation_grad_kernel": (tiles.MODULATION_GRAD, ("BLOCK_B", "BLOCK_K", "BLOCK_C")),
+    "similarity_kernel": (partial(fitting, tiles.SIMILARITY), ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
+    "latent_grad_kernel": (partial(fitting, tiles.LATENT_GRAD), ("BLOCK_M", "BLOCK_K", "BLOCK_D")),
+    "logits_kernel": (partial(fitting, tiles.PRODUCT), ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "grad_similarity_kernel": (partial(fitting, tiles.PRODUCT), ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
+    "modulation_grad_kernel": (partial(fitting, tiles.MODULATION_GRAD), ("BLOCK_B", "BLOCK_K", "BLOCK_C")),
 }
 
 

@@ -1,15 +1,15 @@
-"""Ahead-of-time compilation of the Triton kernels, with no GPU: `python -m tests.static.aot ARCH [ARCH ...]`.
+"""Ahead-of-time compilation of the Triton kernels, with no GPU: `python -m tests.static.aot [--table] [ARCH ...]`.
 
 The backends' own functions run over cases that reach every row of the configuration tables; instead of a launch, the
 kernel, its arguments and its blocks are recorded, and each distinct specialisation is compiled as Triton would at that
 launch. Its Python is translated once for all architectures (Triton's IR names none); every stage from there on, to the
-machine code, runs for each. Prints one JSON object a line. Must run without TRITON_INTERPRET: kernels are decorated
-differently under it.
+machine code, runs for each. Prints one JSON object a line, with `--table` the table of sass.py. Must run without
+TRITON_INTERPRET: kernels are decorated differently under it.
 
 A family takes part by a module tests/<family>/aot.py:
     cases()         calls of its backend's functions, one for each specialisation that matters
     MATRIX_KERNELS  names of the kernels that multiply matrices
-    TABLES          {kernel: (rows of its table, names of their first entries)}
+    TABLES          {kernel: (its table's rows by architecture, names of their first entries)}
 """
 
 import importlib
@@ -33,6 +33,8 @@ from triton.runtime.cache import triton_key
 from lgkernels.core import tiles
 from lgkernels.ops.common import launch as launching
 
+from . import sass
+
 FAMILIES = sorted(
     path.parent.name for path in Path(__file__).parents[1].glob("*/aot.py") if path.parent.name != "static"
 )
@@ -46,6 +48,7 @@ POINTERS = {
     torch.uint8: "*u8",
 }
 MATRIX_INSTRUCTION = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+DISASSEMBLED = {86}  # architectures whose machine code the gate counts; the PTX of all is searched
 
 
 def families():
@@ -82,14 +85,15 @@ def record(arch):
     return launches
 
 
-def resources(compiled, directory):
-    """(registers, stack bytes) of a compiled kernel."""
-    tool = triton.knobs.nvidia.cuobjdump.path
+def machine_code(compiled, directory, count):
+    """Registers and stack bytes of a compiled kernel; with `count` the counts of sass.py."""
+    tools = triton.knobs.nvidia
     file = os.path.join(directory, f"{compiled.hash}.cubin")
     with open(file, "wb") as f:
         f.write(compiled.asm["cubin"])
-    text = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+    text = subprocess.run([tools.cuobjdump.path, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    used = {"registers": int(re.search(r"REG:(\d+)", text)[1]), "stack": int(re.search(r"STACK:(\d+)", text)[1])}
+    return used | (sass.counts(sass.instructions(tools.nvdisasm.path, file)) if count else {})
 
 
 class Source(ASTSource):
@@ -111,7 +115,7 @@ class Source(ASTSource):
         return module
 
 
-def compile_one(arch, launch, source, directory):
+def compile_one(arch, launch, source, directory, count):
     kernel, signature, constants, _, options = launch
     result = {
         "arch": arch,
@@ -124,16 +128,18 @@ def compile_one(arch, launch, source, directory):
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # reported as a failed line
         return result | {"error": f"{type(error).__name__}: {error}"}
-    registers, stack = resources(compiled, directory)
     found = MATRIX_INSTRUCTION.search(compiled.asm["ptx"])
-    return result | {
-        "shared": compiled.metadata.shared,
-        "registers": registers,
-        "stack": stack,
-        "wide": "ld.global.v4" in compiled.asm["ptx"] and "st.global.v4" in compiled.asm["ptx"],
-        "dot": "tt.dot" in compiled.asm["ttir"],
-        "matrix_instruction": found[1] if found else None,
-    }
+    return (
+        result
+        | machine_code(compiled, directory, count)
+        | {
+            "shared": compiled.metadata.shared,
+            "double_precision": ".f64" in compiled.asm["ptx"],
+            "wide": "ld.global.v4" in compiled.asm["ptx"] and "st.global.v4" in compiled.asm["ptx"],
+            "dot": "tt.dot" in compiled.asm["ttir"],
+            "matrix_instruction": found[1] if found else None,
+        }
+    )
 
 
 # sm_89 has sm_86's instructions, registers and shared memory: what both would compile is compiled once.
@@ -142,24 +148,38 @@ _recorded = {}  # key: (launch, its architectures); kernels cannot be pickled, s
 
 
 def _compile(job):
-    key, directory = job
+    key, directory, counted = job
     launch, archs = _recorded[key]
     source = Source(*launch[:4])
-    found = {arch: compile_one(arch, launch, source, directory) for arch in archs if SAME.get(arch) not in archs}
+    found = {
+        arch: compile_one(arch, launch, source, directory, arch in counted)
+        for arch in archs
+        if SAME.get(arch) not in archs
+    }
     return [found.get(arch) or found[SAME[arch]] | {"arch": arch} for arch in archs]
 
 
-def main(archs):
+def compile_all(archs, counted):
+    """The results of all launches on `archs`, as they come; with counts on the architectures `counted`."""
     for arch in archs:
         for key, launch in record(arch).items():
             _recorded.setdefault(key, (launch, []))[1].append(arch)
     triton_key()  # kept in memory: workers need not hash Triton's files again
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as directory, context.Pool(len(os.sched_getaffinity(0))) as pool:
-        for results in pool.imap(_compile, [(key, directory) for key in _recorded]):
-            for result in results:
-                print(json.dumps(result), flush=True)
+        for results in pool.imap(_compile, [(key, directory, counted) for key in _recorded]):
+            yield from results
+
+
+def main(arguments):
+    archs = [int(word) for word in arguments if word != "--table"] or list(tiles.SHARED_MEMORY)
+    if "--table" in arguments:
+        print(f"Triton {triton.__version__}; counts of all variants together, the largest of their resources\n")
+        print(sass.table(compile_all(archs, set(archs))))
+    else:
+        for result in compile_all(archs, DISASSEMBLED):
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
-    main([int(arch) for arch in sys.argv[1:]] or list(tiles.SHARED_MEMORY))
+    main(sys.argv[1:])

@@ -11,8 +11,6 @@ inline void raise_for(int status) {
   if (status != 0) throw std::runtime_error(std::string("lgkernels CPU kernel: ") + status_message(status));
 }
 
-using Release = py::call_guard<py::gil_scoped_release>;
-
 // Defines `name` as a kernel, whose status is raised unless it is 0. Other threads of Python run meanwhile.
 template <class... A>
 void define_kernel(py::module_& m, const char* name, int (*kernel)(A...)) {

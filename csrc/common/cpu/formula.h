@@ -5,7 +5,6 @@
 
 namespace lgk::cpu::LGK_ISA {
 
-typedef double vd __attribute__((vector_size(2 * LGK_VECTOR_BYTES)));
 typedef uint8_t vb __attribute__((vector_size(V)));
 constexpr int64_t kSegment = 1024;  // most columns of a row segment; segments begin at multiples of 128
 
@@ -42,12 +41,22 @@ LGK_INLINE vu sign_bits(const uint32_t* words, int64_t j) {
   return (((vu{} + words[j / 32]) >> (lanes() + static_cast<uint32_t>(j % 32))) << 31);
 }
 
-// u in (0, 1), exact -> scale * (2u - 1), or low + span * u; products that meet a sum are exact.
+LGK_INLINE vf fused_multiply_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  for (int i = 0; i < V; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+// u in (0, 1), exact -> scale * (2u - 1), where the product with 2 is exact, or low + span * u, rounded once
 LGK_INLINE vf in_range(vf u, const Range& r) {
   if (!r.has_low) return (2.f * u - 1.f) * r.scale;
-  if (r.low == 0.f) return u * r.span;
-  return __builtin_convertvector(
-      __builtin_convertvector(u, vd) * static_cast<double>(r.span) + static_cast<double>(r.low), vf);
+  if (r.low == 0.f) return u * r.span;  // the same, also where the processor has no fused multiply-add
+  return fused_multiply_add(u, splat(r.span), splat(r.low));
 }
 
 LGK_INLINE vf unit(vu word) { return (to_float(word >> 9) + 0.5f) * 0x1p-23f; }

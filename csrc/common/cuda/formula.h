@@ -194,8 +194,7 @@ LGK_DEVICE void sine_cosine(float angle, float* sine, float* cosine) {
 LGK_DEVICE void four_values(int law, const Words& words, const Range& range, Lane& value) {
   if (law == kUniform) {
 #pragma unroll
-    for (int c = 0; c < kLaneColumns; ++c)  // with low = 0 the product alone is rounded: no need of double
-      value[c] = range.has_low && range.low == 0.0f ? range.span * unit(words.w[c]) : uniform_value(words.w[c], range);
+    for (int c = 0; c < kLaneColumns; ++c) value[c] = uniform_value(words.w[c], range);
     return;
   }
 #pragma unroll
@@ -206,11 +205,6 @@ LGK_DEVICE void four_values(int law, const Words& words, const Range& range, Lan
     value[c] = (radius * cosine) * range.scale;
     value[c + 1] = (radius * sine) * range.scale;
   }
-}
-
-LGK_DEVICE float byte_value(uint32_t byte, const Range& range) {
-  return range.has_low && range.low == 0.0f ? range.span * ((static_cast<float>(byte) + 0.5f) * 0x1p-8f)
-                                            : uniform8_value(byte, range);
 }
 
 // What the law makes of a tile, into `shared` (kTile words of the warp): the Philox words of uniform8 and sign, which
@@ -251,7 +245,7 @@ LGK_DEVICE void row_values(const Formula& f, const LaneSource& source, int row, 
   } else if (f.value == kRandom && f.law == kUniform8) {
     const uint32_t word = shared[32 * r + lane];
 #pragma unroll
-    for (int c = 0; c < kLaneColumns; ++c) value[c] = byte_value(word >> (8 * c) & 255u, f.range);
+    for (int c = 0; c < kLaneColumns; ++c) value[c] = uniform8_value(word >> (8 * c) & 255u, f.range);
   } else if (f.value == kRandom && f.law == kSign) {
     const uint32_t word = shared[4 * r + lane / 8] >> (4 * (lane % 8));
 #pragma unroll

@@ -12,6 +12,7 @@ import triton.language as tl
 from lgkernels.random import VALUES_PER_CALL
 
 from .addressing import indices
+from .rounding import fma
 
 LAWS = {"uniform": 0, "normal": 1, "uniform8": 2, "sign": 3}
 _UNIFORM, _NORMAL, _UNIFORM8, _SIGN = (tl.constexpr(LAWS[law]) for law in ("uniform", "normal", "uniform8", "sign"))
@@ -50,8 +51,7 @@ def unit(word):
 @triton.jit
 def affine(unit_value, scale, span, low, HAS_LOW: tl.constexpr):
     if HAS_LOW:
-        # the product is exact in float64: a fused multiply-add changes nothing
-        return (unit_value.to(tl.float64) * span + low).to(tl.float32)
+        return fma(unit_value, span, low)
     else:
         return (2.0 * unit_value - 1.0) * scale
 

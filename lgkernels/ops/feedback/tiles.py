@@ -2,11 +2,27 @@
 
 import torch
 
+from ...core.tiles import MATRIX_INSTRUCTIONS_FROM
+
 # M rows of the gradient, N rows and K columns of F. One tile holds all M up to 128 (64 in float32, whose
 # three products take more registers), so each weight is read and made once. The tables were chosen by registers and
 # shared memory, and have not been timed on a GPU yet.
 PRODUCT = ((128, 32, 128, 8, 3), (64, 32, 128, 8, 3), (32, 32, 128, 8, 4), (16, 32, 128, 4, 4))
 UPDATE = ((32, 64, 128, 8, 3), (16, 32, 128, 4, 3))
+
+# Plain arithmetic holds its operands in registers too: smaller tiles.
+PLAIN_PRODUCT = ((32, 16, 64, 4, 2), (16, 16, 64, 4, 2))
+PLAIN_UPDATE = ((16, 32, 64, 4, 2),)
+
+
+def product_rows(arch):
+    """The product's table on `arch`."""
+    return PRODUCT if arch >= MATRIX_INSTRUCTIONS_FROM else PLAIN_PRODUCT
+
+
+def update_rows(arch):
+    """The update's table on `arch`."""
+    return UPDATE if arch >= MATRIX_INSTRUCTIONS_FROM else PLAIN_UPDATE
 
 
 def _matrix(sizes, dtype, arch):
@@ -24,17 +40,17 @@ def _product(sizes, dtype, arch):
     if arch == "interpret":
         return {"BLOCK_M": min(m, 128), "BLOCK_N": min(n, 128), "BLOCK_K": max(min(k, 512), 32, v), "num_warps": 1}
     wanted = min(max(m, 16), 64 if dtype == torch.float32 else 128)
-    block_m, block_n, block_k, warps, stages = next(row for row in PRODUCT if row[0] <= wanted)
+    block_m, block_n, block_k, warps, stages = next(row for row in product_rows(arch) if row[0] <= wanted)
     if v > 1 and block_m <= 32:
         block_n = 16  # random values pass through shared memory: smaller tiles leave room for more programs
     # Without a limit of its own the assembler aims at a round number of programs and spills eight bytes to meet it.
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": max(min(n, block_n), 16),
-        "BLOCK_K": block_k,
+        "BLOCK_K": max(block_k, v),
         "num_warps": warps,
         "num_stages": stages,
-        "maxnreg": 168 if block_m <= 32 else 255,
+        "maxnreg": 168 if block_m <= 32 and arch >= MATRIX_INSTRUCTIONS_FROM else 255,
     }
 
 
@@ -43,7 +59,7 @@ def _update(sizes, dtype, arch):
     m, n, k = sizes
     if arch == "interpret":
         return {"BLOCK_M": min(m, 128), "BLOCK_N": min(n, 128), "BLOCK_K": min(k, 512), "num_warps": 1}
-    m, n, k, warps, stages = next(row for row in UPDATE if row[0] <= max(m, 16))
+    m, n, k, warps, stages = next(row for row in update_rows(arch) if row[0] <= max(m, 16))
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
 
 

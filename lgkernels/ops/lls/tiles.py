@@ -81,8 +81,8 @@ def _wide_head(sizes, dtype, arch):
     if arch == "interpret":
         rows = min(rows, 64)
         return _head((batch, dim, rows, classes), dtype, arch)
-    # Eight warps spill a little on sm_80, four elsewhere.
-    warps = 4 if classes <= 128 or arch == 80 else 8
+    # Eight warps spill a little on sm_75 and sm_80, four elsewhere.
+    warps = 4 if classes <= 128 or arch <= 80 else 8
     return {"BLOCK_B": 1, "BLOCK_K": 16, "BLOCK_C": classes, "BLOCK_D": 128, "num_warps": warps}
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..common.addressing import indices, load_tile, offset, program_id, store_tile, within
 from ..common.launch import block_count, configuration, launch
+from ..common.rounding import product
 from .tiles import TILES
 from .triton_finish import reduce_loss
 from .triton_steps import basis_tile, head_loss, latent_tile, norm_and_factor, store_latent_grad, valid_rows
@@ -59,19 +60,20 @@ def _store_similarity(similarity, products, factor, b, k, B, K):
 @triton.jit
 def _times(s, m):
     """s M, (samples, classes), of a tile of basis rows."""
-    return tl.sum(s[:, :, None] * m[None, :, :], 1)
+    return tl.sum(product(s[:, :, None], m[None, :, :]), 1)
 
 
 @triton.jit
 def _times_transposed(grad_z, m):
     """dL/ds = dL/dz M^T, (samples, basis rows)."""
-    return tl.sum(grad_z[:, None, :] * m[None, :, :], 2)
+    return tl.sum(product(grad_z[:, None, :], m[None, :, :]), 2)
 
 
 @triton.jit
 def _back_through_rows(grad_s, basis, k, block, K, d, PACKED: tl.constexpr, BLOCK_D: tl.constexpr):
     """dL/ds Phi over basis rows k, (samples, latents) of a block."""
-    return tl.sum(grad_s[:, :, None] * basis_tile(basis, k, block, K, d, PACKED, BLOCK_D)[None, :, :], 1)
+    tile = basis_tile(basis, k, block, K, d, PACKED, BLOCK_D)
+    return tl.sum(product(grad_s[:, :, None], tile[None, :, :]), 1)
 
 
 @triton.jit(do_not_specialize=["B", "ignore_index"])
@@ -134,7 +136,7 @@ def head_kernel(
             grad_s = _times_transposed(grad_z, m)
         elif modulation is not None:
             grad_s = grad_z * v
-        rho = tl.sum(grad_s * s, 1)
+        rho = tl.sum(product(grad_s, s), 1)
         grad_s = grad_s * tl.cast(basis_scale, tl.float32)
         for block in range(tl.cdiv(d, BLOCK_D)):
             g = _back_through_rows(grad_s, basis, k, block, K, d, PACKED, BLOCK_D)
@@ -252,7 +254,7 @@ def wide_head_kernel(
     tl.store(losses + b, loss, mask=b < B)
     if GRAD:
         tl.store(grad_logits + at_class, grad_z, mask=class_mask)
-        rho = tl.sum(grad_z * z, 1)
+        rho = tl.sum(product(grad_z, z), 1)
         if MATRIX:
             for first in range(0, K, BLOCK_K):
                 k = first + tl.arange(0, BLOCK_K)

@@ -16,6 +16,7 @@ import triton.language as tl
 from ..common.addressing import indices, load_tile, offset, program_id, store_tile, within
 from ..common.dot import dot, float32_precision
 from ..common.launch import block_count, configuration, launch, new
+from ..common.rounding import product
 from .tiles import TILES
 from .triton_finish import reduce_loss
 from .triton_steps import basis_tile, head_loss, latent_tile, norm_and_factor, store_latent_grad, store_loss, valid_rows
@@ -51,7 +52,7 @@ def similarity_kernel(
     for block in range(slice, tl.cdiv(d, BLOCK_D), slices):
         tile = latent_tile(x, m, block, B, d, BLOCK_D)
         products = dot(tile, tl.trans(basis_tile(basis, k, block, K, d, PACKED, BLOCK_D)), products, PRECISION)
-        squares += tl.sum(tile * tile, 1)
+        squares += tl.sum(product(tile, tile), 1)
     row = partial + offset(offset(slice, B) + m, K + 1)
     tl.store(row[:, None] + k[None, :], products, mask=within(m, B, k, K))
     if pid % k_blocks == 0:
@@ -173,7 +174,7 @@ def loss_rows_kernel(
         tl.store(grad_logits + at, grad_z, mask=inside)
         if vector is not None:
             tl.store(grad_similarity + at, grad_z * m, mask=inside)
-        tl.store(rows + B + b, tl.sum(grad_z * z, 1), mask=b < B)
+        tl.store(rows + B + b, tl.sum(product(grad_z, z), 1), mask=b < B)
 
 
 @triton.jit(do_not_specialize=["B", "K"])

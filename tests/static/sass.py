@@ -1,0 +1,87 @@
+"""Machine code of compiled kernels, counted: what `nvdisasm` prints of a cubin.
+
+Counts are of instructions as they stand in the code, not of how often they run; loops are unrolled by the compiler, so
+they compare versions of a kernel and not kernels with each other.
+"""
+
+import re
+import subprocess
+from collections import Counter
+
+_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
+_DOUBLE = re.compile(r"D(ADD|MUL|FMA|MNMX|SETP)\b|(F2F|I2F|F2I|FRND)\S*\.F64|MUFU\.\w+64H")
+_REGISTER = re.compile(r"\bR\d+")
+WIDTHS = (16, 8, 4, 2, 1)
+
+
+def parse(text):
+    """(opcode with its suffixes, operands) of every instruction of a listing, in order."""
+    return [(opcode, operands.strip()) for opcode, operands in _LINE.findall(text)]
+
+
+def instructions(tool, file):
+    """The instructions of a cubin."""
+    return parse(subprocess.run([tool, "-c", str(file)], capture_output=True, text=True, check=True).stdout)
+
+
+def width(opcode):
+    """Bytes that one thread moves by a load or store."""
+    suffixes = opcode.split(".")
+    named = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    return next((named[s] for s in suffixes if s in named), 4)
+
+
+def fused_into_lanes(listing):
+    """How many fused multiply-adds add a product of a lane to what another lane has sent.
+
+    A sum over lanes adds in pairs. Where both sum their rounded values the result is the same in both lanes; where each
+    adds its own exact product to the other's rounded one, it is not.
+    """
+    sent, found = set(), 0
+    for opcode, operands in listing:
+        names = [match[0] if (match := _REGISTER.search(operand)) else None for operand in operands.split(",")]
+        if opcode.startswith("SHFL.BFLY"):
+            sent.add(names[1])
+            continue
+        if opcode.split(".")[0] == "FFMA" and len(names) > 3 and names[3] in sent:
+            found += 1
+        if names[0]:  # a wide result takes registers after it too
+            first = int(names[0][1:])
+            wide = opcode.startswith(("LD", "CS2R")) or ".WIDE" in opcode
+            sent.difference_update(f"R{first + i}" for i in range(4 if wide else 1))
+    return found
+
+
+def counts(listing):
+    """The row of a kernel: instructions, those in double precision, loads and stores of global memory by width."""
+    opcodes = Counter(opcode for opcode, _ in listing if opcode != "NOP")
+    row = {"instructions": sum(opcodes.values()), "fused_into_lanes": fused_into_lanes(listing)}
+    row["double"] = sum(n for opcode, n in opcodes.items() if _DOUBLE.match(opcode))
+    for name, wanted in (("loads", ("LDG", "LDGSTS", "LD")), ("stores", ("STG", "ST"))):
+        row[name] = [
+            sum(n for opcode, n in opcodes.items() if opcode.split(".")[0] in wanted and width(opcode) == size)
+            for size in WIDTHS
+        ]
+    row["generic"] = sum(n for opcode, n in opcodes.items() if opcode.split(".")[0] in ("LD", "ST"))
+    return row
+
+
+def table(results):
+    """One line for each kernel and architecture. `results`: rows with "kernel", "arch", "registers", "stack", "shared"
+    and the counts; of its variants the counts are added up, of the resources stands the largest."""
+    groups = {}
+    for result in results:
+        groups.setdefault((result["kernel"], result["arch"]), []).append(result)
+    lines = [
+        f"{'kernel':27}{'sm':>4}{'variants':>9}{'instr':>7}{'regs':>5}{'stack':>6}{'shared':>7}{'fp64':>5}{'lanes':>6}"
+        f"  {'loads of 16/8/4/2/1 bytes':27}stores"
+    ]
+    for (kernel, arch), rows in sorted(groups.items()):
+        total = {name: sum(row[name] for row in rows) for name in ("instructions", "double", "fused_into_lanes")}
+        most = {name: max(row[name] for row in rows) for name in ("registers", "stack", "shared")}
+        moved = ["/".join(str(sum(n)) for n in zip(*(row[name] for row in rows))) for name in ("loads", "stores")]
+        lines.append(
+            f"{kernel:27}{arch:>4}{len(rows):>9}{total['instructions']:>7}{most['registers']:>5}{most['stack']:>6}"
+            f"{most['shared']:>7}{total['double']:>5}{total['fused_into_lanes']:>6}  {moved[0]:27}{moved[1]}"
+        )
+    return "\n".join(lines)

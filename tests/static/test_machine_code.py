@@ -1,0 +1,66 @@
+"""What the compiled Triton kernels execute: no double precision, and sums over lanes whose halves agree."""
+
+import importlib.util
+
+import pytest
+
+from . import sass
+
+ONE_LANE = """
+        /*0000*/                   FMUL R2, R0, R1 ;
+        /*0010*/                   SHFL.BFLY PT, R3, R2, 0x1, 0x1f ;
+        /*0020*/              @!P0 {0} ;
+        /*0030*/                   STG.E.64 [R8.64], R4 ;
+"""
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def _named(results):
+    return [(r["kernel"], r["options"], r["constants"]) for r in results]
+
+
+@needs_triton
+def test_no_kernel_computes_in_double_precision(compiled):
+    _, results = compiled
+    assert not _named(r for r in results if r["double_precision"])
+
+
+@needs_triton
+@pytest.mark.parametrize("compiled", [86], indirect=True, ids=lambda arch: f"sm_{arch}")
+def test_sums_over_lanes_add_rounded_values(compiled):
+    _, results = compiled
+    assert not _named(r for r in results if r["fused_into_lanes"])
+    assert not _named(r for r in results if r["double"] or r["generic"])
+
+
+@needs_triton
+@pytest.mark.parametrize("compiled", [86], indirect=True, ids=lambda arch: f"sm_{arch}")
+def test_the_table_has_a_line_for_each_kernel(compiled):
+    _, results = compiled
+    assert all(r["instructions"] > 50 and sum(r["loads"]) and sum(r["stores"]) for r in results)
+    _, *lines = sass.table(results).splitlines()
+    assert [line.split()[0] for line in lines] == sorted({r["kernel"] for r in results})
+
+
+@pytest.mark.parametrize(
+    "instruction, fused",
+    [("FFMA R4, R0, R1, R3", 1), ("FFMA R4, R0, R3, R1", 0), ("FADD R4, R2, R3", 0), ("FFMA R4, R0, R1, R2", 0)],
+)
+def test_a_product_fused_into_a_sum_over_lanes_is_seen(instruction, fused):
+    listing = sass.parse(ONE_LANE.format(instruction))
+    assert len(listing) == 4 and sass.fused_into_lanes(listing) == fused
+    assert sass.counts(listing)["stores"] == [0, 1, 0, 0, 0]
+
+
+def test_an_overwritten_register_is_no_longer_the_other_lanes():
+    overwritten = ONE_LANE.format("LDG.E.64 R2, [R6.64]") + "/*0040*/ FFMA R4, R0, R1, R3 ;"
+    assert sass.fused_into_lanes(sass.parse(overwritten)) == 0
+
+
+@pytest.mark.parametrize(
+    "opcode, double",
+    [("DFMA", 1), ("F2F.F64.F32", 1), ("F2F.F32.F64", 1), ("MUFU.RCP64H", 1), ("FFMA", 0), ("DEPBAR", 0)],
+)
+def test_double_precision_is_seen(opcode, double):
+    assert sass.counts([(opcode, "R0, R2")])["double"] == double
