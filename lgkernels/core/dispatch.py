@@ -21,6 +21,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLEMENTATIONS = ("auto", *BACKENDS)
 _FASTER = Path(__file__).with_name("faster.json")
 _ops: dict[str, tuple[str, tuple[str, ...]]] = {}  # op: (package, backends)
+_preferred: list[str] = []
 
 
 def register(op: str, package: str, backends: Sequence[str] | None = None) -> None:
@@ -71,8 +72,16 @@ def faster() -> dict[str, dict[str, list[str]]]:
 def kernels_for(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The GPU backend that `auto` would like to use, fastest first; None where there is none."""
     order = faster().get(op, {}).get(architecture(device), [])
-    order = [*order, *(b for b in ("triton", "cuda") if b not in order)]
-    return next((b for b in order if unavailable(op, b, device, dtype) is None), None)
+    order = [*_preferred, *order, *(b for b in ("triton", "cuda") if b not in order)]
+    usable = [b for b in order if unavailable(op, b, device, dtype) is None]
+    wanted = (b for b in usable if b in _preferred or not trust.refusal(op, device, b))
+    return next(wanted, usable[0] if usable else None)
+
+
+def prefer(*backends: str) -> None:
+    """From now on `auto` takes these first, whatever benches and tests say: for `verify`, which tries all."""
+    _preferred[:] = backends
+    _chosen.cache_clear()
 
 
 def fallback(op: str) -> str:
@@ -121,7 +130,12 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[st
             return fallback(op), f"{op} has no kernels that can run here"
         if trust.policy() == "never":
             return fallback(op), "LGKERNELS_TRUST=never"
+        refused = trust.refusal(op, device, kernels)
+        if refused and kernels not in _preferred:
+            return fallback(op), f"its kernels are off: {refused}"
         untried = trust.policy() == "always"
+        if not untried and not trust.has_trial(op):
+            return fallback(op), f"the {kernels} kernels have no trial"
         return kernels, "LGKERNELS_TRUST=always" if untried else "each specialisation once it has passed its trial here"
     if device.type == "cpu":
         why_not = unavailable(op, "cpu", device, dtype)
@@ -136,7 +150,10 @@ def _chosen(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "auto":
-        impl = explain(op, device, dtype)[0]
+        from . import advice  # which asks this module
+
+        impl, why = explain(op, device, dtype)
+        advice.warn_of_fallback(op, impl, why, device, dtype)
     why_not = unavailable(op, impl, device, dtype)
     if why_not:
         usable = [b for b in BACKENDS if unavailable(op, b, device, dtype) is None]
