@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from functools import partial
@@ -101,13 +102,14 @@ def build(this):
 def verify(this):
     module = "tests.support.stand_in" if STAND_IN else "lgkernels"
     chosen = ["--op", *this.options.op] if this.options.op else []
+    chosen += ["--budget", str(max(this.limit - 120.0, this.limit / 2)), "--limit", "100"]  # ends before it is killed
     command = [sys.executable, "-m", module, "verify", "--json", *(["--case", "tiny"] if STAND_IN else []), *chosen]
     status, text = run(command, this.limit, this.out / "verify.log")
     rows = json.loads(text[text.index("\n{\n") :])["rows"] if status in (0, 1) and "\n{\n" in text else []
     tail = ["{op} {backend} {dtype} {layout} {case}: {verdict} {error}".format(**row) for row in rows]
     found = Counter(row["verdict"] for row in rows)
     summary = ", ".join(f"{number} {verdict}" for verdict, number in found.items())
-    return outcome(status, "\n".join([*tail, summary]), status == 0) | {"rows": rows}
+    return outcome(status, "\n".join([*tail, summary]), status == 0 and not found["not tried"]) | {"rows": rows}
 
 
 def tests(folders, kind, this):
@@ -125,7 +127,8 @@ def tests(folders, kind, this):
         before = _lines(path)
         plugin = ["-p", "tests.support.outcomes", "--outcomes", str(path), "--known", str(before)]
         command = pytest("--gpu", *folders, "-m", CHOICES[kind], *workers, *chosen, *plugin)
-        status, text = run(command, left, log)
+        with tempfile.TemporaryDirectory() as cache:  # a trial that is killed must not count as a crash
+            status, text = run(command, left, log, LGKERNELS_CACHE_DIR=cache)
         settle(path, this.limit if status is None else None)
         if status in (0, 1, None, NO_TESTS) or _lines(path) == before:
             break  # else a crash of the only process: another runs what it left
@@ -166,7 +169,8 @@ def bench(family, this):
     tiny = ["--preset", "smoke", "--seconds", "0", "--min-rounds", "2", "--no-compile"]
     sizes = tiny if STAND_IN else ["--preset", "gpu", "--seconds", "2"]
     command = pytest("bench", "--family", family, *sizes, "--save", str(results))
-    status, text = run(command, this.limit, this.out / "bench.log")
+    with tempfile.TemporaryDirectory() as cache:
+        status, text = run(command, this.limit, this.out / "bench.log", LGKERNELS_CACHE_DIR=cache)
     if results.exists():
         report.write_faster([report.read(results)])
     return outcome(status, text, status in (0, NO_TESTS)) | {"results": results.name}

@@ -1,6 +1,8 @@
 """What runs, in words: one line for `train` and `info`, one warning where plain torch runs and nobody asked for it."""
 
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
-    monkeypatch.setattr(advice, "_warned", set())
+    monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setenv("LGKERNELS_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("LGKERNELS_IMPL", raising=False)
     monkeypatch.delenv("LGKERNELS_TRUST", raising=False)
@@ -108,3 +110,28 @@ def test_what_another_process_has_noted_since_is_its_own():
     theirs.note("a", verdicts.GOOD, "a")
     mine.note("c", verdicts.GOOD, "c")
     assert verdicts.Verdicts(CPU).state("a") == (verdicts.GOOD, "")
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_train_says_what_runs(is_there, monkeypatch, capsys):
+    from lgkernels.recipes.session import Session
+
+    if not is_there:
+        monkeypatch.setattr(native, "_load", lambda: (None, "there was no compiler"))
+    settings = SimpleNamespace(
+        model="vgg8", epochs=1, batch_size=2, optimizer="adam", rules=[], device="cpu", amp="bf16"
+    )
+    Session(settings, SimpleNamespace(title="images"), Path("runs"), resume=False)._announce()
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("kernels: ")]
+    assert ("none, plain torch runs: the native module is not there" in line) == (native.native() is None)
+
+
+def test_info_shows_the_verdicts(monkeypatch):
+    from lgkernels.core import diagnostics
+
+    monkeypatch.setattr(trust, "DEVICE_TYPES", {"cpu"})
+    trust.store(CPU).note("goodness/triton/3", verdicts.BAD, "goodness triton float32 (13,)", "result 0: error 1")
+    text = diagnostics.as_text(diagnostics.gather())
+    assert f"tried on cpu, kept in {trust.store(CPU).path}" in text
+    assert "triton: 1 failed: result 0: error 1" in text and "in short: cpu: kernels: triton" in text
+    assert "LGKERNELS_TRUST      (unset: first-use)" in text and "LGKERNELS_CACHE_DIR" in text

@@ -1,5 +1,6 @@
 """`python -m lgkernels verify` on a CPU, with the interpreter and the CPU executor in the place of a GPU."""
 
+import collections
 import json
 import os
 import subprocess
@@ -73,6 +74,53 @@ def test_what_passes_is_in_the_cache(planted):
 def test_progress_goes_to_stderr(planted):
     done, _ = planted
     assert "[##############################] 10/10, 3 failed" in done.stderr
+
+
+class Child:
+    """In the place of a child that computes: `result` once it has been asked `times` times."""
+
+    def __init__(self, task, result, times=1):
+        self.task, self.ends, self.times, self.settled, self.killed = task, result, times, [], False
+        self.process = self
+        self.sentinel, writer = os.pipe()
+        self.output = os.dup(self.sentinel)
+        os.close(writer)  # readable from now on
+
+    def left(self):
+        return 10.0
+
+    def result(self):
+        self.times -= 1
+        return self.ends if self.times <= 0 else None
+
+    def settle(self, why):
+        self.settled.append(why)
+
+    def kill(self):
+        self.killed = True
+
+    def join(self):
+        pass
+
+
+def test_an_interrupted_case_has_no_verdict():
+    made = {name: Child(name, ("good", "", 1.0), times) for name, times in (("quick", 1), ("slow", 1000))}
+    results = verify._results(collections.deque(made), made.get, 2, float("inf"))
+    assert next(results) == ("quick", ("good", "", 1.0))
+    results.close()  # Ctrl-C
+    assert made["slow"].killed and made["slow"].settled == [None] and not made["quick"].settled
+
+
+@pytest.mark.parametrize("jobs, why", [(1, "crashed: signal 11"), (2, None)])
+def test_a_crash_beside_others_is_not_yet_a_verdict(jobs, why):
+    made = {"a": Child("a", ("crashed", "signal 11", 1.0))}
+    assert len(list(verify._results(collections.deque(made), made.get, jobs, float("inf")))) == 1
+    assert made["a"].settled == [why]
+
+
+def test_after_its_budget_it_starts_no_case():
+    (left,) = verify._results(collections.deque(["a"]), None, 1, 0.0)
+    assert left[1][0] == "not tried"
 
 
 def test_the_table():

@@ -8,6 +8,7 @@ themselves there (core/trust.py); else plain torch.
 import importlib
 import importlib.util
 import json
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,11 +18,13 @@ import torch
 
 from . import environment, native, trust
 
+PLAIN = ("reference", "torch")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLEMENTATIONS = ("auto", *BACKENDS)
 _FASTER = Path(__file__).with_name("faster.json")
 _ops: dict[str, tuple[str, tuple[str, ...]]] = {}  # op: (package, backends)
 _preferred: list[str] = []
+_warned: set[str] = set()
 
 
 def register(op: str, package: str, backends: Sequence[str] | None = None) -> None:
@@ -143,6 +146,45 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[st
     return "reference", f"no kernels for {device.type}"
 
 
+def remedy(device: torch.device, dtype: torch.dtype) -> str:
+    """What to do where no kernel runs."""
+    if dtype == torch.float64:
+        return "use float32, bfloat16 or float16"
+    if device.type in trust.DEVICE_TYPES:
+        if trust.policy() == "never":
+            return "unset LGKERNELS_TRUST"
+        return "`pip install triton`, and see `python -m lgkernels verify`"
+    if device.type == "cpu":
+        return "install a C++ compiler, and lgkernels again (LGKERNELS_BUILD=cpu shows why it cannot be built)"
+    return "use a CPU or a CUDA device"
+
+
+def has_kernels(op: str, device: torch.device) -> bool:
+    """Whether the op is meant to run on kernels there."""
+    if device.type in trust.DEVICE_TYPES:
+        return bool(set(trust.BACKENDS) & set(backends(op))) and trust.has_trial(op)
+    return "cpu" in backends(op)
+
+
+def said_fallback() -> None:
+    """Somebody has said that no kernel runs here: no warning needs to say it again."""
+    _warned.add("none")
+
+
+def _warn_of_fallback(op: str, backend: str, why: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Once in a process, where an op that has kernels runs in plain torch and nobody asked for that."""
+    if backend not in PLAIN or dtype == torch.float64 or not has_kernels(op, device):
+        return
+    refused = trust.refusal(op, device)
+    key = op if refused else "none"
+    if device.type not in ("cpu", *trust.DEVICE_TYPES) or key in _warned or trust.policy() == "never":
+        return
+    _warned.add(key)
+    who = op if refused else "lgkernels"
+    do = "`python -m lgkernels info` shows all verdicts" if refused else f"To do: {remedy(device, dtype)}"
+    warnings.warn(f"{who} runs in plain torch on {device.type}: {why}. {do}", stacklevel=2)
+
+
 @lru_cache(maxsize=1024)
 def _chosen(
     op: str, impl: str, device: torch.device, dtype: torch.dtype, _environment: tuple
@@ -150,10 +192,8 @@ def _chosen(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "auto":
-        from . import advice  # which asks this module
-
         impl, why = explain(op, device, dtype)
-        advice.warn_of_fallback(op, impl, why, device, dtype)
+        _warn_of_fallback(op, impl, why, device, dtype)
     why_not = unavailable(op, impl, device, dtype)
     if why_not:
         usable = [b for b in BACKENDS if unavailable(op, b, device, dtype) is None]

@@ -26,7 +26,7 @@ from . import dispatch, trust, verdicts
 DTYPES = ("float32", "bfloat16", "float16")
 TINY = "tiny"
 FAILED = ("bad", "error", "crashed", "hung")
-GOOD, UNDECIDED, NO_TRIAL = "good", "undecided", "no trial"
+GOOD, UNDECIDED, NO_TRIAL, LEFT = "good", "undecided", "no trial", "not tried"
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -48,6 +48,7 @@ def add_arguments(parser):
     )
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="children at once")
     parser.add_argument("--limit", type=float, default=180.0, metavar="SECONDS", help="of a case")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after so long")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--full", action="store_true", help="build, test and measure all: needs a source checkout")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for the results of --full")
@@ -69,7 +70,7 @@ def main(arguments):
     except ValueError as error:
         print(f"python -m lgkernels verify: error: {error}", file=sys.stderr)
         return 2
-    rows = run(tasks, device, arguments.limit, arguments.jobs)
+    rows = run(tasks, device, arguments.limit, arguments.jobs, arguments.budget)
     store = verdicts.Verdicts(device)
     report = {
         "device": str(device),
@@ -236,37 +237,60 @@ class _Running:
                     store.note(key, verdicts.BAD, entry.get("what", ""), why)
 
 
-def run(tasks, device, limit, jobs):
+def run(tasks, device, limit, jobs, budget=None):
     """The rows of all tasks. What crashes or hangs beside others is tried once more alone: they may have been it."""
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(kind)
     if kind == "forkserver":  # torch is imported once; a child makes its own CUDA context
         context.set_forkserver_preload([__name__, "triton"])
     found, again, bar = {}, [], _Bar(len(tasks))
+    until = time.monotonic() + budget if budget else float("inf")
     with tempfile.TemporaryDirectory() as folder:
-        for queue, at_once in ((collections.deque(tasks), jobs), (again, 1)):
-            waiting, running = collections.deque(queue), []
-            while waiting or running:
-                while waiting and len(running) < at_once:
-                    running.append(_Running(context, waiting.popleft(), device, limit, folder))
-                first = max(0.0, min(r.left() for r in running))
-                wait([end for r in running for end in (r.output, r.process.sentinel)], first)
-                for one in list(running):
-                    result = one.result()
-                    if result is None:
-                        continue
-                    running.remove(one)
-                    ended = result[0] in ("crashed", "hung")
-                    if ended and at_once > 1:
-                        one.settle(None)
-                        again.append(one.task)
-                        continue
-                    if ended:
-                        one.settle(f"{result[0]}: {result[1]}")
-                    found[one.task] = {**one.task._asdict(), **dict(zip(("verdict", "error", "ms"), result))}
-                    bar.advance(found[one.task])
+
+        def start(task):
+            return _Running(context, task, device, limit, folder)
+
+        for task, result in _results(collections.deque(tasks), start, jobs, until):
+            if result[0] in ("crashed", "hung") and jobs > 1:
+                again.append(task)
+                continue
+            found[task] = result
+            bar.advance(task, result)
+        for task, result in _results(collections.deque(again), start, 1, until):
+            found[task] = result
+            bar.advance(task, result)
     bar.close()
-    return [found[task] for task in tasks]
+    return [{**task._asdict(), **dict(zip(("verdict", "error", "ms"), found[task]))} for task in tasks]
+
+
+def _results(waiting, start, jobs, until):
+    """(task, result) of each as it ends. What is interrupted has no verdict."""
+    running = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                if time.monotonic() > until:
+                    yield waiting.popleft(), (LEFT, "no time left: run the same command again", 0.0)
+                else:
+                    running.append(start(waiting.popleft()))
+            if not running:
+                continue
+            wait(
+                [end for r in running for end in (r.output, r.process.sentinel)],
+                max(0.0, min(r.left() for r in running)),
+            )
+            for one in list(running):
+                result = one.result()
+                if result is not None:
+                    running.remove(one)
+                    if result[0] in ("crashed", "hung"):
+                        one.settle(f"{result[0]}: {result[1]}" if jobs == 1 else None)
+                    yield one.task, result
+    finally:
+        for one in running:
+            one.process.kill()
+            one.process.join()
+            one.settle(None)
 
 
 class _Bar:
@@ -275,13 +299,13 @@ class _Bar:
     def __init__(self, total):
         self.total, self.done, self.failed, self.terminal = total, 0, 0, sys.stderr.isatty()
 
-    def advance(self, row):
+    def advance(self, task, result):
         self.done += 1
-        self.failed += row["verdict"] in FAILED
+        self.failed += result[0] in FAILED
         filled = 30 * self.done // self.total
         text = f"[{'#' * filled}{'.' * (30 - filled)}] {self.done}/{self.total}, {self.failed} failed"
         if self.terminal:
-            now = f"{row['op']} {row['backend']} {row['dtype']}"
+            now = f"{task.op} {task.backend} {task.dtype}"
             print(f"\r{text}  {now:<44.44}", end="", file=sys.stderr, flush=True)
         elif 10 * self.done // self.total > 10 * (self.done - 1) // self.total:
             print(text, file=sys.stderr, flush=True)

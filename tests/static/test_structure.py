@@ -18,6 +18,8 @@ BY_NAME = {  # modules that import others by a name which is made up, and so not
     "core.dispatch": "the families that are there, and the backend that was chosen",
     "recipes.rules": "the rules that are there",
     "training.planner": "the costs beside the trainers that are there",
+    "core.ops": "the trials of a family's kernels",
+    "core.verify": "the cases of a family",
 }
 
 

@@ -264,9 +264,9 @@ def test_a_failing_test_takes_off_its_own_op_alone(tmp_path):
 def test_an_op_whose_tests_failed_is_off(tmp_path, monkeypatch, ended):
     """With its warning, whatever the trials of its specialisations have said."""
     import lgkernels.functional as LF
-    from lgkernels.core import advice, dispatch
+    from lgkernels.core import dispatch
 
-    monkeypatch.setattr(advice, "_warned", set())
+    monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setenv("LGKERNELS_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(trust, "DEVICE_TYPES", {"cpu"})
     monkeypatch.setattr(gpu_check, "STAND_IN", "cpu")
