@@ -15,8 +15,9 @@ which yields v values in word-then-byte-then-bit order, low first. With u(word) 
 A value depends on (seed, stream, step, row, col) alone: not on the matrix's shape, tile, device or sharding, so a
 slice of a matrix is the matrix of the slice. Arithmetic is float32, each operation rounded once, but for the forms
 with `low`: float64 of the float32 numbers scale - low and low, rounded at the end. Words, uniform, uniform8 and
-sign are bit-equal in every backend (`csrc/common/philox.h`, `ops/common/philox.py`), normal
-within 4 ulp of the value computed here. `LAW_VERSION` changes with any of this.
+sign are bit-equal in every backend (`csrc/common/philox.h`, `ops/common/philox.py`) and in the faster ways that are
+taken here (`core/philox_numpy.py`, `core/philox_cuda.py`), normal within 4 ulp of the value computed here.
+`LAW_VERSION` changes with any of this.
 """
 
 import math
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import checks
+from .core import checks, native, philox_cuda, philox_numpy
 
 __all__ = [
     "LAW_VERSION",
@@ -45,6 +46,8 @@ Law = Literal["uniform", "normal", "uniform8", "sign"]
 VALUES_PER_CALL = {"uniform": 4, "normal": 4, "uniform8": 16, "sign": 128}
 
 _MASK = 0xFFFFFFFF
+_OF_NUMPY = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BLOCKS_AT_ONCE = 1 << 18  # counters computed together: bounds the integer temporaries to a few MB
 
 
@@ -116,15 +119,89 @@ def random_rows(
     checks.same_device(state=state, index=index)
     cols = checks.integer_between("cols", cols, 0, 2**32 + 1)
     first = checks.integer_between("first", first, 0, 2**32 + 1 - cols)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point dtype, got {checks.got(dtype)}")
+    _check_dtype(dtype)
+    return _rows(state, index, (first, first + cols), law, scale, low, dtype)
+
+
+def _rows(
+    state: Tensor,
+    index: Tensor | range,
+    columns: tuple[int, int],
+    law: Law,
+    scale: float,
+    low: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`random_rows`, in the fastest way that there is."""
+    v, traced = VALUES_PER_CALL[law], _traced(state, index)
+    if state.device.type == "cpu" and not traced and dtype in _OF_NUMPY:
+        rows = np.arange(index.start, index.stop) if isinstance(index, range) else index.numpy()
+        made = philox_numpy.rows(state.numpy(), rows, columns, law, v, scale, low, str(dtype)[6:])
+        return torch.from_numpy(made).view(dtype)
+    if isinstance(index, range):
+        index = torch.arange(index.start, index.stop, device=state.device)
+    size = index.shape[0] * (columns[1] - columns[0])
+    if not traced and size and _compiled_is_right(state.device, law, low is not None):
+        return philox_cuda.rows(state, index.long(), columns, law, v, scale, low, dtype)
+    return _rows_in_torch(state, index.long(), columns, law, scale, low, dtype)
+
+
+def _traced(*tensors: Any) -> bool:
+    """Whether the tensors stand for others, so that nobody but torch can compute with them."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(t) not in (Tensor, range) for t in tensors)
+    )
+
+
+_compiled_verdicts: dict[tuple[torch.device, str, bool], bool] = {}
+
+
+def _compiled_is_right(device: torch.device, law: Law, has_low: bool) -> bool:
+    """Whether `philox_cuda.rows` has given the words and values of 64 counters on this device."""
+    key = device, law, has_low
+    if key not in _compiled_verdicts:
+        if device.type != "cuda" or torch.cuda.is_current_stream_capturing():  # a comparison waits for the device
+            return False
+        try:
+            _compiled_verdicts[key] = _compare_compiled(device, law, has_low)
+        except Exception:  # no compiler beside this torch, say
+            _compiled_verdicts[key] = False
+    return _compiled_verdicts[key]
+
+
+def _compare_compiled(device: torch.device, law: Law, has_low: bool) -> bool:
+    state = torch.tensor([0x0123456789ABCDEF, 0xFEDCBA98, 0x89ABCDEF], device=device)
+    row, block = torch.arange(2**32 - 8, 2**32, device=device), torch.arange(8, device=device)
+    seed, stream, step = state.unbind()
+    expected = philox(block, row.unsqueeze(1), step, stream, seed & _MASK, (seed >> 32) & _MASK)
+    if not torch.equal(philox_cuda.words(block, row.unsqueeze(1), state).long() & _MASK, torch.stack(expected, -1)):
+        return False
+    v, low = VALUES_PER_CALL[law], 0.1 if has_low else None
+    ours = philox_cuda.rows(state, row, (3, 8 * v), law, v, 0.7, low, torch.float32)
+    right = _rows_in_torch(state, row, (3, 8 * v), law, 0.7, low, torch.float32)
+    return torch.allclose(ours, right, rtol=2**-21, atol=0) if law == "normal" else torch.equal(ours, right)
+
+
+def _rows_in_torch(
+    state: Tensor,
+    index: Tensor,
+    columns: tuple[int, int],
+    law: Law,
+    scale: float,
+    low: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`random_rows` in over a thousand operations, for any device and for graphs."""
     v = VALUES_PER_CALL[law]
-    first, skip = divmod(first, v)
+    cols = columns[1] - columns[0]
+    first, skip = divmod(columns[0], v)
     blocks = (skip + cols + v - 1) // v
     seed, stream, step = state.unbind()
     key, stream, step = (seed & _MASK, (seed >> 32) & _MASK), stream & _MASK, step & _MASK
     block = torch.arange(first, first + blocks, device=state.device)
-    rows, index = index.shape[0], index.long()  # torch computes with few unsigned integers
+    rows, index = index.shape[0], index & _MASK
     out = torch.empty(rows, cols, dtype=dtype, device=state.device)
     at_once = max(1, _BLOCKS_AT_ONCE // max(blocks, 1))
     for start in range(0, rows, at_once):
@@ -158,8 +235,30 @@ def random_matrix(
         raise ValueError(
             f"offset must keep rows and columns within [0, 2**32), got {tuple(offset)} for a ({rows}, {cols}) matrix"
         )
-    index = torch.arange(row, row + rows, device=state.device)
-    return random_rows(state, index, cols, law, scale, low, first=col, dtype=dtype)
+    _check_dtype(dtype)
+    scale, low = _check_law(law, scale, low)
+    return _rows(state, range(row, row + rows), (col, col + cols), law, scale, low, dtype)
+
+
+def _native_matrix(
+    state: Tensor, rows: int, cols: int, law: Law, scale: float, low: float | None, dtype: torch.dtype
+) -> Tensor | None:
+    """By the C++ kernel, where there is one that gives the same bits."""
+    if (
+        law == "normal"
+        or not isinstance(dtype, torch.dtype)
+        or dtype not in _NATIVE_DTYPES
+        or state.device.type != "cpu"
+        or _traced(state)
+    ):
+        return None
+    kernels = native.cpu_entries()
+    if kernels is None or not rows * cols:
+        return None
+    out = torch.empty(rows, cols, dtype=dtype)
+    formula = (rows, cols, None, None, state.data_ptr(), law, scale, low, 1.0, False)
+    kernels.feedback_matrix(formula, out.data_ptr(), _NATIVE_DTYPES[dtype], torch.get_num_threads())
+    return out
 
 
 class RandomFeedback(torch.nn.Module):
@@ -214,7 +313,13 @@ class RandomFeedback(torch.nn.Module):
         if max(rows, cols) > 2**32:
             raise ValueError(f"shape must be at most 2**32 rows and columns, got {shape}")
         state = self.state if device is None else self.state.to(device)
-        return random_matrix(state, rows, cols, self.law, self.scale, self.low, offset=offset, dtype=dtype).view(shape)
+        law = self.law, self.scale, self.low
+        made = None
+        if isinstance(offset, (tuple, list)) and checks.pair("offset", offset, 0, 2**32) == (0, 0):
+            made = _native_matrix(state, rows, cols, *law, dtype)
+        if made is None:
+            made = random_matrix(state, rows, cols, *law, offset=offset, dtype=dtype)
+        return made.view(shape)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -257,6 +362,11 @@ def _check_law(law: Any, scale: Any, low: Any) -> tuple[float, float | None]:
         if scale - low > torch.finfo(torch.float32).max:
             raise ValueError(f"low must be so near to scale={scale!r} that float32 holds their difference, got {low!r}")
     return scale, low
+
+
+def _check_dtype(dtype: Any) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {checks.got(dtype)}")
 
 
 def _check_state(state: Any) -> None:

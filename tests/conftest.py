@@ -11,11 +11,14 @@ import importlib.util
 import inspect
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-BACKENDS = ("reference", "cpu", "triton", "cuda-simt")
+BACKENDS = ("reference", "torch", "cpu", "triton", "cuda-simt")
+MODULES = {"cuda-simt": "cuda"}  # of a backend by another name than its own
+OPS = Path(importlib.util.find_spec("lgkernels").origin).parent / "ops"
 REQUIRED = tuple(filter(None, os.environ.get("LGKERNELS_TEST_BACKENDS", "").split(",")))
 
 
@@ -65,6 +68,9 @@ def pytest_configure(config):
 
 def _makes_sense(item):
     params = item.callspec.params if hasattr(item, "callspec") else {}
+    family, name = OPS / item.path.parent.name, params.get("backend")
+    if family.is_dir() and name in BACKENDS and not (family / f"{MODULES.get(name, name)}.py").exists():
+        return False
     for mark in item.iter_markers("only"):
         where = mark.kwargs["where"]
         names = inspect.signature(where).parameters
@@ -75,7 +81,8 @@ def _makes_sense(item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pycollect_makeitem():
-    """What a test's mark `only` leaves out is not made at all: a skip says that something is missing here."""
+    """What a test's mark `only` leaves out, or a backend that the family has not got, is not made at all: a skip says
+    that something is missing here."""
     made = yield
     return [item for item in made if _makes_sense(item)] if isinstance(made, list) else made
 
@@ -133,8 +140,7 @@ def unavailable(name):
 @functools.cache
 def backend_module(family, name):
     """The module that implements `family` on `name`."""
-    module = {"cuda-simt": "cuda"}.get(name, name)
-    return importlib.import_module(f"lgkernels.ops.{family}.{module}")
+    return importlib.import_module(f"lgkernels.ops.{family}.{MODULES.get(name, name)}")
 
 
 @contextlib.contextmanager
@@ -166,7 +172,7 @@ def backend(request):
 @pytest.fixture
 def impl(backend):
     """The value of `impl=` that selects `backend`."""
-    return {"cuda-simt": "cuda"}.get(backend, backend)
+    return MODULES.get(backend, backend)
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from lgkernels import random as lgk_random
+from lgkernels.core import philox_numpy
 from lgkernels.random import LAW_VERSION, VALUES_PER_CALL, RandomFeedback, philox, random_matrix, random_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -323,7 +323,7 @@ def test_a_slice_is_the_matrix_of_the_slice(law, rows, cols, offset, monkeypatch
     one = RandomFeedback(3, 4, law, 0.5)
     whole = one.materialize((9, 300))
     row, col = offset
-    monkeypatch.setattr(lgk_random, "_BLOCKS_AT_ONCE", 2)
+    monkeypatch.setattr(philox_numpy, "_COUNTERS_AT_ONCE", 2)
     assert torch.equal(one.materialize((rows, cols), offset=offset), whole[row : row + rows, col : col + cols])
 
 

@@ -19,13 +19,19 @@ import torch
 
 from . import ops
 
+_VMAP = torch._C._functorch.TransformType.Vmap
+_levels = torch._C._functorch.get_interpreter_stack
 
-def refuse_transforms(name: str) -> None:
-    """Raise inside of a torch.func transform: what the public function `name` does is none of torch's derivatives."""
+
+def refuse_transforms(name: str, *, vmap: bool = True) -> None:
+    """Raise inside of a torch.func transform: what the public function `name` does is none of torch's derivatives.
+    Without `vmap` inside of vmap alone, too, nothing is refused."""
     if torch._C._are_functorch_transforms_active():
+        if not vmap and all(level.key() == _VMAP for level in _levels() or ()):
+            return
         raise NotImplementedError(
-            f"{name} does not support torch.func transforms (grad, vjp, jvp, vmap, ...): its gradient is a rule of its "
-            "own. Use loss.backward() or torch.autograd.grad"
+            f"{name} does not support torch.func transforms (grad, vjp, jvp, vmap, ...): its gradient, where "
+            "it has one, is written by hand. Use loss.backward() or torch.autograd.grad"
         )
 
 

@@ -14,7 +14,6 @@ from torch.nn.parameter import is_lazy
 
 from . import checks
 
-_SIZES = 2**63  # torch's sizes lie below
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 # -- objects ----------------------------------------------------------------------------------------------------------
@@ -115,12 +114,10 @@ def bound_on_norm(name: str, value: Any) -> float:
 
 def size(name: str, value: Any, least: int = 1) -> int:
     """Of a tensor, in a range that torch's integers hold."""
-    checks.whole_number(name, value)
+    value = checks.whole_number(name, value)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-    if value >= _SIZES:
-        raise ValueError(f"{name} must be below 2**63, got {value}")
-    return int(value)
+    return value
 
 
 def flags(**values: Any) -> None:
@@ -140,11 +137,17 @@ def factory(device: Any, dtype: Any) -> dict[str, Any]:
     return {"device": device, "dtype": dtype}
 
 
+def has_bias(value: Any) -> None:
+    """torch's layers take what is true or false: also None, NumPy's bools, 0 and 1."""
+    if value is not None and not isinstance(value, (bool, np.bool_)) and not (type(value) is int and value in (0, 1)):
+        raise TypeError(f"bias must be a bool, got {type(value).__name__}")
+
+
 def linear(in_features: Any, out_features: Any, bias: Any, device: Any = None, dtype: Any = None) -> None:
     """nn.Linear's arguments; torch takes layers of no features."""
     size("in_features", in_features, 0)
     size("out_features", out_features, 0)
-    flags(bias=bias)
+    has_bias(bias)
     factory(device, dtype)
 
 
@@ -184,6 +187,6 @@ def conv2d(
             raise ValueError(f"padding must be numbers where stride is not 1, got 'same' with stride={stride}")
     else:
         _pair("padding", padding, 0)
-    flags(bias=bias)
+    has_bias(bias)
     checks.choice("padding_mode", padding_mode, _PADDING_MODES)
     factory(device, dtype)

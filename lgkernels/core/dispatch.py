@@ -2,7 +2,8 @@
 
 A backend of an op is a module of its family's package, named as the backend (`ops/lls/triton.py`), imported when first
 used. On CUDA devices `auto` takes Triton, or CUDA C++ where the benches found that faster, once the kernels have proved
-themselves there (core/trust.py); else plain torch.
+themselves there (core/trust.py); on a CPU the native module. Where no kernel runs it takes plain torch: the
+lean version where the family has one (`torch.py`), else the definition (`reference.py`), float64's only backend.
 """
 
 import importlib
@@ -19,7 +20,7 @@ import torch
 from . import environment, native, trust
 
 PLAIN = ("reference", "torch")
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = (*PLAIN, "cpu", "triton", "cuda")
 IMPLEMENTATIONS = ("auto", *BACKENDS)
 _FASTER = Path(__file__).with_name("faster.json")
 _ops: dict[str, tuple[str, tuple[str, ...]]] = {}  # op: (package, backends)
@@ -105,6 +106,8 @@ def unavailable(op: str, backend: str, device: torch.device, dtype: torch.dtype)
         return None
     if dtype == torch.float64:
         return "float64 is for the reference only"
+    if backend == "torch":
+        return None
     if backend == "cpu":
         if device.type != "cpu":
             return f"it runs on CPU tensors, got {device.type}"
@@ -142,8 +145,8 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[st
         return kernels, "LGKERNELS_TRUST=always" if untried else "each specialisation once it has passed its trial here"
     if device.type == "cpu":
         why_not = unavailable(op, "cpu", device, dtype)
-        return ("reference", why_not) if why_not else ("cpu", f"native C++ ({native.native().cpu_level()})")
-    return "reference", f"no kernels for {device.type}"
+        return (fallback(op), why_not) if why_not else ("cpu", f"native C++ ({native.native().cpu_level()})")
+    return fallback(op), f"no kernels for {device.type}"
 
 
 def remedy(device: torch.device, dtype: torch.dtype) -> str:

@@ -161,6 +161,7 @@ def define(
             raise TypeError(f"{function.__name__} takes dense tensors alone")
 
         function.implementation = implementation  # type: ignore[attr-defined]
+        function.trusted = trusted  # type: ignore[attr-defined]
         LIBRARY.define(function.__name__ + schema)
         LIBRARY.impl(function.__name__, implementation, "CompositeExplicitAutograd")
         for key in _NOT_DENSE:  # by the dispatcher: a dense tensor's call pays nothing for it

@@ -53,6 +53,9 @@ class Trial(NamedTuple):
     plant: Callable[[dict], None] | None = None  # special cases, into the arguments
     rounding: str | None = None  # tensor in whose dtype values are rounded on the way
     per_row: bool = False  # rows of a result differ by orders of magnitude
+    # Where the caller's sizes choose nothing: what does, and arguments of the trial's own
+    kind: Callable[[dict], Any] | None = None
+    example: Callable[[dict], dict] | None = None
 
 
 # -- memory that shows what was written -------------------------------------------------------------------------------
@@ -117,6 +120,11 @@ def _fill(tensor: Tensor, name: str, trial: Trial, arguments: dict, generator: t
     tensor.copy_(values)
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of an argument: of one, of a list, none of anything else."""
+    return [t for t in (value if isinstance(value, list) else [value]) if isinstance(t, Tensor)]
+
+
 def _like(name: str, given: Tensor, batch: int | None, arena: _Arena) -> Tensor:
     """A tensor of the caller's layout and alignment, without values yet."""
     shape = given.shape if batch is None else (batch, *given.shape[1:])
@@ -129,23 +137,26 @@ def inputs(trial: Trial, arguments: dict, batch: int, arena: _Arena, seed: int) 
     for name in trial.counts:
         made[name] = [batch, *arguments[name][1:]] if isinstance(arguments[name], list) else batch
     generators: dict[torch.device, torch.Generator] = {}
-    for name, given in arguments.items():
-        if isinstance(given, list) and given and isinstance(given[0], Tensor):
-            raise NotImplementedError("a list of tensors has a trial of its own")
-        if not isinstance(given, Tensor):
-            continue
-        if name in trial.kept:
-            made[name] = given.clone()
-            continue
+
+    def new(name: str, given: Tensor) -> Tensor:
         generator = generators.setdefault(given.device, torch.Generator(given.device).manual_seed(seed))
         rows = batch if name in trial.rows and given.dim() else None
-        made[name] = _like(name, given, rows, arena)
-        if made[name].numel():
+        tensor = _like(name, given, rows, arena)
+        if tensor.numel():
             # an expanded tensor is written through a view without the repeated entries
-            view = made[name]
+            view = tensor
             for dim, step in enumerate(view.stride()):
                 view = view.narrow(dim, 0, 1) if step == 0 and view.shape[dim] > 1 else view
             _fill(view, name, trial, made, generator)
+        return tensor
+
+    for name, given in arguments.items():
+        if name in trial.kept:
+            made[name] = given if given is None else given.clone()
+        elif isinstance(given, Tensor):
+            made[name] = new(name, given)
+        elif _tensors(given):
+            made[name] = [new(name, one) for one in given]
     if trial.plant is not None:
         trial.plant(made)
     return made
@@ -160,6 +171,8 @@ def _copies(arguments: dict, wide: bool = False) -> dict:
     def copied(value):
         if isinstance(value, Tensor):
             return value.double() if wide and value.dtype.is_floating_point else value.clone()
+        if _tensors(value):
+            return [copied(one) for one in value]
         return torch.float64 if wide and isinstance(value, torch.dtype) and value.is_floating_point else value
 
     return {name: copied(value) for name, value in arguments.items()}
@@ -168,7 +181,7 @@ def _copies(arguments: dict, wide: bool = False) -> dict:
 def _results(function: Callable, pack: Callable, kernels: ModuleType, arguments: dict, trial: Trial) -> list[Tensor]:
     result = function(kernels, *pack(tuple(arguments.values())))
     results = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
-    return results + [arguments[name] for name in trial.mutates if arguments.get(name) is not None]
+    return results + [tensor for name in trial.mutates for tensor in _tensors(arguments.get(name))]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -204,17 +217,19 @@ def _compare(name: str, got: Tensor, rival: Tensor, truth: Tensor, length: int, 
 def _once(function, pack, kernels, reference, arguments: dict, trial: Trial, batch: int, seed: int) -> None:
     arena = _Arena()
     made = inputs(trial, arguments, batch, arena, seed)
-    written = [name for name in trial.mutates if isinstance(made.get(name), Tensor)]
+    written = [name for name in trial.mutates for _ in _tensors(made.get(name))]
     before = _copies(made)
     runs = []
     for _ in range(2):
-        for name in written:
-            made[name].copy_(before[name])
+        for name in set(written):
+            for tensor, old in zip(_tensors(made[name]), _tensors(before[name])):
+                tensor.copy_(old)
         with _Poisoned(arena):
             results = _results(function, pack, kernels, made, trial)
         runs.append([r.clone() for r in results])
     for name, value in made.items():
-        if isinstance(value, Tensor) and name not in written and not _same_bits(value, before[name]):
+        pairs = zip(_tensors(value), _tensors(before[name])) if name not in trial.mutates else ()
+        if not all(_same_bits(now, old) for now, old in pairs):
             raise Fault(f"it wrote to its input {name}")
     if not arena.untouched():
         raise Fault("it wrote outside of its results")

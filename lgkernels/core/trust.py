@@ -107,6 +107,8 @@ if hasattr(os, "register_at_fork"):
 
 def _quick(op: Op, backend: str, arguments: tuple) -> tuple:
     """Of a call, exact in its sizes: what the memory of this process is asked by."""
+    if op.trial is not None and op.trial.kind is not None:
+        return op.name, backend, _device(arguments), op.trial.kind(dict(zip(op.names, arguments)))
     return (
         op.name,
         backend,
@@ -119,6 +121,13 @@ def _quick(op: Op, backend: str, arguments: tuple) -> tuple:
             for a in arguments
         ],
     )
+
+
+def _device(arguments: tuple) -> torch.device:
+    """Of the first tensor, in a list or not; else the one among the arguments."""
+    flat = [a for argument in arguments for a in (argument if isinstance(argument, list) else (argument,))]
+    tensors = (a.device for a in flat if isinstance(a, Tensor))
+    return next(tensors, None) or next((a for a in flat if isinstance(a, torch.device)), torch.device("cpu"))
 
 
 def _kind(value: Any) -> Any:
@@ -136,6 +145,9 @@ def _layout(tensor: Tensor, has_rows: bool) -> tuple:
 def _lasting(op: Op, backend: str, arguments: dict, blocks: str) -> tuple[str, str]:
     """`(key, what it is in words)` of a specialisation: what the file is asked by."""
     parts = []
+    if op.trial.kind is not None:
+        words = f"{op.name} {backend} {op.trial.kind(arguments)}"
+        return f"{op.name}/{backend}/{hashlib.sha256(words.encode()).hexdigest()[:20]}", words
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             parts.append((name, *_layout(value, name in op.trial.rows)))
@@ -185,6 +197,8 @@ def _launches(op: Op, kernels: ModuleType, arguments: dict, batch: int, arch: in
 def foreseen(op: Op, backend: str, kernels: ModuleType, arguments: dict, device: torch.device) -> tuple[int, str]:
     """`(rows of the trial, blocks in words)`: the smallest batch whose launches are those of the call."""
     batch = batch_of(op, arguments)
+    if op.trial.kind is not None:
+        return 1, ""
     found = None
     if backend == "triton":
         arch = tiles.architecture(device)
@@ -225,7 +239,7 @@ def admits(op: Op, backend: str, kernels: ModuleType, reference: ModuleType, arg
 
 def _decide(op, backend, kernels, reference, arguments, quick) -> bool:
     named = dict(zip(op.names, arguments))
-    device = next((a.device for a in arguments if isinstance(a, Tensor)), named.get("device", torch.device("cpu")))
+    device = _device(arguments)
     if batch_of(op, named) == 0:
         return True  # nothing to launch a kernel over
     batch, blocks = foreseen(op, backend, kernels, named, device)
@@ -265,6 +279,7 @@ def _try(op, backend, kernels, reference, named, batch, known, key, what) -> tup
     only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         torch.use_deterministic_algorithms(False)  # the float64 reference has no such form of every sum
+        named = named if op.trial.example is None else op.trial.example(named)
         with torch.no_grad():
             for rows in (batch, batch - 1) if batch > 2 else (batch,):  # whole blocks, then one that masks cut
                 trial.check(op.function, op.pack, kernels, reference, named, op.trial, rows, key)

@@ -34,7 +34,7 @@ def feedback_linear(
             float64 in the reference. Under autocast they are cast as torch's own linear casts them.
         feedback: F, a tensor (N, K) of any float dtype, or a :class:`lgkernels.random.RandomFeedback`, which takes no
             memory: its numbers are made where they are used. It gets no gradient.
-        impl (str): ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
+        impl (str): ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
 
     Returns:
         Tensor: (..., N). F is read in the backward alone, and only where x requires a gradient. There is no second
@@ -78,7 +78,7 @@ def feedback_conv2d(
         stride, padding, dilation, groups: as ``torch.nn.functional.conv2d``, ``padding="same"`` and ``"valid"`` too.
         feedback: F, a tensor like weight, or a :class:`lgkernels.random.RandomFeedback` (rows are outputs, columns
             the flattened rest of the weight).
-        impl (str): ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
+        impl (str): ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
 
     Returns:
         Tensor: (B, O, H', W'). dW and db are the ordinary gradients. F is made in one pass and freed after the
@@ -131,7 +131,7 @@ def sign_symmetric_linear(
             ``"plus"`` (+1, also of -0.0).
         packed_signs (bool): read the signs from one bit a weight, packed in the forward: the backward does not need
             the weight. Needs ``sign_zero="plus"``.
-        impl (str): ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
+        impl (str): ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
 
     Returns:
         Tensor: (..., N). F is made in the backward alone, from the weight as it is then, and only where x requires a
@@ -178,7 +178,7 @@ def sign_symmetric_conv2d(
         x, weight, bias, stride, padding, dilation, groups: as :func:`feedback_conv2d`.
         scale, magnitude, sign_zero, packed_signs: F = scale * abs(magnitude) * sign(weight), as
             :func:`sign_symmetric_linear`.
-        impl (str): ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
+        impl (str): ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
 
     Returns:
         Tensor: (B, O, H', W'). dW and db are the ordinary gradients.
@@ -215,7 +215,7 @@ def feedback_projection(
         feedback: B, a tensor (C, \*shape) or (C, prod(shape)), or a :class:`lgkernels.random.RandomFeedback` (row =
             class, column = neuron), of which nothing is stored.
         shape: sizes of one sample of the layer's activation, (N,) or (channels, height, width).
-        impl (str): ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
+        impl (str): ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
 
     Returns:
         Tensor: (B, \*shape) in error's dtype, to stand in place of the gradient of that activation. No gradient flows
@@ -245,7 +245,7 @@ def target_projection(
         target (Tensor): (B,) class indices of any integer dtype, or (B, C) floats (one-hot, or any other).
         feedback: B, as :func:`feedback_projection`.
         shape: sizes of one sample of the layer's activation.
-        impl (str): ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
+        impl (str): ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
 
     Returns:
         Tensor: (B, \*shape), to stand in place of the gradient of that activation; in target's dtype, for indices in

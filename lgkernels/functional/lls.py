@@ -57,8 +57,8 @@ def lls_basis(
     rows, dim = checks.positive_integer("rows", rows), checks.positive_integer("dim", dim)
     checks.choice("waveform", waveform, WAVEFORMS)
     min_freq, max_freq = checks.number("min_freq", min_freq), checks.number("max_freq", max_freq)
-    checks.number(f"max_freq * {dim} columns", max_freq * dim * 2)
-    checks.number(f"min_freq * {dim} columns", min_freq * dim * 2)
+    checks.number("max_freq * dim", max_freq * dim * 2)
+    checks.number("min_freq * dim", min_freq * dim * 2)
     checks.device("device", device)
     checks.impl(impl)
     device = torch.device("cpu" if device is None else device)
@@ -116,7 +116,7 @@ def lls_loss(
             (hard_sigmoid(z/T) - onehot)^2, with a straight-through gradient, hard_sigmoid(v) = clamp(v/4 + 1/2, 0, 1).
         ignore_index (int): rows with this target count nothing.
         reduction (str): ``"mean"`` (over the rows not ignored), ``"sum"``, ``"none"``.
-        impl (str): ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
+        impl (str): ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
 
     Returns:
         Tensor: the loss, () or (B,) for ``"none"``; float32 (float64 for float64). Its gradients to ``activation``

@@ -44,7 +44,7 @@ class DirectFeedback(nn.Module):
             slice of one shared matrix (LightOn).
         max_features (int, optional): replaces N in `init`: the widest layer's.
         feedback (Tensor, optional): B itself, (C, \*shape) or (C, N), instead of a random one; then stored.
-        impl (str): ``"auto"``, ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
+        impl (str): ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, ``"triton"``, ``"cuda"``.
 
     Raises: ValueError, TypeError naming the argument.
 

@@ -113,6 +113,7 @@ class LLSHead(LLSModule):
         """`(block(x).detach(), loss)` in training with a target; else `block(x)`."""
         if target is None or not self.training:
             return self.block(x)
+        checks.tensor("x", x)
         out = self.block(x.detach())
         return out.detach(), self._loss(out, target)
 

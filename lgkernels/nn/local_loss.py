@@ -30,6 +30,7 @@ class LocalHead(nn.Module):
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
         if target is None or not self.training:
             return self.block(x)
+        checks.tensor("x", x)
         out = self.block(x.detach())
         return out.detach(), self.loss(out, target)
 
@@ -70,6 +71,8 @@ class ClassifierBlock(nn.Module):
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
         if target is None or not self.training:
             return self.module(x)
+        checks.tensor("x", x)
+        checks.integer("target", target)
         logits = self.module(x.detach())
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return logits.detach(), F.cross_entropy(wide, target.long(), label_smoothing=self.label_smoothing)
@@ -166,6 +169,7 @@ class ForwardForwardLayer(nn.Module):
     def forward(self, x: torch.Tensor, is_positive: torch.Tensor | None = None) -> BlockOutput:
         if is_positive is None or not self.training:
             return self._divided(self.layer(self.normalized(x)), self.normalize_output)
+        checks.tensor("x", x)
         h = self.layer(self.normalized(x.detach()))
         loss, squares = goodness_and_squares(h, is_positive, self.threshold, self.goodness)
         return self._divided(h.detach(), self.normalize_output, squares.sqrt()), loss

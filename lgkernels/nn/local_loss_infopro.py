@@ -129,6 +129,7 @@ class InfoProUnit(LocalHead):
         return super().forward(x, target)
 
     def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        checks.integer("target", target)
         total = out.new_zeros((), dtype=torch.float32)
         if self.decoder is not None:
             image = (self._first[0] or self)._image

@@ -69,7 +69,8 @@ def _key(factors: _Factors, members: list[_Member]) -> list | None:
     """Where everything of a step lies; None where nothing can be reused. See :class:`_Plan`."""
     if torch.compiler.is_compiling() or any(grad.layout != torch.strided for _, grad, _ in members):
         return None
-    places: list[tuple] = [(os.environ.get("LGKERNELS_IMPL"), not factors.momentum, not factors.offset_scale)]
+    choice = os.environ.get("LGKERNELS_IMPL"), os.environ.get("LGKERNELS_TRUST")
+    places: list[tuple] = [(choice, not factors.momentum, not factors.offset_scale)]
     for p, grad, state in members:
         kept = [t for t in (state.get("momentum_buffer"), state.get("offset")) if t is not None]
         places.append(
@@ -237,8 +238,9 @@ def _first_step(factors: _Factors, members: list[_Member]) -> _Plan | None:
         params, grads, states = [list(column) for column in zip(*some)]
         buffers = [_momentum_buffer(p, state) for p, state in zip(params, states)] if factors.momentum else []
         offsets = [state.get("offset") for state in states]
-        kernels = _op.kernels_for(params, "auto")
-        table = _op.step(kernels, params, grads, buffers, offsets, *factors, 1.0)
+        step = params, grads, buffers, offsets, *factors, 1.0
+        kernels = _op.trusted_kernels(*step)
+        table = _op.step(kernels, *step)
         launches.append((kernels, table, params[0].device))
         written += params + buffers
         kept += offsets

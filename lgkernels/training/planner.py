@@ -144,6 +144,8 @@ def plan(
     else:
         constructors.instance("input", input, (tuple, list), "a tensor, or the sizes of one")
         x = torch.empty(checks.sizes("input", input, "a tensor, or the sizes of one"), device="meta")
+    if not x.dim() or not len(x):
+        raise ValueError(f"input must be a batch of at least one sample, got shape {checks.shape_of(x)}")
     model = partition.to_meta(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:

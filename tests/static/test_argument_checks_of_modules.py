@@ -66,6 +66,8 @@ def may_be(name, argument, kinds, value):
     number = isinstance(value, Tensor) and not is_lazy(value) and value.numel() == 1
     if number and kinds & {int, float}:  # taken as a number, or refused: see test_a_number_in_a_tensor below
         return True
+    if argument == "bias" and (value is None or isinstance(value, np.bool_)):  # torch's layers take them
+        return True
     comparable = isinstance(value, (str, tuple, list, float, Tensor, np.ndarray)) and not is_lazy(value)
     return (name, argument) in ALSO_TAKEN and comparable and bool(ALSO_TAKEN[name, argument](value))
 
@@ -204,3 +206,13 @@ def test_a_number_in_a_tensor(name, argument):
         assert str(error) == f"{argument} must be a number, got Tensor"
     else:
         assert type(getattr(module, argument)) is float
+
+
+@pytest.mark.parametrize("name", TESTED)
+def test_a_size_in_a_tensor_is_taken(name):
+    """As torch's layers take it."""
+    call = CALLS[name]
+    for argument, (members, _) in parameters(TESTED[name]).items():
+        value = call.arguments.get(argument)
+        if type(value) is int and members == {int}:
+            TESTED[name](**copy.deepcopy(call.arguments) | {argument: torch.tensor(value)})

@@ -171,7 +171,8 @@ PUBLIC = "import lgkernels, lgkernels.functional, lgkernels.nn, lgkernels.traini
 
 
 def test_import_is_cheap():
-    code = f"import time, torch, numpy; t = time.perf_counter(); {PUBLIC}; print(time.perf_counter() - t)"
+    # of the processor, so that a busy machine changes nothing
+    code = f"import time, torch, numpy; t = time.process_time(); {PUBLIC}; print(time.process_time() - t)"
     assert min(float(output("-c", code)) for _ in range(3)) < 0.3
 
 
@@ -244,8 +245,8 @@ def test_no_command_prints_help():
 def test_info_names_versions_and_what_each_op_would_use():
     printed = output("-m", "lgkernels", "info", LGKERNELS_IMPL="auto")
     assert f"torch      {torch.__version__}" in printed
-    assert re.search(r"lls_loss +cpu +float32 +(cpu|reference)", printed)
-    assert re.search(r"lls_block +cpu +bfloat16 +(cpu|reference)", printed)
+    assert re.search(r"lls_loss +cpu +float32 +(cpu|torch|reference)", printed)
+    assert re.search(r"lls_block +cpu +bfloat16 +(cpu|torch|reference)", printed)
 
 
 def test_info_follows_the_environment():

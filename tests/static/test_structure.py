@@ -16,6 +16,7 @@ BY_NAME = {  # modules that import others by a name which is made up, and so not
     "__main__": "a command, once it is called",
     "core.diagnostics": "the self-tests of the families that are there",
     "core.dispatch": "the families that are there, and the backend that was chosen",
+    "core.ops": "the trials of the family whose op is made",
     "recipes.rules": "the rules that are there",
     "training.planner": "the costs beside the trainers that are there",
     "core.ops": "the trials of a family's kernels",

@@ -20,7 +20,7 @@ DEVICE = os.environ.get("LGKERNELS_STAND_IN") or "cuda"
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
 
-@pytest.fixture(params=["reference", "triton", "cuda"])
+@pytest.fixture(params=["reference", "torch", "triton", "cuda"])
 def backend(request):
     from lgkernels.core import dispatch
 
@@ -50,7 +50,7 @@ def on_the_device(monkeypatch):
 def test_no_kernel_is_at_fault(request, backend, checker):
     """NVIDIA's compute-sanitizer over every kernel of the importing file's family on small cases: accesses out of
     bounds, races in shared memory. (tests/simt/test_sanitizers.py: under ASan and UBSan, without a device.)"""
-    if backend == "reference":
+    if backend in ("reference", "torch"):
         pytest.skip("plain torch has no kernels of ours")
     # Without the allocator's cache each tensor has its own allocation, and a step beyond it shows.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -100,6 +100,18 @@ def test_the_plan_of_a_resnet(models, image):
     )
 
 
+def test_the_plan_counts_what_a_rule_costs():
+    """Of the rules' rows and work (`UNIT_COSTS`): Forward-Forward runs two samples forward and back for each, and one
+    forward pass without labels; LoCo and GIM two views."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+    rows = {r.name: r for r in lgkernels.plan(model, (32, 64), units=(2,)).rows}
+    local = rows["local, 2 units"]
+    for rule, samples, work in (("two views", 2, 2.0), ("forward-forward", 2, 7 / 3)):
+        row = rows[f"{rule}, 2 units"]
+        assert (row.activations, row.compute) == (samples * local.activations, work)
+    assert local.compute == 1.0
+
+
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("name", ["resnet", "vit"])
 def test_the_plan_is_what_a_step_takes(name):

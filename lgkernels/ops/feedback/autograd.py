@@ -275,14 +275,14 @@ def weight_rows(weight, formula, start, stop, *, packed=None, state=None, impl="
 @torch.no_grad()
 def project(name, error, columns, matrix, law, state, impl):
     """error (B, C) @ (C, columns): DFA's signal, for the public function `name`."""
-    refuse_transforms(name)
+    refuse_transforms(name, vmap=False)
     return _ops.feedback_product(error, columns, None, matrix, state, *law, 1.0, False, impl)
 
 
 @torch.no_grad()
 def rows(index, columns, matrix, law, state, impl):
     """(B, columns): the rows `index` (B,) of the feedback, DRTP's signal."""
-    refuse_transforms("target_projection")
+    refuse_transforms("target_projection", vmap=False)
     index = class_indices("target", index, 2**32 if matrix is None else matrix.shape[0])
     if matrix is not None:
         return matrix[index]

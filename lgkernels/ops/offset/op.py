@@ -12,7 +12,7 @@ def kernels_for(params, impl):
     odd = next((p.dtype for p in params if p.dtype != torch.float32), None)
     if odd is not None and impl == "auto":
         impl = "reference"
-    if odd not in (None, torch.float64) and impl != "reference":
+    if odd not in (None, torch.float64) and impl not in ("reference", "torch"):
         raise TypeError(f"params must be float32 for impl={impl!r}, got {str(odd)[6:]}; use impl='reference'")
     return dispatch.backend("offset_sgd_", impl, params[0].device, odd or torch.float32)
 
@@ -95,3 +95,9 @@ def offset_sgd_(
             offset_scale,
             grad_scale,
         )
+
+
+def trusted_kernels(params, *arguments):
+    """The backend of a step that somebody else keeps, with the op's arguments: its kernels where they may be used."""
+    kernels = kernels_for(params, "auto")
+    return offset_sgd_.trusted(kernels, "auto", params[0].device, (params, *arguments, "auto"))
