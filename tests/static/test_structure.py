@@ -19,7 +19,6 @@ BY_NAME = {  # modules that import others by a name which is made up, and so not
     "core.ops": "the trials of the family whose op is made",
     "recipes.rules": "the rules that are there",
     "training.planner": "the costs beside the trainers that are there",
-    "core.ops": "the trials of a family's kernels",
     "core.verify": "the cases of a family",
 }
 
