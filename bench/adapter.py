@@ -32,6 +32,13 @@ class LoKrLinear(Problem):
         super().__init__(case, device)
         self.flops = 4 * case.batch * case.out_channels * case.channels
 
+    @property
+    def footprint(self):
+        return (
+            self.input_bytes
+            + self.case.channels * self.case.out_channels * torch.finfo(self.case.torch_dtype).bits // 8
+        )
+
     @cached_property
     def layer(self):
         torch.manual_seed(3)
@@ -51,7 +58,7 @@ class LoKrLinear(Problem):
     def contestants(self):
         peer = [Contestant("LyCORIS", "peer", self.peer)] * (lycoris() is not None and self.device.type == "cpu")
         return [
-            *self.ours(lambda impl: lambda i: self.adapted(self.inputs[0], *self.factors, impl)),
+            *self.ours(lambda impl: lambda: self.adapted(self.input, *self.factors, impl)),
             Contestant("frozen nn.Linear", "floor", self.frozen),
             Contestant("eager", "eager", self.eager),
             *peer,
@@ -68,14 +75,14 @@ class LoKrLinear(Problem):
         return self.gradients(y, [x, w1, a, b], grad)
 
     def frozen(self):
-        x, grad = self.inputs[0], self.grad
+        x, grad = self.input, self.grad
         _ = self.factors  # freezes the layer
-        return lambda i: {"": self.gradients(self.layer(x), [x], grad)}
+        return lambda: {"": self.gradients(self.layer(x), [x], grad)}
 
     def eager(self):
-        x, (w1, a, b), layer = self.inputs[0], self.factors, self.layer
+        x, (w1, a, b), layer = self.input, self.factors, self.layer
 
-        def run(i):
+        def run():
             y = F.linear(x, layer.weight + 4.0 * torch.kron(w1, a @ b), layer.bias)
             return self.gradients(y, [x, w1, a, b], self.grad)
 
@@ -92,11 +99,11 @@ class LoKrLinear(Problem):
         with torch.no_grad():
             for factor, value in zip(factors, self.factors):
                 factor.copy_(value)
-        x, grad = self.inputs[0], self.grad
-        return lambda i: self.gradients(host(x), [x, *factors], grad)
+        x, grad = self.input, self.grad
+        return lambda: self.gradients(host(x), [x, *factors], grad)
 
     def truth(self):
-        doubles = [t.detach().double().requires_grad_() for t in (self.inputs[0], *self.factors)]
+        doubles = [t.detach().double().requires_grad_() for t in (self.input, *self.factors)]
         return self.adapted(*doubles, "reference")
 
 

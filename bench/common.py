@@ -34,7 +34,7 @@ Role = Literal[
 ROLES = get_args(Role)
 # of a weight gradient alone, or with another weight for the input's gradient
 convolution_backward = torch.ops.aten.convolution_backward.default
-_CACHE_BYTES = 256 * 2**20  # more than the last-level cache of any GPU
+CACHE_BYTES = 256 * 2**20  # more than the last-level cache of any GPU
 
 
 def families():
@@ -104,11 +104,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Contestant:
-    """`make()` returns what is timed: a function of the number of the input copy, which returns results by name."""
+    """`make()` returns what is timed: a function that returns results by name."""
 
     name: str
     role: Role
-    make: Callable[[], Callable[[int], dict | None]]
+    make: Callable[[], Callable[[], dict | None]]
     variant: bool = False  # on other terms (a layout, a narrower dtype): in the full tables alone
     backend: str | None = None  # of lgkernels
 
@@ -124,8 +124,7 @@ class Problem:
     title: str
     baseline: str
     registered_op: str | None = None  # whose backends take part
-    rotated = False  # on a GPU there are copies of the input, which no cache holds
-    differentiable = False  # the inputs are
+    differentiable = False  # the input is
     bytes = 0  # that the op has to move, at least
     flops = 0
 
@@ -133,9 +132,18 @@ class Problem:
         self.case, self.device = case, device
         self.shape = (case.batch, case.channels) + ((case.size, case.size) if case.size else ())
         self.input_bytes = math.prod(self.shape) * torch.finfo(case.torch_dtype).bits // 8
-        self.copies = 1
-        if self.rotated and device.type != "cpu":
-            self.copies = min(16, max(2, math.ceil(_CACHE_BYTES / self.input_bytes)))
+
+    @property
+    def footprint(self):
+        """Bytes of inputs and parameters, which the copies must take out of the cache."""
+        return self.input_bytes
+
+    @property
+    def copies(self):
+        """On a GPU a contestant is timed over so many copies of the problem, one after the other."""
+        if self.device.type == "cpu":
+            return 1
+        return min(16, max(2, math.ceil(CACHE_BYTES / self.footprint)))
 
     def contestants(self):
         raise NotImplementedError
@@ -171,12 +179,12 @@ class Problem:
         ]
 
     @cached_property
-    def inputs(self):
-        """Copies of one normal tensor."""
+    def input(self):
+        """A normal tensor."""
         layout = torch.channels_last if self.case.channels_last and self.case.size else torch.contiguous_format
         first = torch.randn(self.shape, generator=torch.Generator().manual_seed(0))
         first = first.to(self.device, self.case.torch_dtype).contiguous(memory_format=layout)
-        return [first.clone().requires_grad_(self.differentiable) for _ in range(self.copies)]
+        return first.requires_grad_(self.differentiable)
 
     @cached_property
     def target(self):

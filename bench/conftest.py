@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo
 
 from . import common, report, timing
 
@@ -70,15 +71,19 @@ def pytest_generate_tests(metafunc):
 def measure(case, config):
     """{contestant: (row, seconds of each round) or the exception that it raised}; it is correct before it is timed."""
     problem, taking_part = contestants(case, config)
+    if problem.copies > 1:  # each compiles anew; beyond the limit torch.compile would quietly run eagerly
+        torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
+    twins = [contestants(case, config)[1] for _ in range(problem.copies - 1)]  # whose memory is their own
     truth, found, timers, sizes = problem.truth(), {}, {}, {}
     for name, contestant in taking_part.items():
         try:
             function = contestant.make()
-            result = function(0) or {}
+            result = function() or {}
             assert not truth or contestant.role != "ours" or truth.keys() & result.keys(), "nothing to compare"
             compare(result, truth, problem.tolerance)
             sizes[name] = timing.peak_memory(function, problem.device)
-            timers[name] = timing.timer(function, problem.device, problem.copies)
+            copies = [function, *(twin[name].make() for twin in twins)]
+            timers[name] = timing.timer(copies, problem.device)
         except Exception as error:  # one broken contestant must not hide the others
             found[name] = error
     samples = timing.interleaved(timers, config.getoption("--seconds"), config.getoption("--min-rounds"))

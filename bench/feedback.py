@@ -40,6 +40,11 @@ class Layer(Problem):
             6 * case.batch * case.out_channels * (case.size or 1) ** 2 * case.channels * (9 if case.size else 1)
         )
 
+    @property
+    def footprint(self):
+        weights = self.case.channels * self.case.out_channels * (9 if self.case.size else 1)
+        return self.input_bytes + weights * torch.finfo(self.case.torch_dtype).bits // 8
+
     def layer(self, impl=None):
         """nn.Linear or nn.Conv2d (impl None), or the rule's layer, with the same weights."""
         if impl is None:
@@ -88,9 +93,9 @@ class Layer(Problem):
 
     def step(self, layer, call, result="grad_x", after=lambda: None):
         """Forward and backward. `result` is grad_x's name among the results: another is not compared."""
-        parameters, x, grad = list(layer.parameters()), self.inputs[0], self.grad
+        parameters, x, grad = list(layer.parameters()), self.input, self.grad
 
-        def run(i):
+        def run():
             x.grad = None
             for p in parameters:
                 p.grad = None
@@ -131,12 +136,12 @@ class Layer(Problem):
     def floor(self):
         """Forward and weight gradient, which no layer can do without; dX for nothing is what none can beat."""
         weight, bias = (p.detach() for p in self.layer().parameters())
-        x, grad = self.inputs[0].detach(), self.grad
-        return lambda i: {"": (F.linear(x, weight, bias), grad.t() @ x, grad.sum(0))}
+        x, grad = self.input.detach(), self.grad
+        return lambda: {"": (F.linear(x, weight, bias), grad.t() @ x, grad.sum(0))}
 
     def truth(self):
         layer = self.layer().double()
-        x, grad = self.inputs[0].detach().double().requires_grad_(), self.grad.double()
+        x, grad = self.input.detach().double().requires_grad_(), self.grad.double()
         y = layer(x)
         y.backward(grad)
         (down,) = torch.autograd.grad(self.function(x, self.feedback, None, *self.padding), x, grad)
@@ -180,9 +185,9 @@ class Conv2d(Layer):
 
     def floor(self):
         weight, bias = (p.detach() for p in self.layer().parameters())
-        x, grad = self.inputs[0].detach(), self.grad
+        x, grad = self.input.detach(), self.grad
 
-        def run(i):
+        def run():
             F.conv2d(x, weight, bias, *self.padding)
             conv2d_gradients(grad, x, weight, [False, True, True])
 
@@ -207,10 +212,10 @@ class Product(Layer):
     def contestants(self):
         return [
             *self.ours(self.library, reference=False),
-            Contestant("torch.mm with W", "bp", lambda: lambda i: {"": self.grad @ self.weight}),
+            Contestant("torch.mm with W", "bp", lambda: lambda: {"": self.grad @ self.weight}),
             Contestant("lean torch", "lean", lambda: self.lean(self.multiply)),
             Contestant("lean torch.compile", "compiled", lambda: self.lean(self.compiled(self.multiply))),
-            Contestant("floor", "floor", lambda: lambda i: {"": self.weight.sum()}),  # read the weight (FA need not)
+            Contestant("floor", "floor", lambda: lambda: {"": self.weight.sum()}),  # read the weight (FA need not)
         ]
 
     def library(self, impl):
@@ -221,7 +226,7 @@ class Product(Layer):
             law = dict(state=tensors["state"], law=formula.law, law_scale=formula.law_scale, low=formula.low)
         f = FeedbackMatrix(weight, scale=formula.scale, **law)
         kernels = dispatch.backend("feedback_product", impl, self.device, self.case.torch_dtype)
-        return lambda i: {"grad_x": kernels.product(self.grad, self.case.channels, f)}
+        return lambda: {"grad_x": kernels.product(self.grad, self.case.channels, f)}
 
     def multiply(self, grad, weight, magnitude):
         return grad @ lean_matrix(weight, self.case.rule, magnitude, self.scale)
@@ -229,7 +234,7 @@ class Product(Layer):
     def lean(self, function):
         result = "grad_x" if self.case.rule in ("usf", "fa") else "own draw"
         arguments, _ = (self.grad, self.weight, self.magnitude), self.scale
-        return lambda i: {result: function(*arguments)}
+        return lambda: {result: function(*arguments)}
 
     def truth(self):
         return {"grad_x": self.grad.double() @ self.feedback}
@@ -258,12 +263,12 @@ class Step(Layer):
         ]
 
     def optimized(self, impl, fused=False, lean=False):
-        layer, x, grad = self.layer(impl), self.inputs[0], self.grad
+        layer, x, grad = self.layer(impl), self.input, self.grad
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.0, momentum=0.9, fused=not fused)
         if fused:
             fuse_update(layer, optimizer, include=[""])
 
-        def run(i):
+        def run():
             x.grad = None
             y = self.apply_lean(x, layer.weight, layer.bias, None) if lean else layer(x)
             y.backward(grad)
@@ -276,9 +281,9 @@ class Step(Layer):
     def floor(self):
         """Read the weight once, read and write weight and momentum."""
         weight = self.layer().weight.detach()
-        x, buffer = self.inputs[0].detach(), torch.zeros_like(weight)
+        x, buffer = self.input.detach(), torch.zeros_like(weight)
 
-        def run(i):
+        def run():
             F.linear(x, weight)
             weight.mul_(1.0)
             buffer.mul_(1.0)

@@ -1,38 +1,62 @@
 """`python -m bench.gpu_check --out DIR`: one command for a machine with a GPU, within nine minutes a run.
 
-Parts: build (the native module with CUDA kernels, in place), test:<family> for each folder of tests/ with GPU tests,
-bench:<family> for each family's file in bench/ (ceilings, then every case by CUDA-graph replay). Each part saves its
-outcome to DIR/gpu_check.json as it ends; a second run does what is missing or has failed, `--only build,test:lls` does
-those again. Benches go to DIR/<device>.json, what passed the GPU tests to lgkernels/core/verified.json: a failing test
-takes off the ops of its mark `op` alone, on its own backend. A table comes last.
+Parts: build (the native module with CUDA kernels, in place), verify (`python -m lgkernels verify`: every case of every
+op, into the user's verdict cache), test:<family> for each folder of tests/ with GPU tests, alone (their tests that need
+the whole memory), bench:<family> for each family's file in bench/, sanitizer (NVIDIA's, over all kernels; what it finds
+is reported and decides nothing). A second run does what is missing or has failed, `--only build,test:lls` does those
+again. All that has to come back lies in DIR, at most 8 files: gpu_check.json (state, verdicts), tests.jsonl (what
+became of each test, a line as it ends: a run that is killed loses nothing), the benches' <device>.json, and a log for
+each kind of part. An op whose tests failed on a backend is switched off on this machine, on that backend.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+from lgkernels.core import trust, verdicts
+from tests.support import outcomes
 
 from . import common, report, timing
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 540.0  # seconds in all
-LIMITS = {"build": 180.0, "test": 270.0, "bench": 240.0}  # of one part
-BACKENDS = ("triton", "cuda")
+LIMITS = {"build": 400.0, "verify": 500.0, "test": 500.0, "alone": 300.0, "bench": 300.0, "sanitizer": 500.0}
 NO_TESTS = 5  # pytest's status where nothing was collected: a family without cases for a GPU
+CHOICES = {"test": "not alone and not sanitizer", "alone": "alone", "sanitizer": "sanitizer"}  # by marks
+STAND_IN = os.environ.get("LGKERNELS_STAND_IN")  # "cpu": a dry run
+
+
+class Run(NamedTuple):
+    """What a part is told."""
+
+    out: Path
+    limit: float  # seconds
+    options: argparse.Namespace
+    again: bool = False  # all of its tests, those that have passed too
+
+
+def device():
+    return torch.device(STAND_IN or "cuda")
 
 
 def run(command, limit, log, **environment):
-    """(exit status, None if it ran out of time; last lines of its output), the whole output in `log`."""
+    """(exit status, None if it ran out of time; its output), which is appended to `log`."""
     print("$", " ".join(command), flush=True)
-    with open(log, "w") as file:
+    with open(log, "a") as file:
+        print("$", *command, file=file, flush=True)
+        start = file.tell()
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -47,79 +71,172 @@ def run(command, limit, log, **environment):
             status = None
             os.killpg(process.pid, signal.SIGKILL)  # its compilers too: they would disturb what comes next
             process.wait()
-    tail = log.read_text(errors="replace").splitlines()[-15:]
-    print("\n".join(tail), flush=True)
-    return status, tail
+    with open(log, errors="replace") as file:
+        file.seek(start)
+        text = file.read()
+    print("\n".join(text.splitlines()[-15:]), flush=True)
+    return status, text
+
+
+def outcome(status, text, ok):
+    return {"ok": ok, "status": status, "tail": text.splitlines()[-15:]}
 
 
 def pytest(*arguments):
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
 
 
-# -- parts: functions of the folder for results and of a time limit, which return the part's outcome ----------------
+# -- parts: functions of a Run, which return the part's outcome -------------------------------------------------------
 
 
-def build(out, limit):
-    environment = {"LGKERNELS_BUILD": "cuda"}
-    if "LGKERNELS_CUDA_ARCHS" not in os.environ:
+def build(this):
+    environment = {"LGKERNELS_BUILD": "none" if STAND_IN else "cuda"}
+    if "LGKERNELS_CUDA_ARCHS" not in os.environ and not STAND_IN:
         capability = "{}{}".format(*torch.cuda.get_device_capability())
         environment["LGKERNELS_CUDA_ARCHS"] = "90a" if capability == "90" else capability
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    status, tail = run(command, limit, out / "build.log", **environment)
-    return {"ok": status == 0, "status": status, "tail": tail}
+    status, text = run(command, this.limit, this.out / "build.log", **environment)
+    return outcome(status, text, status == 0)
 
 
-def test(family, out, limit):
-    junit = out / f"test_{family}.xml"
-    junit.unlink(missing_ok=True)
-    command = pytest("--gpu", f"tests/{family}", f"--junitxml={junit}")
-    status, tail = run(command, limit, out / f"test_{family}.log")
-    outcomes = outcomes_of(junit) if junit.exists() else {}
-    return {"ok": status == 0, "status": status, "tail": tail, "outcomes": outcomes}
+def verify(this):
+    module = "tests.support.stand_in" if STAND_IN else "lgkernels"
+    chosen = ["--op", *this.options.op] if this.options.op else []
+    chosen += ["--budget", str(max(this.limit - 120.0, this.limit / 2)), "--limit", "100"]  # ends before it is killed
+    command = [sys.executable, "-m", module, "verify", "--json", *(["--case", "tiny"] if STAND_IN else []), *chosen]
+    status, text = run(command, this.limit, this.out / "verify.log")
+    rows = json.loads(text[text.index("\n{\n") :])["rows"] if status in (0, 1) and "\n{\n" in text else []
+    tail = ["{op} {backend} {dtype} {layout} {case}: {verdict} {error}".format(**row) for row in rows]
+    found = Counter(row["verdict"] for row in rows)
+    summary = ", ".join(f"{number} {verdict}" for verdict, number in found.items())
+    return outcome(status, "\n".join([*tail, summary]), status == 0 and not found["not tried"]) | {"rows": rows}
 
 
-def bench(family, out, limit):
-    environment = timing.environment(torch.device("cuda"))
-    results = out / f"{report.slug(environment['device'])}.json"
-    command = pytest("bench", "--family", family, "--preset", "gpu", "--seconds", "2", "--save", str(results))
-    status, tail = run(command, limit, out / f"bench_{family}.log")
-    return {"ok": status in (0, NO_TESTS), "status": status, "tail": tail, "results": results.name}
+def tests(folders, kind, this):
+    """The tests of a kind in these folders. One whose process ended under it has failed; the others go on."""
+    path, until = this.out / "tests.jsonl", time.monotonic() + this.limit
+    log = this.out / ("sanitizer.log" if kind == "sanitizer" else "test.log")
+    workers = 1 if kind == "alone" or not importlib.util.find_spec("xdist") else this.options.workers
+    workers = ["-n", str(workers), "--dist", "worksteal"] if workers > 1 else ["-p", "no:xdist"]
+    chosen = ["-k", this.options.k] if this.options.k else []
+    for name, record in outcomes.read(path).items():
+        if _lies_in(name, folders, kind, record) and (this.again or record["state"] == outcomes.FAILED):
+            outcomes.append(path, {**record, "state": outcomes.UNFINISHED, "why": "to be run again"})
+    status, text = None, "no time left"
+    while (left := until - time.monotonic()) > 0:
+        before = _lines(path)
+        plugin = ["-p", "tests.support.outcomes", "--outcomes", str(path), "--known", str(before)]
+        command = pytest("--gpu", *folders, "-m", CHOICES[kind], *workers, *chosen, *plugin)
+        with tempfile.TemporaryDirectory() as cache:  # a trial that is killed must not count as a crash
+            status, text = run(command, left, log, LGKERNELS_CACHE_DIR=cache)
+        settle(path, this.limit if status is None else None)
+        if status in (0, 1, None, NO_TESTS) or _lines(path) == before:
+            break  # else a crash of the only process: another runs what it left
+    mine = [r for name, r in outcomes.read(path).items() if _lies_in(name, folders, kind, r)]
+    counts = Counter(r["state"] for r in mine)
+    ended = status in (0, 1, NO_TESTS) and not counts["unfinished"]
+    tail = [f"{r['test']}: {r['why']}" for r in mine if r["state"] == outcomes.FAILED]
+    tail.append(", ".join(f"{number} {state}" for state, number in sorted(counts.items())) or "no tests")
+    ok = ended and (kind == "sanitizer" or not counts["failed"])
+    return outcome(status, "\n".join(tail), ok) | {"ended": ended, "counts": counts}
+
+
+def _lines(path):
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def _lies_in(test, folders, kind, record):
+    return record["kind"] == kind and any(test.startswith((f"{folder}/", f"{folder}::")) for folder in folders)
+
+
+def settle(path, killed_after=None):
+    """End the tests that were running when their process ended: it crashed, or was killed for lack of time."""
+    outcomes.end_line(path)
+    for record in outcomes.read(path).values():
+        if record["state"] != outcomes.RUNNING:
+            continue
+        state, why = outcomes.FAILED, "its process ended in the middle"
+        if killed_after is not None:
+            spent = time.time() - record["at"]
+            state, why = outcomes.UNFINISHED, "the part ran out of time"
+            if spent > max(120.0, 0.75 * killed_after):
+                state, why = outcomes.FAILED, f"no end within {spent:.0f} s"
+        outcomes.append(path, {**record, "state": state, "why": why})
+
+
+def bench(family, this):
+    results = this.out / f"{report.slug(timing.environment(device())['device'])}.json"
+    tiny = ["--preset", "smoke", "--seconds", "0", "--min-rounds", "2", "--no-compile"]
+    sizes = tiny if STAND_IN else ["--preset", "gpu", "--seconds", "2"]
+    command = pytest("bench", "--family", family, *sizes, "--save", str(results))
+    with tempfile.TemporaryDirectory() as cache:
+        status, text = run(command, this.limit, this.out / "bench.log", LGKERNELS_CACHE_DIR=cache)
+    if results.exists():
+        report.write_faster([report.read(results)])
+    return outcome(status, text, status in (0, NO_TESTS)) | {"results": results.name}
 
 
 def find_parts():
     """{name: part}, in the order in which they run."""
-    tested = sorted({path.parent.name for path in (ROOT / "tests").glob("*/test_gpu*.py")})
+    tested = sorted({f"tests/{path.parent.name}" for path in (ROOT / "tests").glob("*/test_gpu*.py")})
     return {
         "build": build,
-        **{f"test:{family}": partial(test, family) for family in tested},
+        "verify": verify,
+        **{f"test:{Path(folder).name}": partial(tests, [folder], "test") for folder in tested},
+        "alone": partial(tests, tested, "alone"),
         **{f"bench:{family}": partial(bench, family) for family in common.families()},
+        "sanitizer": partial(tests, tested, "sanitizer"),
     }
 
 
 PARTS = find_parts()
 
 
-def outcomes_of(junit):
-    """{op: {backend: whether every test of it passed}}, for the backends of which at least one test ran.
+# -- what the tests have proved ---------------------------------------------------------------------------------------
 
-    A test names its ops, and its backend if it has one, in properties (tests/support/op_marks.py). Without a backend it
-    speaks for all backends that ran, and can only take them off.
+
+def proved(path):
+    """{op: {backend: {"passed": number of tests, "failed": [tests]}}}, for backends of which at least one test ran.
+
+    A test names its ops by a mark, and its backend, if it has one, by a parameter. Without a backend it speaks for all
+    backends that ran, and can only take them off. Sanitizers do not decide.
     """
-    ran, failed = {}, set()
-    for case in ElementTree.parse(junit).iter("testcase"):
-        if case.find("skipped") is not None:
+    found, failures = {}, []
+    for record in outcomes.read(path).values():
+        if record["kind"] == "sanitizer" or record["state"] not in (outcomes.PASSED, outcomes.FAILED):
             continue
-        properties = [(p.get("name"), p.get("value")) for p in case.iter("property")]
-        ops = [value for name, value in properties if name == "op"]
-        backends = [value for name, value in properties if name == "backend"]
-        if case.find("failure") is not None or case.find("error") is not None:
-            failed.update((op, backend) for op in ops for backend in backends or BACKENDS)
-        for op in ops:
-            ran.setdefault(op, set()).update(set(backends) & set(BACKENDS))
-    return {op: {b: (op, b) not in failed for b in BACKENDS if b in backends} for op, backends in ran.items()}
+        wrong = record["state"] == outcomes.FAILED
+        named = [record["backend"]] if record["backend"] else []
+        if wrong:
+            failures.append((record, named or trust.BACKENDS))
+        for op in record["ops"]:
+            for backend in set(named) & set(trust.BACKENDS):
+                one = found.setdefault(op, {}).setdefault(backend, {"passed": 0, "failed": []})
+                one["passed"] += not wrong
+    for record, backends in failures:
+        for op in record["ops"]:
+            for backend in set(backends) & set(found.get(op, {})):
+                found[op][backend]["failed"].append(record["test"])
+    return found
 
 
-# -- the command ----------------------------------------------------------------------------------------------------
+def keep(state, path):
+    """Into the user's verdict cache: off where a test failed, as soon as it has; on once all have ended."""
+    store = verdicts.Verdicts(device())
+    done = all(state.get(part, {}).get("ended") for part in PARTS if part == "alone" or part.startswith("test:"))
+    for op, backends in proved(path).items():
+        for backend, found in backends.items():
+            what, failed = f"the GPU tests of {op} on {backend}", found["failed"]
+            if failed:
+                why = f"gpu_check: {len(failed)} of its tests failed, {failed[0]} first"
+                store.note(trust.whole(op, backend), verdicts.BAD, what, why)
+            elif done:
+                why = f"gpu_check: {found['passed']} tests passed"
+                store.note(trust.whole(op, backend), verdicts.GOOD, what, why)
+    return store
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
 
 
 def chosen(text):
@@ -131,7 +248,7 @@ def chosen(text):
 
 
 def results_of(out, state):
-    return out / next((part["results"] for part in state.values() if "results" in part), "none")
+    return out / next((p["results"] for p in state.values() if isinstance(p, dict) and "results" in p), "none")
 
 
 def table(out, state):
@@ -142,10 +259,15 @@ def table(out, state):
         if part:
             how = "ok" if part["ok"] else "ran out of time" if part["status"] is None else f"FAILED ({part['status']})"
             lines.append(f"{name:16} {how:16} {part['seconds']:6.0f} s  {part['tail'][-1] if part['tail'] else ''}")
+    for op, backends in state["proved"].items():
+        for backend, found in backends.items():
+            failed = found["failed"]
+            said = f"FAILED: {len(failed)} tests, {failed[0]} first" if failed else f"{found['passed']} tests passed"
+            lines.append(f"{op:20} {backend:8} {said}")
     results = results_of(out, state)
     if results.exists():
         data = report.read(results)
-        lines.append("copy {copy_gb_s:.0f} GB/s, matmul {matmul_tflop_s:.0f} TFLOP/s".format(**data["ceilings"]))
+        lines.append("copy {copy_gb_s:.0f} GB/s, matmul {matmul_tflop_s:.2f} TFLOP/s".format(**data["ceilings"]))
         for name, rows in report.cases(data["rows"]).items():
             lines.append(name)
             lines += [
@@ -160,12 +282,43 @@ def limit_of(part, left):
     return min(LIMITS[part.partition(":")[0]], left)
 
 
+def _is_done(state, part):
+    return state.get(part, {"ok": False})["ok"]
+
+
+def of_this_machine(state, tested):
+    """What the state says of this machine; parts from before another GPU, driver, version or source are dropped."""
+    now = verdicts.fingerprint(device())
+    if state.get("fingerprint", now) != now:
+        print("the machine or the sources have changed since the last run: tests are run anew", flush=True)
+        tested.unlink(missing_ok=True)
+        for name in [name for name in state if name in PARTS and not name.startswith(("build", "bench"))]:
+            del state[name]
+    return {"fingerprint": now, "environment": timing.environment(device())}
+
+
+def parser():
+    result = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.splitlines()[0])
+    result.add_argument("--out", required=True, type=Path, help="folder for results and logs")
+    result.add_argument("--only", type=chosen, metavar=",".join(PARTS), help="do these parts, done before or not")
+    result.add_argument(
+        "-n",
+        "--workers",
+        type=int,
+        default=min(12, os.cpu_count() or 1),
+        help="test processes (default: 12, or all cores)",
+    )
+    result.add_argument("-k", metavar="EXPRESSION", help="of the tests those alone, as pytest's -k")
+    result.add_argument("--op", nargs="+", metavar="NAME", help="verify these ops alone")
+    result.add_argument(
+        "--budget", type=float, default=BUDGET, metavar="SECONDS", help="of this run (default: %(default)g)"
+    )
+    return result
+
+
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, type=Path, help="folder for results and logs")
-    parser.add_argument("--only", type=chosen, metavar=",".join(PARTS), help="do these parts, done before or not")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    options = parser().parse_args(arguments)
+    if not STAND_IN and not torch.cuda.is_available():
         print(
             "gpu_check needs a CUDA device, and torch.cuda.is_available() is False. "
             "On a CPU: python -m pytest -q, and python -m pytest bench -q",
@@ -174,24 +327,32 @@ def main(arguments=None):
         return 2
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    path, start = out / "gpu_check.json", time.monotonic()
+    path, tested, start = out / "gpu_check.json", out / "tests.jsonl", time.monotonic()
     state = json.loads(path.read_text()) if path.exists() else {}
-    state["environment"] = timing.environment(torch.device("cuda"))
-    parts = options.only or [name for name in PARTS if not state.get(name, {"ok": False})["ok"]]
-    for name in parts:
-        left = BUDGET - (time.monotonic() - start)
-        if left < 10:
+    settle(tested, options.budget)  # of a run that was killed
+
+    def do(name):
+        left = options.budget - (time.monotonic() - start)
+        if left < min(30.0, options.budget / 2):
             print(f"no time left for {name}: run the same command again", flush=True)
-            continue
+            return
         began = time.monotonic()
-        state[name] = PARTS[name](out, limit_of(name, left))
+        state[name] = PARTS[name](Run(out, limit_of(name, left), options, bool(options.only)))
         state[name]["seconds"] = time.monotonic() - began
         report.write_json(path, state)
-    results = results_of(out, state)
-    if results.exists() and any(part.get("outcomes") for part in state.values()):
-        report.main([str(results), "--no-plots", "--quiet", "--verified", str(path)])
+
+    if "build" in (options.only or ["build"] * (not _is_done(state, "build"))):
+        do("build")
+    state.update(of_this_machine(state, tested))  # with the native module that the tests will load
+    for name in options.only or PARTS:
+        if name != "build" and (options.only or not _is_done(state, name)):
+            do(name)
+    store = keep(state, tested)
+    state["proved"], state["verdicts"] = proved(tested), store.known
+    report.write_json(path, state)
     print(table(out, state))
-    return 0 if all(state.get(name, {"ok": False})["ok"] for name in PARTS) else 1
+    print(f"verdicts: {store.path}")
+    return 0 if all(_is_done(state, name) for name in PARTS) else 1
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Loss(Problem):
     op = registered_op = "lls_loss"
     title = "`lls_loss`, forward and backward"
     baseline = "floor"
-    rotated = differentiable = True
+    differentiable = True
 
     def __init__(self, case, device):
         super().__init__(case, device)
@@ -90,13 +90,13 @@ class Loss(Problem):
         return self.gradients(loss, activation, modulation)
 
     def library(self, impl):
-        return lambda i: self.loss(self.inputs[i], self.modulation, impl)
+        return lambda: self.loss(self.input, self.modulation, impl)
 
     def plain(self, function, basis):
         target, pool, modulation = self.target, self.case.pool, self.modulation
 
-        def run(i):
-            x = self.inputs[i]
+        def run():
+            x = self.input
             return self.gradients(function(x, target, basis(), pool, modulation), x, modulation)
 
         return run
@@ -109,13 +109,13 @@ class Loss(Problem):
 
     def floor(self):
         if self.case.size:  # it has to read the activation and to write a gradient of its size
-            return lambda i: {"": torch.empty_like(self.inputs[i]).copy_(self.inputs[i].detach())}
+            return lambda: {"": torch.empty_like(self.input).copy_(self.input.detach())}
         g = torch.randn(self.case.batch, self.case.classes, device=self.device, dtype=self.case.torch_dtype)
         phi = self.phi.to(self.case.torch_dtype)
-        return lambda i: {"": (self.inputs[i].detach() @ phi.t(), g @ phi)}
+        return lambda: {"": (self.input.detach() @ phi.t(), g @ phi)}
 
     def truth(self):
-        wide = self.inputs[0].detach().double().requires_grad_()
+        wide = self.input.detach().double().requires_grad_()
         modulation = None if self.modulation is None else self.modulation.detach().double().requires_grad_()
         return self.loss(wide, modulation, "auto")
 
@@ -138,7 +138,6 @@ class Block(Problem):
     op = registered_op = "lls_block"
     title = "Fused block: forward, local loss and all gradients"
     baseline = "floor"
-    rotated = True
 
     def __init__(self, case, device):
         super().__init__(case, device)
@@ -164,10 +163,10 @@ class Block(Problem):
             Contestant("lean torch", "lean", lambda: self.lean(rivals.lean_block)),
             Contestant("lean torch.compile", "compiled", lambda: self.lean(self.compiled(rivals.lean_block))),
             Contestant("bp layer", "bp", self.backpropagation),
-            Contestant("floor", "floor", lambda: self.floor(self.inputs)),
+            Contestant("floor", "floor", lambda: self.floor(self.input)),
         ]
         if not self.case.channels_last:
-            last = lambda: [x.contiguous(memory_format=torch.channels_last) for x in self.inputs]  # noqa: E731
+            last = lambda: self.input.contiguous(memory_format=torch.channels_last)  # noqa: E731
             library, floor = lambda: self.library("cpu", last()), lambda: self.floor(last())
             if "cpu" in [c.backend for c in ours]:
                 found.append(Contestant("lgkernels cpu, channels_last", "ours", library, variant=True))
@@ -180,13 +179,13 @@ class Block(Problem):
         results = {"out": out.detach(), "loss": loss.detach()}
         return {**results, **{name: w.grad for name, w in zip(("grad_weight", "grad_gamma", "grad_beta"), weights)}}
 
-    def library(self, impl, inputs=None):
-        block, inputs = self.module(impl), inputs or self.inputs
+    def library(self, impl, x=None):
+        block, x = self.module(impl), self.input if x is None else x
 
-        def run(i):
+        def run():
             block.zero_grad(set_to_none=True)
             with self.autocast():
-                out, loss = block(inputs[i], self.target)
+                out, loss = block(x, self.target)
             loss.backward()
             return self.gradients(block, loss, out)
 
@@ -195,10 +194,10 @@ class Block(Problem):
     def eager(self, basis):
         block = self.module()
 
-        def run(i):
+        def run():
             block.zero_grad(set_to_none=True)
             with self.autocast():
-                a = rivals.plain_block(block, self.inputs[i])
+                a = rivals.plain_block(block, self.input)
             loss = rivals.official_loss(a, self.target, basis(), self.case.pool)
             loss.backward()
             return self.gradients(block, loss, F.max_pool2d(a.detach(), 2) if self.case.max_pool else a)
@@ -210,13 +209,13 @@ class Block(Problem):
         arguments = [p.detach() for p in (block.layer.weight, block.norm.weight, block.norm.bias)]
         names = "out", "loss", "grad_weight", "grad_gamma", "grad_beta"
         options = self.phi, self.case.pool, self.case.max_pool
-        return lambda i: dict(zip(names, function(self.inputs[i], self.target, *arguments, *options)))
+        return lambda: dict(zip(names, function(self.input, self.target, *arguments, *options)))
 
     def backpropagation(self):
-        block, x = self.module(), self.inputs[0].clone().requires_grad_()
+        block, x = self.module(), self.input.clone().requires_grad_()
         grad = torch.randn_like(block(x).detach()).to(self.case.torch_dtype)
 
-        def run(i):
+        def run():
             block.zero_grad(set_to_none=True)
             with self.autocast():
                 out = block(x)
@@ -225,19 +224,19 @@ class Block(Problem):
 
         return run
 
-    def floor(self, inputs):
-        layout = torch.contiguous_format if inputs[0].is_contiguous() else torch.channels_last
+    def floor(self, x):
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         weight = self.module().layer.weight.detach().to(self.case.torch_dtype).contiguous(memory_format=layout)
 
-        def run(i):
-            z = F.conv2d(inputs[i], weight, None, 1, 1)
-            rivals.weight_gradient(z, inputs[i], weight)
+        def run():
+            z = F.conv2d(x, weight, None, 1, 1)
+            rivals.weight_gradient(z, x, weight)
 
         return run
 
     def truth(self):
         wide = self.module("reference").to(self.case.torch_dtype).double()
-        out, loss = wide(self.inputs[0].double(), self.target)
+        out, loss = wide(self.input.double(), self.target)
         loss.backward()
         return self.gradients(wide, loss, out)
 
@@ -247,7 +246,6 @@ class Pass(common.Problem):
 
     registered_op = "lls_block"
     baseline = "floor"
-    rotated = True
 
     @cached_property
     def reference(self):
@@ -256,7 +254,7 @@ class Pass(common.Problem):
     @cached_property
     def channel(self):
         """mean, rstd, gamma, beta."""
-        mean, rstd = self.reference.batch_stats(self.inputs[0], None, None, None, 0.1, 1e-5)
+        mean, rstd = self.reference.batch_stats(self.input, None, None, None, 0.1, 1e-5)
         generator = torch.Generator().manual_seed(4)
         gamma, beta = torch.rand(2, self.case.channels, generator=generator).to(self.device)
         return mean, rstd, gamma + 0.5, beta - 0.5
@@ -281,8 +279,8 @@ class Pass(common.Problem):
 
     def floor(self):
         """A copy of as many bytes."""
-        source = [torch.ones(self.bytes // 8, device=self.device) for _ in range(2 * self.copies)]
-        return lambda i: {"": source[2 * i].copy_(source[2 * i + 1])}
+        source, out = (torch.ones(self.bytes // 8, device=self.device) for _ in range(2))
+        return lambda: {"": out.copy_(source)}
 
 
 class NormActPool(Pass):
@@ -300,10 +298,10 @@ class NormActPool(Pass):
         return dict(zip(("out", "latents", "s1", "s2"), results))
 
     def run(self, function):
-        return lambda i: self.named(function(self.inputs[i], *self.channel, *self.arguments))
+        return lambda: self.named(function(self.input, *self.channel, *self.arguments))
 
     def truth(self):
-        wide = [t.double() for t in (self.inputs[0], *self.channel)]
+        wide = [t.double() for t in (self.input, *self.channel)]
         return self.named(self.reference.norm_act_pool(*wide, *self.arguments))
 
 
@@ -320,17 +318,17 @@ class GradPreactivation(Pass):
         case, device = self.case, self.device
         shape = case.batch, case.channels * case.pool**2
         latents = torch.randn(shape, generator=torch.Generator().manual_seed(4)).to(device) / case.batch
-        *_, s1, s2 = self.reference.norm_act_pool(self.inputs[0], *self.channel, SLOPE, case.pool, False, True)
+        *_, s1, s2 = self.reference.norm_act_pool(self.input, *self.channel, SLOPE, case.pool, False, True)
         area = torch.full((case.pool**2,), (case.size // case.pool) ** 2, device=device, dtype=torch.float32)
         gradients = self.reference.norm_grads(latents, s1, s2, case.channels, area)[:2]
         return SLOPE, latents, *gradients, case.pool, 1.0
 
     def run(self, function):
-        mine = [z.clone() for z in self.inputs]  # overwritten: the first call is the one that is compared
-        return lambda i: {"z": function(mine[i], *self.channel, *self.arguments)}
+        mine = self.input.clone()  # overwritten: the first call is the one that is compared
+        return lambda: {"z": function(mine, *self.channel, *self.arguments)}
 
     def truth(self):
-        arguments = (self.inputs[0], *self.channel, *self.arguments)
+        arguments = (self.input, *self.channel, *self.arguments)
         wide = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
         return {"z": self.reference.grad_preactivation_(*wide)}
 
@@ -357,7 +355,7 @@ class VGG8Step(TrainingStep):
         if self.case.dtype != "float32":
             return {}
         layers = [layer.double() for layer in self.layers("lls", impl="reference")]
-        return self.step(BlockwiseTrainer(layers, self.optimizer), x=self.inputs[0].double())(0)
+        return self.step(BlockwiseTrainer(layers, self.optimizer), x=self.input.double())()
 
 
 def block(batch, channels, out_channels, size, pool, classes, **more):

@@ -41,11 +41,11 @@ class Problem(common.Problem):
 
     @cached_property
     def inner(self):
-        return self.inputs[0].view_as(self.inputs[0])
+        return self.input.view_as(self.input)
 
     def contestants(self):
         return [
-            *self.ours(lambda impl: lambda i: self.differentiated(self.library(self.inner, impl), self.inner)),
+            *self.ours(lambda impl: lambda: self.differentiated(self.library(self.inner, impl), self.inner)),
             Contestant("eager", "eager", self.published),
             Contestant("lean torch", "lean", lambda: self.closed_form(self.lean)),
             Contestant("lean torch.compile", "compiled", lambda: self.closed_form(self.compiled(self.lean))),
@@ -61,24 +61,24 @@ class Problem(common.Problem):
         return self.named((loss, *torch.autograd.grad(loss, [h, *shared])))
 
     def published(self):
-        return lambda i: self.differentiated(self.eager(self.inner), self.inner)
+        return lambda: self.differentiated(self.eager(self.inner), self.inner)
 
     def closed_form(self, function):
-        h = self.inputs[0].detach()
-        return lambda i: self.named(function(h))
+        h = self.input.detach()
+        return lambda: self.named(function(h))
 
     def floor(self):
         """Reads the map to reduce it, then reads it and writes the gradient."""
-        h = self.inputs[0].detach()
+        h = self.input.detach()
 
-        def run(i):
+        def run():
             h.sum()
             return {"": torch.empty_like(h).copy_(h)}
 
         return run
 
     def truth(self):
-        wide = self.inputs[0].detach().double().requires_grad_()
+        wide = self.input.detach().double().requires_grad_()
         shared = [t.detach().double().requires_grad_() for t in self.shared]
         return self.differentiated(self.eager(wide, *shared), wide, shared)
 
@@ -121,8 +121,8 @@ class CrossEntropy(Problem):
         return F.nll_loss(log_p, self.target), grad, g.t() @ pooled
 
     def floor(self):
-        h = self.inputs[0].detach()
-        return lambda i: {"": h.sum()}
+        h = self.input.detach()
+        return lambda: {"": h.sum()}
 
 
 class CrossEntropyCall(CrossEntropy):
@@ -133,7 +133,7 @@ class CrossEntropyCall(CrossEntropy):
     baseline = "eager"
 
     def contestants(self):
-        ours = lambda i: self.differentiated(self.library(self.inner, "auto"), self.inner)  # noqa: E731
+        ours = lambda: self.differentiated(self.library(self.inner, "auto"), self.inner)  # noqa: E731
         return [Contestant("lgkernels", "ours", lambda: ours), Contestant("eager", "eager", self.published)]
 
 

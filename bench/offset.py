@@ -49,6 +49,10 @@ class OffsetStep(Problem):
         self.count = sum(math.prod(s) for s in self.shapes)
         self.bytes = 24 * self.count
 
+    @property
+    def footprint(self):
+        return 16 * self.count
+
     @cached_property
     def tensors(self):
         """Values, gradients and offsets."""
@@ -86,7 +90,7 @@ class OffsetStep(Problem):
         of_the_op = 0.0, 0.9, 0.0, 1.0, 1.0, 1.0, impl
 
         @torch.no_grad()
-        def step(i):
+        def step():
             if impl == "cpu":  # what a user calls
                 optimizer.step()
             else:
@@ -103,7 +107,7 @@ class OffsetStep(Problem):
             optimizer.state[p]["momentum_buffer"] = 10 * (g + o)
         first = [None]
 
-        def step(i):
+        def step():
             torch._foreach_add_([p.grad for p in made], offsets)
             optimizer.step()
             first[0] = optimizer.state[made[0]]["momentum_buffer"].clone() if first[0] is None else first[0]
@@ -114,7 +118,7 @@ class OffsetStep(Problem):
     def floor(self):
         """As the step: 16 bytes a parameter read, 8 written in place."""
         source, out = (torch.zeros(2 * self.count, device=self.device) for _ in range(2))
-        return lambda i: {"": out.add_(source)}
+        return lambda: {"": out.add_(source)}
 
     def truth(self):
         _, grads, offsets = self.tensors

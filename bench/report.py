@@ -1,7 +1,7 @@
 """`python -m bench.report [RESULTS.json ...]`: results as markdown tables and SVG plots, beside the results.
 
-`--readme` also puts a short table into README.md, between its two bench marks. `--verified GPU_CHECK.json` also writes
-lgkernels/core/verified.json: which backends passed the GPU tests, and where.
+`--readme` also puts a short table into README.md, between its two bench marks. `--faster` also writes
+lgkernels/core/faster.json: which backend of an op is the fastest on which architecture.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from .timing import slug
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 MARKS = "<!-- bench: begin -->\n", "<!-- bench: end -->"
-VERIFIED = ROOT / "lgkernels" / "core" / "verified.json"
+FASTER = ROOT / "lgkernels" / "core" / "faster.json"
 RIVALS = "lean", "compiled", "eager", "peer", "bp"  # roles of those that we can lose to
 COLUMNS = {  # of the README's table, beside ours: the first contestant of these roles
     "lean torch": ("lean",),
@@ -234,33 +234,29 @@ def plot_case(axis, rows):
     axis.spines[["top", "right"]].set_visible(False)
 
 
-# -- which backends passed the GPU tests ------------------------------------------------------------
+# -- which backend is the fastest ------------------------------------------------------------
 
 
-def passed_ops(check):
-    """{op: [backends]} of gpu_check's parts: a backend has passed where a test of it ran and none failed."""
-    outcomes = {}
-    for part in check.values():
-        for op, backends in part.get("outcomes", {}).items():
-            for backend, passed in backends.items():
-                outcomes.setdefault(op, {}).setdefault(backend, []).append(passed)
-    return {op: [b for b, passed in backends.items() if all(passed)] for op, backends in outcomes.items()}
+def mean_ratios(rows):
+    """{op: {GPU backend: mean of its times relative to the baselines, over the cases that measure this op}}."""
+    found = {}
+    for row in rows:
+        if row["backend"] in ("triton", "cuda") and not row["variant"]:
+            found.setdefault(row["registered_op"], {}).setdefault(row["backend"], []).append(row["ratio"])
+    return {op: {b: statistics.fmean(ratios) for b, ratios in backends.items()} for op, backends in found.items()}
 
 
-def mean_ratio(rows, op, backend):
-    """Mean of a backend's times relative to the baselines, over the cases that measure this op."""
-    ratios = [row["ratio"] for row in rows if row["registered_op"] == op and row["backend"] == backend]
-    return statistics.fmean(ratios) if ratios else float("inf")
-
-
-def write_verified(check, results):
-    """Merge the outcome of the GPU tests into verified.json; on each architecture the faster backend comes first."""
-    architecture = check["environment"]["capability"]
-    found = json.loads(VERIFIED.read_text()) if VERIFIED.exists() else {}
-    for op, backends in passed_ops(check).items():
-        ordered = sorted(backends, key=lambda backend, op=op: mean_ratio(results["rows"], op, backend))
-        found.setdefault(op, {})[architecture] = ordered
-    write_json(VERIFIED, found)
+def write_faster(all_results):
+    """Merge {op: {architecture: [backends, fastest first]}} into faster.json (core/dispatch.py), from GPUs' results."""
+    found = json.loads(FASTER.read_text()) if FASTER.exists() else {}
+    measured = False
+    for results in all_results:
+        architecture = results["environment"].get("capability")
+        for op, ratios in mean_ratios(results["rows"] if architecture else []).items():
+            found.setdefault(op, {})[architecture] = sorted(ratios, key=ratios.__getitem__)
+            measured = True
+    if measured:
+        write_json(FASTER, found)
 
 
 def main(arguments=None):
@@ -269,15 +265,14 @@ def main(arguments=None):
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--readme", action="store_true")
     parser.add_argument("--quiet", action="store_true", help="write the files, print nothing")
-    parser.add_argument("--verified", type=Path, metavar="GPU_CHECK.json")
+    parser.add_argument("--faster", action="store_true", help="write lgkernels/core/faster.json from those of GPUs")
     options = parser.parse_args(arguments)
     paths = options.results or sorted(RESULTS.glob("*.json"))
     if not paths:
         print(f"no results in {RESULTS}: run python -m pytest bench -q --save", file=sys.stderr)
         return 1
-    tables = []
-    for path in paths:
-        data = read(path)
+    tables, all_results = [], [read(path) for path in paths]
+    for path, data in zip(paths, all_results):
         text = markdown(data)
         if not options.no_plots:
             plot(data, path.with_suffix(".svg"))
@@ -286,8 +281,8 @@ def main(arguments=None):
         if not options.quiet:
             print(text)
         tables.append(summary(data))
-        if options.verified:
-            write_verified(json.loads(options.verified.read_text()), data)
+    if options.faster:
+        write_faster(all_results)
     if options.readme:
         put_into_readme(tables)
     return 0

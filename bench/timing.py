@@ -61,8 +61,8 @@ def _sync(device):
 class CpuTimer:
     """Seconds of one call; short calls are repeated until the clock can see them."""
 
-    def __init__(self, function, copies):
-        self.function, self.copies, self.repeats, self.calls = function, copies, 1, 0
+    def __init__(self, function):
+        self.function, self.repeats = function, 1
         for _ in range(2):
             seconds = self()
         self.repeats = max(1, math.ceil(2e-3 / max(seconds, 1e-7)))
@@ -70,28 +70,28 @@ class CpuTimer:
     def __call__(self):
         start = time.perf_counter()
         for _ in range(self.repeats):
-            self.function(self.calls % self.copies)
-            self.calls += 1
+            self.function()
         return (time.perf_counter() - start) / self.repeats
 
 
 class GraphTimer:
-    """Seconds of one call, from the replay of a CUDA graph over all copies of the inputs (none stays in the cache)."""
+    """Seconds of one call, from the replay of a CUDA graph over all copies (of which none stays in the cache)."""
 
-    def __init__(self, function, copies):
-        self.copies, stream = copies, torch.cuda.Stream()
+    def __init__(self, functions):
+        self.copies, stream = len(functions), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for i in range(max(3, copies)):  # compiles, plans and allocates before the capture
-                function(i % copies)
+            for function in functions:  # compiles, plans and allocates before the capture
+                for _ in range(3):
+                    function()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
-            self.keep = [function(i) for i in range(copies)]
+            self.keep = [function() for function in functions]
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.repeats = 1
-        seconds = self() * copies
+        seconds = self() * self.copies
         self.repeats = min(100, max(1, math.ceil(2e-3 / max(seconds, 1e-7))))
 
     def __call__(self):
@@ -103,9 +103,9 @@ class GraphTimer:
         return self.start.elapsed_time(self.end) / 1e3 / self.repeats / self.copies
 
 
-def timer(function, device, copies=1):
-    """What times one call of `function`; building it may raise (a CUDA graph that can't be captured)."""
-    return (GraphTimer if device.type == "cuda" else CpuTimer)(function, copies)
+def timer(functions, device):
+    """What times one call of these functions, copies of one; building it may raise (a graph that can't be captured)."""
+    return GraphTimer(functions) if device.type == "cuda" else CpuTimer(functions[0])
 
 
 def interleaved(timers, seconds, min_rounds=3, max_rounds=200):
@@ -134,15 +134,15 @@ def ratio(samples, baseline):
 
 def peak_memory(function, device):
     """Bytes that a call holds at its peak beyond what was there before it, when it is not the first one."""
-    function(0)
+    function()
     gc.collect()
-    return measure.peak_memory(lambda: function(0), device)
+    return measure.peak_memory(function, device)
 
 
 def copy_bandwidth(device, megabytes):
     """Bytes a second, read plus written, of a large `copy_` into existing memory."""
     out, source = (torch.ones(megabytes * 2**18, device=device) for _ in range(2))
-    samples = interleaved({"copy": timer(lambda i: out.copy_(source), device)}, 0.5, 5, 20)["copy"]
+    samples = interleaved({"copy": timer([lambda: out.copy_(source)], device)}, 0.5, 5, 20)["copy"]
     return 2 * megabytes * 2**20 / statistics.median(samples)
 
 
@@ -150,7 +150,7 @@ def matmul_rate(device, dtype, size):
     """FLOP/s of a square library matmul."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
-    samples = interleaved({"mm": timer(lambda i: torch.mm(a, b, out=out), device)}, 0.5, 5, 20)["mm"]
+    samples = interleaved({"mm": timer([lambda: torch.mm(a, b, out=out)], device)}, 0.5, 5, 20)["mm"]
     return 2 * size**3 / statistics.median(samples)
 
 

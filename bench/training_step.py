@@ -5,11 +5,17 @@ import torch
 from lgkernels.recipes.models import build
 from lgkernels.training import BackpropTrainer
 
+from . import common
 from .common import Contestant, Problem
 
 
 class TrainingStep(Problem):
     baseline = "bp"
+
+    @property
+    def footprint(self):
+        """Its activations alone are more than a cache holds."""
+        return common.CACHE_BYTES
 
     def layers(self, rule, wrap=None, **options):
         """VGG8 for a rule; `wrap` makes another layer of each block."""
@@ -26,10 +32,10 @@ class TrainingStep(Problem):
 
     def step(self, trainer, parts=1, x=None, result="losses"):
         """Steps of a trainer over the batch, or its parts. `result` is the losses' name among the results."""
-        x = self.inputs[0] if x is None else x
+        x = self.input if x is None else x
         batches = list(zip(x.chunk(parts), self.target.chunk(parts)))
 
-        def run(i):
+        def run():
             with self.autocast():
                 for part, labels in batches:
                     losses = trainer.step(part, labels)

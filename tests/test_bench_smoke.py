@@ -1,4 +1,4 @@
-"""The bench runs: every case at a tiny size, the report, and the GPU command's answer where there is no GPU."""
+"""The bench runs: every case at a tiny size, and the report."""
 
 import json
 import os
@@ -83,6 +83,17 @@ def test_problems_name_registered_ops():
             assert case.problem.registered_op in (None, *dispatch.registered_ops()), case.name
             problem = case.problem(case, torch.device("cpu"))
             assert case.baseline in [c.name for c in problem.contestants()], case.name
+
+
+def test_on_a_gpu_no_cache_holds_what_is_timed():
+    from bench import common
+
+    for case in common.cases("gpu"):
+        problem = case.problem(case, torch.device("cuda"))
+        assert problem.copies >= 2 and (problem.copies == 16 or problem.copies * problem.footprint >= 2**28), case.name
+    case = common.cases("gpu", "feedback")[0]
+    one, other = (case.problem(case, torch.device("cpu")) for _ in range(2))
+    assert one.copies == 1 and one.input.data_ptr() != other.input.data_ptr()
 
 
 def test_a_contestant_has_a_role():
@@ -180,114 +191,28 @@ def test_rows_of_an_older_bench_are_refused(tmp_path):
         report.main([str(path)])
 
 
-# -- the GPU command --------------------------------------------------------------------------------------------------
-
-
-def test_gpu_check_without_a_gpu(tmp_path):
-    done = run("bench.gpu_check", "--out", str(tmp_path))
-    assert done.returncode == 2 and "gpu_check needs a CUDA device" in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--out", "x", "--only", "build,nonsense"], "unknown part 'nonsense'; expected some of build,test:"),
-        ([], "the following arguments are required: --out"),
-    ],
-)
-def test_gpu_check_arguments(arguments, message, capsys):
-    from bench import gpu_check
-
-    with pytest.raises(SystemExit, match="2"):
-        gpu_check.main(arguments)
-    assert message in capsys.readouterr().err
-
-
-def test_gpu_check_finds_its_parts():
-    from bench import common, gpu_check
-
-    with_kernels = {path.parent.name for path in (ROOT / "lgkernels" / "ops").glob("*/cuda.py")} - {"common"}
-    parts = set(gpu_check.find_parts())
-    assert {f"test:{family}" for family in with_kernels} | {f"bench:{name}" for name in common.families()} < parts
-    assert all(gpu_check.limit_of(part, 1000) < gpu_check.BUDGET for part in parts)
-
-
-def junit(path, *tests):
-    """A file with tests of (ops, backend or None, outcome: "", "failure", "error" or "skipped")."""
-    lines = []
-    for ops, backend, outcome in tests:
-        properties = [("op", op) for op in ops.split()] + [("backend", backend)] * bool(backend)
-        inside = "".join(f'<property name="{name}" value="{value}"/>' for name, value in properties)
-        inside = f"<properties>{inside}</properties>" + (f"<{outcome}/>" if outcome else "")
-        lines.append(f'<testcase classname="a" name="test_it">{inside}</testcase>')
-    path.write_text(f"<testsuites><testsuite>{''.join(lines)}</testsuite></testsuites>")
-    return path
-
-
-def test_a_failing_test_takes_off_its_own_op_alone(tmp_path, monkeypatch):
+def test_the_faster_backend_comes_first(tmp_path, monkeypatch):
     from bench import report
-    from bench.gpu_check import outcomes_of
 
-    lls = outcomes_of(
-        junit(
-            tmp_path / "lls.xml",
-            ("lls_loss", "triton", ""),
-            ("lls_loss lls_block", "cuda", ""),
-            ("lls_block", "triton", ""),
-            ("lls_block", "triton", "failure"),
-            ("lls_loss", "reference", "failure"),
-        )
-    )
-    assert lls == {"lls_loss": {"triton": True, "cuda": True}, "lls_block": {"triton": False, "cuda": True}}
-    toy = outcomes_of(
-        junit(
-            tmp_path / "toy.xml",
-            ("toy", "cuda", ""),
-            ("toy", "triton", "skipped"),
-            ("other", "triton", ""),
-            ("other", "cuda", ""),
-            ("other", None, "error"),
-        )
-    )
-    assert toy == {"toy": {"cuda": True}, "other": {"triton": False, "cuda": False}}
-
-    monkeypatch.setattr(report, "VERIFIED", tmp_path / "verified.json")
-    report.write_json(report.VERIFIED, {"lls_loss": {"sm_80": ["triton"]}, "toy": {"sm_90": ["triton"]}})
-    check = {
-        "environment": {"capability": "sm_90"},
-        "build": {},
-        "test:lls": {"outcomes": lls},
-        "test:toy": {"outcomes": toy},
-    }
+    monkeypatch.setattr(report, "FASTER", tmp_path / "faster.json")
+    report.write_json(report.FASTER, {"lls_loss": {"sm_80": ["triton"]}, "toy": {"sm_90": ["triton"]}})
     rows = [
-        row(f"lgkernels {backend}", "ours", time, backend=backend) for backend, time in (("triton", 3), ("cuda", 2))
+        row(f"lgkernels {backend}", "ours", time, backend=backend, case=case)
+        for case, times in {"a": (3, 2), "b": (1, 1)}.items()
+        for backend, time in zip(("triton", "cuda"), times)
     ]
-    report.write_verified(check, {"rows": rows})
-    assert json.loads(report.VERIFIED.read_text()) == {
-        "lls_loss": {"sm_80": ["triton"], "sm_90": ["cuda", "triton"]},
-        "toy": {"sm_90": ["cuda"]},
-        "lls_block": {"sm_90": ["cuda"]},
-        "other": {"sm_90": []},
-    }
+    others = [
+        row("lgkernels cpu", "ours", 0.1, backend="cpu"),
+        row("half", "ours", 0.1, backend="triton", variant=True),
+    ]
+    report.write_faster([{"environment": {"capability": "sm_90"}, "rows": [*rows, *others]}])
+    expected = {"lls_loss": {"sm_80": ["triton"], "sm_90": ["cuda", "triton"]}, "toy": {"sm_90": ["triton"]}}
+    assert json.loads(report.FASTER.read_text()) == expected
 
 
-def test_every_gpu_test_names_its_op_and_every_gpu_kernel_has_a_test():
-    from lgkernels.core import dispatch
+def test_a_cpu_measures_no_order_of_gpu_backends(tmp_path, monkeypatch, results):
+    from bench import report
 
-    done = run("pytest", "--gpu", "--collect-only", "tests", "-p", "no:cacheprovider")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("ops under test: "))
-    tested = line.partition(": ")[2].split(", ")
-    assert {op for op in dispatch.registered_ops() if "cuda" in dispatch.backends(op)} <= set(tested)
-
-
-@pytest.mark.parametrize(
-    "mark, fault",
-    [("", "it has no mark op"), ("@pytest.mark.op('nonsense')\n", "its mark op names ['nonsense']; registered are [")],
-)
-def test_a_gpu_test_without_an_op_is_refused(tmp_path, mark, fault):
-    path = tmp_path / "test_gpu_it.py"
-    path.write_text(f"import pytest\n\n{mark}def test_it():\n    pass\n")
-    done = run("pytest", "--collect-only", "-p", "tests.support.op_marks", "-p", "no:cacheprovider", str(path))
-    assert done.returncode != 0 and f"test_it: {fault}" in done.stdout + done.stderr
+    monkeypatch.setattr(report, "FASTER", tmp_path / "faster.json")
+    assert report.main([str(results), "--no-plots", "--quiet", "--faster"]) == 0
+    assert not report.FASTER.exists()

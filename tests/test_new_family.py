@@ -270,14 +270,14 @@ class Toy(Problem):
     baseline = "floor"
 
     def contestants(self):
-        x = self.inputs
+        x = self.input
         return [
-            *self.ours(lambda impl: lambda i: {"y": LF.toy(x[i], impl=impl)}),
-            Contestant("floor", "floor", lambda: lambda i: {"": x[i] * 2}),
+            *self.ours(lambda impl: lambda: {"y": LF.toy(x, impl=impl)}),
+            Contestant("floor", "floor", lambda: lambda: {"": x * 2}),
         ]
 
     def truth(self):
-        return {"y": self.inputs[0].double() * 2}
+        return {"y": self.input.double() * 2}
 
 
 CASES = {"smoke": [Case(Toy, 4, 6)]}

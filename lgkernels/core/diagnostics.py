@@ -1,4 +1,4 @@
-"""`python -m lgkernels info`: what is here, what each op would use and why, and a self-test."""
+"""`python -m lgkernels info`: what is here, what each op would use and why, how its trials went, and a self-test."""
 
 import importlib
 import importlib.metadata
@@ -11,13 +11,19 @@ import torch
 
 import lgkernels
 
-from . import dispatch, native
+from . import advice, dispatch, native, trust, verdicts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative error (norm of the difference over norm of the truth) that a self-test accepts, by input dtype. Float32
 # convolutions may run in TF32 on a GPU.
 SELFTEST_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-DEFAULTS = {"LGKERNELS_IMPL": "auto", "LGKERNELS_CHECK": "0", "LGKERNELS_CPU": "the widest that the processor has"}
+DEFAULTS = {
+    "LGKERNELS_IMPL": "auto",
+    "LGKERNELS_CHECK": "0",
+    "LGKERNELS_CPU": "the widest that the processor has",
+    "LGKERNELS_TRUST": "first-use",
+    "LGKERNELS_CACHE_DIR": "the user's folder for caches",
+}
 
 
 def add_arguments(parser):
@@ -51,7 +57,16 @@ def gather():
             for dtype in DTYPES
             for chosen in [in_effect(op, device, dtype)]
         ],
+        "in_short": {str(device): advice.line(device, torch.float32) for device in devices()},
+        "verdicts": {str(device): verdicts_on(device) for device in devices() if device.type in trust.DEVICE_TYPES},
+        "cache": str(verdicts.directory()),
     }
+
+
+def verdicts_on(device):
+    """The file of a device's verdicts, and what they say of each op."""
+    path = trust.store(device).path
+    return {"file": str(path) if path and path.exists() else None, "ops": advice.evidence(device)}
 
 
 def in_effect(op, device, dtype):
@@ -177,6 +192,14 @@ def as_text(report):
     lines += ["", "environment"] + [f"  {name:<20} {value}" for name, value in report["environment"].items()]
     lines += ["", 'what impl="auto" uses here']
     lines += ["  {op:<19} {device:<7} {dtype:<9} {backend:<10} {reason}".format(**row) for row in report["ops"]]
+    lines += [""] + [f"in short: {device}: {text}" for device, text in report["in_short"].items()]
+    for device, found in report["verdicts"].items():
+        lines += ["", f"tried on {device}, kept in {found['file'] or report['cache'] + ' (nothing yet)'}"]
+        lines += [f"  {op:<19} {text}" for op, text in found["ops"].items()] or [
+            "  nothing: python -m lgkernels verify"
+        ]
+    if not report["verdicts"]:
+        lines += ["", f"verdicts on GPU kernels are kept in {report['cache']}"]
     if "selftest" in report:
         lines += ["", "self-test (relative error against the float64 reference)"]
         for row in report["selftest"]:

@@ -9,6 +9,7 @@ lean version where the family has one (`torch.py`), else the definition (`refere
 import importlib
 import importlib.util
 import json
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,10 +19,13 @@ import torch
 
 from . import environment, native, trust
 
-BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
+PLAIN = ("reference", "torch")
+BACKENDS = (*PLAIN, "cpu", "triton", "cuda")
 IMPLEMENTATIONS = ("auto", *BACKENDS)
 _FASTER = Path(__file__).with_name("faster.json")
 _ops: dict[str, tuple[str, tuple[str, ...]]] = {}  # op: (package, backends)
+_preferred: list[str] = []
+_warned: set[str] = set()
 
 
 def register(op: str, package: str, backends: Sequence[str] | None = None) -> None:
@@ -72,8 +76,16 @@ def faster() -> dict[str, dict[str, list[str]]]:
 def kernels_for(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The GPU backend that `auto` would like to use, fastest first; None where there is none."""
     order = faster().get(op, {}).get(architecture(device), [])
-    order = [*order, *(b for b in ("triton", "cuda") if b not in order)]
-    return next((b for b in order if unavailable(op, b, device, dtype) is None), None)
+    order = [*_preferred, *order, *(b for b in ("triton", "cuda") if b not in order)]
+    usable = [b for b in order if unavailable(op, b, device, dtype) is None]
+    wanted = (b for b in usable if b in _preferred or not trust.refusal(op, device, b))
+    return next(wanted, usable[0] if usable else None)
+
+
+def prefer(*backends: str) -> None:
+    """From now on `auto` takes these first, whatever benches and tests say: for `verify`, which tries all."""
+    _preferred[:] = backends
+    _chosen.cache_clear()
 
 
 def fallback(op: str) -> str:
@@ -124,12 +136,56 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[st
             return fallback(op), f"{op} has no kernels that can run here"
         if trust.policy() == "never":
             return fallback(op), "LGKERNELS_TRUST=never"
+        refused = trust.refusal(op, device, kernels)
+        if refused and kernels not in _preferred:
+            return fallback(op), f"its kernels are off: {refused}"
         untried = trust.policy() == "always"
+        if not untried and not trust.has_trial(op):
+            return fallback(op), f"the {kernels} kernels have no trial"
         return kernels, "LGKERNELS_TRUST=always" if untried else "each specialisation once it has passed its trial here"
     if device.type == "cpu":
         why_not = unavailable(op, "cpu", device, dtype)
         return (fallback(op), why_not) if why_not else ("cpu", f"native C++ ({native.native().cpu_level()})")
     return fallback(op), f"no kernels for {device.type}"
+
+
+def remedy(device: torch.device, dtype: torch.dtype) -> str:
+    """What to do where no kernel runs."""
+    if dtype == torch.float64:
+        return "use float32, bfloat16 or float16"
+    if device.type in trust.DEVICE_TYPES:
+        if trust.policy() == "never":
+            return "unset LGKERNELS_TRUST"
+        return "`pip install triton`, and see `python -m lgkernels verify`"
+    if device.type == "cpu":
+        return "install a C++ compiler, and lgkernels again (LGKERNELS_BUILD=cpu shows why it cannot be built)"
+    return "use a CPU or a CUDA device"
+
+
+def has_kernels(op: str, device: torch.device) -> bool:
+    """Whether the op is meant to run on kernels there."""
+    if device.type in trust.DEVICE_TYPES:
+        return bool(set(trust.BACKENDS) & set(backends(op))) and trust.has_trial(op)
+    return "cpu" in backends(op)
+
+
+def said_fallback() -> None:
+    """Somebody has said that no kernel runs here: no warning needs to say it again."""
+    _warned.add("none")
+
+
+def _warn_of_fallback(op: str, backend: str, why: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Once in a process, where an op that has kernels runs in plain torch and nobody asked for that."""
+    if backend not in PLAIN or dtype == torch.float64 or not has_kernels(op, device):
+        return
+    refused = trust.refusal(op, device)
+    key = op if refused else "none"
+    if device.type not in ("cpu", *trust.DEVICE_TYPES) or key in _warned or trust.policy() == "never":
+        return
+    _warned.add(key)
+    who = op if refused else "lgkernels"
+    do = "`python -m lgkernels info` shows all verdicts" if refused else f"To do: {remedy(device, dtype)}"
+    warnings.warn(f"{who} runs in plain torch on {device.type}: {why}. {do}", stacklevel=2)
 
 
 @lru_cache(maxsize=1024)
@@ -139,7 +195,8 @@ def _chosen(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl == "auto":
-        impl = explain(op, device, dtype)[0]
+        impl, why = explain(op, device, dtype)
+        _warn_of_fallback(op, impl, why, device, dtype)
     why_not = unavailable(op, impl, device, dtype)
     if why_not:
         usable = [b for b in BACKENDS if unavailable(op, b, device, dtype) is None]

@@ -85,7 +85,7 @@ def define(
     """Decorator of the function that runs an op on a backend; see the module.
 
     Args:
-        backends_of: name under which the op's backends are chosen, shown by `info` and noted as verified; ops that
+        backends_of: name under which the op's backends are chosen, shown by `info`; ops that
             belong together (a forward and its backward) share one.
         package: the family's, `__package__`: its modules are the backends.
         fake: shapes and dtypes of the results: takes the op's arguments without `impl`, NamedTuples whole.
@@ -102,7 +102,9 @@ def define(
         parameters = list(inspect.signature(function).parameters.values())[1:]
         flat, pack = _flattened(parameters)
         schema = _schema(function, flat, mutates)
-        op = trust.Op(function.__name__, function, tuple(p.name for p in flat), pack, _trial(package, function))
+        names = tuple(p.name for p in flat)
+        op = trust.Op(function.__name__, function, names, pack, _trial(package, function), backends_of)
+        trust.OPS[op.name] = op
         tensors = [
             (i, p.name, dtypes.get(p.name, checks.FLOATING))
             for i, p in enumerate(flat)

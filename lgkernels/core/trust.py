@@ -3,6 +3,7 @@
 The first call of each specialisation (op, backend, dtypes, layouts, alignment, flags, block sizes) tries its kernels on
 small inputs (`core/trial.py`) and keeps the verdict (`core/verdicts.py`); a kernel that fails gives one warning, and
 the op runs in plain torch. LGKERNELS_TRUST: "first-use" (default), "always" (no trial), "never" (no kernel).
+`python -m lgkernels verify` tries ahead (core/verify.py); an op whose GPU tests failed is off whatever its trials say.
 
 Nothing is tried while a CUDA graph is captured: then the last verdict holds, or the fallback.
 """
@@ -22,11 +23,14 @@ from . import dry, environment, tiles, trial, verdicts
 
 BACKENDS = ("triton", "cuda")  # whose kernels are tried
 CHOICES = ("first-use", "always", "never")
-DEVICE_TYPES = {"cuda"}  # tests put "cpu" here: the interpreter stands in for a driver
+# whose kernels need a trial. For tests: LGKERNELS_STAND_IN=cpu, where Triton's interpreter stands in for a driver
+DEVICE_TYPES = {"cuda", *filter(None, [os.environ.get("LGKERNELS_STAND_IN")])}
 _LARGEST_BATCH = 64  # of a trial whose launches cannot be foreseen
+OPS: dict[str, "Op"] = {}  # all that are defined
 _lock = threading.RLock()
 _stores: dict[torch.device, verdicts.Verdicts] = {}
 _admitted: dict[tuple, bool] = {}
+_decided: dict[str, tuple[str, str | None, str]] = {}
 _warned: set[str] = set()
 
 
@@ -38,6 +42,7 @@ class Op(NamedTuple):
     names: tuple[str, ...]  # of the flat arguments
     pack: Callable
     trial: trial.Trial | None  # None: its kernels are never trusted on a GPU
+    group: str = ""  # name under which its backends are chosen
 
 
 def policy() -> str:
@@ -57,7 +62,34 @@ def forget_all() -> None:
     """As a new process would begin."""
     _stores.clear()
     _admitted.clear()
+    _decided.clear()
     _warned.clear()
+
+
+def decided() -> dict[str, tuple[str, str | None, str]]:
+    """{key: (what it is in words, verdict, why)} of all that this process has asked for."""
+    return dict(_decided)
+
+
+def whole(group: str, backend: str) -> str:
+    """Key of all specialisations: BAD once a test of theirs has failed on this device."""
+    return f"{group}/{backend}"
+
+
+def has_trial(group: str) -> bool:
+    """Whether the kernels of any op of the group can be tried."""
+    return any(op.trial is not None for op in OPS.values() if op.group == group)
+
+
+def refusal(group: str, device: torch.device, backend: str | None = None) -> str:
+    """Why no specialisation of these kernels (None: of any that failed its tests) is used on this device; "": none."""
+    if policy() != "first-use" or device.type not in DEVICE_TYPES:
+        return ""
+    for name in [backend] if backend else BACKENDS:
+        state, why = store(device).state(whole(group, name))
+        if state == verdicts.BAD:
+            return f"{name}: {why}"
+    return ""
 
 
 def _after_fork() -> None:
@@ -227,6 +259,7 @@ def _decide(op, backend, kernels, reference, arguments, quick) -> bool:
             )
             return False
         state, why = _try(op, backend, kernels, reference, named, batch, known, key, what)
+    _decided[key] = what, state, why
     if state == verdicts.BAD:
         _warn(
             key,

@@ -98,13 +98,14 @@ class Verdicts:
         text = json.dumps(self.fingerprint, sort_keys=True)
         self.path: Path | None = directory() / f"verdicts-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         self.known: dict[str, dict] = {}
+        self._mine: dict[str, dict] = {}  # noted by this process: what others noted since is theirs
         self.read()
 
     def read(self) -> None:
         """Take over what the file says; a damaged one counts as empty."""
         if self.path is not None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                self.known = {**self.known, **json.loads(self.path.read_text())["verdicts"]}
+                self.known = {**json.loads(self.path.read_text())["verdicts"], **self._mine}
 
     def state(self, key: str) -> tuple[str | None, str]:
         """(GOOD, BAD, or None: to be tried; why)."""
@@ -121,11 +122,12 @@ class Verdicts:
         entry = {"state": state, "what": what} | ({"why": why} if why else {})
         if state == RUNNING:
             entry |= {"pid": os.getpid(), "boot": _boot()}
-        self.known[key] = entry
+        self.known[key] = self._mine[key] = entry
         self._write()
 
     def forget(self, key: str) -> None:
         """A trial that ended without a verdict (interrupted, or no memory)."""
+        self._mine.pop(key, None)
         self.known.pop(key, None)
         self._write(without=key)
 
@@ -135,9 +137,7 @@ class Verdicts:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(self.path):
-                mine = dict(self.known)
                 self.read()
-                self.known = {**self.known, **mine}
                 if without is not None:
                     self.known.pop(without, None)
                 text = json.dumps({"fingerprint": self.fingerprint, "verdicts": self.known}, indent=1, sort_keys=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import advice
 from . import checkpoint, instruments, loop, measure, models, optimizers, report, weights
 from .data import Dataset
 from .options import UsageError
@@ -104,6 +105,8 @@ class Session:
             f"{self.title}: {s.epochs} epochs, batch {s.batch_size}, {s.optimizer}, learning rate {', '.join(rates)}, "
             f"{s.device}{threads}"
         )
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.amp, torch.float32)
+        print(advice.line(s.device, dtype))
         print(f"run folder: {self.folder}", flush=True)
 
     def _start(self) -> dict[str, Tensor] | None:

@@ -84,6 +84,7 @@ def test_cuda_graph(impl, case):
             assert_relative(name, parameter.grad.cpu(), expected[name].cpu(), 1e-5)
 
 
+@pytest.mark.alone
 @pytest.mark.op("lls_loss", "lls_block")
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_more_than_2_to_the_31_elements(impl, channels_last):

@@ -12,6 +12,7 @@ from tests.support.tolerances import assert_relative
 pytestmark = pytest.mark.op("lls_loss")
 
 
+@pytest.mark.alone
 def test_loss_of_more_than_2_to_the_31_elements(impl):
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free device memory")

@@ -106,6 +106,7 @@ def test_repeatable_bit_for_bit(impl, loss):
             assert_bit_equal(f"result {i}", a, b)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["dense", "channels_last"])
 def test_more_than_2_to_the_31_elements(backend, layout):
     if backend in ("reference", "torch") or torch.cuda.mem_get_info()[0] < 24 * 2**30:

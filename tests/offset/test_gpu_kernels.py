@@ -55,6 +55,7 @@ def test_repeatable_bit_for_bit(backend):
             assert_bit_equal(f"result {i}", a, b)
 
 
+@pytest.mark.alone
 def test_step_of_more_than_2_to_the_31_elements(backend):
     if backend in ("reference", "torch") or torch.cuda.mem_get_info()[0] < 48 * 2**30:
         pytest.skip("needs 48 GiB of free device memory, and kernels")

@@ -19,6 +19,7 @@ BY_NAME = {  # modules that import others by a name which is made up, and so not
     "core.ops": "the trials of the family whose op is made",
     "recipes.rules": "the rules that are there",
     "training.planner": "the costs beside the trainers that are there",
+    "core.verify": "the cases of a family",
 }
 
 

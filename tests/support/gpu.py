@@ -1,4 +1,7 @@
-"""Fixtures of the tests on a CUDA device, test_gpu*.py: `python -m pytest --gpu`."""
+"""Fixtures of the tests on a CUDA device, test_gpu*.py: `python -m pytest --gpu`.
+
+With LGKERNELS_STAND_IN=cpu (a dry run of bench/gpu_check.py) Triton's interpreter and the CPU executor take its place.
+"""
 
 import os
 import shutil
@@ -9,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import running
 from tests.support import problems
 
 ROOT = Path(__file__).parents[2]
+DEVICE = os.environ.get("LGKERNELS_STAND_IN") or "cuda"
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
 
@@ -19,20 +24,27 @@ SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer
 def backend(request):
     from lgkernels.core import dispatch
 
+    if DEVICE != "cuda":
+        with running({"cuda": "cuda-simt"}.get(request.param, request.param)):
+            yield request.param
+        return
     reason = dispatch.unavailable("lls_loss", request.param, torch.device("cuda"), torch.float32)
     if reason:
         pytest.skip(f"{request.param}: {reason}")
-    return request.param
+    yield request.param
 
 
 @pytest.fixture(autouse=True)
 def on_the_device(monkeypatch):
     """Backends get their tensors there; truth and bound are still computed on the CPU, by the reference."""
-    monkeypatch.setattr(problems, "DEVICE", "cuda")
+    monkeypatch.setattr(problems, "DEVICE", DEVICE)
+    if DEVICE != "cuda":
+        return
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
+@pytest.mark.sanitizer
 @pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("checker", ["memcheck", "racecheck"])
 def test_no_kernel_is_at_fault(request, backend, checker):

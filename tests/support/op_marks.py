@@ -1,10 +1,14 @@
-"""Plugin of `pytest --gpu`: the mark `op` says for which registered ops a GPU test speaks, of which it decides alone.
+"""Plugin of `pytest --gpu`: marks say what becomes of a GPU test's outcome, and beside what it may run.
 
-`@pytest.mark.op("lls_loss", ...)` on a test, or as `pytestmark` on its file (the test's own goes first). Ops and the
-parameter `backend` go into the junit file as properties, from which `bench/gpu_check.py` reads what has passed.
+`@pytest.mark.op("lls_loss", ...)` on a test, or as `pytestmark` on its file (the test's own goes first): the registered
+ops for which it speaks, and of which it decides alone. `@pytest.mark.alone`: it needs the device's memory for itself.
+`@pytest.mark.sanitizer`: what it finds is reported, and decides about no op. The properties `op`, `kind` and `backend`
+(the parameter of that name) are what tests/support/outcomes.py writes down for bench/gpu_check.py.
 """
 
 import pytest
+
+KINDS = ("alone", "sanitizer")  # else "test"
 
 
 def faults_of(ops, registered):
@@ -28,6 +32,8 @@ def pytest_collection_modifyitems(items):
         if fault:
             faults.append(f"{item.nodeid}: {fault}")
         item.user_properties += [("op", op) for op in ops]
+        kind = next((kind for kind in KINDS if item.get_closest_marker(kind)), "test")
+        item.user_properties.append(("kind", kind))
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         if backend:
             item.user_properties.append(("backend", backend))

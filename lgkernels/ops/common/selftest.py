@@ -1,6 +1,26 @@
 """Inputs of the families' self-tests: fixed values, rounded to half precision so that every dtype starts alike."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+
+IMAGES = ("contiguous", "channels_last", "strided")
+ROWS = ("contiguous", "strided")
+
+
+class Ordinary(NamedTuple):
+    """A case of ordinary sizes for `python -m lgkernels verify`: `ORDINARY[op][sizes in words]` of a self-test."""
+
+    layouts: tuple[str, ...]
+    run: Callable  # of (impl, device, dtype, layout)
+
+
+def arranged(tensor, layout):
+    """The same values, laid out in one of IMAGES."""
+    if layout == "channels_last":
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return torch.stack([tensor, tensor], -1)[..., 0] if layout == "strided" else tensor.contiguous()
 
 
 def values(*shape, device, dtype, scale=1.0):

@@ -1,16 +1,19 @@
-"""Tiny cases of the family's ops for `python -m lgkernels info --selftest`: `CASES[op](impl, device, dtype)`."""
+"""Tiny cases of the family's ops for `python -m lgkernels info --selftest`: `CASES[op](impl, device, dtype)`.
+
+`ORDINARY`: those of `verify`, with the sizes of a linear layer and of a convolution.
+"""
 
 import torch
 
-from ..common.selftest import values
+from ..common.selftest import ROWS, Ordinary, arranged, values
 from . import op  # noqa: F401  registers the ops
 
 _ops = torch.ops.lgkernels
 
 
-def _formulas(device, dtype):
+def _formulas(device, dtype, rows=6, columns=40):
     """(weight, magnitude, state, law, law_scale, low, scale, sign_plus) of uSF, frSF by tensor and by formula, FA."""
-    weight, magnitude = (values(n, 40, device=device, dtype=dtype)[:6] for n in (6, 7))
+    weight, magnitude = (values(n, columns, device=device, dtype=dtype)[:rows] for n in (rows, rows + 1))
     state = torch.tensor([11, 3, 2], device=device)
     return [
         (weight, None, None, "uniform", 1.0, None, 0.25, False),
@@ -61,4 +64,61 @@ CASES = {
     "feedback_fold": fold,
     "feedback_pack_signs": pack_signs,
     "feedback_update_": update,
+}
+
+
+def _product(rows, columns):
+    def run(impl, device, dtype, layout):
+        grad = arranged(values(128, rows, device=device, dtype=dtype), layout)
+        for formula in _formulas(device, dtype, rows, columns):
+            _ops.feedback_product(grad, columns, *formula, impl)
+
+    return Ordinary(ROWS, run)
+
+
+def _matrix(rows, columns):
+    def run(impl, device, dtype, layout):
+        for formula in _formulas(device, dtype, rows, columns):
+            _ops.feedback_matrix(rows, columns, *formula, dtype, device, impl)
+
+    return Ordinary(ROWS[:1], run)
+
+
+def _rows(columns):
+    def run(impl, device, dtype, layout):
+        index, state = torch.arange(128, device=device) % 10, torch.tensor([11, 3, 2], device=device)
+        _ops.feedback_rows(index, columns, state, "uniform", 0.5, None, 1.0, dtype, impl)
+
+    return Ordinary(ROWS[:1], run)
+
+
+def _pack(rows, columns):
+    def run(impl, device, dtype, layout):
+        _ops.feedback_pack_signs(values(rows, columns, device=device, dtype=dtype), impl)
+
+    return Ordinary(ROWS[:1], run)
+
+
+def _update(rows, columns):
+    def run(impl, device, dtype, layout):
+        weight, buffer = (values(rows, columns, device=device, dtype=dtype) for _ in range(2))
+        grad, x = values(128, rows, device=device, dtype=dtype), values(128, columns, device=device, dtype=dtype)
+        _ops.feedback_update_(weight, buffer, grad, x, 0.1, 0.9, 0.0, 0.0, False, False, 1.0, impl)
+
+    return Ordinary(ROWS[:1], run)
+
+
+_LAYERS = {"512 x 1024": (512, 1024), "4096 x 4096": (4096, 4096), "256 x 1152": (256, 128 * 9)}
+
+
+def _each(make):
+    return {words: make(*sizes) for words, sizes in _LAYERS.items()}
+
+
+ORDINARY = {
+    "feedback_product": _each(_product),
+    "feedback_matrix": _each(_matrix),
+    "feedback_rows": {"10 x 16384": _rows(16384)},
+    "feedback_pack_signs": _each(_pack),
+    "feedback_update_": _each(_update),
 }
