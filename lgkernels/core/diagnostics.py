@@ -11,7 +11,7 @@ import torch
 
 import lgkernels
 
-from . import advice, dispatch, native, trust, verdicts
+from . import advice, dispatch, native, tiles, trust, verdicts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative error (norm of the difference over norm of the truth) that a self-test accepts, by input dtype. Float32
@@ -103,7 +103,7 @@ def describe(device):
     properties = torch.cuda.get_device_properties(device)
     return (
         f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB, "
-        f"{properties.multi_processor_count} multiprocessors"
+        f"{properties.multi_processor_count} multiprocessors, train in {str(tiles.half_precision(device))[6:]}"
     )
 
 
