@@ -116,7 +116,7 @@ def _quick(op: Op, backend: str, arguments: tuple) -> tuple:
     key: list = [op.name, backend]
     for a in arguments:
         if isinstance(a, Tensor):
-            key += a.dtype, a.shape, a.data_ptr() & 15, a.is_contiguous() or a.stride()
+            key += a.dtype, a.shape, a.get_device(), a.data_ptr() & 15, a.is_contiguous() or a.stride()
         elif type(a) is list:
             key.append(tuple(a))
         else:

@@ -161,6 +161,15 @@ def test_keys_tell_layouts_dtypes_and_alignment_apart():
     assert admits(raises, x[:32].repeat(2, 1)), "the same specialisation"
 
 
+def test_a_verdict_of_one_device_is_none_of_another():
+    class Elsewhere(torch.Tensor):
+        def get_device(self):
+            return 1
+
+    x = torch.ones(64, 8)
+    assert trust._quick(OP, "planted", (x,)) != trust._quick(OP, "planted", (x.as_subclass(Elsewhere),))
+
+
 def test_the_next_process_takes_the_verdict_over():
     assert admits(right)
     trust.forget_all()
