@@ -260,13 +260,14 @@ def _native_matrix(
         or not isinstance(dtype, torch.dtype)
         or dtype not in _NATIVE_DTYPES
         or state.device.type != "cpu"
+        or (state.dtype, tuple(state.shape), state.is_contiguous()) != (torch.int64, (3,), True)
         or _traced(state)
     ):
         return None
     kernels = native.cpu_entries()
     if kernels is None or not rows * cols:
         return None
-    out = torch.empty(rows, cols, dtype=dtype)
+    out = torch.empty(rows, cols, dtype=dtype, device=state.device)  # whatever the default device is
     formula = (rows, cols, None, None, state.data_ptr(), law, scale, low, 1.0, False)
     kernels.feedback_matrix(formula, out.data_ptr(), _NATIVE_DTYPES[dtype], torch.get_num_threads())
     return out

@@ -122,6 +122,18 @@ extern "C" void run(const int64_t* block, const int64_t* row, const int64_t* str
         command = [compiler, "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-ffp-contract=fast"]
         subprocess.run([*command, "-o", library, folder / f"{kind}.cpp"], check=True)
         found[kind] = ctypes.CDLL(str(library)).run
+    text = f"""
+#include <cmath>
+using std::fma;
+{philox_cuda.FUSED_MULTIPLY_ADD}
+extern "C" void run(const float* unit, float span, float low, float* out, long count) {{
+  for (long i = 0; i < count; ++i) out[i] = affine<float>(unit[i], span, low);
+}}
+"""
+    (folder / "affine.cpp").write_text(text)
+    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC"]
+    subprocess.run([*command, "-o", folder / "affine.so", folder / "affine.cpp"], check=True)
+    found["affine"] = ctypes.CDLL(str(folder / "affine.so")).run
     return found
 
 
@@ -142,13 +154,22 @@ def stand_in(compiled, monkeypatch):
 
         return run
 
+    def affine(unit, *, span, low):
+        out = np.empty(tuple(unit.shape), np.float32)
+        unit = np.ascontiguousarray(unit.numpy())
+        places = [a.ctypes.data_as(ctypes.c_void_p) for a in (unit, out)]
+        compiled["affine"](places[0], ctypes.c_float(span), ctypes.c_float(low), places[1], ctypes.c_long(out.size))
+        return torch.from_numpy(out)
+
     monkeypatch.setattr(philox_cuda, "kernel", kernel)
+    monkeypatch.setattr(philox_cuda, "fused_multiply_add", lambda: affine)
     return launches
 
 
 def test_torch_finds_the_function_in_the_source():
     parse = torch.cuda.jiterator._CodeParser
     assert {parse(philox_cuda.code(kind)).function_name for kind in philox_cuda.LAWS} == {"random_call"}
+    assert parse(philox_cuda.FUSED_MULTIPLY_ADD).function_name == "affine"
 
 
 def test_words(stand_in):

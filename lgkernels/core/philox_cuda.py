@@ -1,5 +1,5 @@
-"""Rows of a random matrix (lgkernels/random.py) on a CUDA device without a kernel of this library: one launch of a
-function that torch compiles (torch.cuda.jiterator), and at most ten of torch's own.
+"""Rows of a random matrix (lgkernels/random.py) on a CUDA device without a kernel of this library: one or two
+launches of functions that torch compiles (torch.cuda.jiterator), and at most ten in all.
 """
 
 from collections.abc import Callable
@@ -41,6 +41,7 @@ LAWS = {
     out[i + 1].value = (float)(radius * sin((double)angle));
   }""",
 }
+FUSED_MULTIPLY_ADD = "template <typename T> T affine(T unit, T span, T low) { return fma(unit, span, low); }"
 
 
 def code(kind: str) -> str:
@@ -59,16 +60,14 @@ def words(block: Tensor, row: Tensor, state: Tensor, kind: str = "words") -> Ten
     return torch.stack(kernel(kind)(block, row, stream, step, seed), -1).view(torch.int32)
 
 
+@cache
+def fused_multiply_add() -> Callable[..., Any]:
+    return torch.cuda.jiterator._create_jit_fn(FUSED_MULTIPLY_ADD, span=1.0, low=0.0)
+
+
 def _affine(unit: Tensor, scale: float, low: float) -> Tensor:
     span, low = float(np.float32(scale - low)), float(np.float32(low))
-    if low == 0:
-        return unit.mul_(span)
-    product = unit.double().mul_(span)  # exact; then as in random.py: the odd neighbour of the sum, rounded once
-    total = product + low
-    added = total - product
-    error = (product - (total - added)) + (low - added)
-    odd = torch.nextafter(total, torch.copysign(torch.full_like(error, torch.inf), error))
-    return torch.where(((total.view(torch.int64) & 1) == 0) & (error != 0), odd, total).float()
+    return unit.mul_(span) if low == 0 else fused_multiply_add()(unit, span=span, low=low)
 
 
 def _values(block: Tensor, row: Tensor, state: Tensor, law: str, scale: float, low: float | None) -> Tensor:

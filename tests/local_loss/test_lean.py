@@ -33,6 +33,6 @@ def similarity(problem, h):
 def test_lean(kind, ours, layout):
     case = Case(kind, **SIZES, **layout)
     problem = case.problem(case, torch.device("cpu"))
-    h = problem.inputs[0].detach()
+    h = problem.input.detach()
     ours(problem, h), problem.lean(h)  # what the problem makes at first use is not counted
     assert_lean(kind.__name__, count(ours, problem, h), count(problem.lean, h))
