@@ -170,7 +170,7 @@ def from_flat(values: Mapping[str, Any]) -> Settings:
 
 def complete(given: Mapping[str, Any]) -> Settings:
     """The settings of a new run: what is given, over those of a preset, and what follows from them."""
-    presets, given, explicit = rules.presets(), dict(given), set(given)
+    presets, given = rules.presets(), dict(given)
     preset = given.pop("preset", None)
     if preset is not None:
         known("preset", preset, presets)
@@ -184,13 +184,6 @@ def complete(given: Mapping[str, Any]) -> Settings:
     if "optimizer" not in given:
         wanted = [rule.defaults(settings).optimizer for rule in settings.rules]
         settings.optimizer = next(filter(None, wanted), settings.optimizer)
-    used = {f.name for rule in settings.rules for f in dataclasses.fields(rule.options)}
-    for kind, those in rules.by_options().items():
-        for name in sorted({f.name for f in own_fields(kind)} & explicit - used):
-            raise UsageError(
-                f"{flag(name)} is for the rules {', '.join(those)}, not for "
-                f"{', '.join(rule.name for rule in settings.rules)}"
-            )
     settings.compare = [rule for rule in dict.fromkeys(settings.compare) if rule != settings.rule]
     settings.check()
     return settings
