@@ -14,7 +14,8 @@ import sys
 import timeit
 from unittest import mock
 
-os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ from .offset import resnet50_shapes
 from .stand_in import installed
 
 CPU = torch.device("cpu")
-ROUNDS = int(sys.argv[1]) if sys.argv[1:] else 200
+ROUNDS = int(sys.argv[1]) if __name__ == "__main__" and sys.argv[1:] else 200
 
 
 def best(functions, calls=20):

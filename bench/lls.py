@@ -328,9 +328,8 @@ class GradPreactivation(Pass):
         return lambda: {"z": function(mine, *self.channel, *self.arguments)}
 
     def truth(self):
-        arguments = (self.input, *self.channel, *self.arguments)
-        wide = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
-        return {"z": self.reference.grad_preactivation_(*wide)}
+        own = self.input, *self.channel, *self.arguments
+        return {"z": self.reference.grad_preactivation_(*(t.double() if torch.is_tensor(t) else t for t in own))}
 
 
 class VGG8Step(TrainingStep):

@@ -36,7 +36,7 @@ def planted(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     ops = ["goodness", "local_cross_entropy", "similarity", "feedback_pack_signs", "offset_sgd_"]
     done = run(
-        *("--json", "--dtype", "float32", "--case", "tiny", "--limit", "45", "--jobs", "2", "--op", *ops),
+        *("--json", "--dtype", "float32", "--case", "tiny", "--limit", "25", "--jobs", "2", "--op", *ops),
         module="tests.support.stand_in",
         LGKERNELS_CACHE_DIR=str(cache),
         LGKERNELS_PLANT="goodness=crash,local_cross_entropy=hang,similarity=wrong",

@@ -149,9 +149,10 @@ def _lasting(op: Op, backend: str, arguments: dict, blocks: str) -> tuple[str, s
     if op.trial.kind is not None:
         words = f"{op.name} {backend} {op.trial.kind(arguments)}"
         return f"{op.name}/{backend}/{hashlib.sha256(words.encode()).hexdigest()[:20]}", words
+    batch = trial.batch_of(op.trial, arguments)
     for name, value in arguments.items():
         if isinstance(value, Tensor):
-            parts.append((name, *_layout(value, name in op.trial.rows)))
+            parts.append((name, *_layout(value, trial.has_rows(op.trial, name, value, batch))))
         elif name not in op.trial.counts:
             parts.append((name, str(_kind(value))))
         elif isinstance(value, list):
@@ -166,28 +167,19 @@ def _lasting(op: Op, backend: str, arguments: dict, blocks: str) -> tuple[str, s
     return f"{op.name}/{backend}/{digest}", f"{op.name} {backend} {', '.join(dtypes)} {sizes}"
 
 
-def batch_of(op: Op, arguments: dict) -> int:
-    for name in op.trial.rows:
-        if isinstance(arguments.get(name), Tensor) and arguments[name].dim():
-            return arguments[name].shape[0]
-    for name in op.trial.counts:
-        value = arguments[name]
-        return value[0] if isinstance(value, list) else value
-    return 1
-
-
 def _launches(op: Op, kernels: ModuleType, arguments: dict, batch: int, arch: int | str) -> tuple | None:
     """What a call of `batch` rows launches; None where that cannot be foreseen."""
 
     def meta(name, value):
         if isinstance(value, Tensor):
-            rows = name in op.trial.rows and value.dim()
+            rows = trial.has_rows(op.trial, name, value, given_batch)
             shape = (batch, *value.shape[1:]) if rows else value.shape
             return torch.empty_strided(shape, value.stride(), dtype=value.dtype, device="meta")
         if name in op.trial.counts:
             return [batch, *value[1:]] if isinstance(value, list) else batch
         return torch.device("meta") if isinstance(value, torch.device) else value
 
+    given_batch = trial.batch_of(op.trial, arguments)
     own = op.pack(tuple(meta(name, value) for name, value in arguments.items()))
     try:
         return dry.launches(lambda: op.function(kernels, *own), arch)
@@ -197,7 +189,7 @@ def _launches(op: Op, kernels: ModuleType, arguments: dict, batch: int, arch: in
 
 def foreseen(op: Op, backend: str, kernels: ModuleType, arguments: dict, device: torch.device) -> tuple[int, str]:
     """`(rows of the trial, blocks in words)`: the smallest batch whose launches are those of the call."""
-    batch = batch_of(op, arguments)
+    batch = trial.batch_of(op.trial, arguments)
     if op.trial.kind is not None:
         return 1, ""
     found = None
@@ -243,7 +235,7 @@ def admits(op: Op, backend: str, kernels: ModuleType, reference: ModuleType, arg
 def _decide(op, backend, kernels, reference, arguments, quick) -> bool:
     named = dict(zip(op.names, arguments))
     device = _device(arguments)
-    if batch_of(op, named) == 0:
+    if trial.batch_of(op.trial, named) == 0:
         return True  # nothing to launch a kernel over
     batch, blocks = foreseen(op, backend, kernels, named, device)
     key, what = _lasting(op, backend, named, blocks)
@@ -289,10 +281,15 @@ def _try(op, backend, kernels, reference, named, batch, known, key, what) -> tup
         state = verdicts.GOOD
     except trial.Fault as fault:
         state, why = verdicts.BAD, str(fault)
-    except torch.OutOfMemoryError:
-        why = "no memory for the trial"
-    except Exception as error:  # of this process, perhaps: no compiler for Triton, say; the next tries again
-        state, why, lasts = verdicts.BAD, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False
+    except trial.NotAsked:
+        lasts = False
+    except torch.OutOfMemoryError:  # not again by this process, whose every call would end here
+        state, why, lasts = verdicts.BAD, "there was no memory for it", False
+    except Exception as error:
+        # Of this process, perhaps (no compiler for Triton, say): the next tries again. But a kernel that broke the
+        # device's context took the process with it.
+        state, why = verdicts.BAD, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        lasts = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=only_warn)
         if state is not None and lasts:

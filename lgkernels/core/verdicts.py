@@ -74,20 +74,27 @@ def fingerprint(device: torch.device) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=1)
 def _boot() -> str:
-    """Which run of which machine a process number belongs to."""
+    """Which run of this machine a process number belongs to."""
     with contextlib.suppress(OSError):
-        return platform.node() + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return platform.node()
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
 
 
-def _is_alive(pid: int) -> bool:
+def _started(pid: int) -> str:
+    """When a process began: a number alone may be another's by now, or the same in a container begun anew."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def _is_alive(pid: int, started: str) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        return True
-    return True
+        pass
+    return _started(pid) == started
 
 
 class Verdicts:
@@ -96,7 +103,9 @@ class Verdicts:
     def __init__(self, device: torch.device) -> None:
         self.fingerprint = fingerprint(device)
         text = json.dumps(self.fingerprint, sort_keys=True)
-        self.path: Path | None = directory() / f"verdicts-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        self.path: Path | None = None
+        with contextlib.suppress(RuntimeError):  # a user without a home
+            self.path = directory() / f"verdicts-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         self.known: dict[str, dict] = {}
         self._mine: dict[str, dict] = {}  # noted by this process: what others noted since is theirs
         self.read()
@@ -114,14 +123,16 @@ class Verdicts:
             return None, ""
         if entry["state"] != RUNNING:
             return entry["state"], entry.get("why", "")
-        if entry.get("boot") == _boot() and _is_alive(entry.get("pid", -1)):
+        if entry.get("node") != platform.node():
+            return None, ""  # of another machine that shares this home: nothing is known of its process
+        if entry.get("boot") == _boot() and _is_alive(entry.get("pid", -1), entry.get("started", "")):
             return None, ""  # another process tries it at this moment
         return BAD, "a process that tried it ended in the middle"
 
     def note(self, key: str, state: str, what: str, why: str = "") -> None:
         entry = {"state": state, "what": what} | ({"why": why} if why else {})
         if state == RUNNING:
-            entry |= {"pid": os.getpid(), "boot": _boot()}
+            entry |= {"pid": os.getpid(), "started": _started(os.getpid()), "node": platform.node(), "boot": _boot()}
         self.known[key] = self._mine[key] = entry
         self._write()
 

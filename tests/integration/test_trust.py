@@ -3,6 +3,7 @@
 Triton's interpreter, or a module of planted faults, stands in for a GPU's kernels, the CPU for the GPU.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -242,13 +243,47 @@ def test_two_ranks_keep_each_others_verdicts():
     assert mine.state("b") == ("bad", "wrong")
 
 
-def test_no_memory_for_a_trial_is_no_verdict():
+def test_no_memory_for_a_trial_is_no_verdict_but_for_this_process():
     def no_memory(x):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert not admits(no_memory)
-    assert not entries()
+    with pytest.warns(UserWarning, match="there was no memory for it"):
+        assert not admits(no_memory)
+    assert not entries() and not written()["verdicts"]
+    assert not admits(right), "each of its calls would end there"
+    trust.forget_all()
     assert admits(right)
+
+
+def test_a_kernel_that_broke_the_device_is_not_tried_again():
+    def broken(x):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.warns(UserWarning, match="illegal memory access"):
+        assert not admits(broken)
+    assert [e["state"] for e in written()["verdicts"].values()] == [verdicts.BAD]
+
+
+def test_a_call_that_the_reference_refuses_says_nothing_of_the_kernel():
+    def refuses(x):
+        raise ValueError("x must be longer")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reference = types.SimpleNamespace(double=refuses)
+        assert not trust.admits(OP, "planted", types.SimpleNamespace(double=right), reference, (torch.ones(64, 7),))
+    assert not entries()
+
+
+def test_a_trial_on_another_machine_says_nothing_here():
+    store = trust.store(CPU)
+    assert admits(right)
+    (key,) = entries()
+    store.note(key, verdicts.RUNNING, "double")
+    store.known[key]["node"] = "another"
+    assert store.state(key) == (None, "")
+    store.known[key] |= {"node": verdicts.platform.node(), "started": "1"}
+    assert store.state(key)[0] == verdicts.BAD, "the same number, another process"
 
 
 def test_an_interrupted_trial_is_no_verdict():
@@ -306,6 +341,69 @@ def test_auto_takes_the_kernel_that_has_passed(monkeypatch):
     assert set(entries().values()) == {verdicts.GOOD} and len(entries()) == 2
     for got in (first, second):
         torch.testing.assert_close(got, expected)
+
+
+def zeros(results):
+    return tuple(torch.zeros_like(r) for r in results)
+
+
+def halved(results):
+    return tuple(r / 2 if r.is_floating_point() else r for r in results)
+
+
+def other_rows(results):
+    """Every row of a gradient but the first and the last points the wrong way."""
+    return tuple(torch.cat([r[:1], -3 * r[1:-1], r[-1:]]) if r.dim() == 2 else r for r in results)
+
+
+def run_product(dtype):
+    weight = torch.linspace(-1, 1, 4096 * 8).view(4096, 8).to(dtype)
+    LF.sign_symmetric_linear(torch.ones(16, 8, dtype=dtype, requires_grad=True), weight).sum().backward()
+
+
+def run_block(dtype):
+    from lgkernels.nn import LLSConvBlock
+
+    block = LLSConvBlock(3, 8, 3, padding=1, num_classes=10, pool_size=2).to(dtype)
+    block(torch.linspace(-1, 1, 16 * 3 * 64).view(16, 3, 8, 8).to(dtype), torch.arange(16) % 10)
+
+
+def run_head(dtype):
+    x = torch.linspace(-1, 1, 16 * 32).view(16, 32).to(dtype).requires_grad_()
+    LF.lls_loss(x, torch.arange(16) % 10, num_classes=10, pool_size=32).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "run, op, family, name, wrong",
+    [
+        (run_product, "feedback_product", "feedback", "product", lambda r: zeros([r])[0]),
+        (run_product, "feedback_product", "feedback", "product", lambda r: halved([r])[0]),
+        (run_block, "lls_block", "lls", "norm_act_pool", zeros),
+        (run_block, "lls_block", "lls", "norm_grads", halved),
+        (run_head, "lls_loss_forward", "lls", "head", other_rows),
+    ],
+    ids=["product zeros", "product halved", "block zeros", "block halved", "head rows"],
+)
+def test_a_wrong_kernel_of_an_op_is_caught_in_every_dtype(run, op, family, name, wrong, dtype, monkeypatch):
+    module = importlib.import_module(f"lgkernels.ops.{family}.triton")
+    kernel = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a, **k: wrong(kernel(*a, **k)))
+    with pytest.warns(UserWarning, match=f"the triton kernels of {op} failed"):
+        run(dtype)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def test_right_kernels_pass_in_every_dtype(dtype):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run_product(dtype), run_block(dtype), run_head(dtype)
+        x = torch.linspace(-1, 1, 16 * 32).view(16, 32).to(dtype).requires_grad_()  # without maps: no mean
+        LF.similarity_matching_loss(x, torch.arange(16) % 10, num_classes=10).backward()
+        for kind in (torch.uint8, torch.int8, torch.int16):
+            LF.lls_loss(x, (torch.arange(16) % 10).to(kind), num_classes=300, pool_size=32)
+    assert set(entries().values()) == {verdicts.GOOD}
 
 
 def test_auto_falls_back_from_a_kernel_that_has_not(monkeypatch):

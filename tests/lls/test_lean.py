@@ -2,7 +2,6 @@
 peak memory of a loss and of a block, forward and backward, at most 15 % more."""
 
 import dataclasses
-from functools import partial
 from types import SimpleNamespace
 
 import pytest

@@ -102,7 +102,7 @@ def start(kernel, programs, device, args, meta):
         with torch.cuda.device(device):
             return start(kernel, programs, device, args, meta)
     key: list = [id(kernel), index, *meta, *meta.values(), *map(type, meta.values())]  # True is another constant than 1
-    values = []
+    values, foreign = [], False  # foreign: a class of tensor that must not be kept alive in a key
     for value in args:
         kind = type(value)
         if kind in _TENSORS:
@@ -112,7 +112,13 @@ def start(kernel, programs, device, args, meta):
         else:
             values.append(value)
             # A float is its type to Triton, an int may be a constant or a multiple of 16, a bool is no int.
-            key.append(value if kind is int or value is None else float if kind is float else (kind, value))
+            if kind is int or value is None:
+                key.append(value)
+            elif kind is float:
+                key.append(float)
+            else:
+                key.append((kind, value))
+                foreign = foreign or kind is not bool
     known = _remembered.get(tuple(key))
     own = knobs.runtime.__dict__  # what somebody has set: a hook, debug mode
     watched = _ENTER.calls or _LEAVE.calls or kernel.pre_run_hooks or kernel.debug or own and any(own.values())
@@ -121,7 +127,7 @@ def start(kernel, programs, device, args, meta):
         stream = active.get_current_stream(index)
         return run(programs, 1, 1, stream, function, metadata, None, None, None, *values, *constants)
     compiled = kernel[(programs,)](*args, **meta)
-    if not watched:
+    if not watched and not foreign:
         _remember(tuple(key), kernel, compiled, args, meta)
 
 

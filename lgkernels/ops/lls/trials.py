@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 from ...core.trial import Trial
 
 _WEIGHT_GRADIENT = 2  # place among a block's results
@@ -12,12 +14,17 @@ def _of_row(name):
     return lambda a: math.prod(a[name].shape[1:]) + a["num_classes"]
 
 
+def _ignore_last(target, index):
+    limits = torch.iinfo(target.dtype)
+    if len(target) > 2 and limits.min <= index <= limits.max:
+        target[-1] = index
+
+
 def _plant(a):
     """A row of norm zero, and an ignored one."""
-    rows = a["activation"].shape[0]
-    if rows > 2:
+    if len(a["target"]) > 2:
         a["activation"][0] = 0
-        a["target"][rows - 1] = a["ignore_index"]
+    _ignore_last(a["target"], a["ignore_index"])
 
 
 def _block_length(a):
@@ -30,7 +37,7 @@ _CLASSES = {"target": lambda a: a["num_classes"]}
 
 TRIALS = {
     "lls_loss_forward": Trial(
-        rows=("activation", "target"), indices=_CLASSES, plant=_plant, length=_of_row("activation")
+        rows=("activation", "target"), indices=_CLASSES, plant=_plant, per_row=True, length=_of_row("activation")
     ),
     "lls_loss_backward": Trial(
         rows=("grad_loss", "grad_latents", "similarity", "grad_logits"),
@@ -41,6 +48,7 @@ TRIALS = {
         rows=("x", "target"),
         indices=_CLASSES,
         positive=("running_var",),
+        plant=lambda a: _ignore_last(a["target"], -100),
         mutates=("running_mean", "running_var"),
         library=(_WEIGHT_GRADIENT,),
         rounding="x",

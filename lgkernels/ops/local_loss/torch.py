@@ -44,7 +44,7 @@ def local_cross_entropy_grads(scale, pooled, grad_logits, grad_pooled, dtype, ne
     g = grad_logits * factor if needs_weight or needs_bias else grad_logits
     return (
         grad_h,
-        g.t() @ pooled if needs_weight else pooled.new_empty(0),
+        g.t() @ pooled.to(g.dtype) if needs_weight else pooled.new_empty(0),
         g.sum(0) if needs_bias else pooled.new_empty(0),
     )
 
