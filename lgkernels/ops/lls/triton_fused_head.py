@@ -16,7 +16,7 @@ from ..common.launch import block_count, configuration, launch
 from ..common.rounding import product
 from .tiles import TILES
 from .triton_finish import reduce_loss
-from .triton_steps import basis_tile, head_loss, latent_tile, norm_and_factor, store_latent_grad, valid_rows
+from .triton_steps import basis_tile, constants, head_loss, latent_tile, norm_and_factor, store_latent_grad, valid_rows
 
 # Products of a head up to which a layer saves two launches (four with a matrix); larger ones take three, on the tensor
 # cores. Chosen by counting operations (some fifty microseconds of a GPU's plain arithmetic, beside a layer's
@@ -308,9 +308,8 @@ def fused_head(name, x, target, modulation, basis, options, compute_grad, out):
         options.ignore_index,
         PACKED=basis.dtype == torch.int32,
         NORMALIZE=options.normalize,
-        ZERO_BELOW=options.zero_gradient_below_eps,
         CROSS_ENTROPY=options.loss == "cross_entropy",
-        MEAN=options.reduction == "mean",
+        **constants(options),
         MATRIX=modulation is not None and modulation.dim() == 2,
         GRAD=compute_grad,
         **config,

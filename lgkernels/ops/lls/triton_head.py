@@ -19,7 +19,16 @@ from ..common.launch import block_count, configuration, launch, new
 from ..common.rounding import product
 from .tiles import TILES
 from .triton_finish import reduce_loss
-from .triton_steps import basis_tile, head_loss, latent_tile, norm_and_factor, store_latent_grad, store_loss, valid_rows
+from .triton_steps import (
+    basis_tile,
+    constants,
+    head_loss,
+    latent_tile,
+    norm_and_factor,
+    store_latent_grad,
+    store_loss,
+    valid_rows,
+)
 
 
 @triton.jit(do_not_specialize=["B", "ignore_index", "slices"])
@@ -358,9 +367,8 @@ def head_in_steps(x, target, modulation, basis, options, compute_grad, out):
         basis_scale,
         PACKED=packed,
         NORMALIZE=normalize,
-        ZERO_BELOW=options.zero_gradient_below_eps,
         REDUCE=out.loss is not None,
-        MEAN=options.reduction == "mean",
+        **constants(options),
         PRECISION=precision,
         **config,
     )

@@ -22,6 +22,11 @@ class HeadResults(NamedTuple):
     grad_latents: Tensor  # (B, d)
 
 
+def constants(options):
+    """Options that are compiled into the kernels that end a head."""
+    return {"ZERO_BELOW": options.zero_gradient_below_eps, "MEAN": options.reduction == "mean"}
+
+
 @triton.jit
 def latent_tile(x, b, block, B, d, BLOCK_D: tl.constexpr):
     """Rows b, block number `block` of BLOCK_D columns of x."""
