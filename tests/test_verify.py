@@ -49,7 +49,7 @@ def planted(tmp_path_factory):
     "op, verdict, error",
     [
         ("goodness", "crashed", "signal 11"),
-        ("local_cross_entropy", "hung", "no end within 45 s"),
+        ("local_cross_entropy", "hung", "no end within 25 s"),
         ("similarity", "bad", "similarity: result 0: error"),
     ],
 )
