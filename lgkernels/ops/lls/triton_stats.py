@@ -61,7 +61,7 @@ def batch_moments_kernel(
         value = tl.load(z + at, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32) - shift[None, :]
         count += tl.where(inside, 1.0, 0.0)
         delta = tl.where(inside[:, None], value - mean, 0.0)
-        mean += delta * (1.0 / tl.maximum(count, 1.0))[:, None]  # one division a position, not one an element
+        mean += delta / tl.maximum(count, 1.0)[:, None]
         squares += delta * (value - mean)
     _store_moments(partial + offset(split, 4 * C), count[:, None], mean, squares, c, C)
     tl.store(partial + offset(split, 4 * C) + 3 * C + c, shift, mask=c < C)
