@@ -17,6 +17,7 @@ import torch
 from bench import common, gpu_check
 from lgkernels.core import trust, verdicts
 from tests.support import outcomes
+from tests.test_verify import kept_in
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -90,8 +91,7 @@ def test_what_comes_back_is_at_most_eight_files(dry):
 
 def test_verdicts_are_kept_where_a_user_finds_them(dry):
     _, folder = dry
-    (path,) = (folder / "cache").glob("verdicts-*.json")
-    kept = {key: entry["state"] for key, entry in json.loads(path.read_text())["verdicts"].items()}
+    kept = {key: entry["state"] for key, entry in kept_in(folder / "cache").items()}
     assert {key.rpartition("/")[0] for key in kept} == {"feedback_pack_signs/triton", "feedback_pack_signs/cuda"}
     assert set(kept.values()) == {"good"}, "the ops' tests have not all run: they decide nothing yet"
 

@@ -1,9 +1,9 @@
 """Verdicts on kernels, kept in the user's cache directory: what has passed its trial here, what has not.
 
 One file a fingerprint (GPU, driver, torch, Triton, the native module, the library's sources): after an update of any
-of them everything is tried again. A file is written whole and put in place by `os.replace`, what others wrote since
-merged in; where nothing can be written, verdicts live in memory. "running" is noted before a trial: if the process
-that noted it is gone, the kernel took it down, and is not tried again.
+of them everything is tried again. Where nothing can be written, verdicts live in memory. "running" is noted before a
+trial: if the process that noted it is gone, the kernel took it down, or somebody ended it at that moment. After the
+second such end the kernel is not tried again.
 """
 
 import contextlib
@@ -12,15 +12,16 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from . import native
+from .records import Records
 
 GOOD, BAD, RUNNING = "good", "bad", "running"
+_STRIKES = 2  # ends in the middle of a trial that condemn a kernel
+_DAYS_KEPT, _DAYS_OF_SOURCES = 90, 7  # of files that nothing uses
 
 
 def directory() -> Path:
@@ -97,82 +98,63 @@ def _is_alive(pid: int, started: str) -> bool:
     return _started(pid) == started
 
 
+def _has_ended(entry: dict) -> bool:
+    """Whether a process of this machine began the trial and is gone; nothing is known of those of another machine."""
+    if entry.get("state") != RUNNING or entry.get("node") != platform.node():
+        return False
+    return entry.get("boot") != _boot() or not _is_alive(entry.get("pid", -1), entry.get("started", ""))
+
+
 class Verdicts:
-    """Those of one device; `path` is None where nothing can be written."""
+    """Those of one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.fingerprint = fingerprint(device)
         text = json.dumps(self.fingerprint, sort_keys=True)
-        self.path: Path | None = None
+        path = None
         with contextlib.suppress(RuntimeError):  # a user without a home
-            self.path = directory() / f"verdicts-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-        self.known: dict[str, dict] = {}
-        self._mine: dict[str, dict] = {}  # noted by this process: what others noted since is theirs
-        self.read()
+            path = directory() / f"verdicts-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+        self._records = Records(path, self.fingerprint, self._is_stale)
 
-    def read(self) -> None:
-        """Take over what the file says; a damaged one counts as empty."""
-        if self.path is not None:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                self.known = {**json.loads(self.path.read_text())["verdicts"], **self._mine}
+    @property
+    def path(self) -> Path | None:
+        """None where nothing can be written."""
+        return self._records.path
+
+    @property
+    def known(self) -> dict[str, dict]:
+        return self._records.entries
 
     def state(self, key: str) -> tuple[str | None, str]:
         """(GOOD, BAD, or None: to be tried; why)."""
-        entry = self.known.get(key)
-        if not isinstance(entry, dict) or entry.get("state") not in (GOOD, BAD, RUNNING):
-            return None, ""
-        if entry["state"] != RUNNING:
+        entry = self.known.get(key, {})
+        if entry.get("state") in (GOOD, BAD):
             return entry["state"], entry.get("why", "")
-        if entry.get("node") != platform.node():
-            return None, ""  # of another machine that shares this home: nothing is known of its process
-        if entry.get("boot") == _boot() and _is_alive(entry.get("pid", -1), entry.get("started", "")):
-            return None, ""  # another process tries it at this moment
-        return BAD, "a process that tried it ended in the middle"
+        if _has_ended(entry) and entry.get("left", 0) + 1 >= _STRIKES:
+            return BAD, f"{_STRIKES} processes that tried it ended in the middle"
+        return None, ""
 
     def note(self, key: str, state: str, what: str, why: str = "") -> None:
         entry = {"state": state, "what": what} | ({"why": why} if why else {})
         if state == RUNNING:
+            self._records.read()
+            before = self.known.get(key, {})
             entry |= {"pid": os.getpid(), "started": _started(os.getpid()), "node": platform.node(), "boot": _boot()}
-        self.known[key] = self._mine[key] = entry
-        self._write()
+            entry["left"] = before.get("left", 0) + _has_ended(before)
+        self._records.put(key, entry)
 
     def forget(self, key: str) -> None:
-        """A trial that ended without a verdict (interrupted, or no memory)."""
-        self._mine.pop(key, None)
-        self.known.pop(key, None)
-        self._write(without=key)
+        """A trial that ended without a verdict (interrupted, or no memory), or that is to be repeated."""
+        self._records.put(key, {})
 
-    def _write(self, without: str | None = None) -> None:
-        if self.path is None:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.path):
-                self.read()
-                if without is not None:
-                    self.known.pop(without, None)
-                text = json.dumps({"fingerprint": self.fingerprint, "verdicts": self.known}, indent=1, sort_keys=True)
-                handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.stem, suffix=".tmp")
-                try:
-                    with os.fdopen(handle, "w") as file:
-                        file.write(text)
-                    os.replace(name, self.path)
-                except BaseException:
-                    os.unlink(name)
-                    raise
-        except OSError:  # a read-only home: memory serves this process
-            self.path = None
+    def forget_all(self) -> int:
+        """As if nothing had been tried on this device. Returns how many verdicts there were."""
+        return self._records.clear()
 
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One writer at a time, where the file system has locks; without them a verdict may be lost, and is found again."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(path.with_suffix(".lock"), "w") as lock:
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    def _is_stale(self, theirs: dict | None, days: float) -> bool:
+        """Whether verdicts that nobody has read for so long may go: this device's under other versions (it may have
+        several environments, and other machines may share the folder), sooner where only the sources are others."""
+        if theirs is None:  # damaged
+            return days > _DAYS_KEPT
+        changed = {name for name, value in self.fingerprint.items() if theirs.get(name) != value}
+        return "gpu" not in changed and days > (_DAYS_OF_SOURCES if changed == {"sources"} else _DAYS_KEPT)

@@ -4,7 +4,6 @@ Triton's interpreter, or a module of planted faults, stands in for a GPU's kerne
 """
 
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -41,8 +40,9 @@ def entries():
 
 
 def written():
-    (path,) = (Path(os.environ["LGKERNELS_CACHE_DIR"])).glob("verdicts-*.json")
-    return json.loads(path.read_text())
+    """What a process that begins now would read."""
+    assert len(list(Path(os.environ["LGKERNELS_CACHE_DIR"]).glob("verdicts-*"))) == 1
+    return {"verdicts": verdicts.Verdicts(CPU).known}
 
 
 # -- an op of the test's own -------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_nothing_can_be_written(monkeypatch, tmp_path):
     assert trust.store(CPU).path is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"verdicts": 3}', '{"verdicts": {"a": 3}}', "\x00\x01"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"about": 3}\n', '{"about": 3}\n{"key": "a"}', "\x00\x01", "\n\n"])
 def test_a_damaged_file_counts_as_empty(text):
     assert admits(right)
     path = trust.store(CPU).path
@@ -208,21 +208,54 @@ def test_a_damaged_file_counts_as_empty(text):
     assert verdicts.GOOD in [e["state"] for e in written()["verdicts"].values() if isinstance(e, dict)]
 
 
-def test_a_kernel_that_took_its_process_down_is_not_tried_again():
+@pytest.mark.parametrize("line", ["{", "[]", "3", '{"state": "bad"}', '{"key": [], "state": "bad"}', '{"key": "a'])
+def test_a_damaged_line_is_none(line):
+    assert admits(right)
+    path = trust.store(CPU).path
+    with open(path, "a") as file:
+        file.write(line)  # without an end: its process was killed while it wrote
+    verdicts.Verdicts(CPU).note("b", verdicts.GOOD, "b")
+    assert [e["state"] for e in written()["verdicts"].values()] == [verdicts.GOOD] * 2
+
+
+def killed_in_a_trial(signal=9):
+    """A process that ends in the middle of a trial."""
     program = """
         import os, sys, torch
         sys.path.insert(0, {root!r})
         from tests.integration import test_trust
         from lgkernels.core import trust
         trust.DEVICE_TYPES = {{"cpu"}}
-        test_trust.admits(lambda x: os.kill(os.getpid(), 9), torch.ones(64, 7))
+        test_trust.admits(lambda x: os.kill(os.getpid(), {signal}), torch.ones(64, 7))
     """
     root = str(Path(__file__).resolve().parents[2])
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program.format(root=root))])
-    assert result.returncode == -9
-    assert [e["state"] for e in written()["verdicts"].values()] == [verdicts.RUNNING]
-    with pytest.warns(UserWarning, match="a process that tried it ended in the middle"):
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program.format(root=root, signal=signal))])
+    assert result.returncode == -signal
+    return [(e["state"], e["left"]) for e in written()["verdicts"].values()]
+
+
+def test_a_kernel_that_took_two_processes_down_is_not_tried_again():
+    assert killed_in_a_trial() == [(verdicts.RUNNING, 0)]
+    assert killed_in_a_trial() == [(verdicts.RUNNING, 1)]
+    with pytest.warns(UserWarning, match="2 processes that tried it ended in the middle"):
         assert not admits(right, torch.ones(64, 7))
+
+
+def test_a_process_that_was_ended_in_a_trial_condemns_nothing():
+    assert killed_in_a_trial(15) == [(verdicts.RUNNING, 0)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert admits(right, torch.ones(64, 7))
+    assert list(entries().values()) == [verdicts.GOOD]
+
+
+def test_ranks_that_try_at_once_are_one_strike():
+    one, two = verdicts.Verdicts(CPU), verdicts.Verdicts(CPU)
+    one.note("a", verdicts.RUNNING, "a")
+    two.note("a", verdicts.RUNNING, "a")
+    assert written()["verdicts"]["a"]["left"] == 0
+    one.known["a"]["started"] = "1"  # as if both had been ended
+    assert one.state("a") == (None, "")
 
 
 def test_a_key_that_another_process_tries_now_is_no_crash():
@@ -282,8 +315,10 @@ def test_a_trial_on_another_machine_says_nothing_here():
     store.note(key, verdicts.RUNNING, "double")
     store.known[key]["node"] = "another"
     assert store.state(key) == (None, "")
-    store.known[key] |= {"node": verdicts.platform.node(), "started": "1"}
+    store.known[key] |= {"node": verdicts.platform.node(), "started": "1", "left": 1}
     assert store.state(key)[0] == verdicts.BAD, "the same number, another process"
+    store.known[key]["node"] = "another"
+    assert store.state(key) == (None, "")
 
 
 def test_an_interrupted_trial_is_no_verdict():
