@@ -1,5 +1,9 @@
 """What runs, in words: one line for `train` and `info`, one warning where plain torch runs and nobody asked for it."""
 
+import os
+import subprocess
+import sys
+import textwrap
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +116,32 @@ def test_what_another_process_has_noted_since_is_its_own():
     assert verdicts.Verdicts(CPU).state("a") == (verdicts.GOOD, "")
 
 
+@pytest.mark.parametrize("raised", ["ImportError", "OSError", "RuntimeError"])
+def test_a_triton_that_cannot_be_imported_is_not_usable(raised, tmp_path):
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(f"raise {raised}('libtriton.so: undefined symbol')")
+    program = """
+        import torch
+        import lgkernels.functional as LF
+        from lgkernels.core import dispatch, verdicts
+        loss = LF.goodness_loss(torch.ones(8, 12), torch.arange(8) % 2 == 0)
+        print(dispatch.unavailable("goodness", "triton", loss.device, loss.dtype))
+        print(verdicts.fingerprint(loss.device)["triton"])
+    """
+    stand_in = dict(LGKERNELS_STAND_IN="cpu", TRITON_INTERPRET="1", LGKERNELS_CACHE_DIR=str(tmp_path / "cache"))
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env={**os.environ, **stand_in, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    why = f"triton is installed and cannot be imported ({raised}: libtriton.so: undefined symbol)"
+    assert done.stdout.splitlines() == [why, "none"]
+    assert f"runs in plain torch on cpu: goodness has no kernels that can run here; {why}" in done.stderr
+    assert "To do: `pip install --force-reinstall triton`" in done.stderr
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_train_says_what_runs(is_there, monkeypatch, capsys):
     from lgkernels.recipes.session import Session
@@ -134,4 +164,5 @@ def test_info_shows_the_verdicts(monkeypatch):
     text = diagnostics.as_text(diagnostics.gather())
     assert f"tried on cpu, kept in {trust.store(CPU).path}" in text
     assert "triton: 1 failed: result 0: error 1" in text and "in short: cpu: kernels: triton" in text
+    assert "python -m lgkernels verify --again repeats trials that failed, --forget drops all verdicts" in text
     assert "LGKERNELS_TRUST      (unset: first-use)" in text and "LGKERNELS_CACHE_DIR" in text

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lgkernels.core import dispatch, records, trust, verdicts, verify
 from tests.simt import executor
 
 ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
 
 
 def run(*arguments, module="lgkernels", **environment):
@@ -47,7 +49,7 @@ def planted(tmp_path_factory):
         LGKERNELS_CACHE_DIR=str(cache),
         LGKERNELS_PLANT="goodness=crash,local_cross_entropy=hang,similarity=wrong",
     )
-    return done, kept_in(cache)
+    return done, kept_in(cache), cache
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def planted(tmp_path_factory):
     ],
 )
 def test_a_fault_fails_alone_and_is_not_tried_again(planted, op, verdict, error):
-    done, kept = planted
+    done, kept, _ = planted
     row = rows(done)[op, "triton"]
     assert done.returncode == 1 and row["verdict"] == verdict and row["error"].startswith(error)
     noted = [entry for key, entry in kept.items() if key.startswith(f"{op}/triton")]
@@ -68,7 +70,7 @@ def test_a_fault_fails_alone_and_is_not_tried_again(planted, op, verdict, error)
 
 
 def test_what_passes_is_in_the_cache(planted):
-    done, kept = planted
+    done, kept, _ = planted
     for backend in ("triton", "cuda"):
         assert rows(done)["feedback_pack_signs", backend]["verdict"] == "good"
         assert {entry["state"] for key, entry in kept.items() if key.startswith(f"feedback_pack_signs/{backend}")} == {
@@ -77,8 +79,48 @@ def test_what_passes_is_in_the_cache(planted):
 
 
 def test_progress_goes_to_stderr(planted):
-    done, _ = planted
+    done, _, _ = planted
     assert "[##############################] 10/10, 3 failed" in done.stderr
+
+
+def test_again_repeats_what_failed_and_nothing_else(planted):
+    _, kept, cache = planted
+    done = run(
+        *("--again", "--json", "--dtype", "float32", "--case", "tiny", "--op", "similarity", "--backend", "triton"),
+        module="tests.support.stand_in",
+        LGKERNELS_CACHE_DIR=str(cache),
+    )
+    assert "1 failed trials forgotten" in done.stderr and rows(done)["similarity", "triton"]["verdict"] == "good"
+    now = kept_in(cache)
+    changed = {key for key in now if now[key] != kept.get(key)}
+    assert {key.rpartition("/")[0] for key in changed} <= {"similarity/triton", "similarity_backward/triton"}
+    assert {now[key]["state"] for key in changed} == {"good"}
+
+
+def test_again_leaves_what_gpu_tests_say(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LGKERNELS_CACHE_DIR", str(tmp_path))
+    dispatch.registered_ops()
+    store = verdicts.Verdicts(CPU)
+    bad = ("goodness/triton", "goodness/triton/1", "goodness_backward/cuda/2", "similarity/triton/3")
+    for key in bad:
+        store.note(key, verdicts.BAD, key, "wrong")
+    store.note("goodness/triton/4", verdicts.GOOD, "right")
+    verify.forget_failed(CPU, {"goodness"}, ["triton"])
+    assert set(verdicts.Verdicts(CPU).known) == {*bad, "goodness/triton/4"} - {"goodness/triton/1"}
+    assert "1 failed trials forgotten" in capsys.readouterr().err
+
+
+def test_forget_removes_this_devices_verdicts(monkeypatch, tmp_path, capsys):
+    from lgkernels.__main__ import main
+
+    monkeypatch.setattr(trust, "DEVICE_TYPES", {"cpu"})
+    monkeypatch.setenv("LGKERNELS_CACHE_DIR", str(tmp_path))
+    (tmp_path / "verdicts-another.jsonl").write_text("")
+    verdicts.Verdicts(CPU).note("goodness/triton", verdicts.BAD, "its tests", "wrong")
+    assert main(["verify", "--forget"]) == 0
+    assert "1 verdicts on cpu (cpu, " in capsys.readouterr().out
+    assert not verdicts.Verdicts(CPU).known and (tmp_path / "verdicts-another.jsonl").exists()
+    assert main(["verify", "--forget"]) == 0 and "0 verdicts on cpu" in capsys.readouterr().out
 
 
 class Child:

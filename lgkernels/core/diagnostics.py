@@ -198,6 +198,8 @@ def as_text(report):
         lines += [f"  {op:<19} {text}" for op, text in found["ops"].items()] or [
             "  nothing: python -m lgkernels verify"
         ]
+        if found["file"]:
+            lines.append("  python -m lgkernels verify --again repeats trials that failed, --forget drops all verdicts")
     if not report["verdicts"]:
         lines += ["", f"verdicts on GPU kernels are kept in {report['cache']}"]
     if "selftest" in report:

@@ -113,10 +113,8 @@ def unavailable(op: str, backend: str, device: torch.device, dtype: torch.dtype)
             return f"it runs on CPU tensors, got {device.type}"
         return None if native.native() else f"the native module is not there ({native.native_error()})"
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
         if device.type == "cuda" or interpreting():
-            return None
+            return environment.triton_fault()
         return f"Triton runs on CUDA tensors (on CPU only with TRITON_INTERPRET=1), got {device.type}"
     if native.cuda_entries() is None:
         return f"the native module has no CUDA kernels ({native.native_error() or 'built for CPU only'})"
@@ -133,7 +131,8 @@ def explain(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[st
     if device.type in trust.DEVICE_TYPES:
         kernels = kernels_for(op, device, dtype)
         if kernels is None:
-            return fallback(op), f"{op} has no kernels that can run here"
+            whys = [unavailable(op, b, device, dtype) for b in trust.BACKENDS if b in backends(op)]
+            return fallback(op), "; ".join([f"{op} has no kernels that can run here", *filter(None, whys)])
         if trust.policy() == "never":
             return fallback(op), "LGKERNELS_TRUST=never"
         refused = trust.refusal(op, device, kernels)
@@ -156,7 +155,8 @@ def remedy(device: torch.device, dtype: torch.dtype) -> str:
     if device.type in trust.DEVICE_TYPES:
         if trust.policy() == "never":
             return "unset LGKERNELS_TRUST"
-        return "`pip install triton`, and see `python -m lgkernels verify`"
+        again = "--force-reinstall " if "cannot be imported" in (environment.triton_fault() or "") else ""
+        return f"`pip install {again}triton`, and see `python -m lgkernels verify`"
     if device.type == "cpu":
         return "install a C++ compiler, and lgkernels again (LGKERNELS_BUILD=cpu shows why it cannot be built)"
     return "use a CPU or a CUDA device"

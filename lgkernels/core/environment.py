@@ -1,6 +1,10 @@
-"""Variables of the environment that are read at each call: without the copies and exceptions of `os.environ`, whose
-look-up of a variable that is not set takes as long as a small kernel."""
+"""What is around the package: Triton, and variables of the environment.
 
+Those are read at each call, without the copies and exceptions of `os.environ`, whose look-up of a variable that is not
+set takes as long as a small kernel."""
+
+import functools
+import importlib.util
 import os
 
 _data = getattr(os.environ, "_data", None)
@@ -17,3 +21,17 @@ def is_set(name: str) -> bool:
 def value(name: str, default: str) -> str:
     """Its value, or the default."""
     return os.environ[name] if is_set(name) else default
+
+
+@functools.lru_cache(maxsize=1)
+def triton_fault() -> str | None:
+    """Why Triton cannot be used, None if it can; imports it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # another version of Python or of the C++ library, half an installation
+        return (
+            f"triton is installed and cannot be imported ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        )
+    return None

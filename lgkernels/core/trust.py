@@ -256,7 +256,8 @@ def _decide(op, backend, kernels, reference, arguments, quick) -> bool:
         _warn(
             key,
             f"the {backend} kernels of {op.name} failed their trial on this device, so it runs in plain torch: {why} "
-            f"({what}). `python -m lgkernels info` shows all verdicts; LGKERNELS_TRUST=always uses kernels untried",
+            f"({what}). `python -m lgkernels info` shows all verdicts, `python -m lgkernels verify --again` repeats "
+            "trials that failed; LGKERNELS_TRUST=always uses kernels untried",
         )
     if state is not None:
         if len(_admitted) >= 4096:

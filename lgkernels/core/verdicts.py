@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import native
+from . import environment, native
 from .records import Records
 
 GOOD, BAD, RUNNING = "good", "bad", "running"
@@ -50,10 +50,10 @@ def _driver() -> str:
 
 
 def _triton() -> str:
-    try:
-        import triton
-    except ImportError:
-        return "not installed"
+    if environment.triton_fault():
+        return "none"
+    import triton
+
     return triton.__version__
 
 

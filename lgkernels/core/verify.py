@@ -11,6 +11,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import dispatch, trust, verdicts
+from . import dispatch, environment, trust, verdicts
 
 DTYPES = ("float32", "bfloat16", "float16")
 TINY = "tiny"
@@ -50,7 +51,10 @@ def add_arguments(parser):
     parser.add_argument("--limit", type=float, default=180.0, metavar="SECONDS", help="of a case")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after so long")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--full", action="store_true", help="build, test and measure all: needs a source checkout")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--full", action="store_true", help="build, test and measure all: needs a source checkout")
+    kinds.add_argument("--again", action="store_true", help="forget the trials that failed first, and try them again")
+    kinds.add_argument("--forget", action="store_true", help="only remove all verdicts on this device")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for the results of --full")
 
 
@@ -65,11 +69,15 @@ def main(arguments):
         return 2
     if arguments.full:
         return full(arguments.out.resolve(), _ROOT)
+    if arguments.forget:
+        return forget(device)
     try:
         tasks, absent = find(device, arguments)
     except ValueError as error:
         print(f"python -m lgkernels verify: error: {error}", file=sys.stderr)
         return 2
+    if arguments.again:
+        forget_failed(device, {task.op for task in tasks}, arguments.backend)
     rows = run(tasks, device, arguments.limit, arguments.jobs, arguments.budget)
     store = verdicts.Verdicts(device)
     report = {
@@ -109,6 +117,38 @@ def full(out, root):
         )
         return 2
     return subprocess.run([sys.executable, "-m", "bench.gpu_check", "--out", str(out)], cwd=root).returncode
+
+
+# -- verdicts that are dropped ------------------------------------------------------------------------------------
+
+
+def forget(device):
+    """All verdicts on the device, those of its GPU tests too."""
+    store = verdicts.Verdicts(device)
+    path, number = store.path, store.forget_all()
+    if path is not None and path.exists():
+        print(f"{path} cannot be removed", file=sys.stderr)
+        return 1
+    print(
+        f"{number} verdicts on {device} ({store.fingerprint['gpu']}) removed: kernels are tried again at their next use"
+    )
+    return 0
+
+
+def forget_failed(device, ops, backends):
+    """Failed trials of these ops; what their GPU tests say stays."""
+    store = verdicts.Verdicts(device)
+    failed = []
+    for key in list(store.known):
+        name, backend, *specialisation = key.split("/")
+        if specialisation and backend in backends and name in trust.OPS and trust.OPS[name].group in ops:
+            failed += [key] * (store.state(key)[0] == verdicts.BAD)
+    for key in failed:
+        store.forget(key)
+    print(
+        f"{len(failed)} failed trials forgotten: a case of verify repeats them now, the next use those of other sizes",
+        file=sys.stderr,
+    )
 
 
 # -- what there is to try -----------------------------------------------------------------------------------------
@@ -230,7 +270,8 @@ class _Running:
         """What was running when the child ended is bad; `why` None: to be tried again."""
         store = verdicts.Verdicts(self.device)
         for key, entry in list(store.known.items()):
-            if entry.get("state") == verdicts.RUNNING and entry.get("pid") == self.process.pid:
+            mine = entry.get("pid") == self.process.pid and entry.get("node") == platform.node()
+            if entry.get("state") == verdicts.RUNNING and mine:
                 if why is None:
                     store.forget(key)
                 else:
@@ -242,7 +283,7 @@ def run(tasks, device, limit, jobs, budget=None):
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(kind)
     if kind == "forkserver":  # torch is imported once; a child makes its own CUDA context
-        context.set_forkserver_preload([__name__, "triton"])
+        context.set_forkserver_preload([__name__, *([] if environment.triton_fault() else ["triton"])])
     found, again, bar = {}, [], _Bar(len(tasks))
     until = time.monotonic() + budget if budget else float("inf")
     with tempfile.TemporaryDirectory() as folder:
