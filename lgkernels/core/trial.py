@@ -5,7 +5,8 @@ the same blocks, and once more an odd batch, where their masks matter. Every ten
 memory full of NaN between guard bands. A kernel passes if
 
 - what it computes is near the float64 reference, on the same device: within `accuracy.bound`, where only float32 sums
-  grow with their length (a half result that may be wrong by its own eps times sqrt(K) may be anything);
+  grow with their length (a half result that may be wrong by its own eps times sqrt(K) may be anything), and have the
+  scale of their summands where these may cancel;
 - a second run gives the same bits (weight gradients of torch's own library aside);
 - its inputs are as they were, and no guard band was touched.
 
@@ -58,6 +59,8 @@ class Trial(NamedTuple):
     plant: Callable[[dict], None] | None = None  # special cases, into the arguments
     rounding: str | None = None  # tensor in whose dtype values are rounded on the way
     per_row: bool = False  # rows of a result differ by orders of magnitude
+    # A backend that gives the sizes of what the results add up, |a| + |b| for a - b: where summands cancel
+    magnitudes: Any = None
     # Where the caller's sizes choose nothing: what does, and arguments of the trial's own
     kind: Callable[[dict], Any] | None = None
     example: Callable[[dict], dict] | None = None
@@ -209,7 +212,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def _compare(name: str, got: Tensor, rival: Tensor, truth: Tensor, length: int, trial: Trial, dtype) -> None:
+def _compare(name: str, got: Tensor, rival: Tensor, truth: Tensor, size: Tensor, length: int, trial: Trial, dtype):
     if got.shape != truth.shape or got.dtype != rival.dtype:
         raise Fault(f"{name} is {got.dtype} {tuple(got.shape)}, expected {rival.dtype} {tuple(truth.shape)}")
     if not got.numel():
@@ -228,8 +231,9 @@ def _compare(name: str, got: Tensor, rival: Tensor, truth: Tensor, length: int, 
         raise Fault(f"{name}: {int((~finite).sum())} of {got.numel()} entries are nan or inf (not written, perhaps)")
     per_row = trial.per_row and truth.dim() > 1
     scale, error = largest(truth, per_row), (got - truth).abs()
+    summed = torch.maximum(scale, largest(size.double().nan_to_num(0.0, 0.0), per_row))
     rounding = torch.finfo(dtype).eps
-    allowed = bound(largest(rival - truth, per_row), scale, min(rounding, torch.finfo(torch.float32).eps), length)
+    allowed = bound(largest(rival - truth, per_row), summed, min(rounding, torch.finfo(torch.float32).eps), length)
     allowed = allowed + C * rounding * scale
     if not bool((error <= allowed).all()):
         text = f"{name}: error {float(error.max()):.2e}, allowed {float(allowed.max()):.2e} of {float(scale.max()):.2e}"
@@ -244,6 +248,9 @@ def _once(function, pack, kernels, reference, arguments: dict, trial: Trial, bat
     try:
         truths = _results(function, pack, reference, _copies(before, wide=True), trial)
         rivals = _results(function, pack, reference, _copies(before), trial)
+        sizes = truths
+        if trial.magnitudes is not None:
+            sizes = _results(function, pack, trial.magnitudes, _copies(before, wide=True), trial)
     except (ValueError, TypeError) as error:
         raise NotAsked(str(error)) from None
     runs = []
@@ -262,9 +269,10 @@ def _once(function, pack, kernels, reference, arguments: dict, trial: Trial, bat
         raise Fault("it wrote outside of its results")
     names = [f"result {i}" for i in range(len(truths) - len(written))] + written
     rounding = made[trial.rounding].dtype if trial.rounding else None
-    for place, (name, first, second, rival, truth) in enumerate(zip(names, *runs, rivals, truths, strict=True)):
+    triples = zip(names, *runs, rivals, truths, sizes, strict=True)
+    for place, (name, first, second, rival, truth, size) in enumerate(triples):
         dtype = rounding or (rival.dtype if rival.dtype.is_floating_point else torch.float32)
-        _compare(name, first, rival, truth, trial.length(made), trial, dtype)
+        _compare(name, first, rival, truth, size, trial.length(made), trial, dtype)
         if place not in trial.library and not _same_bits(first, second):
             raise Fault(f"{name}: two runs differ")
 

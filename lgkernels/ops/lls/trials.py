@@ -5,6 +5,7 @@ import math
 import torch
 
 from ...core.trial import Trial
+from . import magnitudes
 
 _WEIGHT_GRADIENT = 2  # place among a block's results
 
@@ -37,7 +38,12 @@ _CLASSES = {"target": lambda a: a["num_classes"]}
 
 TRIALS = {
     "lls_loss_forward": Trial(
-        rows=("activation", "target"), indices=_CLASSES, plant=_plant, per_row=True, length=_of_row("activation")
+        rows=("activation", "target"),
+        indices=_CLASSES,
+        plant=_plant,
+        per_row=True,
+        magnitudes=magnitudes,
+        length=_of_row("activation"),
     ),
     "lls_loss_backward": Trial(
         rows=("grad_loss", "grad_latents", "similarity", "grad_logits"),
@@ -52,6 +58,7 @@ TRIALS = {
         mutates=("running_mean", "running_var"),
         library=(_WEIGHT_GRADIENT,),
         rounding="x",
+        magnitudes=magnitudes,
         length=_block_length,
     ),
 }
