@@ -233,3 +233,13 @@ def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
 def backend(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The module that runs `op` on tensors of this device and dtype."""
     return _choice(op, impl, device, dtype)[1]
+
+
+def candidates(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> list[ModuleType]:
+    """The modules that may run `op` there: the chosen one, and what runs in its place where it is not trusted."""
+    try:
+        chosen = backend(op, impl, device, dtype)
+    except ValueError:
+        return []
+    untried = device.type in trust.DEVICE_TYPES and is_auto(impl)
+    return list(dict.fromkeys([chosen, fallback_module(op)] if untried else [chosen]))

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from . import checks, dispatch, environment, trust
+from . import checks, dispatch, environment, kept, trust
 from .checks import autocasts
 from .trial import Trial
 
@@ -76,6 +76,7 @@ def define(
     package: str,
     fake: Callable,
     check: Callable | None = None,
+    prepare: Callable | None = None,
     where: Callable[..., tuple[torch.device, torch.dtype]] = of_first,
     mutates: Sequence[str] = (),
     dtypes: Mapping[str, Sequence[torch.dtype]] = {},
@@ -90,6 +91,8 @@ def define(
         package: the family's, `__package__`: its modules are the backends.
         fake: shapes and dtypes of the results: takes the op's arguments without `impl`, NamedTuples whole.
         check: raises where the arguments do not fit each other; takes them as `fake` does.
+        prepare: makes what the function keeps between calls (`core/kept.py`); takes `kernels` and what `fake` takes.
+            It is called while the op is traced: at the first run of the graph the memory may be a CUDA graph's.
         where: device and dtype that choose the backend, from the arguments.
         mutates: names of the arguments that are written to.
         dtypes: of the tensors that are none of `checks.FLOATING`, by name.
@@ -148,9 +151,12 @@ def define(
 
         def shapes(*arguments):
             own = pack(arguments[:-1])
-            device, _ = where(*own)
+            device, dtype = where(*own)
             for name, tensor in _tensors(tensors, arguments):  # one on the meta device brings the others here
                 _require_device(name, tensor, device)
+            if prepare is not None and kept.present(device):
+                for kernels in dispatch.candidates(backends_of, arguments[-1], device, dtype):
+                    prepare(kernels, *own)
             return fake(*own)
 
         def refuse(*arguments):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import dry, environment, tiles, trial, verdicts
+from .kept import capturing
 
 BACKENDS = ("triton", "cuda")  # whose kernels are tried
 CHOICES = ("first-use", "always", "never")
@@ -210,10 +211,6 @@ def foreseen(op: Op, backend: str, kernels: ModuleType, arguments: dict, device:
 # -- admission --------------------------------------------------------------------------------------------------------
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _warn(key: str, message: str) -> None:
     if key not in _warned:
         _warned.add(key)
@@ -242,7 +239,7 @@ def _decide(op, backend, kernels, reference, arguments, quick) -> bool:
     known = store(device)
     state, why = known.state(key)
     if state is None:
-        if _capturing(device):
+        if capturing(device):
             _warn(
                 "capture",
                 f"{op.name} runs in plain torch in this CUDA graph: its {backend} kernels have not been tried for "

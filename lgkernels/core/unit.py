@@ -5,34 +5,33 @@ multiplication by it.
 """
 
 import contextlib
-from functools import lru_cache
 
 import torch
 
+from .kept import made
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _made(device):
-    return torch.ones((), device=device)
+_made: dict[torch.device, torch.Tensor] = {}
 
 
 def one(device):
-    if _made(device)._version:  # a hook on a loss wrote to its gradient: later backward passes must not see that
-        _made.cache_clear()
-    return _made(device)
+    kept = _made.get(device)
+    if kept is None or kept._version:  # a hook on a loss wrote to its gradient: later passes must not see that
+        kept = _made[device] = made(lambda: torch.ones(()), device)
+    return kept
 
 
 @contextlib.contextmanager
 def own(device):
     """Inside, a tensor that nobody else starts from: for a CUDA graph, which reads it at every replay and keeps it."""
-    _made.cache_clear()
+    others = _made.pop(device, None)
     try:
-        made = one(device)
-        yield made
-        if made._version:
+        yield (mine := one(device))
+        if mine._version:
             raise RuntimeError("a hook writes to the gradient of a loss, which a graph would repeat on what it wrote")
     finally:
-        _made.cache_clear()
+        _made.pop(device)
+        if others is not None:  # kept alive: a graph that others recorded may read it
+            _made[device] = others
 
 
 def unit_gradient(loss):

@@ -7,6 +7,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ..core import checks, constructors
+from ..core.kept import capturing
 from ..ops.offset import op as _op
 from .offset_plan import Factors, Launch, Member, Plan, States
 from .offset_refresh import Group, Offsets, refresh_due, refresh_offsets  # noqa: F401  as before
@@ -201,13 +202,9 @@ def _by_kernel(members: list[Member]) -> Iterable[list[int]]:
     return kinds.values()
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _momentum_buffer(p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
     if "momentum_buffer" not in state:
-        if _capturing(p.device):  # each replay would make it zero again
+        if capturing(p.device):  # each replay would make it zero again
             raise RuntimeError(
                 "the first step of OffsetSGD must not be captured in a CUDA graph, since it makes momentum buffers: "
                 "take a step before the capture"

@@ -331,12 +331,12 @@ def test_an_interrupted_trial_is_no_verdict():
 
 
 def test_nothing_is_tried_during_a_capture(monkeypatch):
-    monkeypatch.setattr(trust, "_capturing", lambda device: True)
+    monkeypatch.setattr(trust, "capturing", lambda device: True)
     with pytest.warns(UserWarning, match="Run one step before the capture"):
         assert not admits(right)
-    monkeypatch.setattr(trust, "_capturing", lambda device: False)
+    monkeypatch.setattr(trust, "capturing", lambda device: False)
     assert admits(right), "after the capture it is"
-    monkeypatch.setattr(trust, "_capturing", lambda device: True)
+    monkeypatch.setattr(trust, "capturing", lambda device: True)
     assert admits(right), "and its verdict holds in the next capture"
 
 

@@ -86,7 +86,7 @@ def test_no_python_runs_for_a_parameter_where_nothing_is_new(monkeypatch):
 
 def test_a_first_step_inside_a_capture_says_what_to_do(monkeypatch):
     """A graph would make the momentum buffers zero at each replay. Nothing stays that a later step would use."""
-    monkeypatch.setattr(offset, "_capturing", lambda device: True)
+    monkeypatch.setattr(offset, "capturing", lambda device: True)
     p = nn.Parameter(torch.ones(4))
     optimizer = OffsetSGD([p], 0.5, 0.9)
     p.grad = torch.ones(4)
@@ -95,5 +95,5 @@ def test_a_first_step_inside_a_capture_says_what_to_do(monkeypatch):
     assert torch.equal(p, torch.ones(4)) and "momentum_buffer" not in optimizer.state[p]
     monkeypatch.undo()
     optimizer.step()
-    monkeypatch.setattr(offset, "_capturing", lambda device: True)
+    monkeypatch.setattr(offset, "capturing", lambda device: True)
     optimizer.step()

@@ -1,46 +1,32 @@
 """The periodic basis: frequencies, table, and the bit-packed signs of the square waveform."""
 
-import contextlib
-from functools import lru_cache
-
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ...core.kept import kept
 
 
-@contextlib.contextmanager
-def _plain():
-    """What is cached for the whole process must not depend on the caller's modes (inference, fake tensors, ...)."""
-    with torch.inference_mode(False), _disable_current_modes():
-        yield
-
-
-@lru_cache(maxsize=64)
-def _table(rows, dim, waveform, min_freq, max_freq, device):
-    if device != "cpu":
-        with _plain():
-            return _table(rows, dim, waveform, min_freq, max_freq, "cpu").to(device)
+@kept
+def _table(rows, dim, waveform, min_freq, max_freq):
     # The canonical Phi is torch.linspace and an accurate float32 sine on the CPU: other linspaces differ by one ulp,
     # up to 0.06 rad at column 2047, and the product must be rounded to float32 before the sine.
-    with _plain():
-        frequency = torch.linspace(min_freq, max_freq, rows, dtype=torch.float32, device="cpu")
-        phi = torch.sin(frequency.unsqueeze(1) * torch.arange(dim, dtype=torch.float32, device="cpu"))
-        return torch.sign(phi) if waveform == "square" else phi
+    frequency = torch.linspace(min_freq, max_freq, rows, dtype=torch.float32, device="cpu")
+    phi = torch.sin(frequency.unsqueeze(1) * torch.arange(dim, dtype=torch.float32, device="cpu"))
+    return torch.sign(phi) if waveform == "square" else phi
 
 
-@lru_cache(maxsize=64)
-def _signs(rows, dim, min_freq, max_freq, device):
-    with _plain():
-        return pack_signs(_table(rows, dim, "square", min_freq, max_freq, "cpu")).to(device)
+@kept
+def _signs(rows, dim, min_freq, max_freq):
+    return pack_signs(table(rows, dim, "square", min_freq, max_freq))
 
 
 def table(rows, dim, waveform="square", min_freq=50.0, max_freq=512.0, device=None):
     """Cached (rows, dim) float32 table on `device` (shared: do not write to it)."""
-    return _table(rows, dim, waveform, float(min_freq), float(max_freq), str(torch.device(device or "cpu")))
+    return _table(torch.device(device or "cpu"), rows, dim, waveform, float(min_freq), float(max_freq))
 
 
 def signs(rows, dim, min_freq=50.0, max_freq=512.0, device=None):
     """Cached bit-packed square table (rows, ceil(dim / 32)) int32 on `device`; see `pack_signs`."""
-    return _signs(rows, dim, float(min_freq), float(max_freq), str(torch.device(device or "cpu")))
+    return _signs(torch.device(device or "cpu"), rows, dim, float(min_freq), float(max_freq))
 
 
 def pack_signs(phi):

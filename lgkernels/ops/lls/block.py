@@ -12,12 +12,12 @@ No gradient goes to x. The pre-activation z never leaves this file.
 """
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...core.kept import kept
 from ...core.ops import wide_dtype
 from ...core.unit import one
 
@@ -54,11 +54,11 @@ def gradient_scale(z, pool_size, temperature):
     return 2.0 ** math.floor(math.log2(max(z.shape[0] * temperature * area, 1.0)))
 
 
-@lru_cache(maxsize=256)  # a host-to-device copy each step would be a synchronisation
-def _bin_areas(size, pool_size, device):
+@kept  # a host-to-device copy each step would be a synchronisation
+def bin_areas(size, pool_size):
     """Number of positions of each of the pool_size x pool_size bins, (P*P,) float32."""
     height, width = ([(-((-(i + 1) * n) // pool_size)) - (i * n) // pool_size for i in range(pool_size)] for n in size)
-    return torch.tensor([h * w for h in height for w in width], dtype=torch.float32, device=device)
+    return torch.tensor([h * w for h in height for w in width], dtype=torch.float32)
 
 
 # -- the layer ------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def forward(kernels, x, target, parameters, basis, options, wanted):
     finish = {"finish": finish} if finishes else {}
     scale = gradient_scale(z, options.pool_size, options.temperature)
     if z.dim() == 4:
-        areas = _bin_areas(tuple(z.shape[2:]), options.pool_size, z.device)
+        areas = bin_areas(z.device, tuple(z.shape[2:]), options.pool_size)
         grad_gamma, grad_beta, grad_bias, *finished = kernels.norm_grads(
             grad_latents, *sums, z.shape[1], areas, **finish
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...core import checks
 from ...core.ops import class_indices, define, wide_dtype
+from ...core.unit import one
 from . import basis as tables
 from . import block
 from .options import LOSSES, REDUCTIONS, WAVEFORMS, BlockOptions, HeadOptions, Wanted
@@ -32,6 +33,12 @@ def basis_for(kernels, rows, dim, waveform, device):
     if waveform == "square" and kernels.CAPABILITIES.packed_basis:
         return tables.signs(rows, dim, device=device)
     return tables.table(rows, dim, waveform, device=device)
+
+
+def _prepare_basis(kernels, rows, dim, waveform, device):
+    """Make the basis, unless its size is a symbol."""
+    if type(rows) is type(dim) is int:
+        basis_for(kernels, rows, dim, waveform, device)
 
 
 def _check_modulation(modulation, num_classes):
@@ -102,7 +109,21 @@ def _loss_fake(activation, target, modulation, basis, waveform, pool_size, optio
     )
 
 
-@define(backends_of="lls_loss", package=__package__, fake=_loss_fake, check=_check_loss, dtypes=_DTYPES)
+def _prepare_loss(kernels, activation, target, modulation, basis, waveform, pool_size, options, compute_grad):
+    if basis is None:
+        rows, dim = basis_rows(modulation, None, options.num_classes), latent_size(activation.shape, pool_size)
+        _prepare_basis(kernels, rows, dim, waveform, activation.device)
+    one(activation.device)
+
+
+@define(
+    backends_of="lls_loss",
+    package=__package__,
+    fake=_loss_fake,
+    check=_check_loss,
+    prepare=_prepare_loss,
+    dtypes=_DTYPES,
+)
 def lls_loss_forward(
     kernels,
     activation: Tensor,
@@ -214,6 +235,28 @@ def _check_block(
     _check_words(options.waveform)
 
 
+def _map_size(x, weight, options):
+    """Height and width of the convolution's output."""
+    geometry = zip(x.shape[2:], options.padding, weight.shape[2:], options.stride)
+    return tuple((n + 2 * p - k) // s + 1 for n, p, k, s in geometry)
+
+
+def _block_basis(weight, modulation, options):
+    """Rows and columns of the block's basis."""
+    dim = latent_size((0, 0) if weight.dim() == 2 else (0, weight.shape[0], 0, 0), options.pool_size)
+    return basis_rows(modulation, None, options.num_classes), dim
+
+
+def _prepare_block(
+    kernels, x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, options, wanted
+):
+    _prepare_basis(kernels, *_block_basis(weight, modulation, options), options.waveform, x.device)
+    size = _map_size(x, weight, options) if weight.dim() == 4 else ()
+    if size and all(type(n) is int for n in (*size, options.pool_size)):
+        block.bin_areas(x.device, size, options.pool_size)
+    one(x.device)
+
+
 def _block_fake(
     x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, options, wanted
 ):
@@ -221,8 +264,7 @@ def _block_fake(
     if weight.dim() == 2:
         out = x.new_empty((x.shape[0], weight.shape[0]))
     else:
-        geometry = zip(x.shape[2:], options.padding, weight.shape[2:], options.stride)
-        size = [(n + 2 * p - k) // s + 1 for n, p, k, s in geometry]
+        size = _map_size(x, weight, options)
         size = [n // 2 for n in size] if options.max_pool else size
         out = _empty((x.shape[0], weight.shape[0], *size), x.dtype, block.channels_last(x), x.device)
 
@@ -247,6 +289,7 @@ def _block_fake(
     package=__package__,
     fake=_block_fake,
     check=_check_block,
+    prepare=_prepare_block,
     dtypes=_DTYPES,
     mutates=("running_mean", "running_var"),
 )
@@ -265,8 +308,7 @@ def lls_block(
     wanted: Wanted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     target = class_indices("target", target, options.num_classes, -100)
-    dim = latent_size((0,) * weight.dim() if weight.dim() == 2 else (0, weight.shape[0], 0, 0), options.pool_size)
-    basis = basis_for(kernels, basis_rows(modulation, None, options.num_classes), dim, options.waveform, x.device)
+    basis = basis_for(kernels, *_block_basis(weight, modulation, options), options.waveform, x.device)
     parameters = block.Parameters(weight, bias, norm_weight, norm_bias, running_mean, running_var, modulation)
     if kernels.CAPABILITIES.whole_block:
         return kernels.block(x, target, parameters, basis, options, wanted)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...core.kept import capturing
 from ..common.addressing import offset, program_id
 from ..common.launch import block_count, configuration, launch
 from .memory import stepper
@@ -122,10 +123,6 @@ def offset_sgd_kernel(
 _captured = []  # what a CUDA graph reads at every replay
 
 
-def _capturing(device):
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _pinned(host):
     """Memory of the host like this, from which a copy to the device needs no waiting."""
     return torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
@@ -160,7 +157,7 @@ class _Table:
         host = torch.from_numpy(self.rows)
         if self.device.type == "cpu":
             return host
-        if _capturing(self.device):
+        if capturing(self.device):
             return self._of_a_graph(host)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         if self.copy is None or self.stream != stream:
