@@ -33,9 +33,10 @@ class BlockwiseTrainer(Trainer):
         clip_grad_norm (float, optional): bound on the gradient norm of each block, offsets added (`OffsetSGD`).
         grad_scaler (torch.amp.GradScaler, optional): for float16. Autocast is the caller's context around ``step``.
         cuda_graph (bool): record the step of each shape of a batch in a CUDA graph, after three ordinary steps, and
-            replay it. Optimizers must be able to (``capturable=True`` for torch's Adam); a number of theirs that
-            changes, a learning rate say, has the step recorded anew. After a change that no optimizer shows, such as
-            a frozen block, call ``trainer.graphs.forget()``.
+            replay it. Optimizers must be able to (``capturable=True`` for torch's Adam). A number of theirs that
+            changes, a learning rate say, has the step recorded anew, so a schedule that goes on at every step wants a
+            tensor: ``lr=torch.tensor(0.1, device="cuda")`` (with ``fused=True`` for torch's SGD). After a change that
+            no optimizer shows, such as a frozen block, call ``trainer.graphs.forget()``.
 
     Raises: ValueError, TypeError naming the argument.
 

@@ -8,6 +8,7 @@ tensor that moves to the CPU, a result whose size is in its values.
 import contextlib
 import copy
 import gc
+import warnings
 
 import pytest
 import torch
@@ -200,6 +201,85 @@ def test_what_a_graph_holds_is_recorded_anew_when_it_changes(change, monkeypatch
         assert bool(ours.graphs.graphs) == (3 <= i < 5 or i >= 8)
         rival.step(*batch(i))
         same(ours, rival)
+
+
+def scheduled(lr, wanted):
+    """Its learning rate halves at each step. torch's fused SGD reads a tensor where it runs."""
+    return BackpropTrainer(
+        plain_blocks(),
+        lambda parameters: torch.optim.SGD(parameters, lr, momentum=0.9, fused=True),
+        scheduler_factory=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5**i),
+        cuda_graph=wanted,
+    )
+
+
+def test_a_schedule_that_writes_into_a_tensor_has_one_recording():
+    ours, rival = scheduled(torch.tensor(0.1), True), scheduled(0.1, False)
+    for i in range(8):
+        for trainer in (ours, rival):
+            trainer.step(*batch(i))
+            trainer.scheduler_step()
+        same(ours, rival)
+    (recorded,) = ours.graphs.graphs.values()
+    assert recorded.graph.replays == 8 - graph.WARM_UP
+
+
+def test_a_schedule_of_numbers_is_warned_of_once():
+    ours, rival = scheduled(0.1, True), scheduled(0.1, False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(12):
+            for trainer in (ours, rival):
+                trainer.step(*batch(i))
+                trainer.scheduler_step()
+    same(ours, rival)
+    (warning,) = (w for w in caught if "cuda_graph" in str(w.message))
+    assert str(warning.message).startswith(
+        "cuda_graph=True records nothing: optimizers[0].param_groups[0]['lr'] has changed 3 times, each time before"
+    )
+    assert warning.filename == __file__ and not ours.graphs.graphs
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_schedule_of_epochs_is_not_warned_of():
+    trainer = scheduled(0.1, True)
+    for i in range(5 * (graph.WARM_UP + 2)):
+        trainer.step(*batch(i))
+        if i % (graph.WARM_UP + 2) == 0:
+            trainer.scheduler_step()
+    assert trainer.graphs.graphs
+
+
+def test_a_tensor_on_another_device_is_a_number(monkeypatch):
+    """What is read on the host when the step is recorded holds for its replays."""
+    lr = torch.tensor(0.1)
+    trainer = scheduled(lr, True)
+    trainer.graphs.device = torch.device("cuda", 0)  # where the parameters would be
+    first = trainer.graphs._fixed_now()
+    lr.fill_(0.05)
+    trainer.graphs.fixed = first
+    assert trainer.graphs._changed(trainer.graphs._fixed_now()) == (0, 0, "lr")
+
+
+def layouts(trainer, x, target):
+    """Layout, alignment and history of what the steps run on, ordinary ones and the recorded one."""
+    seen, step = [], trainer._step
+
+    def noted(x, target, last):
+        seen.append([(t.stride(), t.data_ptr() % 16, t.requires_grad) for t in (x, target)])
+        return step(x, target, last)
+
+    trainer._step = noted
+    for _ in range(graph.WARM_UP + 2):
+        trainer.step(x, target)
+    return seen
+
+
+def test_a_step_warms_up_on_what_it_is_recorded_with():
+    wide = torch.randn(31, requires_grad=True)
+    for x in (wide[1:].view(5, 6), wide[:30].view(5, 6), torch.randn(6).expand(5, 6)):
+        seen = layouts(TRAINERS["backprop"](cuda_graph=True), x, torch.arange(6)[1:] % 3)
+        assert len(seen) == graph.WARM_UP + 1 and all(one == seen[-1] for one in seen)
 
 
 @pytest.mark.parametrize("name", [*TRAINERS, "lls"])
