@@ -83,6 +83,28 @@ def test_ties_and_nans_are_pooled_as_torch_does(impl):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["torch", "cpu"])
+def test_halves_are_rounded_last(name, shape, dtype):
+    """Which position of a window is the largest, and the signs, are decided before anything is rounded to the half: so
+    results differ from the definition's, where they do, by their own rounding."""
+    *_, slope, classes = shape
+    z, gamma, beta, error, feedback = problem(*shape)
+    z, error = z.to(dtype) / 8, error.to(dtype)  # so many are equal after a rounding
+    results = []
+    for name in (name, "reference"):
+        with running(name) as impl:
+            own = z.clone()
+            out, *saved = _ops.direct_forward(own, gamma, beta, None, None, 0.1, 1e-5, slope, shape[4], impl)
+            signal = None, error, feedback.state, feedback.law, feedback.scale, feedback.low
+            sums = _ops.direct_backward_(own, *saved, gamma, beta, *signal, slope, shape[4], impl)
+            results.append((own, *sums))
+    eps = torch.finfo(dtype).eps
+    for what, rounding, mine, theirs in zip(("dz", "grad_gamma", "grad_beta"), (eps, 0, 0), *results):
+        assert_relative(what, mine, theirs, rounding + 1e-5)
+
+
 def test_sums_do_not_depend_on_the_threads():
     shape = (9, 40, 24, 24, True, 0.01, 10)
     results = []

@@ -44,7 +44,7 @@ def direct_backward_(z, mean, rstd, gamma, beta, delta, error, state, signal, ac
     pooled, index = F.max_pool2d(activated, 2, return_indices=True) if max_pool else (activated, None)
     if delta is None:
         law = random_matrix(state, error.shape[1], pooled[0].numel(), signal.law, signal.law_scale, signal.low)
-        delta = error @ law.to(error.dtype)
+        delta = error.to(centred.dtype) @ law.to(centred.dtype)
     g = delta.to(centred.dtype).view(pooled.shape)
     if max_pool:
         g = torch.zeros_like(centred).flatten(2).scatter_(2, index.flatten(2), g.flatten(2)).view(z.shape)

@@ -40,17 +40,18 @@ def direct_backward_(z, mean, rstd, gamma, beta, delta, error, state, signal, ac
         return reference.direct_backward_(z, mean, rstd, gamma, beta, delta, error, state, signal, activation)
     slope, max_pool = activation
     mean, rstd, gamma, beta = (t.float() for t in (mean, rstd, gamma, beta))
-    u = torch.native_batch_norm(z, gamma, beta, mean, rstd.pow(-2), False, 0.0, 0.0)[0]
+    wide = z.float()  # signs and maxima are those of values that nothing has rounded to a half
+    u = torch.native_batch_norm(wide, gamma, beta, mean, rstd.pow(-2), False, 0.0, 0.0)[0]
     pooled, index = _aten.max_pool2d_with_indices(u, *_WINDOW) if max_pool else (u, None)
     if delta is None:
         law = random_matrix(state, error.shape[1], pooled[0].numel(), signal.law, signal.law_scale, signal.low)
-        delta = error @ law.to(error.dtype)
-    g = _aten.leaky_relu_backward(delta.to(z.dtype).reshape(pooled.shape), pooled, slope, False)
+        delta = error.float() @ law
+    g = _aten.leaky_relu_backward(delta.float().reshape(pooled.shape), pooled, slope, False)
     if max_pool:
         g = _aten.max_pool2d_with_indices_backward(g, u, *_WINDOW, index)
     del u, pooled, index
     dz, grad_gamma, grad_beta = _aten.native_batch_norm_backward(
-        g, z, gamma, None, None, mean, rstd, True, 0.0, [True, True, True]
+        g, wide, gamma, None, None, mean, rstd, True, 0.0, [True, True, True]
     )
     z.copy_(dz)
     return grad_gamma, grad_beta
