@@ -9,7 +9,8 @@ from torch.optim.optimizer import ParamsT
 from ..core import checks, constructors
 from ..core.kept import capturing
 from ..ops.offset import op as _op
-from .offset_plan import Factors, Launch, Member, Plan, States
+from ..ops.offset.options import StepOptions
+from .offset_plan import Launch, Member, Plan, States
 from .offset_refresh import Group, Offsets, refresh_due, refresh_offsets  # noqa: F401  as before
 
 __all__ = ["OffsetSGD"]
@@ -130,21 +131,21 @@ class OffsetSGD(Offsets, torch.optim.Optimizer):
         clip = 1.0 if max_norm is None else self._clip(max_norm)
         if torch.compiler.is_compiling() or self._plans and not self._states.are(self.state):  # type: ignore[union-attr]
             self._plans.clear()
-        steps: list[tuple[int, Factors, Plan | None, list[Member]]] = []
+        steps: list[tuple[int, StepOptions, Plan | None, list[Member]]] = []
         for i, group in enumerate(self.param_groups):
-            factors, plan = _factors(group, clip), self._plans.get(i)
-            if plan is not None and plan.fits(factors, group["params"]):
-                steps.append((i, factors, plan, []))
+            options, plan = _options(group, clip), self._plans.get(i)
+            if plan is not None and plan.fits(options, group["params"]):
+                steps.append((i, options, plan, []))
                 continue
             self._plans.pop(i, None)
             members = [Member(p, p.grad, self.state[p]) for p in group["params"] if p.grad is not None]
             for member in members:
                 _check_member(i, member)
-            steps.append((i, factors, None, members))
-        for i, factors, plan, members in steps:  # everything is checked before anything changes
+            steps.append((i, options, None, members))
+        for i, options, plan, members in steps:  # everything is checked before anything changes
             if plan is not None:
-                plan.run(factors)
-            elif made := _first_step(factors, self.param_groups[i]["params"], members):
+                plan.run(options)
+            elif made := _first_step(options, self.param_groups[i]["params"], members):
                 self._plans[i], self._states = made, None
         if self._states is None and self._plans:
             self._states = States(self.state)
@@ -165,9 +166,9 @@ class OffsetSGD(Offsets, torch.optim.Optimizer):
         return min(max_norm / (total + 1e-6), 1.0)
 
 
-def _factors(group: Group, clip: float) -> Factors:
+def _options(group: Group, clip: float) -> StepOptions:
     """Of a group; `clip` multiplies the modified gradient."""
-    return Factors(
+    return StepOptions(
         float(group["lr"]),
         float(group["momentum"]),
         float(group["weight_decay"]),
@@ -176,20 +177,20 @@ def _factors(group: Group, clip: float) -> Factors:
     )
 
 
-def _first_step(factors: Factors, group: list[torch.Tensor], members: list[Member]) -> Plan | None:
+def _first_step(options: StepOptions, group: list[torch.Tensor], members: list[Member]) -> Plan | None:
     """Step, and return what the next step can reuse; None where a backend has nothing to run again."""
     launches = []
     for places in _by_kernel(members):
         params, grads, states = [list(column) for column in zip(*(members[i] for i in places))]
-        buffers = [_momentum_buffer(p, state) for p, state in zip(params, states)] if factors.momentum else []
+        buffers = [_momentum_buffer(p, state) for p, state in zip(params, states)] if options.momentum else []
         offsets = [state.get("offset") for state in states]
-        step = params, grads, buffers, offsets, *factors, 1.0
+        step = params, grads, buffers, offsets, options
         kernels = _op.trusted_kernels(*step)
         table = _op.step(kernels, *step)
         launches.append(Launch(kernels, table, params[0].device, places))
     if not launches or torch.compiler.is_compiling() or any(launch.table is None for launch in launches):
         return None
-    return Plan(factors, group, members, launches)  # after the step, which may have made the momentum buffers
+    return Plan(options, group, members, launches)  # after the step, which may have made the momentum buffers
 
 
 def _by_kernel(members: list[Member]) -> Iterable[list[int]]:

@@ -13,20 +13,11 @@ import torch
 from torch import Tensor
 
 from ..core import environment
+from ..ops.offset.options import StepOptions
 
 _grad_of, _dtype_of = attrgetter("grad"), attrgetter("dtype")
 _address_of, _numel_of, _stride_of = Tensor.data_ptr, Tensor.numel, Tensor.stride
 _is_contiguous: Callable[[Tensor], bool] = Tensor.is_contiguous
-
-
-class Factors(NamedTuple):
-    """The numbers of a group's step, in the order in which the op takes them."""
-
-    lr: float
-    momentum: float
-    weight_decay: float
-    local_scale: float
-    offset_scale: float
 
 
 class Member(NamedTuple):
@@ -51,10 +42,10 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 
-def _mode(factors: Factors) -> tuple:
+def _mode(options: StepOptions) -> tuple:
     """What chooses backend and kernel beside the tensors."""
     choice = environment.value("LGKERNELS_IMPL", "auto"), environment.value("LGKERNELS_TRUST", "")
-    return choice, not factors.momentum, not factors.offset_scale
+    return choice, not options.momentum, not options.offset_scale
 
 
 def _tensors_of(states: Sequence[dict[str, Any]], name: str) -> list[Tensor | None]:
@@ -66,15 +57,15 @@ class Plan:
 
     It may be run again while parameters, momentum buffers and offsets are the same tensors at the same addresses, with
     the same sizes and strides; the gradients have the class, dtype, sizes and strides they had (other addresses go
-    into the table); the same backends are chosen, and momentum and offset_scale are 0 or not as before. The factors
+    into the table); the same backends are chosen, and momentum and offset_scale are 0 or not as before. The options
     may change: each run takes them anew. Offsets, buffers and states are kept alive: only so long does an address
     belong to them.
     """
 
     def __init__(
-        self, factors: Factors, params: Sequence[Tensor], members: Sequence[Member], launches: list[Launch]
+        self, options: StepOptions, params: Sequence[Tensor], members: Sequence[Member], launches: list[Launch]
     ) -> None:
-        self.mode, self.launches, self.group = _mode(factors), launches, list(params)
+        self.mode, self.launches, self.group = _mode(options), launches, list(params)
         self.absent = [i for i, p in enumerate(params) if p.grad is None]
         self.params, grads, self.states = (list(column) for column in zip(*members))
         self.buffers, self.offsets = self._kept()
@@ -85,7 +76,7 @@ class Plan:
         self.odd_grads = [i for i, g in enumerate(grads) if not g.is_contiguous()]
         self.classes, self.forms = list(map(type, grads)), self._forms(grads)
         self.addresses = list(map(_address_of, grads))
-        written = [*self.params, *(t for t in self.buffers if t is not None and factors.momentum)]
+        written = [*self.params, *(t for t in self.buffers if t is not None and options.momentum)]
         self.written = [t for t in written if not t.is_inference()]
 
     def _kept(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -110,9 +101,9 @@ class Plan:
             [_stride_of(grads[i]) for i in self.odd_grads],
         )
 
-    def fits(self, factors: Factors, params: Sequence[Tensor]) -> bool:
+    def fits(self, options: StepOptions, params: Sequence[Tensor]) -> bool:
         """Whether the step to come is this one; takes over the gradients' addresses."""
-        if self.mode != _mode(factors) or not _same(self.group, params):
+        if self.mode != _mode(options) or not _same(self.group, params):
             return False
         grads: list[Any] = list(map(_grad_of, params))
         if self.absent:
@@ -140,9 +131,9 @@ class Plan:
             ]
         return True
 
-    def run(self, factors: Factors) -> None:
+    def run(self, options: StepOptions) -> None:
         for kernels, table, device, _ in self.launches:
-            kernels.run(table, device, *factors)
+            kernels.run(table, device, options)
         torch.autograd.graph.increment_version(self.written)
 
 

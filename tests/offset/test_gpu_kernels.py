@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lgkernels.ops.offset.options import StepOptions
 from tests.conftest import backend_module
 from tests.offset.test_kernels import *  # noqa: F403
 from tests.support.gpu import backend, on_the_device, test_no_kernel_is_at_fault  # noqa: F401
@@ -23,7 +24,7 @@ def test_cuda_graph(backend):
     update, lists = backend_module("offset", backend).step_, tensors(40000, 5, 999)
 
     def step(lists):
-        update(*lists, 0.1, 0.9, 0.01, 1.0, 0.5)
+        update(*lists, StepOptions(0.1, 0.9, 0.01, 1.0, 0.5))
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -48,7 +49,7 @@ def test_repeatable_bit_for_bit(backend):
     update, runs = backend_module("offset", backend).step_, []
     for _ in range(20):
         lists = tensors(40000, 5, 999)
-        update(*lists, 0.1, 0.9, 0.01, 1.0, 0.5)
+        update(*lists, StepOptions(0.1, 0.9, 0.01, 1.0, 0.5))
         runs.append(lists[0] + lists[2])
     for run in runs[1:]:
         for i, (a, b) in enumerate(zip(run, runs[0])):
@@ -62,5 +63,5 @@ def test_step_of_more_than_2_to_the_31_elements(backend):
     n = 2**31 + 100
     param, grad, buffer = (torch.full((n,), value, device="cuda") for value in (1.0, 2.0, 3.0))
     offset = torch.ones(n, device="cuda", dtype=torch.bfloat16)
-    backend_module("offset", backend).step_([param], [grad], [buffer], [offset], 0.5, 0.5, 0.0, 1.0, 1.0)
+    backend_module("offset", backend).step_([param], [grad], [buffer], [offset], StepOptions(0.5, 0.5, 0.0, 1.0, 1.0))
     assert (param[-100:] == -1.25).all() and (buffer[-100:] == 4.5).all() and (param[:100] == -1.25).all()

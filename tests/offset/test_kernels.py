@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from lgkernels.ops.offset import reference
+from lgkernels.ops.offset.options import StepOptions
 from lgkernels.optim import OffsetSGD
 from tests.conftest import backend_module
 from tests.support.layouts import arrange
 from tests.support.problems import place, randn
-from tests.support.tolerances import assert_accurate, assert_bit_equal
+from tests.support.tolerances import assert_accurate, assert_bit_equal, assert_relative
 
 STEP = dict(lr=0.1, momentum=0.9, weight_decay=0.01, local_scale=0.7, offset_scale=1.5, grad_scale=0.5)
 SIZES = [(1,), (7,), (), (0,), (16,), (3, 5), (1023,), (1025,), (2, 3, 5, 4)]
@@ -33,7 +34,7 @@ def tensors(shapes, layouts=("dense",) * 4, offset_dtypes=(torch.float32,)):
 
 def run(step, lists, options):
     params, grads, buffers, offsets = lists
-    step(params, grads, buffers if options["momentum"] else [], offsets, *options.values())
+    step(params, grads, buffers if options["momentum"] else [], offsets, StepOptions(**options))
     return lists
 
 
@@ -138,6 +139,28 @@ def test_threads_do_not_change_a_bit(module):
     for other in results[1:]:
         for a, b in zip(results[0][0] + results[0][2], other[0] + other[2]):
             assert_bit_equal("result", a, b)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(momentum=0.0)], ids=str)
+@pytest.mark.parametrize("of_params", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.only(where=lambda backend, of_params: not of_params or backend in ("reference", "torch"))
+def test_halves(module, dtype, of_params, changes):
+    """Half gradients, and parameters where the backend takes them: all is float32, and rounded once where it is stored.
+    So the results are those of the same values in float32, rounded."""
+    lists, options = tensors(SIZES), {**STEP, **changes}
+    for i, kind in enumerate(lists):
+        if i == 1 or of_params:
+            lists[i] = [None if t is None else t.to(dtype) for t in kind]
+    got = run(module.step_, [[None if t is None else place(t.clone()) for t in kind] for kind in lists], options)
+    same = run(reference.step_, [[None if t is None else t.float() for t in kind] for kind in lists], options)
+    for i in (0, 2) if options["momentum"] else (0,):
+        for a, b in zip(got[i], same[i]):
+            assert a.dtype == (dtype if of_params else torch.float32)
+            if of_params:
+                assert_bit_equal(KINDS[i], a.cpu(), b.to(dtype))
+            else:
+                assert_relative(KINDS[i], a.cpu(), b, 1e-6)
 
 
 # -- the op, and the optimizer around it ----------------------------------------------------------------------------

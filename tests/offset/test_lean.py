@@ -6,6 +6,7 @@ import torch
 
 from bench.offset import SHAPES
 from lgkernels.ops.offset import torch as lean
+from lgkernels.ops.offset.options import StepOptions
 from tests.support.counting import Counter, assert_lean, count
 from tests.support.problems import randn
 
@@ -27,6 +28,6 @@ def test_step(options):
         torch._foreach_add_([p.grad for p in contestant.param_groups[0]["params"]], offsets)
         contestant.step()
     buffers = buffers if options["momentum"] else []
-    numbers = 0.1, options["momentum"], options.get("weight_decay", 0.0), 1.0, 1.0
-    assert_lean("step", count(lean.step_, params, grads, buffers, offsets, *numbers), theirs.count)
+    numbers = StepOptions(0.1, options["momentum"], options.get("weight_decay", 0.0), 1.0, 1.0)
+    assert_lean("step", count(lean.step_, params, grads, buffers, offsets, numbers), theirs.count)
     assert theirs.operations < 10, theirs.names

@@ -6,6 +6,7 @@ That the bits are right (all dtypes, layouts, sizes) is tested in test_kernels.p
 import pytest
 import torch
 
+from lgkernels.ops.offset.options import StepOptions
 from tests.simt import executor
 from tests.simt.orders import in_every_order
 from tests.support.problems import randn
@@ -23,7 +24,7 @@ def test_offset_step():
     def run(kernels):
         own, velocity = [p.clone() for p in params], [b.clone() for b in buffers]
         own[4] = torch.cat([params[4][:1], params[4]])[1:]
-        kernels.step_(own, grads, velocity, offsets, 0.1, 0.9, 0.01, 0.5, 2.0, 0.25)
+        kernels.step_(own, grads, velocity, offsets, StepOptions(0.1, 0.9, 0.01, 0.5, 2.0, 0.25))
         return *own, *velocity
 
     in_every_order("offset", run)

@@ -36,8 +36,8 @@ def moved(table, addresses):
     return table
 
 
-def run(table, device, *factors):
-    _C.offset_sgd(factors, table.data_ptr(), len(table), torch.get_num_threads())
+def run(table, device, options):
+    _C.offset_sgd(options.of_kernels(), table.data_ptr(), len(table), torch.get_num_threads())
 
 
 step_ = stepper(prepare, run)

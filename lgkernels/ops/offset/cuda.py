@@ -29,8 +29,8 @@ def moved(table, addresses):
     return [(param, grad, *rest) for (param, _, *rest), grad in zip(table, addresses)]
 
 
-def run(table, device, *factors):
-    call("offset_sgd", device, factors, table)
+def run(table, device, options):
+    call("offset_sgd", device, options.of_kernels(), table)
 
 
 step_ = stepper(prepare, run)

@@ -43,19 +43,17 @@ def same_layout(params, grads, momentum_buffers, offsets):
 
 
 def stepper(prepare, run):
-    """`step_` of a backend, from its two parts: `prepare(rows)` and `run(what that made, device, *factors)`.
+    """`step_` of a backend, from its two parts: `prepare(rows)` and `run(what that made, device, options)`.
 
     Returns what `prepare` made if it can be run again as long as the tensors' memory stays the same, else None.
     """
 
-    def step_(
-        params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale, grad_scale=1.0
-    ):
+    def step_(params, grads, momentum_buffers, offsets, options):
         if not params:
             return None
-        rows, copied, copies = same_layout(params, grads, momentum_buffers if momentum else [], offsets)
+        rows, copied, copies = same_layout(params, grads, momentum_buffers if options.momentum else [], offsets)
         table = prepare(rows)
-        run(table, params[0].device, *map(float, (lr, momentum, weight_decay, local_scale * grad_scale, offset_scale)))
+        run(table, params[0].device, options)
         for own, used in copies:
             own.copy_(used)
         return None if copied else table

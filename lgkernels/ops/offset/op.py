@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ...core import dispatch
 from ...core.ops import define, require_memory
+from .options import StepOptions
 
 
 def kernels_for(params, impl):
@@ -46,17 +47,13 @@ def check(params, grads, momentum_buffers, offsets, momentum):
                 raise TypeError(f"momentum_buffers[{i}] must be {str(param.dtype)[6:]}, got {str(buffer.dtype)[6:]}")
 
 
-def step(
-    kernels, params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale, grad_scale
-):
+def step(kernels, params, grads, momentum_buffers, offsets, options):
     """`offsets`: None, or an empty tensor, where a parameter has none. Returns what the backend can run again."""
-    check(params, grads, momentum_buffers, offsets, momentum)
-    offsets = [o if o is not None and o.numel() and offset_scale else None for o in offsets]
-    table = kernels.step_(
-        params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale, grad_scale
-    )
+    check(params, grads, momentum_buffers, offsets, options.momentum)
+    offsets = [o if o is not None and o.numel() and options.offset_scale else None for o in offsets]
+    table = kernels.step_(params, grads, momentum_buffers, offsets, options)
     changed(params)
-    changed(momentum_buffers if momentum else [])
+    changed(momentum_buffers if options.momentum else [])
     return table
 
 
@@ -74,30 +71,14 @@ def offset_sgd_(
     grads: list[Tensor],
     momentum_buffers: list[Tensor],
     offsets: list[Tensor],
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    local_scale: float,
-    offset_scale: float,
-    grad_scale: float,
+    options: StepOptions,
 ) -> None:
     if params:
-        step(
-            kernels,
-            params,
-            grads,
-            momentum_buffers,
-            offsets,
-            lr,
-            momentum,
-            weight_decay,
-            local_scale,
-            offset_scale,
-            grad_scale,
-        )
+        step(kernels, params, grads, momentum_buffers, offsets, options)
 
 
-def trusted_kernels(params, *arguments):
-    """The backend of a step that somebody else keeps, with the op's arguments: its kernels where they may be used."""
+def trusted_kernels(params, grads, momentum_buffers, offsets, options):
+    """The backend of a step that somebody else keeps: its kernels where they may be used."""
     kernels = kernels_for(params, "auto")
-    return offset_sgd_.trusted(kernels, "auto", params[0].device, (params, *arguments, "auto"))
+    flat = params, grads, momentum_buffers, offsets, *options, "auto"
+    return offset_sgd_.trusted(kernels, "auto", params[0].device, flat)

@@ -2,12 +2,17 @@
 
 import torch
 
+from . import reference
 
-def step_(
-    params, grads, momentum_buffers, offsets, lr, momentum, weight_decay, local_scale, offset_scale, grad_scale=1.0
-):
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def step_(params, grads, momentum_buffers, offsets, options):
     if not params:
         return
+    if any(p.dtype in _HALVES for p in params):  # each pass would round
+        return reference.step_(params, grads, momentum_buffers, offsets, options)
+    lr, momentum, weight_decay, local_scale, offset_scale, grad_scale = options
     sums, factor = (momentum_buffers, 1.0) if momentum else (params, -lr)
     if momentum:
         torch._foreach_mul_(sums, momentum)

@@ -216,7 +216,7 @@ def moved(tables, addresses):
     return [(table.moved(addresses), half, config) for table, half, config in tables]
 
 
-def run(tables, device, lr, momentum, *factors):
+def run(tables, device, options):
     for table, half, config in tables:
         rows = table.on_device()
         launch(
@@ -224,10 +224,8 @@ def run(tables, device, lr, momentum, *factors):
             len(rows),
             device,
             rows,
-            lr,
-            momentum,
-            *factors,
-            MOMENTUM=bool(momentum),
+            *options.of_kernels(),
+            MOMENTUM=bool(options.momentum),
             HALF=half,
             **config,
         )
