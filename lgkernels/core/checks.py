@@ -75,6 +75,12 @@ def _unusual_tensor(name: str, value: Any, expected: str) -> None:
         )
 
 
+def any_tensor(name: str, value: Any, expected: str = "a torch.Tensor") -> None:
+    """A tensor of any layout: for what is handed on to modules, which may take sparse ones."""
+    if not isinstance(value, Tensor) or is_lazy(value):
+        _unusual_tensor(name, value, expected)
+
+
 def floating(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
     tensor(name, value)
     if value.dtype not in dtypes:

@@ -37,16 +37,25 @@ def function(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be callable, got {type(value).__name__}")
 
 
-def several(name: str, value: Any, kinds: type | tuple[type, ...], expected: str, least: int = 1) -> list[Any]:
-    """The items of an iterable, each of one of `kinds`, `least` of them or more. A dict's keys are no items."""
+def iterable(name: str, value: Any, expected: str) -> None:
     if not isinstance(value, Iterable) or isinstance(value, (dict, str, bytes, Tensor)):
         raise TypeError(f"{name} must be an iterable of {expected}, got {type(value).__name__}")
+
+
+def item_of(name: str, value: Any, item: Any, kinds: type | tuple[type, ...], expected: str) -> None:
+    """An item of the iterable `value`."""
+    if not isinstance(item, kinds):
+        raise TypeError(
+            f"{name} must be an iterable of {expected}, got a {type(value).__name__} with {type(item).__name__}"
+        )
+
+
+def several(name: str, value: Any, kinds: type | tuple[type, ...], expected: str, least: int = 1) -> list[Any]:
+    """The items of an iterable, each of one of `kinds`, `least` of them or more. A dict's keys are no items."""
+    iterable(name, value, expected)
     items = list(value)
     for item in items:
-        if not isinstance(item, kinds):
-            raise TypeError(
-                f"{name} must be an iterable of {expected}, got a {type(value).__name__} with {type(item).__name__}"
-            )
+        item_of(name, value, item, kinds, expected)
     if len(items) < least:
         raise ValueError(
             f"{name} must be an iterable of at least one of {expected}, got an empty {type(value).__name__}"

@@ -135,6 +135,9 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave."""
+        constructors.instance("state", state, dict, "a dict, that of state_dict()")
+        if missing := [name for name in ("optimizer", "offsets") if name not in state]:
+            raise ValueError(f"state must hold {', '.join(map(repr, missing))}, got a dict without")
         params = [p for group in self.param_groups for p in group["params"]]
         if len(state["offsets"]) != len(params):
             raise ValueError(f"state must hold {len(params)} offsets, one per parameter, got {len(state['offsets'])}")

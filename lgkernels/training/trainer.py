@@ -16,6 +16,7 @@ from ..optim.offset_refresh import Offsets
 from .graph import StepGraphs
 
 STATE_VERSION = 1
+_PARTS = ("blocks", "optimizers", "schedulers", "grad_scaler")  # of a state
 
 Parameters = list[nn.Parameter]
 OptimizerFactory = Callable[[Parameters], torch.optim.Optimizer]
@@ -86,6 +87,8 @@ class Trainer:
         """
         if not self.training:
             raise RuntimeError("step() needs training mode: call trainer.train() after an evaluation")
+        checks.any_tensor("x", x)
+        checks.any_tensor("target", target)
         last = self.accumulated + 1 == self.accumulation_steps
         losses = self._step(x, target, last) if self.graphs is None else self.graphs.step(x, target)
         self.accumulated = 0 if last else self.accumulated + 1
@@ -149,6 +152,7 @@ class Trainer:
 
     def train(self: Self, mode: bool = True) -> Self:
         """Training mode of the blocks, and of the optimizers that have one (schedule-free). Returns self."""
+        checks.boolean("mode", mode)
         self.training = mode
         for module in self.blocks:
             module.train(mode)
@@ -165,6 +169,7 @@ class Trainer:
     @torch.no_grad()
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Output of the last block, in the present mode. Ranks may call it one by one: nothing is exchanged."""
+        checks.any_tensor("x", x)
         for module in self.blocks:
             x = bare(module)(x)
         return x
@@ -177,12 +182,16 @@ class Trainer:
         mode. Call it in evaluation mode: a schedule-free optimizer evaluates other weights than it trained with, whose
         statistics nothing has seen yet.
         """
+        expected = "tensors, or of tuples that start with one"
+        constructors.iterable("batches", batches, expected)
         modes = [(m, m.training) for module in self.blocks for m in module.modules()]
         for module in self.blocks:
             module.train()
         try:
             for batch in batches:
-                self.predict(batch[0] if isinstance(batch, (tuple, list)) else batch)
+                x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+                constructors.item_of("batches", batches, x, torch.Tensor, expected)
+                self.predict(x)
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -214,17 +223,15 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, for the same blocks and factories."""
+        constructors.instance("state", state, dict, "a dict, that of state_dict()")
         if state.get("version") != STATE_VERSION:
-            raise ValueError(f"state must have version {STATE_VERSION}, got {state.get('version')!r}")
+            raise ValueError(f"state must have version {STATE_VERSION}, got a dict of version {state.get('version')!r}")
+        if missing := [name for name in (*_PARTS, "steps") if name not in state]:
+            raise ValueError(f"state must hold {', '.join(map(repr, missing))}, got a dict without")
         if feedback_state(self._model())["feedback"] or (state.get("feedback") or {}).get("feedback"):
             load_feedback_state(self._model(), state.get("feedback"))  # in no state_dict; raises without it
-        parts: dict[str, list[Any]] = {
-            "blocks": self.blocks,
-            "optimizers": self.optimizers,
-            "schedulers": self.schedulers,
-            "grad_scaler": [self.grad_scaler],
-        }
-        for name, mine in parts.items():
+        parts: tuple[list[Any], ...] = self.blocks, self.optimizers, self.schedulers, [self.grad_scaler]
+        for name, mine in zip(_PARTS, parts):
             theirs = state[name] if name != "grad_scaler" else [state[name]]
             if [t is None for t in theirs] != [m is None for m in mine]:
                 raise ValueError(

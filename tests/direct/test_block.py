@@ -93,8 +93,8 @@ def test_halves_are_rounded_last(name, shape, dtype):
     z, gamma, beta, error, feedback = problem(*shape)
     z, error = z.to(dtype) / 8, error.to(dtype)  # so many are equal after a rounding
     results = []
-    for name in (name, "reference"):
-        with running(name) as impl:
+    for backend in (name, "reference"):
+        with running(backend) as impl:
             own = z.clone()
             out, *saved = _ops.direct_forward(own, gamma, beta, None, None, 0.1, 1e-5, slope, shape[4], impl)
             signal = None, error, feedback.state, feedback.law, feedback.scale, feedback.low

@@ -128,7 +128,9 @@ def test_made_by_a_thread_of_its_own(monkeypatch):
 def test_nothing_is_made_during_a_capture(monkeypatch):
     table = kept.kept(lambda n: torch.arange(n))
     monkeypatch.setattr(kept, "capturing", lambda device: True)
-    with pytest.raises(RuntimeError, match="cannot be made while a CUDA graph is captured: run one step before the cap"):
+    with pytest.raises(
+        RuntimeError, match="cannot be made while a CUDA graph is captured: run one step before the cap"
+    ):
         table(CPU, 5)
     with pytest.raises(RuntimeError, match="cannot be made while a CUDA graph is captured"):
         unit.one(CPU)

@@ -67,3 +67,15 @@ def test_the_wrapper_is_an_optimizer():
     wrapper.step(closure)
     assert len(calls) > 1
     assert_relative("minimum of w^2 - 4 w", w, torch.full((2,), 2.0, dtype=D), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "state, error, message",
+    [
+        (None, TypeError, r"state must be a dict, that of state_dict\(\), got NoneType"),
+        ({"offsets": [None]}, ValueError, "state must hold 'optimizer', got a dict without"),
+    ],
+)
+def test_what_is_no_state(state, error, message):
+    with pytest.raises(error, match=message):
+        OffsetOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], 0.1)).load_state_dict(state)

@@ -20,6 +20,7 @@ import lgkernels
 from lgkernels import nn as lnn
 from lgkernels import optim, training
 from lgkernels.training.planner import plan
+from lgkernels.training.trainer import Trainer
 from tests.static.test_argument_checks import parameters, problem, wrong_values
 from tests.support.calls import Call, all_calls
 
@@ -113,6 +114,54 @@ def test_everything_public_has_a_valid_call():
 def test_wrong_values_are_refused(name, argument):
     found = problems(name, TESTED[name], CALLS[name], argument)
     assert not found, "\n".join([f"{len(found)} of {name}:", *found])
+
+
+METHODS = {  # of every trainer: valid arguments
+    "step": dict(x=torch.ones(2, 4), target=torch.tensor([0, 1])),
+    "predict": dict(x=torch.ones(2, 4)),
+    "train": dict(mode=True),
+    "bn_recalibrate": dict(batches=[torch.ones(2, 4)]),
+    "load_state_dict": dict(state={}),
+}
+TRAINERS = [name for name, kind in TESTED.items() if isinstance(kind, type) and issubclass(kind, Trainer)]
+
+
+def trainer_of(kind):
+    given = copy.deepcopy(CALLS[kind].arguments)
+    if kind == "BlockwiseTrainer":  # whose blocks have a loss of their own
+        given["blocks"] = [lnn.ClassifierBlock(block) for block in given["blocks"]]
+    return TESTED[kind](**given)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize(
+    "method, argument", [(method, argument) for method, given in METHODS.items() for argument in given]
+)
+def test_methods_of_trainers(kind, method, argument):
+    trainer = trainer_of(kind)
+    function, given = getattr(trainer, method), {**METHODS[method]}
+    if method == "load_state_dict":
+        given["state"] = trainer.state_dict()
+    function(**given)
+    kinds = kinds_of(parameters(function)[argument][0])
+    values = wrong_values(kinds, False)
+    if method == "load_state_dict":
+        values += [{**given["state"], "version": 2}] + [
+            {key: value for key, value in given["state"].items() if key != name}
+            for name in ("version", "steps", "blocks", "optimizers", "schedulers", "grad_scaler")
+        ]
+    may_be_ = (lambda v: isinstance(v, tuple) and not v) if method == "bn_recalibrate" else lambda v: False
+    found = [problem(function, given, argument, value) for value in values if not may_be_(value)]
+    assert not any(found), "\n".join(filter(None, found))
+
+
+def test_all_methods_of_trainers_are_tested():
+    """All that take an argument, but the metric of a schedule, which is torch's to judge."""
+    public = {name: value for name, value in vars(Trainer).items() if name[0] != "_" and callable(value)}
+    assert set(METHODS) == {n for n, v in public.items() if len(inspect.signature(v).parameters) > 1} - {
+        "scheduler_step"
+    }
+    assert len(TRAINERS) == 3
 
 
 def test_a_constructor_without_checks_is_caught():
