@@ -17,6 +17,7 @@ import torch
 from bench import common, gpu_check
 from lgkernels.core import trust, verdicts
 from tests.support import outcomes
+from tests.support.once import made_once
 from tests.test_verify import kept_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,21 +62,26 @@ def test_it_finds_its_parts():
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """A run of each kind of part, small selections."""
-    folder = tmp_path_factory.mktemp("dry")
+    """A run of each kind of part, small selections: its status, what it printed, its folder."""
+    folder = made_once(tmp_path_factory, "dry", run_dry)
+    return *json.loads((folder / "done.json").read_text()), folder
+
+
+def run_dry(folder):
+    folder.mkdir(exist_ok=True)
     parts = "build,verify,test:offset,alone,bench:offset,sanitizer"
     chosen = ["-n", "2", "-k", "test_any_layout and dense-dense-dense or test_no_kernel", "--op", "feedback_pack_signs"]
     stand_in = dict(LGKERNELS_STAND_IN="cpu", TRITON_INTERPRET="1", LGKERNELS_CACHE_DIR=str(folder / "cache"))
     done = run("bench.gpu_check", "--out", str(folder / "out"), "--only", parts, *chosen, **stand_in)
-    return done, folder
+    (folder / "done.json").write_text(json.dumps([done.returncode, done.stdout]))
 
 
 def test_a_dry_run_has_an_outcome_of_every_part(dry):
-    done, folder = dry
+    status, printed, folder = dry
     state = json.loads((folder / "out" / "gpu_check.json").read_text())
     for part in ("build", "verify", "test:offset", "alone", "bench:offset", "sanitizer"):
-        assert state[part]["ok"], (part, state[part], done.stdout[-3000:])
-    assert done.returncode == 1, "the other parts are missing"
+        assert state[part]["ok"], (part, state[part], printed[-3000:])
+    assert status == 1, "the other parts are missing"
     assert {row["backend"]: row["verdict"] for row in state["verify"]["rows"]} == {"triton": "good", "cuda": "good"}
     assert state["sanitizer"]["counts"].keys() <= {"skipped", "passed"}
     assert state["proved"]["offset_sgd_"].keys() == {"triton", "cuda"}
@@ -84,13 +90,13 @@ def test_a_dry_run_has_an_outcome_of_every_part(dry):
 
 
 def test_what_comes_back_is_at_most_eight_files(dry):
-    _, folder = dry
+    *_, folder = dry
     files = [path.name for path in (folder / "out").iterdir()]
     assert len(files) <= 8 and {"gpu_check.json", "tests.jsonl", "test.log", "bench.log"} < set(files)
 
 
 def test_verdicts_are_kept_where_a_user_finds_them(dry):
-    _, folder = dry
+    *_, folder = dry
     kept = {key: entry["state"] for key, entry in kept_in(folder / "cache").items()}
     assert {key.rpartition("/")[0] for key in kept} == {"feedback_pack_signs/triton", "feedback_pack_signs/cuda"}
     assert set(kept.values()) == {"good"}, "the ops' tests have not all run: they decide nothing yet"

@@ -20,6 +20,7 @@ import torch
 
 from lgkernels.core import philox_numpy
 from lgkernels.random import LAW_VERSION, VALUES_PER_CALL, RandomFeedback, philox, random_matrix, random_rows
+from tests.support.once import made_once
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "random" / f"philox_v{LAW_VERSION}.npz"
@@ -308,9 +309,11 @@ def test_triton_compiles_ahead_of_time(tmp_path):
 
 @pytest.fixture(scope="module")
 def triton_results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("triton")
-    run_triton_program(folder, folder / "out.npz", "1")
-    with np.load(folder / "out.npz") as file:
+    def interpret(folder):
+        folder.mkdir(exist_ok=True)
+        run_triton_program(folder, folder / "out.npz", "1")
+
+    with np.load(made_once(tmp_path_factory, "random_triton", interpret) / "out.npz") as file:
         return dict(file)
 
 

@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from lgkernels.core import dispatch, records, trust, verdicts, verify
 from tests.simt import executor
+from tests.support.once import made_once
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -41,7 +43,13 @@ def planted(tmp_path_factory):
     """A run over kernels of which one crashes, one never ends, one is wrong, and what it leaves in the cache."""
     if executor.unavailable():
         pytest.skip(executor.unavailable())
-    cache = tmp_path_factory.mktemp("cache")
+    folder = made_once(tmp_path_factory, "planted", run_planted)
+    done = subprocess.CompletedProcess([], **json.loads((folder / "done.json").read_text()))
+    return done, kept_in(folder), folder
+
+
+def run_planted(cache):
+    cache.mkdir(exist_ok=True)
     ops = ["goodness", "local_cross_entropy", "similarity", "feedback_pack_signs", "offset_sgd_"]
     done = run(
         *("--json", "--dtype", "float32", "--case", "tiny", "--limit", "25", "--jobs", "2", "--op", *ops),
@@ -49,7 +57,8 @@ def planted(tmp_path_factory):
         LGKERNELS_CACHE_DIR=str(cache),
         LGKERNELS_PLANT="goodness=crash,local_cross_entropy=hang,similarity=wrong",
     )
-    return done, kept_in(cache), cache
+    said = dict(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
+    (cache / "done.json").write_text(json.dumps(said))
 
 
 @pytest.mark.parametrize(
@@ -83,8 +92,9 @@ def test_progress_goes_to_stderr(planted):
     assert "[##############################] 10/10, 3 failed" in done.stderr
 
 
-def test_again_repeats_what_failed_and_nothing_else(planted):
-    _, kept, cache = planted
+def test_again_repeats_what_failed_and_nothing_else(planted, tmp_path):
+    _, kept, shared = planted
+    cache = shutil.copytree(shared, tmp_path / "cache")  # other test processes read the shared one
     done = run(
         *("--again", "--json", "--dtype", "float32", "--case", "tiny", "--op", "similarity", "--backend", "triton"),
         module="tests.support.stand_in",

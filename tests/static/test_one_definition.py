@@ -12,6 +12,7 @@ import pytest
 
 from tests.simt import executor
 from tests.support.cpp_functions import functions
+from tests.support.once import made_once
 
 CSRC = executor.ROOT / "csrc"
 # The wider instruction-set levels are the same headers in another namespace.
@@ -51,9 +52,15 @@ def linked(objects, out):
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one_definition")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compiled, SOURCES, (folder / f"{i}.o" for i in range(len(SOURCES)))))
+    names = [f"{i}.o" for i in range(len(SOURCES))]
+
+    def compile_all(folder):
+        folder.mkdir(exist_ok=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compiled, SOURCES, (folder / name for name in names)))
+
+    folder = made_once(tmp_path_factory, "one_definition", compile_all)
+    return [str(folder / name) for name in names]
 
 
 @needs_gcc
