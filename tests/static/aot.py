@@ -3,8 +3,8 @@
 The backends' own functions run over cases that reach every row of the configuration tables; instead of a launch, the
 kernel, its arguments and its blocks are recorded, and each distinct specialisation is compiled as Triton would at that
 launch. Its Python is translated once for all architectures (Triton's IR names none); every stage from there on, to the
-machine code, runs for each. Prints one JSON object a line, with `--table` the table of sass.py. Must run without
-TRITON_INTERPRET: kernels are decorated differently under it.
+machine code, runs for each, but where two are known to give the same (SAME, SAME_PTX). Prints one JSON object a line,
+with `--table` the table of sass.py. Must run without TRITON_INTERPRET: kernels are decorated differently under it.
 
 A family takes part by a module tests/<family>/aot.py:
     cases()         calls of its backend's functions, one for each specialisation that matters
@@ -13,6 +13,7 @@ A family takes part by a module tests/<family>/aot.py:
 """
 
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,7 +28,7 @@ import torch
 import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import triton_key
 
 from lgkernels.core import tiles
@@ -85,15 +86,13 @@ def record(arch):
     return launches
 
 
-def machine_code(compiled, directory, count):
-    """Registers and stack bytes of a compiled kernel; with `count` the counts of sass.py."""
-    tools = triton.knobs.nvidia
-    file = os.path.join(directory, f"{compiled.hash}.cubin")
-    with open(file, "wb") as f:
-        f.write(compiled.asm["cubin"])
-    text = subprocess.run([tools.cuobjdump.path, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    used = {"registers": int(re.search(r"REG:(\d+)", text)[1]), "stack": int(re.search(r"STACK:(\d+)", text)[1])}
-    return used | (sass.counts(sass.instructions(tools.nvdisasm.path, file)) if count else {})
+def resources(cubin, directory):
+    """Registers and stack bytes of a kernel."""
+    file = os.path.join(directory, f"{os.getpid()}.cubin")
+    Path(file).write_bytes(cubin)
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {"registers": int(re.search(r"REG:(\d+)", text)[1]), "stack": int(re.search(r"STACK:(\d+)", text)[1])}
 
 
 class Source(ASTSource):
@@ -115,60 +114,93 @@ class Source(ASTSource):
         return module
 
 
-def compile_one(arch, launch, source, directory, count):
+def describe(arch, launch):
     kernel, signature, constants, _, options = launch
-    result = {
+    return {
         "arch": arch,
         "kernel": kernel.fn.__name__,
         "options": options,
         "constants": {kernel.params[i].name: v for (i,), v in constants.items()},
         "types": sorted({t for t in signature.values() if t.startswith("*")}),
     }
-    try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    except Exception as error:  # reported as a failed line
-        return result | {"error": f"{type(error).__name__}: {error}"}
-    found = MATRIX_INSTRUCTION.search(compiled.asm["ptx"])
+
+
+def stages(arch, source, options):
+    """What Triton makes of a specialisation: its stages by name, and its shared memory."""
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return {name: compiled.asm[name] for name in ("ttir", "ptx", "cubin")} | {"shared": compiled.metadata.shared}
+
+
+def retarget(made, of, arch, options):
+    """`made`, the stages for the architecture `of`, with machine code for `arch` from the same PTX."""
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    ptx = made["ptx"].replace(f".target sm_{of}", f".target sm_{arch}")
+    return made | {"ptx": ptx, "cubin": backend.make_cubin(ptx, {}, backend.parse_options(dict(options)), arch)}
+
+
+def judged(made, directory, count):
+    """What the tests ask of the stages; with `count` the machine code itself, to be counted."""
+    found = MATRIX_INSTRUCTION.search(made["ptx"])
     return (
-        result
-        | machine_code(compiled, directory, count)
+        resources(made["cubin"], directory)
+        | ({"code": sass.code(made["cubin"])} if count else {})
         | {
-            "shared": compiled.metadata.shared,
-            "double_precision": ".f64" in compiled.asm["ptx"],
-            "wide": "ld.global.v4" in compiled.asm["ptx"] and "st.global.v4" in compiled.asm["ptx"],
-            "dot": "tt.dot" in compiled.asm["ttir"],
+            "shared": made["shared"],
+            "double_precision": ".f64" in made["ptx"],
+            "wide": "ld.global.v4" in made["ptx"] and "st.global.v4" in made["ptx"],
+            "dot": "tt.dot" in made["ttir"],
             "matrix_instruction": found[1] if found else None,
         }
     )
 
 
-# sm_89 has sm_86's instructions, registers and shared memory: what both would compile is compiled once.
-SAME = {} if os.environ.get("LGKERNELS_TEST_ALL") == "1" else {89: 86}
+# What two architectures share is compiled once. sm_89 has sm_86's instructions, registers and shared memory. sm_80 has
+# its PTX, as far as Triton knows; ptxas runs for both, and each kernel's first specialisation shows that it is so.
+SAME, SAME_PTX = ({}, {}) if os.environ.get("LGKERNELS_TEST_ALL") == "1" else ({89: 86}, {80: 86})
 _recorded = {}  # key: (launch, its architectures); kernels cannot be pickled, so forked workers inherit them
 
 
 def _compile(job):
-    key, directory, counted = job
+    key, directory, counted, compare = job
     launch, archs = _recorded[key]
-    source = Source(*launch[:4])
-    found = {
-        arch: compile_one(arch, launch, source, directory, arch in counted)
-        for arch in archs
-        if SAME.get(arch) not in archs
-    }
-    return [found.get(arch) or found[SAME[arch]] | {"arch": arch} for arch in archs]
+    source, options = Source(*launch[:4]), launch[-1]
+    made, results = {}, {}
+    for arch in sorted(archs, key=lambda arch: arch in SAME_PTX):  # those that take another's PTX come last
+        if SAME.get(arch) in archs:
+            continue
+        of = SAME_PTX.get(arch)
+        try:
+            made[arch] = retarget(made[of], of, arch, options) if of in made else stages(arch, source, options)
+            results[arch] = describe(arch, launch) | judged(made[arch], directory, arch in counted)
+            if of in made and compare:
+                own = stages(arch, source, options)
+                assert own["ptx"] == made[arch]["ptx"], f"the PTX of sm_{arch} is no longer that of sm_{of}"
+        except Exception as error:  # reported as a failed line
+            results[arch] = describe(arch, launch) | {"error": f"{type(error).__name__}: {error}"}
+    return [results.get(arch) or results[SAME[arch]] | {"arch": arch} for arch in archs]
 
 
 def compile_all(archs, counted):
-    """The results of all launches on `archs`, as they come; with counts on the architectures `counted`."""
+    """The results of all launches on `archs`, as they come; with counts on the architectures `counted`, at the end."""
     for arch in archs:
         for key, launch in record(arch).items():
             _recorded.setdefault(key, (launch, []))[1].append(arch)
+    shared = [key for key, (_, on) in _recorded.items() if any({*pair} <= {*on} for pair in SAME_PTX.items())]
+    compared = {_recorded[key][0][0].fn.__name__: key for key in reversed(shared)}.values()  # each kernel's first
     triton_key()  # kept in memory: workers need not hash Triton's files again
-    context = multiprocessing.get_context("fork")
+    context, uncounted = multiprocessing.get_context("fork"), {}
     with tempfile.TemporaryDirectory() as directory, context.Pool(len(os.sched_getaffinity(0))) as pool:
-        for results in pool.imap(_compile, [(key, directory, counted) for key in _recorded]):
-            yield from results
+        jobs = [(key, directory, counted, key in compared) for key in _recorded]
+        for result in itertools.chain.from_iterable(pool.imap(_compile, jobs)):
+            code = result.pop("code", None)
+            if code and result["arch"] in counted:
+                uncounted.setdefault(result["arch"], []).append((result, code))
+            else:
+                yield result
+        for arch, pairs in uncounted.items():
+            results, codes = zip(*pairs)
+            listings = sass.listings(triton.knobs.nvidia.nvdisasm.path, arch, codes, directory)
+            yield from (result | sass.counts(listing) for result, listing in zip(results, listings))
 
 
 def main(arguments):

@@ -4,14 +4,18 @@ Counts are of instructions as they stand in the code, not of how often they run;
 they compare versions of a kernel and not kernels with each other.
 """
 
+import itertools
 import re
+import struct
 import subprocess
 from collections import Counter
+from pathlib import Path
 
 _LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
 _DOUBLE = re.compile(r"D(ADD|MUL|FMA|MNMX|SETP)\b|(F2F|I2F|F2I|FRND)\S*\.F64|MUFU\.\w+64H")
 _REGISTER = re.compile(r"\bR\d+")
 WIDTHS = (16, 8, 4, 2, 1)
+BYTES = 16  # of an instruction, from Volta on
 
 
 def parse(text):
@@ -19,9 +23,24 @@ def parse(text):
     return [(opcode, operands.strip()) for opcode, operands in _LINE.findall(text)]
 
 
-def instructions(tool, file):
-    """The instructions of a cubin."""
-    return parse(subprocess.run([tool, "-c", str(file)], capture_output=True, text=True, check=True).stdout)
+def code(cubin):
+    """The instructions of a cubin, an ELF file with one kernel, as they are encoded."""
+    (at,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, at + i * size) for i in range(count)]
+    named = sections[names][4]
+    (found,) = [cubin[s[4] : s[4] + s[5]] for s in sections if cubin.startswith(b".text.", named + s[0])]
+    return found
+
+
+def listings(tool, arch, codes, directory):
+    """The instructions of each of `codes`. `tool` needs tenths of a second to start, so it reads all of them as one."""
+    file = Path(directory, f"{arch}.bin")
+    file.write_bytes(b"".join(codes))
+    command = [tool, "-b", f"SM{arch}{'a' * (arch >= 90)}", str(file)]
+    found = iter(parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    each = [list(itertools.islice(found, len(part) // BYTES)) for part in codes]
+    assert all(len(listing) == len(part) // BYTES for listing, part in zip(each, codes)) and not list(found)
+    return each
 
 
 def width(opcode):
