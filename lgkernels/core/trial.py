@@ -1,7 +1,8 @@
 """A trial of an op's kernels on the device that it is to run on, with small inputs like the caller's.
 
-The inputs have the caller's dtypes, strides, alignment and sizes, but the smallest batch that makes the kernels choose
-the same blocks, and once more an odd batch, where their masks matter. Every tensor that the kernels write lies in
+The inputs have the caller's dtypes, layouts, alignment and sizes, but the smallest batch that makes the kernels choose
+the same blocks, and once more an odd batch, where their masks matter. Of a large layer other sizes are smaller too, if
+no launch changes by that. Every tensor that the kernels write lies in
 memory full of NaN between guard bands. A kernel passes if
 
 - what it computes is near the float64 reference, on the same device: within `accuracy.bound`, where only float32 sums
@@ -14,7 +15,7 @@ Values come from a generator of the trial's own: the global random state is neit
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import cuts
 from .accuracy import C, bound, largest
 
 _GUARD = 256  # bytes before and after a tensor
@@ -51,6 +53,7 @@ class Trial(NamedTuple):
     length: Callable[[dict], int]  # K of the bound: terms of the longest sum behind a result
     rows: tuple[str, ...] = ()  # tensors whose first size is the batch
     counts: tuple[str, ...] = ()  # numbers that are the batch, or lists of sizes that start with it
+    sizes: Callable[[dict], Sequence[cuts.Size]] = lambda a: ()  # others that may be cut, in this order
     indices: dict[str, Callable[[dict], int]] = {}  # index tensors, and how many values an entry may have
     positive: tuple[str, ...] = ()  # tensors of variances and the like
     kept: tuple[str, ...] = ()  # tensors whose values are the caller's (a random state)
@@ -133,38 +136,33 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for t in (value if isinstance(value, list) else [value]) if isinstance(t, Tensor)]
 
 
-def _like(name: str, given: Tensor, batch: int | None, arena: _Arena) -> Tensor:
-    """A tensor of the caller's layout and alignment, without values yet."""
-    shape = given.shape if batch is None else (batch, *given.shape[1:])
-    return arena.tensor(shape, given.stride(), given.dtype, given.device, given.data_ptr() % 16)
-
-
 def has_rows(trial: Trial, name: str, tensor: Tensor, batch: int) -> bool:
     """Whether the tensor's first size is the batch; one that is not needed has no entries at all."""
     return name in trial.rows and tensor.dim() > 0 and tensor.shape[0] == batch
 
 
+def _batch(trial: Trial) -> cuts.Places:
+    return [(name, 0) for name in (*trial.rows, *trial.counts)]
+
+
 def batch_of(trial: Trial, arguments: dict) -> int:
-    for name in trial.rows:
-        if isinstance(arguments.get(name), Tensor) and arguments[name].dim():
-            return arguments[name].shape[0]
-    for name in trial.counts:
-        value = arguments[name]
-        return value[0] if isinstance(value, list) else value
-    return 1
+    size = cuts.size_of(arguments, _batch(trial))
+    return 1 if size is None else size
 
 
-def inputs(trial: Trial, arguments: dict, batch: int, arena: _Arena, seed: int) -> dict:
-    """The arguments of a trial with `batch` rows."""
-    made, given_batch = dict(arguments), batch_of(trial, arguments)
-    for name in trial.counts:
-        made[name] = [batch, *arguments[name][1:]] if isinstance(arguments[name], list) else batch
+def with_batch(trial: Trial, arguments: dict, batch: int) -> dict:
+    """The same call of fewer rows."""
+    return cuts.resized(arguments, _batch(trial), batch, dense=False)
+
+
+def inputs(trial: Trial, arguments: dict, arena: _Arena, seed: int) -> dict:
+    """Arguments like these, of a trial's own."""
+    made = dict(arguments)
     generators: dict[torch.device, torch.Generator] = {}
 
     def new(name: str, given: Tensor) -> Tensor:
         generator = generators.setdefault(given.device, torch.Generator(given.device).manual_seed(seed))
-        rows = batch if has_rows(trial, name, given, given_batch) else None
-        tensor = _like(name, given, rows, arena)
+        tensor = arena.tensor(given.shape, given.stride(), given.dtype, given.device, given.data_ptr() % 16)
         if tensor.numel():
             # an expanded tensor is written through a view without the repeated entries
             view = tensor
@@ -240,9 +238,9 @@ def _compare(name: str, got: Tensor, rival: Tensor, truth: Tensor, size: Tensor,
         raise Fault(text, marginal=bool((error <= _MARGINAL * allowed).all()))
 
 
-def _once(function, pack, kernels, reference, arguments: dict, trial: Trial, batch: int, seed: int) -> None:
+def _once(function, pack, kernels, reference, arguments: dict, trial: Trial, seed: int) -> None:
     arena = _Arena()
-    made = inputs(trial, arguments, batch, arena, seed)
+    made = inputs(trial, arguments, arena, seed)
     written = [name for name in trial.mutates for _ in _tensors(made.get(name))]
     before = _copies(made)
     try:
@@ -284,14 +282,13 @@ def check(
     reference: ModuleType,
     arguments: dict,
     trial: Trial,
-    batch: int,
     name: str,
 ) -> None:
-    """Raise Fault if anything is wrong with these kernels in a trial of `batch` rows; `name` chooses the values."""
+    """Raise Fault if anything is wrong with these kernels on inputs like the arguments; `name` chooses the values."""
     for attempt in range(_ATTEMPTS):
         try:
             seed = zlib.crc32(f"{name} {attempt}".encode())
-            return _once(function, pack, kernels, reference, arguments, trial, batch, seed)
+            return _once(function, pack, kernels, reference, arguments, trial, seed)
         except Fault as fault:
             if not fault.marginal or attempt == _ATTEMPTS - 1:
                 raise

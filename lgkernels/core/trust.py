@@ -9,6 +9,7 @@ Nothing is tried while a CUDA graph is captured: then the last verdict holds, or
 """
 
 import hashlib
+import math
 import os
 import threading
 import warnings
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dry, environment, tiles, trial, verdicts
+from . import cuts, dry, environment, tiles, trial, verdicts
 from .kept import capturing
 
 BACKENDS = ("triton", "cuda")  # whose kernels are tried
@@ -27,6 +28,9 @@ CHOICES = ("first-use", "always", "never")
 # whose kernels need a trial. For tests: LGKERNELS_STAND_IN=cpu, where Triton's interpreter stands in for a driver
 DEVICE_TYPES = {"cuda", *filter(None, [os.environ.get("LGKERNELS_STAND_IN")])}
 _LARGEST_BATCH = 64  # of a trial whose launches cannot be foreseen
+# Above which sizes are cut: elements of tensors, and the batch times all sizes that may be cut
+_LARGE_TENSORS, _LARGE_PRODUCTS = 1 << 20, 1 << 26
+_NO_MEMORY = "there was no memory for a trial"
 OPS: dict[str, "Op"] = {}  # all that are defined
 _lock = threading.RLock()
 _stores: dict[torch.device, verdicts.Verdicts] = {}
@@ -168,44 +172,71 @@ def _lasting(op: Op, backend: str, arguments: dict, blocks: str) -> tuple[str, s
     return f"{op.name}/{backend}/{digest}", f"{op.name} {backend} {', '.join(dtypes)} {sizes}"
 
 
-def _launches(op: Op, kernels: ModuleType, arguments: dict, batch: int, arch: int | str) -> tuple | None:
-    """What a call of `batch` rows launches; None where that cannot be foreseen."""
+def _on_meta(op: Op, kernels: ModuleType, arguments: dict, wide: bool = False) -> Callable[[], Any]:
+    """A run of the op with tensors of these layouts and no memory; `wide`: in float64."""
 
-    def meta(name, value):
+    def meta(value):
         if isinstance(value, Tensor):
-            rows = trial.has_rows(op.trial, name, value, given_batch)
-            shape = (batch, *value.shape[1:]) if rows else value.shape
-            return torch.empty_strided(shape, value.stride(), dtype=value.dtype, device="meta")
-        if name in op.trial.counts:
-            return [batch, *value[1:]] if isinstance(value, list) else batch
+            dtype = torch.float64 if wide and value.dtype.is_floating_point else value.dtype
+            return torch.empty_strided(value.shape, value.stride(), dtype=dtype, device="meta")
+        if isinstance(value, list):
+            return [meta(one) for one in value]
         return torch.device("meta") if isinstance(value, torch.device) else value
 
-    given_batch = trial.batch_of(op.trial, arguments)
-    own = op.pack(tuple(meta(name, value) for name, value in arguments.items()))
+    return lambda: op.function(kernels, *op.pack(tuple(map(meta, arguments.values()))))
+
+
+def _launches(op: Op, kernels: ModuleType, arguments: dict, arch: int | str) -> tuple | None:
+    """What a call launches; None where that cannot be foreseen."""
     try:
-        return dry.launches(lambda: op.function(kernels, *own), arch)
+        return dry.launches(_on_meta(op, kernels, arguments), arch)
     except Exception:  # the backend reads an address, say
         return None
 
 
-def foreseen(op: Op, backend: str, kernels: ModuleType, arguments: dict, device: torch.device) -> tuple[int, str]:
-    """`(rows of the trial, blocks in words)`: the smallest batch whose launches are those of the call."""
-    batch = trial.batch_of(op.trial, arguments)
-    if op.trial.kind is not None:
-        return 1, ""
-    found = None
-    if backend == "triton":
-        arch = tiles.architecture(device)
-        found = _launches(op, kernels, arguments, batch, arch)
+def _needed(op: Op, reference: ModuleType, arguments: dict) -> int:
+    """Bytes of a trial: twice what the definition takes, for the results of others and copies; 0: not known."""
+    try:
+        return 2 * dry.peak(_on_meta(op, reference, arguments, wide=True))
+    except Exception:  # the definition looks at values
+        return 0
+
+
+def foreseen(op: Op, backend: str, kernels: ModuleType, arguments: dict, device: torch.device) -> tuple | None:
+    """What the call launches, None where that cannot be foreseen."""
+    if op.trial.kind is not None or backend != "triton":
+        return None
+    return _launches(op, kernels, arguments, tiles.architecture(device))
+
+
+def _rows_unforeseen(op: Op, arguments: dict) -> int:
+    return min(tiles.power_of_two(trial.batch_of(op.trial, arguments)), _LARGEST_BATCH)
+
+
+def small(op: Op, kernels: ModuleType, arguments: dict, found: tuple | None, device: torch.device) -> dict:
+    """The call with the smallest batch whose launches are the same; where that is large, other sizes are cut too."""
+    batch, arch = trial.batch_of(op.trial, arguments), tiles.architecture(device)
     if found is None:
-        rows = min(tiles.power_of_two(batch), _LARGEST_BATCH)
-        return rows, f"{rows} rows"
-    rows = trial.FEWEST_ROWS
-    while rows < batch and _launches(op, kernels, arguments, rows, arch) != found:
-        rows *= 2
-    if rows >= batch and _launches(op, kernels, arguments, rows, arch) != found:
-        rows = batch
-    return rows, repr(sorted(set(found)))
+        return trial.with_batch(op.trial, arguments, min(_rows_unforeseen(op, arguments), batch))
+
+    def same(arguments):
+        return _launches(op, kernels, arguments, arch) == found
+
+    steps = [trial.FEWEST_ROWS << n for n in range(batch.bit_length())]
+    fewer = [trial.with_batch(op.trial, arguments, rows) for rows in steps if rows < batch]
+    arguments = cuts.first(fewer, same) or arguments
+    blocks: dict[str, int] = {}
+    for name, value in (pair for launch in found for pair in launch[1:]):
+        if name.startswith("BLOCK"):
+            blocks[name] = max(int(value), blocks.get(name, 1))
+    for size in op.trial.sizes(arguments):
+        rows = trial.batch_of(op.trial, arguments)
+        sizes = [cuts.size_of(arguments, size.places) or 1 for size in op.trial.sizes(arguments)]
+        elements = sum(map(cuts.elements, arguments.values())) + rows * max(sizes)
+        if elements <= _LARGE_TENSORS and rows * math.prod(sizes) <= _LARGE_PRODUCTS:
+            break
+        arguments = cuts.first(cuts.smaller(arguments, size, blocks), same) or arguments
+    return arguments
 
 
 # -- admission --------------------------------------------------------------------------------------------------------
@@ -234,7 +265,8 @@ def _decide(op, backend, kernels, reference, arguments, quick) -> bool:
     device = _device(arguments)
     if trial.batch_of(op.trial, named) == 0:
         return True  # nothing to launch a kernel over
-    batch, blocks = foreseen(op, backend, kernels, named, device)
+    found = foreseen(op, backend, kernels, named, device)
+    blocks = f"{_rows_unforeseen(op, named)} rows" if found is None else repr(sorted(set(found)))
     key, what = _lasting(op, backend, named, blocks)
     known = store(device)
     state, why = known.state(key)
@@ -247,7 +279,12 @@ def _decide(op, backend, kernels, reference, arguments, quick) -> bool:
                 "`python -m lgkernels verify`",
             )
             return False
-        state, why = _try(op, backend, kernels, reference, named, batch, known, key, what)
+        try:
+            tried = _prepared(op, kernels, reference, named, found, device)
+        except torch.OutOfMemoryError as error:
+            why = f"{_NO_MEMORY} ({str(error).splitlines()[0]})"
+        else:
+            state, why = _try(op, kernels, reference, tried, known, key, what)
     _decided[key] = what, state, why
     if state == verdicts.BAD:
         _warn(
@@ -256,14 +293,38 @@ def _decide(op, backend, kernels, reference, arguments, quick) -> bool:
             f"({what}). `python -m lgkernels info` shows all verdicts, `python -m lgkernels verify --again` repeats "
             "trials that failed; LGKERNELS_TRUST=always uses kernels untried",
         )
-    if state is not None:
+    elif state is None and why:
+        _warn(
+            "memory",
+            f"{op.name} runs in plain torch in this process: {why}. The next process tries its {backend} kernels again "
+            f"({what})",
+        )
+    if state is not None or why:
         if len(_admitted) >= 4096:
             _admitted.clear()
         _admitted[quick] = state == verdicts.GOOD
     return state == verdicts.GOOD
 
 
-def _try(op, backend, kernels, reference, named, batch, known, key, what) -> tuple[str | None, str]:
+def _free(device: torch.device) -> float:
+    """Bytes that a trial may take."""
+    if device.type != "cuda":
+        return math.inf
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def _prepared(op: Op, kernels, reference, named: dict, found: tuple | None, device: torch.device) -> dict:
+    """The arguments that those of the trial will be like; torch.OutOfMemoryError where these would not fit."""
+    tried = op.trial.example(named) if op.trial.example else small(op, kernels, named, found, device)
+    free = _free(device)
+    needed = _needed(op, reference, tried) if free < math.inf else 0
+    if needed > free:
+        raise torch.OutOfMemoryError(f"it takes about {needed / 2**20:.0f} MiB, and {free / 2**20:.0f} are free")
+    return tried
+
+
+def _try(op, kernels, reference, named, known, key, what) -> tuple[str | None, str]:
     """The verdict of a trial now, noted."""
     known.note(key, verdicts.RUNNING, what)
     state: str | None = None
@@ -272,22 +333,25 @@ def _try(op, backend, kernels, reference, named, batch, known, key, what) -> tup
     only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
         torch.use_deterministic_algorithms(False)  # the float64 reference has no such form of every sum
-        named = named if op.trial.example is None else op.trial.example(named)
         with torch.no_grad():
+            batch = trial.batch_of(op.trial, named)
             for rows in (batch, batch - 1) if batch > 2 else (batch,):  # whole blocks, then one that masks cut
-                trial.check(op.function, op.pack, kernels, reference, named, op.trial, rows, key)
+                given = trial.with_batch(op.trial, named, rows)
+                trial.check(op.function, op.pack, kernels, reference, given, op.trial, key)
         state = verdicts.GOOD
     except trial.Fault as fault:
         state, why = verdicts.BAD, str(fault)
     except trial.NotAsked:
         lasts = False
     except torch.OutOfMemoryError:  # not again by this process, whose every call would end here
-        state, why, lasts = verdicts.BAD, "there was no memory for it", False
+        why, lasts = _NO_MEMORY, False
     except Exception as error:
         # Of this process, perhaps (no compiler for Triton, say): the next tries again. But a kernel that broke the
         # device's context took the process with it.
         state, why = verdicts.BAD, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         lasts = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
+        if "out of memory" in str(error):  # of the driver, say, for a kernel's stack
+            state, why, lasts = None, f"{_NO_MEMORY} ({why})", False
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=only_warn)
         if state is not None and lasts:

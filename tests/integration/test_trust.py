@@ -280,7 +280,7 @@ def test_no_memory_for_a_trial_is_no_verdict_but_for_this_process():
     def no_memory(x):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.warns(UserWarning, match="there was no memory for it"):
+    with pytest.warns(UserWarning, match="double runs in plain torch in this process: there was no memory for a trial"):
         assert not admits(no_memory)
     assert not entries() and not written()["verdicts"]
     assert not admits(right), "each of its calls would end there"

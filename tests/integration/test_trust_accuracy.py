@@ -65,8 +65,8 @@ def check(name, op, function, arguments, ulps, rows, magnitudes=True):
 
     kernels = types.SimpleNamespace(**{**vars(reference), function: rounded})
     given = op.trial if magnitudes else op.trial._replace(magnitudes=None)
-    named = dict(zip(op.names, arguments, strict=True))
-    trial.check(op.function, op.pack, kernels, reference, named, given, rows, name)
+    named = trial.with_batch(given, dict(zip(op.names, arguments, strict=True)), rows)
+    trial.check(op.function, op.pack, kernels, reference, named, given, name)
 
 
 @pytest.mark.parametrize("rows", [8, 7])
@@ -97,5 +97,5 @@ def test_a_block_of_few_channels_passes_with_any_values(backend, seed):
     op = trust.OPS["lls_block"]
     reference, kernels = (importlib.import_module(f"lgkernels.ops.lls.{module}") for module in ("reference", backend))
     for arguments in (block(2, 1, 10), block(1, 2, 10)):
-        named = dict(zip(op.names, arguments))
-        trial.check(op.function, op.pack, kernels, reference, named, op.trial, 8, f"s{seed}")
+        named = trial.with_batch(op.trial, dict(zip(op.names, arguments)), 8)
+        trial.check(op.function, op.pack, kernels, reference, named, op.trial, f"s{seed}")

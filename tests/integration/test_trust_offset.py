@@ -133,7 +133,7 @@ def test_the_example_has_whole_chunks_pieces_and_tensors_askew():
     arguments = dict(zip(("params", "grads", "momentum_buffers", "offsets"), [[torch.ones(3)]] * 4)) | NUMBERS
     example = TRIALS["offset_sgd_"].example(arguments)
     assert {p.data_ptr() % 16 for p in example["params"]} == {0, 4}
-    made = trial.inputs(TRIALS["offset_sgd_"], example, 1, trial._Arena(), 0)
+    made = trial.inputs(TRIALS["offset_sgd_"], example, trial._Arena(), 0)
     for name in ("params", "grads", "momentum_buffers", "offsets"):
         assert [t.data_ptr() % 16 for t in made[name]] == [t.data_ptr() % 16 for t in example[name]]
     op.step(reference, *made.values())

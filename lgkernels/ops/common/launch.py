@@ -82,7 +82,7 @@ def _remember(key, kernel, compiled, args, meta):
 def _start_elsewhere(kernel, programs, device, meta, args):
     """In the interpreter, on the meta device, or by another Triton than `start` knows."""
     if device.type == "meta":
-        return dry.note(kernel, meta)
+        return dry.note(kernel, args, meta)
     if device.type != "cuda" and not interpreting():
         raise RuntimeError(
             f"the triton backend got tensors on {device}: move them to a CUDA device, choose another "

@@ -1,8 +1,10 @@
 """How the family's kernels prove themselves on a user's GPU (core/trial.py)."""
 
+from ...core.cuts import Size
 from ...core.trial import Trial
 
 _STATE = ("state",)
+_COLUMNS = Size((("columns", 0), ("weight", 1), ("magnitude", 1)))
 
 
 def _whole_numbers(a):
@@ -13,12 +15,29 @@ def _whole_numbers(a):
 
 
 TRIALS = {
-    "feedback_product": Trial(rows=("grad",), kept=_STATE, length=lambda a: a["grad"].shape[1]),
-    "feedback_matrix": Trial(rows=("weight", "magnitude"), counts=("rows",), kept=_STATE, length=lambda a: 1),
-    "feedback_rows": Trial(rows=("index",), indices={"index": lambda a: 1 << 40}, kept=_STATE, length=lambda a: 1),
-    "feedback_pack_signs": Trial(rows=("weight",), length=lambda a: 1),
+    "feedback_product": Trial(
+        rows=("grad",),
+        sizes=lambda a: (Size((("grad", 1), ("weight", 0), ("magnitude", 0))), _COLUMNS),
+        kept=_STATE,
+        length=lambda a: a["grad"].shape[1],
+    ),
+    "feedback_matrix": Trial(
+        rows=("weight", "magnitude"), counts=("rows",), sizes=lambda a: (_COLUMNS,), kept=_STATE, length=lambda a: 1
+    ),
+    "feedback_rows": Trial(
+        rows=("index",),
+        indices={"index": lambda a: 1 << 40},
+        sizes=lambda a: (Size((("columns", 0),)),),
+        kept=_STATE,
+        length=lambda a: 1,
+    ),
+    "feedback_pack_signs": Trial(rows=("weight",), sizes=lambda a: (Size((("weight", 1),)),), length=lambda a: 1),
     "feedback_update_": Trial(
         rows=("grad", "x"),
+        sizes=lambda a: (
+            Size((("weight", 0), ("momentum_buffer", 0), ("grad", 1))),
+            Size((("weight", 1), ("momentum_buffer", 1), ("x", 1))),
+        ),
         mutates=("weight", "momentum_buffer"),
         plant=_whole_numbers,
         length=lambda a: a["grad"].shape[0],

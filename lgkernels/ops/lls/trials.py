@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ...core.cuts import Size
 from ...core.trial import Trial
 from . import magnitudes
 
@@ -34,12 +35,26 @@ def _block_length(a):
     return max(positions, math.prod(weight.shape[1:])) + a["num_classes"]
 
 
+def _map(name):
+    """Height and width of a feature map."""
+    return Size(((name, 2),)), Size(((name, 3),))
+
+
+def _block_sizes(a):
+    of_inputs = Size((("x", 1), ("weight", 1)), together=None)
+    if a["x"].dim() == 2:  # the outputs are pooled into latents
+        return (of_inputs,)
+    of_outputs = ("weight", "bias", "norm_weight", "norm_bias", "running_mean", "running_var")
+    return (*_map("x"), of_inputs, Size([(name, 0) for name in of_outputs]))
+
+
 _CLASSES = {"target": lambda a: a["num_classes"]}
 
 TRIALS = {
     "lls_loss_forward": Trial(
         rows=("activation", "target"),
         indices=_CLASSES,
+        sizes=lambda a: _map("activation"),
         plant=_plant,
         per_row=True,
         magnitudes=magnitudes,
@@ -48,11 +63,13 @@ TRIALS = {
     "lls_loss_backward": Trial(
         rows=("grad_loss", "grad_latents", "similarity", "grad_logits"),
         counts=("shape",),
+        sizes=lambda a: _map("shape"),
         length=lambda a: a["shape"][0],
     ),
     "lls_block": Trial(
         rows=("x", "target"),
         indices=_CLASSES,
+        sizes=_block_sizes,
         positive=("running_var",),
         plant=lambda a: _ignore_last(a["target"], -100),
         mutates=("running_mean", "running_var"),
