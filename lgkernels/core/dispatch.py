@@ -188,6 +188,11 @@ def _warn_of_fallback(op: str, backend: str, why: str, device: torch.device, dty
     warnings.warn(f"{who} runs in plain torch on {device.type}: {why}. {do}", stacklevel=2)
 
 
+@lru_cache(maxsize=256)
+def _module(package: str, backend: str) -> ModuleType:
+    return importlib.import_module(f"{package}.{backend}")
+
+
 @lru_cache(maxsize=1024)
 def _chosen(
     op: str, impl: str, device: torch.device, dtype: torch.dtype, _environment: tuple
@@ -201,7 +206,7 @@ def _chosen(
     if why_not:
         usable = [b for b in BACKENDS if unavailable(op, b, device, dtype) is None]
         raise ValueError(f"impl={impl!r} can't run {op} on {device.type} {dtype}: {why_not}; usable here: {usable}")
-    return impl, importlib.import_module(f"{_ops[op][0]}.{impl}")
+    return impl, _module(_ops[op][0], impl)
 
 
 def _choice(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ModuleType]:
@@ -217,12 +222,12 @@ def is_auto(impl: str) -> bool:
 
 def fallback_module(op: str) -> ModuleType:
     """The module of `fallback`."""
-    return importlib.import_module(f"{_ops[op][0]}.{fallback(op)}")
+    return _module(_ops[op][0], fallback(op))
 
 
 def reference_module(op: str) -> ModuleType:
     """The definition that every other backend is judged by."""
-    return importlib.import_module(f"{_ops[op][0]}.reference")
+    return _module(_ops[op][0], "reference")
 
 
 def choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -28,6 +28,7 @@ import torch
 
 from . import checks, dispatch, environment, kept, trust
 from .checks import autocasts
+from .tiles import type_of
 from .trial import Trial
 
 LIBRARY = torch.library.Library("lgkernels", "FRAGMENT")
@@ -140,7 +141,7 @@ def define(
 
         def trusted(kernels, impl, device, arguments):
             """These kernels where they may be used, else plain torch."""
-            if device.type not in trust.DEVICE_TYPES or kernels is None or not dispatch.is_auto(impl):
+            if type_of(device) not in trust.DEVICE_TYPES or kernels is None or not dispatch.is_auto(impl):
                 return kernels
             backend = kernels.__name__.rpartition(".")[2]
             if backend not in trust.BACKENDS or trust.policy() != "first-use":

@@ -28,6 +28,12 @@ def power_of_two(n: int) -> int:
     return 1 << max(int(n) - 1, 0).bit_length()
 
 
+@lru_cache(maxsize=64)
+def type_of(device: torch.device) -> str:
+    """`device.type`, of which torch makes a new string each time."""
+    return device.type
+
+
 @lru_cache(maxsize=16)
 def architecture(device: torch.device) -> int | str:
     """The table that serves `device`: the newest architecture that is not newer than it, or "interpret"."""

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import cuts, dry, environment, tiles, trial, verdicts
 from .kept import capturing
@@ -110,6 +111,9 @@ if hasattr(os, "register_at_fork"):
 # -- keys -------------------------------------------------------------------------------------------------------------
 
 
+_VALUES = frozenset((int, float, bool, str, list, type(None)))  # for these torch need not be asked: no tensors
+
+
 def _quick(op: Op, backend: str, arguments: tuple) -> tuple:
     """Of a call, exact in its sizes: what the memory of this process is asked by.
 
@@ -119,13 +123,19 @@ def _quick(op: Op, backend: str, arguments: tuple) -> tuple:
     if op.trial is not None and op.trial.kind is not None:
         return op.name, backend, _device(arguments), op.trial.kind(dict(zip(op.names, arguments)))
     key: list = [op.name, backend]
+    device = None  # that of the first tensor: the op's door sees to it that all lie there
     for a in arguments:
-        if isinstance(a, Tensor):
-            key += a.dtype, a.shape, a.get_device(), a.data_ptr() & 15, a.is_contiguous() or a.stride()
-        elif type(a) is list:
+        kind = type(a)
+        if kind is Tensor or kind is Parameter or kind not in _VALUES and isinstance(a, Tensor):
+            if device is None:
+                key.append(device := a.get_device())
+            key += a.dtype, a.shape, a.data_ptr() & 15, a.is_contiguous() or a.stride()
+        elif kind is float:
+            key.append(a if a == 0.0 or a == 1.0 else float)
+        elif kind is list:
             key.append(tuple(a))
         else:
-            key.append(_kind(a) if type(a) is float else a)
+            key.append(a)
     return tuple(key)
 
 

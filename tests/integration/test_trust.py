@@ -171,6 +171,24 @@ def test_a_verdict_of_one_device_is_none_of_another():
     assert trust._quick(OP, "planted", (x,)) != trust._quick(OP, "planted", (x.as_subclass(Elsewhere),))
 
 
+def test_a_look_up_runs_little_python():
+    """By counting: the look-up and its key, whatever the arguments are."""
+    arguments = torch.ones(64, 8), None, torch.nn.Parameter(torch.ones(8)), [1, 1], 3, 0.5, 1.0, True, "word"
+    op = OP._replace(names=tuple("abcdefghi"))
+    trust._admitted[trust._quick(op, "planted", arguments)] = True
+    calls = []
+    sys.setprofile(lambda frame, event, argument: calls.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        assert trust.admits(op, "planted", None, None, arguments)
+    finally:
+        sys.setprofile(None)
+    assert calls == ["admits", "_quick"]
+    for i, other in ((3, [1, 2]), (4, 4), (5, 1.0), (6, 0.5), (7, False), (8, "other"), (1, 0)):
+        changed = (*arguments[:i], other, *arguments[i + 1 :])
+        assert trust._quick(op, "planted", changed) != trust._quick(op, "planted", arguments)
+    assert trust._quick(op, "planted", (*arguments[:5], 0.7, *arguments[6:])) in trust._admitted, "a schedule's number"
+
+
 def test_the_next_process_takes_the_verdict_over():
     assert admits(right)
     trust.forget_all()

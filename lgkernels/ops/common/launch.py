@@ -15,10 +15,12 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from ...core import dry
 from ...core.dispatch import interpreting
-from ...core.tiles import architecture, select
+from ...core.tiles import architecture, select, type_of
 
 try:
     from triton import knobs
@@ -34,7 +36,6 @@ except (ImportError, AttributeError):  # no Triton, or one whose internals are o
 DEVICE_TYPES = {"cuda"}  # tests put "cpu" here, and a driver of their own into Triton
 _MOST = 4096
 _PARTS = ("run", "function", "packed_metadata")  # of a compiled kernel
-_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 _remembered: dict[tuple, "_Launch"] = {}
 
 
@@ -94,7 +95,7 @@ def _start_elsewhere(kernel, programs, device, meta, args):
 
 def start(kernel, programs, device, args, meta):
     """Run `kernel` on `device`'s current stream, or in the interpreter."""
-    if type(kernel) is not JITFunction or device.type not in DEVICE_TYPES:
+    if type(kernel) is not JITFunction or type_of(device) not in DEVICE_TYPES:
         return _start_elsewhere(kernel, programs, device, meta, args)
     active = driver.active
     index = active.get_current_device()
@@ -105,7 +106,7 @@ def start(kernel, programs, device, args, meta):
     values, foreign = [], False  # foreign: a class of tensor that must not be kept alive in a key
     for value in args:
         kind = type(value)
-        if kind in _TENSORS:
+        if kind is Tensor or kind is Parameter:
             address = value.data_ptr()
             values.append(address)
             key.append((value.dtype,) if address & 15 else value.dtype)
