@@ -102,7 +102,7 @@ def start(kernel, programs, device, args, meta):
     if device.index != index and device.index is not None:
         with torch.cuda.device(device):
             return start(kernel, programs, device, args, meta)
-    key: list = [id(kernel), index, *meta, *meta.values(), *map(type, meta.values())]  # True is another constant than 1
+    key = [id(kernel), index, *meta, *meta.values(), *map(type, meta.values())]  # True is another constant than 1
     values, foreign = [], False  # foreign: a class of tensor that must not be kept alive in a key
     for value in args:
         kind = type(value)

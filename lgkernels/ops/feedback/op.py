@@ -53,7 +53,7 @@ def _backend_of_product(impl, grad, columns, f):
     choose=_backend_of_product,
 )
 def feedback_product(kernels, grad: Tensor, columns: int, f: FeedbackMatrix) -> Tensor:
-    if kernels is None:
+    if kernels is None and f.magnitude is not None:
         product = grad @ f.magnitude.to(grad.dtype)
         return product if f.scale == 1.0 else product.mul_(f.scale)
     return kernels.product(grad, columns, f)

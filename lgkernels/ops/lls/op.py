@@ -250,7 +250,8 @@ def _block_basis(weight, modulation, options):
 def _prepare_block(
     kernels, x, weight, bias, norm_weight, norm_bias, running_mean, running_var, target, modulation, options, wanted
 ):
-    _prepare_basis(kernels, *_block_basis(weight, modulation, options), options.waveform, x.device)
+    rows, dim = _block_basis(weight, modulation, options)
+    _prepare_basis(kernels, rows, dim, options.waveform, x.device)
     size = _map_size(x, weight, options) if weight.dim() == 4 else ()
     if size and all(type(n) is int for n in (*size, options.pool_size)):
         block.bin_areas(x.device, size, options.pool_size)
@@ -308,7 +309,8 @@ def lls_block(
     wanted: Wanted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     target = class_indices("target", target, options.num_classes, -100)
-    basis = basis_for(kernels, *_block_basis(weight, modulation, options), options.waveform, x.device)
+    rows, dim = _block_basis(weight, modulation, options)
+    basis = basis_for(kernels, rows, dim, options.waveform, x.device)
     parameters = block.Parameters(weight, bias, norm_weight, norm_bias, running_mean, running_var, modulation)
     if kernels.CAPABILITIES.whole_block:
         return kernels.block(x, target, parameters, basis, options, wanted)

@@ -37,7 +37,7 @@ def _feature_map(h):
         planes = _samples(h)
         h = h if planes or _samples(h.permute(0, 2, 3, 1)) else h.contiguous()
         planes = planes or _samples(h)
-        batch, channels, positions = *h.shape[:2], h.shape[2] * h.shape[3]
+        (batch, channels), positions = h.shape[:2], h.shape[2] * h.shape[3]
     return (h.data_ptr(), batch, channels, positions, h.stride(0), not planes, _code(h)), h
 
 

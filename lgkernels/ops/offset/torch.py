@@ -19,7 +19,7 @@ def step_(params, grads, momentum_buffers, offsets, options):
     if weight_decay:
         torch._foreach_add_(sums, params, alpha=factor * weight_decay)  # first: without momentum the sums are params
     torch._foreach_add_(sums, grads, alpha=factor * local_scale * grad_scale)
-    tilted: dict[torch.dtype, tuple[list, list]] = {}  # a list of one dtype is one pass
+    tilted = {}  # a list of one dtype is one pass
     for sum_, offset in zip(sums, offsets):
         if offset is not None and offset_scale:
             own, of_dtype = tilted.setdefault(offset.dtype, ([], []))

@@ -120,7 +120,7 @@ def offset_sgd_kernel(
         )
 
 
-_captured = []  # what a CUDA graph reads at every replay
+_captured: list[tuple[torch.Tensor, torch.Tensor]] = []  # what a CUDA graph reads at every replay
 
 
 def _pinned(host):
