@@ -25,7 +25,7 @@ from setuptools.command.editable_wheel import editable_wheel
 ROOT = Path(__file__).resolve().parent
 MODULE = "lgkernels._C"
 FILENAME = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
-CUDA_ARCHS = "80;86;89;90a;100;120"
+CUDA_ARCHS = "75;80;86;89;90a;100;120"
 MODES = ("auto", "none", "cpu", "cuda")
 
 

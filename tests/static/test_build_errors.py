@@ -1,10 +1,12 @@
-"""What setup.py says of a build that failed: one line, and the right one."""
+"""What setup.py says of a build that failed: one line, and the right one; and what it builds for."""
 
 import runpy
 from pathlib import Path
 from unittest import mock
 
 import pytest
+
+from lgkernels.core import tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,3 +46,7 @@ def test_the_line_that_tells_most(setup, tmp_path, log, said):
     path = tmp_path / "build.log"
     path.write_text(log)
     assert setup["first_error"](path) == said
+
+
+def test_all_architectures_are_those_of_the_triton_kernels_tables(setup):
+    assert [int(name.rstrip("a")) for name in setup["CUDA_ARCHS"].split(";")] == sorted(tiles.SHARED_MEMORY)

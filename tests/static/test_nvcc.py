@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc").glob("*/cuda/*.cu"))
+WHEELS = re.search(r'^CUDA_ARCHS = "([\da;]+)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)[1].split(";")
 # sm_89 has sm_86's instructions, registers and shared memory: it is compiled with LGKERNELS_TEST_ALL=1 only
-ARCHITECTURES = ("80", "86", *(["89"] if os.environ.get("LGKERNELS_TEST_ALL") == "1" else []), "90a", "100", "120")
+ARCHITECTURES = [a for a in WHEELS if a != "89" or os.environ.get("LGKERNELS_TEST_ALL") == "1"]
 SHARED_LIMIT = 48 * 1024  # static and dynamic together; the dynamic part: tests/lls/test_launches.py
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 
