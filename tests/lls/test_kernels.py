@@ -267,15 +267,17 @@ def test_norm_act_pool_without_gradient(module, case, max_pool):
     norm_act_pool(module, case, max_pool=max_pool, compute_grad=False)
 
 
+@pytest.mark.parametrize("size, column", [((5, 7), 3), ((8, 8), 2), ((8, 8), 3)])
 @pytest.mark.op("lls_block")
 @IN_PIECES
-def test_max_pool_of_nan_and_odd_sizes(module):
+def test_max_pool_of_nan_and_odd_sizes(module, size, column):
     """floor(H/2) x floor(W/2) windows; the last odd row and column still reach the latents; nan wins a window."""
-    z = preactivation((2, 3, 5, 7))
-    z[0, 1, 2, 3] = float("nan")
+    z = preactivation((2, 3, *size))
+    z[0, 1, 2, column] = float("nan")
     mean, rstd, gamma, beta = norm_arguments(3)
     out = module.norm_act_pool(*map(place, (z, mean, rstd, gamma, beta)), 0.01, 2, True, True)[0]
-    assert out.shape == (2, 3, 2, 3) and out[0, 1, 1, 1].isnan() and out.isnan().sum() == 1
+    assert out.shape == (2, 3, size[0] // 2, size[1] // 2)
+    assert out[0, 1, 1, 1].isnan() and out.isnan().sum() == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -36,6 +36,16 @@ def test_sums_over_lanes_add_rounded_values(compiled):
 
 @needs_triton
 @pytest.mark.parametrize("compiled", [86], indirect=True, ids=lambda arch: f"sm_{arch}")
+def test_max_pooling_of_exact_bins_loads_whole_runs(compiled):
+    """Of NCHW maps: 16 bytes of both rows of the windows at a time, none by element."""
+    _, results = compiled
+    pools = [r for r in results if r["constants"].get("WINDOW") == 2 and r["constants"]["RUN"] == 8]
+    assert {"*bf16" in r["types"] for r in pools} == {True, False}
+    assert all(r["loads"][0] >= 2 and not sum(r["loads"][3:]) and not r["stores"][3] for r in pools)
+
+
+@needs_triton
+@pytest.mark.parametrize("compiled", [86], indirect=True, ids=lambda arch: f"sm_{arch}")
 def test_the_table_has_a_line_for_each_kernel(compiled):
     _, results = compiled
     assert all(r["instructions"] > 50 and sum(r["loads"]) and sum(r["stores"]) for r in results)

@@ -39,11 +39,11 @@ def cover(size, pool):
 
 
 def bin_layout(shape, pool_size, channels_last, window=1):
-    """`(RUN, largest number of positions of a bin)`. RUN > 1 where bins tile the map exactly and the columns of each
-    come in aligned runs of RUN contiguous elements."""
+    """`(RUN, largest number of positions of a bin)`. RUN > 1 where bins tile the map exactly, and windows the bins, and
+    the columns of each bin come in aligned runs of RUN contiguous elements."""
     height, width = shape[2:]
-    run = 1
-    if not channels_last and window == 1 and height % pool_size == 0 and width % pool_size == 0:
+    run, unit = 1, pool_size * window
+    if not channels_last and height % unit == 0 and width % unit == 0:
         bin_width = width // pool_size
         run = min(bin_width & -bin_width, _LONGEST_RUN)
     return run, block_count(widest(height, pool_size), window) * block_count(widest(width, pool_size), window)

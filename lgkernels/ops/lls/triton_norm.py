@@ -36,6 +36,12 @@ def _normalization(mean, rstd, gamma, beta, c, inside):
     )
 
 
+@triton.jit
+def _larger(a, b):
+    """The larger of two values; NaN where either is."""
+    return tl.where((a > b) | (a != a), a, b)
+
+
 @triton.jit(do_not_specialize=["B", "H", "W", "P"])
 def norm_act_pool_kernel(
     z,
@@ -62,7 +68,10 @@ def norm_act_pool_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """a = leaky_relu(gamma * (z - mean) * rstd + beta), or z itself without NORM; per bin the mean of a and the sums
-    of lambda and lambda * xhat. Positions are visited in WINDOW x WINDOW groups, whose maximum is the output."""
+    of lambda and lambda * xhat. Positions are visited in WINDOW x WINDOW groups, whose maximum is the output; with RUN
+    the columns of neighbouring groups are loaded as one run, SPAN of them a group."""
+    SPAN: tl.constexpr = WINDOW if RUN > 1 else 1
+    STEP: tl.constexpr = WINDOW // SPAN  # columns from one load of a group to the next
     i, j, plane = bin_of_program(P, BLOCK_C)
     top, bottom, next_top = bin_range(i, H, P)
     left, right, next_left = bin_range(j, W, P)
@@ -72,19 +81,20 @@ def norm_act_pool_kernel(
         negative = tl.cast(slope, tl.float32)
     row0, column0 = top // WINDOW, left // WINDOW
     rows, columns = (bottom - 1) // WINDOW + 1 - row0, (right - 1) // WINDOW + 1 - column0
-    count = tl.multiple_of(rows * columns, RUN)
-    sum_a = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    sum_lambda = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    sum_xhat = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(0, count, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        row, column = row0 + p // columns, column0 + p % columns
+    width = columns * SPAN
+    count = tl.multiple_of(rows * width, RUN)
+    sum_a = tl.zeros((BLOCK_P * SPAN, BLOCK_C), tl.float32)
+    sum_lambda = tl.zeros((BLOCK_P * SPAN, BLOCK_C), tl.float32)
+    sum_xhat = tl.zeros((BLOCK_P * SPAN, BLOCK_C), tl.float32)
+    for start in range(0, count, BLOCK_P * SPAN):
+        p = start + tl.arange(0, BLOCK_P * SPAN)
+        row, column = row0 + p // width, column0 * SPAN + p % width
         inside = p < count
-        largest = tl.full((BLOCK_P, BLOCK_C), float("-inf"), tl.float32)
+        largest = tl.full((BLOCK_P * SPAN, BLOCK_C), float("-inf"), tl.float32)
         for dy in tl.static_range(WINDOW):
-            for dx in tl.static_range(WINDOW):
-                h, w = row * WINDOW + dy, column * WINDOW + dx
-                if WINDOW == 1:
+            for dx in tl.static_range(STEP):
+                h, w = row * WINDOW + dy, column * STEP + dx
+                if WINDOW == 1 or RUN > 1:
                     valid = inside
                     member = valid[:, None]
                 else:
@@ -103,7 +113,7 @@ def norm_act_pool_kernel(
                     if WINDOW == 1:
                         largest = a
                     else:
-                        largest = tl.where((a > largest) | (a != a), a, largest)
+                        largest = _larger(a, largest)
                     sum_a += tl.where(member, a, 0.0)
                     if GRAD:
                         sum_lambda += tl.where(member, slope_here, 0.0)
@@ -111,6 +121,12 @@ def norm_act_pool_kernel(
                 else:
                     sum_a += tl.where(member, value, 0.0)
         if NORM:
+            if SPAN > 1:  # from columns to groups
+                left_column, right_column = tl.split(tl.permute(tl.reshape(largest, (BLOCK_P, 2, BLOCK_C)), (0, 2, 1)))
+                largest = _larger(right_column, left_column)
+                p = start // SPAN + tl.arange(0, BLOCK_P)
+                row, column = row0 + p // columns, column0 + p % columns
+                inside = p < tl.multiple_of(rows * columns, RUN // SPAN)
             if RUN > 1:  # exact tiling: all are owned, in aligned runs
                 owned = inside
             else:
@@ -123,7 +139,7 @@ def norm_act_pool_kernel(
                     & (column * WINDOW < next_left)
                     & (column < W // WINDOW)
                 )
-            to = elements(plane, row, column, C, H // WINDOW, W // WINDOW, CHANNELS_LAST, RUN)
+            to = elements(plane, row, column, C, H // WINDOW, W // WINDOW, CHANNELS_LAST, RUN // SPAN)
             tl.store(out + to, largest.to(out.dtype.element_ty), mask=owned[:, None] & exists[None, :])
     to = offset(plane, P * P) + (i * P + j)
     area = (bottom - top) * (right - left) * 1.0
