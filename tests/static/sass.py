@@ -71,10 +71,30 @@ def fused_into_lanes(listing):
     return found
 
 
+def loads_in_flight(listing):
+    """The most loads of global memory that have been issued while nothing has read their results, in code without a
+    branch. They come back in order: who reads a result has waited for the loads before it too."""
+    waiting, most = [], 0  # registers of each load
+    for opcode, operands in listing:
+        name, (first, *rest) = opcode.split(".")[0], operands.split(",")
+        written = _REGISTER.match(first)
+        read = {
+            register for operand in (rest if written else [first, *rest]) for register in _REGISTER.findall(operand)
+        }
+        arrived = max((i + 1 for i, registers in enumerate(waiting) if read & registers), default=0)
+        waiting = [] if name in ("BRA", "BAR", "EXIT") else waiting[arrived:]
+        if name in ("LDG", "LD") and written:
+            begin = int(written[0][1:])
+            waiting.append({f"R{begin + i}" for i in range(max(width(opcode) // 4, 1))})
+            most = max(most, len(waiting))
+    return most
+
+
 def counts(listing):
     """The row of a kernel: instructions, those in double precision, loads and stores of global memory by width."""
     opcodes = Counter(opcode for opcode, _ in listing if opcode != "NOP")
     row = {"instructions": sum(opcodes.values()), "fused_into_lanes": fused_into_lanes(listing)}
+    row["in_flight"] = loads_in_flight(listing)
     row["double"] = sum(n for opcode, n in opcodes.items() if _DOUBLE.match(opcode))
     for name, wanted in (("loads", ("LDG", "LDGSTS", "LD")), ("stores", ("STG", "ST"))):
         row[name] = [
@@ -93,14 +113,16 @@ def table(results):
         groups.setdefault((result["kernel"], result["arch"]), []).append(result)
     lines = [
         f"{'kernel':27}{'sm':>4}{'variants':>9}{'instr':>7}{'regs':>5}{'stack':>6}{'shared':>7}{'fp64':>5}{'lanes':>6}"
+        f"{'flight':>7}"
         f"  {'loads of 16/8/4/2/1 bytes':27}stores"
     ]
     for (kernel, arch), rows in sorted(groups.items()):
         total = {name: sum(row[name] for row in rows) for name in ("instructions", "double", "fused_into_lanes")}
-        most = {name: max(row[name] for row in rows) for name in ("registers", "stack", "shared")}
+        most = {name: max(row[name] for row in rows) for name in ("registers", "stack", "shared", "in_flight")}
         moved = ["/".join(str(sum(n)) for n in zip(*(row[name] for row in rows))) for name in ("loads", "stores")]
         lines.append(
             f"{kernel:27}{arch:>4}{len(rows):>9}{total['instructions']:>7}{most['registers']:>5}{most['stack']:>6}"
-            f"{most['shared']:>7}{total['double']:>5}{total['fused_into_lanes']:>6}  {moved[0]:27}{moved[1]}"
+            f"{most['shared']:>7}{total['double']:>5}{total['fused_into_lanes']:>6}"
+            f"{most['in_flight']:>7}  {moved[0]:27}{moved[1]}"
         )
     return "\n".join(lines)

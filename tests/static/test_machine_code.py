@@ -46,6 +46,17 @@ def test_max_pooling_of_exact_bins_loads_whole_runs(compiled):
 
 @needs_triton
 @pytest.mark.parametrize("compiled", [86], indirect=True, ids=lambda arch: f"sm_{arch}")
+def test_reductions_of_the_local_losses_have_loads_in_flight(compiled):
+    """Of a plane of many tiles four at least; a thread has eight values of a tile, one load or two."""
+    _, results = compiled
+    reductions = [r for r in results if r["constants"].get("LOADS") == 4]
+    assert {r["kernel"] for r in reductions} == {"sums_kernel", "deviation_kernel"}
+    assert {r["constants"]["CHANNELS_LAST"] for r in reductions} == {True, False}
+    assert all(r["in_flight"] >= 4 for r in reductions)
+
+
+@needs_triton
+@pytest.mark.parametrize("compiled", [86], indirect=True, ids=lambda arch: f"sm_{arch}")
 def test_the_table_has_a_line_for_each_kernel(compiled):
     _, results = compiled
     assert all(r["instructions"] > 50 and sum(r["loads"]) and sum(r["stores"]) for r in results)
@@ -74,3 +85,17 @@ def test_an_overwritten_register_is_no_longer_the_other_lanes():
 )
 def test_double_precision_is_seen(opcode, double):
     assert sass.counts([(opcode, "R0, R2")])["double"] == double
+
+
+IN_FLIGHT = [
+    ("LDG.E.128 R4, [R2.64]", "LDG.E.128 R8, [R2.64+0x10]", "FADD R0, R0, R4", "FADD R0, R0, R8", 2),
+    ("LDG.E.128 R4, [R2.64]", "FADD R0, R0, R7", "LDG.E.128 R4, [R2.64+0x10]", "FADD R0, R0, R5", 1),
+    ("LDG.E R4, [R2.64]", "LDG.E R8, [R2.64+0x10]", "FADD R0, R0, R4", "LDG.E R5, [R2.64]", 2),
+    ("LDG.E R4, [R2.64]", "@P0 BRA `(.L_1)", "LDG.E R8, [R2.64]", "STG.E [R2.64], R8", 1),
+]
+
+
+@pytest.mark.parametrize("first, second, third, fourth, expected", IN_FLIGHT)
+def test_loads_in_flight_are_counted(first, second, third, fourth, expected):
+    lines = [f"/*{i:04x}*/ {text} ;" for i, text in enumerate((first, second, third, fourth))]
+    assert sass.loads_in_flight(sass.parse("\n".join(lines))) == expected

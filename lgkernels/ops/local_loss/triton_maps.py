@@ -33,6 +33,13 @@ def _elements(first, p, channels, CHANNELS_LAST: tl.constexpr):
     return (offset(p, channels) if CHANNELS_LAST else p)[:, None] + first[None, :]
 
 
+@triton.jit
+def _tile(x, first, tile, positions, channels, exists, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr):
+    """(values, whether each position exists) of tile number `tile`; zeros where it lies past the last position."""
+    p = indices(tile, BLOCK_P)
+    return _load(x, _elements(first, p, channels, CHANNELS_LAST), p, positions, exists), p < positions
+
+
 @triton.jit(do_not_specialize=["planes", "slices"])
 def sums_kernel(
     x,
@@ -44,19 +51,37 @@ def sums_kernel(
     factor,
     SQUARES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    LOADS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out (slices, planes) = factor * sum of x, or of its squares, over every slices-th tile of the positions."""
+    """out (slices, planes) = factor * sum of x, or of its squares, over every slices-th tile of the positions.
+    LOADS (1 or 4) tiles are loaded before the first is added."""
     pid = program_id(0)
     part = pid % slices
     plane, exists, first = _planes(pid // slices, planes, positions, channels, CHANNELS_LAST, BLOCK_C)
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for tile in range(part, tl.cdiv(positions, BLOCK_P), slices):
-        p = indices(tile, BLOCK_P)
-        value = _load(x, _elements(first, p, channels, CHANNELS_LAST), p, positions, exists)
-        total += value * value if SQUARES else value
+    for tile in range(part, tl.cdiv(positions, BLOCK_P), LOADS * slices):
+        a, _ = _tile(x, first, tile, positions, channels, exists, CHANNELS_LAST, BLOCK_P)
+        if LOADS > 1:
+            b, _ = _tile(x, first, tile + slices, positions, channels, exists, CHANNELS_LAST, BLOCK_P)
+            c, _ = _tile(x, first, tile + 2 * slices, positions, channels, exists, CHANNELS_LAST, BLOCK_P)
+            d, _ = _tile(x, first, tile + 3 * slices, positions, channels, exists, CHANNELS_LAST, BLOCK_P)
+        total += a * a if SQUARES else a
+        if LOADS > 1:
+            total += b * b if SQUARES else b
+            total += c * c if SQUARES else c
+            total += d * d if SQUARES else d
     tl.store(out + offset(part, planes) + plane, tl.sum(total, 0) * tl.cast(factor, tl.float32), mask=exists)
+
+
+@triton.jit
+def _welford(count, mean, squares, value, inside):
+    """The three with a tile of values, as far as it lies inside."""
+    count += tl.where(inside, 1.0, 0.0)
+    delta = tl.where(inside[:, None], value - mean, 0.0)
+    mean += delta * (1.0 / tl.maximum(count, 1.0))[:, None]
+    return count, mean, squares + delta * (value - mean)
 
 
 @triton.jit(do_not_specialize=["planes"])
@@ -68,24 +93,29 @@ def deviation_kernel(
     positions,
     channels,
     CHANNELS_LAST: tl.constexpr,
+    LOADS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Mean and unbiased standard deviation of each plane, by Welford's update in each tile slot. All is counted from
-    the plane's first element: a mean far from zero costs no digit, and what is constant has deviation 0."""
+    the plane's first element: a mean far from zero costs no digit, and what is constant has deviation 0. LOADS (1 or
+    4) tiles are loaded before the first is counted."""
     plane, exists, first = _planes(program_id(0), planes, positions, channels, CHANNELS_LAST, BLOCK_C)
     shift = tl.load(x + first, mask=exists, other=0.0).to(tl.float32)
     count = tl.zeros((BLOCK_P,), tl.float32)
     mu = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for tile in range(tl.cdiv(positions, BLOCK_P)):
-        p = indices(tile, BLOCK_P)
-        inside = p < positions
-        value = _load(x, _elements(first, p, channels, CHANNELS_LAST), p, positions, exists) - shift[None, :]
-        count += tl.where(inside, 1.0, 0.0)
-        delta = tl.where(inside[:, None], value - mu, 0.0)
-        mu += delta * (1.0 / tl.maximum(count, 1.0))[:, None]
-        squares += delta * (value - mu)
+    for tile in range(0, tl.cdiv(positions, BLOCK_P), LOADS):
+        a, in_a = _tile(x, first, tile, positions, channels, exists, CHANNELS_LAST, BLOCK_P)
+        if LOADS > 1:
+            b, in_b = _tile(x, first, tile + 1, positions, channels, exists, CHANNELS_LAST, BLOCK_P)
+            c, in_c = _tile(x, first, tile + 2, positions, channels, exists, CHANNELS_LAST, BLOCK_P)
+            d, in_d = _tile(x, first, tile + 3, positions, channels, exists, CHANNELS_LAST, BLOCK_P)
+        count, mu, squares = _welford(count, mu, squares, a - shift[None, :], in_a)
+        if LOADS > 1:
+            count, mu, squares = _welford(count, mu, squares, b - shift[None, :], in_b)
+            count, mu, squares = _welford(count, mu, squares, c - shift[None, :], in_c)
+            count, mu, squares = _welford(count, mu, squares, d - shift[None, :], in_d)
     _, total_mean, total = combine(count[:, None], mu, squares)
     tl.store(mean + plane, shift + total_mean, mask=exists)
     tl.store(deviation + plane, tl.sqrt_rn(total / (positions - 1.0)), mask=exists)
