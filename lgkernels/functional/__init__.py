@@ -5,6 +5,7 @@ from types import ModuleType as _Module
 
 from .adapter import *
 from .feedback import *
+from .forward_gradient import *
 from .lls import *
 from .local_loss import *
 
