@@ -59,14 +59,12 @@ def dual_linear(
         (tensor([[5.]]), tensor([[2.]]))
     """
     checks.linear(x, weight, bias)
-    law = weight_tangent if isinstance(weight_tangent, RandomFeedback) else None
-    if law is not None:
-        checks.same_device(weight=weight, weight_tangent=law.state)
-    else:
-        tangents(weight_tangent=(weight_tangent, weight))
-    tangents(x_tangent=(x_tangent, x), bias_tangent=(bias_tangent, bias))
-    tensors = x, x_tangent, weight, bias, bias_tangent, None if law is not None else weight_tangent
-    refuse_duals("dual_linear", *tensors)
+    given = weight_tangent
+    if isinstance(given, RandomFeedback):
+        checks.same_device(weight=weight, weight_tangent=given.state)
+        given = None
+    tangents(x_tangent=(x_tangent, x), weight_tangent=(given, weight), bias_tangent=(bias_tangent, bias))
+    refuse_duals("dual_linear", x, x_tangent, weight, bias, bias_tangent, given)
     return _layers.dual_linear(x, x_tangent, weight, bias, weight_tangent, bias_tangent)
 
 

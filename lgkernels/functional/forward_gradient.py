@@ -86,7 +86,9 @@ def replicated_cross_entropy(
     return _entry.cross_entropy(x, weight, bias, target, layer_norm, impl)
 
 
-def _cross_entropy_arguments(x, weight, bias, target, layer_norm, impl) -> None:
+def _cross_entropy_arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, layer_norm: bool, impl: str
+) -> None:
     _features(x=x)
     _head(x, weight, bias)
     checks.class_targets("target", target, x, "x")
@@ -142,7 +144,9 @@ def replicated_cross_entropy_dual(
     ]
 
 
-def _nt_xent_arguments(x, y, weight, bias, temperature, impl) -> float:
+def _nt_xent_arguments(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, impl: str
+) -> float:
     _features(x=x, y=y)
     checks.shape("y", y, x.shape, "that of the other view x")
     if y.dtype != x.dtype:
