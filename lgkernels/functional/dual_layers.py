@@ -114,7 +114,7 @@ def dual_group_linear(
     return _layers.dual_group_linear(x, x_tangent, weight, bias)
 
 
-def _noise(noise: Tensor | RandomFeedback, z: Tensor) -> tuple:
+def as_noise(noise: Tensor | RandomFeedback, z: Tensor) -> tuple:
     """The noise as the ops take it."""
     if isinstance(noise, RandomFeedback):
         checks.same_device(z=z, noise=noise.state)
@@ -184,7 +184,7 @@ def dual_norm_noise_relu(
         checks.shape("residual", residual, z.shape, "that of z")
         checks.precision("residual", residual, "z", z)
         checks.same_device(z=z, residual=residual)
-    u = _noise(noise, z)
+    u = as_noise(noise, z)
     checks.impl(impl)
     refuse_duals("dual_norm_noise_relu", z, z_tangent, residual, u[0])
     return _layers.dual_norm(z, z_tangent, residual, u, dim, eps, True, impl)
@@ -252,7 +252,7 @@ def activity_perturbation_grad(
             f"got shape {checks.shape_of(coefficient)}"
         )
     checks.precision("coefficient", coefficient, "z", z)
-    u = _noise(noise, z)
+    u = as_noise(noise, z)
     checks.impl(impl)
     checks.same_device(z=z, x=x, y=y, coefficient=coefficient)
     refuse_duals("activity_perturbation_grad", x, z, y, coefficient, u[0])

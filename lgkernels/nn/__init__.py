@@ -8,6 +8,7 @@ from .alignment import *
 from .convert import *
 from .direct import *
 from .feedback import *
+from .forward_gradient import *
 from .lls import *
 from .local_loss import *
 from .local_loss_infopro import *

@@ -52,7 +52,7 @@ def _random_product(x, law, out_features):
 
 
 @torch.no_grad()
-def dual_linear(x, x_tangent, weight, bias, weight_tangent, bias_tangent):
+def dual_linear(x, x_tangent, weight, bias, weight_tangent=None, bias_tangent=None):
     both = halves(x, x_tangent)
     if both is not None:
         out = F.linear(both, weight)

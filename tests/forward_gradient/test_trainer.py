@@ -1,0 +1,251 @@
+"""ForwardGradientTrainer: what the estimators have in common, and what tells them apart."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lgkernels.nn as lnn
+from lgkernels.training import ForwardGradientTrainer
+from lgkernels.training.forward_gradient import ESTIMATORS
+from tests.forward_gradient.common import STEPS, load, network
+
+SMALL = dict(image_size=8, in_channels=3, num_classes=5, blocks=3, width=16)
+
+
+def model_of(config="M/4/4", dtype=torch.float64, **options):
+    torch.manual_seed(3)
+    model = lnn.LocalMixer(config, dtype=dtype, **{**SMALL, **options})
+    with torch.no_grad():
+        model.readout.weight.normal_(0, 0.3)
+    return model
+
+
+def batch(count=6, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, 8, 8, generator=generator, dtype=dtype), torch.arange(count) % 5
+
+
+def trainer_of(model, estimator, **options):
+    return ForwardGradientTrainer(model, lambda p: torch.optim.SGD(p, 0.1), estimator=estimator, **options)
+
+
+def gradients(estimator, model=None, data=None, **options):
+    return trainer_of(model or model_of(), estimator, **options).gradients(*(data or batch()))
+
+
+def assert_same(one, other, tolerance=1e-12):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+# -- exact estimators -------------------------------------------------------------------------------------------------
+
+
+def test_bp_is_autograd():
+    model, (x, target) = model_of(), batch()
+    _, ours = gradients("BP", model, readout_factor=1.0)
+    F.cross_entropy(model(x), target).backward()
+    assert_same(ours, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+
+
+def test_local_losses_reach_earlier_blocks_only_where_not_greedy():
+    _, local = gradients("L-BP")
+    _, greedy = gradients("LG-BP")
+    last = [n for n in local if n.startswith("blocks.2")]
+    assert_same({n: local[n] for n in last}, {n: greedy[n] for n in last})
+    assert not torch.allclose(local["blocks.0.channel.weight"], greedy["blocks.0.channel.weight"])
+
+
+@pytest.mark.parametrize("estimator, exact", [("FA", "BP"), ("L-FA", "L-BP"), ("LG-FA", "LG-BP")])
+def test_feedback_alignment_is_exact_with_the_weights_themselves(estimator, exact):
+    """With random matrices equal to the weights it is back-propagation; with others it is not."""
+    model = model_of()
+    trainer = trainer_of(model, estimator)
+    stages = [module for block in model.blocks for _, module in block.stages()]
+    heads = [*(block.head for block in model.blocks), model.readout]
+    different = trainer.gradients(*batch())[1]
+
+    class Given(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def materialize(self, shape, device, dtype):
+            return self.weight.detach()
+
+    trainer.noise.backward_weight = torch.nn.ModuleList(Given(m.weight) for m in stages)
+    trainer.noise.backward_head = torch.nn.ModuleList(Given(m.weight) for m in heads)
+    same = trainer.gradients(*batch())[1]
+    expected = gradients(exact, model)[1]
+    assert_same(same, expected)
+    assert not torch.allclose(different["blocks.0.channel.weight"], expected["blocks.0.channel.weight"])
+
+
+def test_dfa_projects_the_error_of_the_readout():
+    model, (x, target) = model_of(), batch()
+    trainer = trainer_of(model, "DFA")
+    _, got = trainer.gradients(x, target)
+    block, patches = model.blocks[0], model.patches(x)
+    error = (torch.softmax(model(x), 1) - F.one_hot(target, 5)).detach() / len(x)
+    y = F.relu(F.layer_norm(block.channel(F.layer_norm(patches, (12,))), (16,)))
+    signal = error @ trainer.noise.direct[0].materialize((5, 16 * 16), dtype=torch.float64)
+    (expected,) = torch.autograd.grad(y, block.channel.weight, signal.view(y.shape))
+    torch.testing.assert_close(got["blocks.0.channel.weight"], expected)
+    assert not any("head" in name for name in got)  # they have no loss
+
+
+# -- forward gradients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("law", ["normal", "sign"])
+def test_mean_of_many_draws_is_the_local_gradient(law):
+    """20,000 draws on the authors' tiny network: a batch of copies has noise of its own for each copy."""
+    data = load(STEPS[0])
+    model, copies, calls = network(data, torch.float64), 200, 100
+    x, target = data["x"].double().repeat(copies, 1, 1), data["labels"].long().repeat(copies)
+    trainer = trainer_of(model, "LG-FG-A", law=law)
+    draws = [trainer.gradients(x, target)[1] for _ in range(calls)]
+    exact = trainer_of(model, "LG-BP").gradients(data["x"].double(), data["labels"])[1]
+    for name, expected in exact.items():
+        sample = torch.stack([draw[name] for draw in draws])
+        error, deviation = sample.mean(0) - expected, sample.std(0) / calls**0.5
+        if "head" in name or "readout" in name:
+            torch.testing.assert_close(sample[0], expected)
+            continue
+        if deviation.max() <= 1e-12:
+            continue  # its gradient is 0 in theory
+        ratio = (error.square().mean() / deviation.square().mean()).sqrt()
+        assert ratio < 1.6, f"{name}: {ratio:.2f} standard errors"
+
+
+@pytest.mark.parametrize("estimator, exact", [("FG-A", "BP"), ("FG-W", "BP"), ("LG-FG-W", "LG-BP")])
+@pytest.mark.parametrize("derivative", ["forward", "finite_difference"])
+def test_other_estimators_are_unbiased(estimator, exact, derivative):
+    """Along the exact gradient: E <g, G> = |G|^2 for every block's parameters together."""
+    if derivative == "finite_difference" and estimator == "LG-FG-W":
+        pytest.skip("its one loss a block is that of all groups, as released")
+    model, data = model_of("M/2/4", width=8, blocks=2), batch(4)
+    truth = gradients(exact, model, data)[1]
+    trainer = trainer_of(model, estimator, derivative=derivative, step_size=1e-4)
+    names = [n for n in truth if "head" not in n and "readout" not in n]
+    draws = [trainer.gradients(*data)[1] for _ in range(300)]
+    size = sum(truth[n].square().sum() for n in names)
+    along = torch.stack([sum((d[n] * truth[n]).sum() for n in names) / size for d in draws])
+    assert abs(along.mean() - 1) < 4 * along.std() / len(draws) ** 0.5
+    assert along.std() < 6
+
+
+def test_weight_and_activity_perturbations_are_forward_derivatives():
+    """FG-W's scalar is the derivative of the loss along the noise: by central differences."""
+    model, (x, target) = model_of("M/2/4", width=8, blocks=2), batch(4)
+    trainer = trainer_of(model, "FG-W", readout_factor=0.0)
+    noise = [trainer._draw(b, None) for b in range(2)]
+    _, got = trainer.gradients(x, target, noise=noise)
+    step, values = 1e-5, []
+    for sign in (1, -1):
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for block, given in zip(moved.blocks, noise):
+                for (_, module), (weight, bias) in zip(block.stages(), given):
+                    module.weight += sign * step * weight
+                    module.bias += sign * step * bias
+        values.append(F.cross_entropy(moved(x), target))
+    scalar = (values[0] - values[1]) / (2 * step)
+    torch.testing.assert_close(got["blocks.1.token.weight"], noise[1][0][0] * scalar, rtol=1e-6, atol=1e-9)
+
+
+def test_one_block_one_patch_one_group_makes_local_and_global_the_same():
+    """S/1/1: the block's loss and the last loss are of one value where the heads are the same."""
+    model = model_of("S/1/1", image_size=8, blocks=1, width=16)
+    with torch.no_grad():
+        model.blocks[0].head.weight.copy_(model.readout.weight)
+    for kind in "AW":
+        _, local = gradients(f"LG-FG-{kind}", model)
+        _, whole = gradients(f"FG-{kind}", model)
+        assert_same({n: g for n, g in local.items() if "head" not in n}, whole)
+
+
+def test_several_draws_are_a_mean():
+    model = model_of()
+    one = trainer_of(model, "LG-FG-A")
+    first, second = (one.gradients(*batch())[1] for _ in range(2))
+    both = gradients("LG-FG-A", model, draws=2)[1]
+    name = "blocks.0.channel.weight"
+    torch.testing.assert_close(both[name], (first[name] + second[name]) / 2)
+
+
+def test_contrastive_gradients_are_means_over_the_views():
+    """By many draws against back-propagation of the same loss."""
+    model = model_of("M/2/4", width=8, blocks=2, head="contrastive", projector=6)
+    (x, target), (y, _) = batch(4), batch(4, seed=1)
+    truth = trainer_of(model, "LG-BP").gradients((x, y), target)[1]
+    trainer = trainer_of(model, "LG-FG-A")
+    draws = [trainer.gradients((x, y), target)[1] for _ in range(300)]
+    names = [n for n in truth if "head" not in n and "readout" not in n]
+    for block in ("blocks.0", "blocks.1"):
+        own = [n for n in names if n.startswith(block)]
+        size = sum(truth[n].square().sum() for n in own)
+        along = torch.stack([sum((d[n] * truth[n]).sum() for n in own) / size for d in draws])
+        # the views share their noise and their mean: half of the sum of both views' gradients
+        assert abs(along.mean() - 1) < 4 * along.std() / len(draws) ** 0.5
+    for name in truth:
+        if "head" in name or "readout" in name:
+            torch.testing.assert_close(draws[0][name], truth[name])
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_step_writes_what_gradients_says(estimator):
+    model, data = model_of(), batch()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    twin = trainer_of(copy.deepcopy(model), estimator)
+    expected = twin.gradients(*data)[1]
+    trainer = trainer_of(model, estimator)
+    losses = trainer.step(*data)
+    assert torch.isfinite(losses).all()
+    for name, parameter in model.named_parameters():
+        change = expected.get(name, torch.zeros(()))
+        torch.testing.assert_close(parameter.detach(), before[name] - 0.1 * change, msg=name)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["LG-FG-A", "FG-W", "LG-FA"])
+def test_checkpoint_goes_on_bit_for_bit(estimator):
+    model, data = model_of(), batch()
+    trainer = trainer_of(model, estimator)
+    trainer.step(*data)
+    other = trainer_of(model_of(), estimator)
+    other.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    for _ in range(2):
+        assert torch.equal(trainer.step(*data), other.step(*data))
+
+
+def test_accumulation_adds_up():
+    model, (x, target) = model_of(), batch(4)
+    trainer = trainer_of(model, "LG-BP", accumulation_steps=2)
+    whole = gradients("LG-BP", model, (x, target))[1]
+    before = model.blocks[0].channel.weight.detach().clone()
+    trainer.step(x[:2], target[:2])
+    assert torch.equal(model.blocks[0].channel.weight, before)
+    trainer.step(x[2:], target[2:])
+    torch.testing.assert_close(model.blocks[0].channel.weight.detach(), before - 0.1 * whole["blocks.0.channel.weight"])
+
+
+def test_bad_arguments():
+    model = model_of()
+    with pytest.raises(ValueError, match="estimator must be one of"):
+        trainer_of(model, "FG")
+    with pytest.raises(TypeError, match="model must be a lgkernels.nn.LocalMixer"):
+        trainer_of(torch.nn.Linear(2, 2), "BP")
+    with pytest.raises(ValueError, match="contrastive"):
+        trainer_of(model_of(head="contrastive"), "FG-A")
+    trainer = trainer_of(model, "LG-FG-A")
+    with pytest.raises(ValueError, match="x must be"):
+        trainer.step(torch.zeros(2, 3, 4, 4, dtype=torch.float64), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="target"):
+        trainer.step(batch()[0], torch.full((6,), 7))
