@@ -1,0 +1,2 @@
+#define LGK_ISA base
+#include "forward_gradient/cpu/table.h"

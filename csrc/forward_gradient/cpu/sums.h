@@ -1,0 +1,120 @@
+// Sums over rows and columns of tensors that are read a few thousand elements at a time, as floats in the cache.
+// Every sum has an order that depends on its length alone.
+#pragma once
+#include "common/cpu/formula.h"
+#include "common/cpu/parallel.h"
+#include "forward_gradient/cpu/kernels.h"
+
+namespace lgk::cpu::LGK_ISA {
+
+constexpr int64_t kStreamedBytes = 1 << 22;  // of an output that the second-level cache won't hold for its reader
+
+// n elements from `offset` on as floats: in place, or widened into the buffer.
+inline const float* widened(const Array& x, int64_t offset, int64_t n, float* buffer) {
+  if (x.dtype == kFloat32) return static_cast<const float*>(x.data) + offset;
+  for_dtype(x.dtype, [&](auto type) {
+    const auto* from = static_cast<const decltype(type)*>(x.data) + offset;
+    for (int64_t j = 0; j < n; j += V) store_some(buffer + j, load_some(from + j, smaller(V, n - j)), smaller(V, n - j));
+    return 0;
+  });
+  return buffer;
+}
+
+// Where n floats of the output go: in place, or into a buffer that `narrowed` rounds.
+inline float* room(void* out, int dtype, int64_t offset, float* buffer) {
+  return out && dtype == kFloat32 ? static_cast<float*>(out) + offset : buffer;
+}
+
+inline void narrowed(const float* values, void* out, int dtype, int64_t offset, int64_t n) {
+  if (dtype == kFloat32 || !out) return;
+  for_dtype(dtype, [&](auto type) {
+    auto* to = static_cast<decltype(type)*>(out) + offset;
+    for (int64_t j = 0; j < n; j += V) store_some(to + j, load_some(values + j, smaller(V, n - j)), smaller(V, n - j));
+    return 0;
+  });
+}
+
+// Whether rows of `length` floats can be written past the caches, and whether that pays.
+inline bool streams(const void* out, int dtype, int64_t length, int64_t size) {
+  return dtype == kFloat32 && size * 4 >= kStreamedBytes && length % V == 0 &&
+         reinterpret_cast<uintptr_t>(out) % LGK_VECTOR_BYTES == 0;
+}
+
+LGK_INLINE void put(float* p, vf v, int64_t n, bool streamed) {
+  if (n < V) return store(p, v, n);
+  streamed ? stream(p, v) : store(p, v);
+}
+
+// Rows of `length` that are read together: few enough that they stay in the first-level cache for another pass.
+inline int64_t rows_at_once(int64_t length, int64_t most) {
+  const int64_t rows = most / (length > 0 ? length : 1);
+  return rows >= V ? rows / V * V : rows > 0 ? rows : 1;
+}
+
+// out[k] = the lanes of the sum of t[k] over j < n; term(j, count, t) gives `count` of V terms.
+template <int K, class Term>
+LGK_INLINE void lane_sums(int64_t n, const Term& term, vf* out) {
+  vf total[2][K] = {}, t[K];
+  int64_t j = 0;
+  for (; j + 2 * V <= n; j += 2 * V)
+    for (int u = 0; u < 2; ++u) {
+      term(j + u * V, int64_t{V}, t);
+      for (int k = 0; k < K; ++k) total[u][k] += t[k];
+    }
+  if (j + V <= n) {
+    term(j, int64_t{V}, t);
+    for (int k = 0; k < K; ++k) total[0][k] += t[k];
+    j += V;
+  }
+  if (j < n) {
+    term(j, n - j, t);
+    for (int k = 0; k < K; ++k) total[1][k] += first(t[k], n - j);
+  }
+  for (int k = 0; k < K; ++k) out[k] = total[0][k] + total[1][k];
+}
+
+// Lane i of out[k] = the sum of t[k] over row i < rows <= V; term(i, j, count, t). Lanes are added as vectors.
+template <int K, class Term>
+LGK_INLINE void row_sums(int64_t rows, int64_t n, const Term& term, vf* out) {
+  vf part[K][V] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    vf lanes[K];
+    lane_sums<K>(n, [&](int64_t j, int64_t count, vf* t) { term(i, j, count, t); }, lanes);
+    for (int k = 0; k < K; ++k) part[k][i] = lanes[k];
+  }
+  for (int k = 0; k < K; ++k) {
+    if (rows == 1) {
+      out[k] = splat(sum(part[k][0]));
+      continue;
+    }
+    transpose(part[k]);
+    for (int width = V / 2; width; width /= 2)
+      for (int i = 0; i < width; ++i) part[k][i] += part[k][i + width];
+    out[k] = part[k][0];
+  }
+}
+
+// out[k][j] = the sum of t[k] over the rows, for columns j < width; term(row, j, count, t).
+template <int K, class Term>
+LGK_INLINE void column_sums(int64_t rows, int64_t width, const Term& term, float* const* out) {
+  constexpr int kRows = 4;  // that are added up before they join the total
+  for (int k = 0; k < K; ++k)
+    for (int64_t j = 0; j < width; j += V) store(out[k] + j, vf{});
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const bool whole = row + kRows <= rows;
+    for (int64_t j = 0; j < width; j += V) {
+      const int64_t n = smaller(V, width - j);
+      vf t[kRows][K] = {}, total[K];
+      if (whole && n == V)
+        for (int r = 0; r < kRows; ++r) term(row + r, j, int64_t{V}, t[r]);
+      else
+        for (int64_t r = 0; r < smaller(kRows, rows - row); ++r) term(row + r, j, n, t[r]);
+      for (int k = 0; k < K; ++k) {
+        total[k] = (t[0][k] + t[1][k]) + (t[2][k] + t[3][k]);
+        store(out[k] + j, load(out[k] + j) + total[k]);
+      }
+    }
+  }
+}
+
+}  // namespace lgk::cpu::LGK_ISA
