@@ -37,7 +37,7 @@ def make_trainer(
     torch.manual_seed(settings.seed)
     device = torch.device(settings.device)
     sizes = settings.model, dataset.channels, dataset.classes
-    task = rules.Task(rule, settings.options(rule), *sizes, seed=settings.seed)
+    task = rules.Task(rule, settings.options(rule), *sizes, dataset.image_size, seed=settings.seed)
     if rule.tunes(settings):
         network = weights.start(settings, dataset, start)
         task = task._replace(network=network, example=_example(settings, dataset).to(device))

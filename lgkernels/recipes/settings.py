@@ -64,7 +64,10 @@ class Settings(Start):
     )
     model: str = option(
         "smallconv",
-        f"network: {', '.join(models.MODELS)}; for rules without local heads also {', '.join(networks.NETWORKS)}",
+        lambda: (
+            f"network: {', '.join(models.MODELS)}; for rules without local heads also "
+            f"{', '.join(networks.NETWORKS)}; of rules with networks of their own {', '.join(rules.own_models())}"
+        ),
     )
     data: str = option(
         "fashion-mnist", f"data set: {', '.join(data.SOURCES)}; fashion-mnist without --data-dir is an embedded subset"
@@ -99,8 +102,11 @@ class Settings(Start):
     def __post_init__(self):
         for rule in (self.rule, *self.compare):
             rules.get(rule)
-        known("model", self.model, (*models.MODELS, *networks.NETWORKS))
+        known("model", self.model, (*models.MODELS, *networks.NETWORKS, *rules.own_models()))
         for rule in self.rules:
+            theirs = rule.models or (*models.MODELS, *networks.NETWORKS)
+            if self.model not in theirs:
+                raise UsageError(f"--rule {rule.name} trains {', '.join(theirs)}, got --model {self.model}")
             if rule.heads and self.model not in models.MODELS:
                 raise UsageError(
                     f"--rule {rule.name} needs a model with local heads ({', '.join(models.MODELS)}), got {self.model}"
@@ -175,6 +181,9 @@ def complete(given: Mapping[str, Any]) -> Settings:
     if preset is not None:
         known("preset", preset, presets)
         given = {**presets[preset], **given}
+    rule = rules.found().get(given.get("rule", ""))
+    if rule is not None and rule.models:
+        given.setdefault("model", rule.models[0])
     settings = from_flat(given)
     if settings.device is None:
         settings.device = "cuda" if torch.cuda.is_available() else "cpu"

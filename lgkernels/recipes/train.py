@@ -77,7 +77,7 @@ def _new_folder(out: Path, name: str | None, chosen: settings.Settings) -> Path:
         if (out / name / "config.json").exists():
             raise UsageError(f"run {out / name} exists: add --resume to go on with it, or choose another --name")
         return out / name
-    base, number = f"{chosen.data}-{chosen.model}-{chosen.rule}", 1
+    base, number = f"{chosen.data}-{chosen.model}-{chosen.rule}".replace("/", "-"), 1
     while (out / (f"{base}-{number}" if number > 1 else base)).exists():
         number += 1
     return out / (f"{base}-{number}" if number > 1 else base)

@@ -27,6 +27,7 @@ class Task(NamedTuple):
     model: str = ""
     in_channels: int = 1
     num_classes: int = 10
+    image_size: int = 28
     seed: int = 0  # of what is random in the rule: weights come from torch's generator
     impl: str = "auto"  # of the rule's kernels
     network: nn.Sequential | None = None  # where the rule tunes: parts that are not cut, with their weights
@@ -92,6 +93,7 @@ class Rule:
         starts: "random" (`build` makes the model by its name), "network" (it cuts the task's network, which has given
             or random weights), or "either": the network where there are given weights.
         heads: whether it needs the sizes of local heads, which the tables of `models` have.
+        models: names of networks of its own, the usual one first; then it trains no others.
         defaults: (`settings.Settings`) -> Defaults.
         check: (`settings.Settings`, options) raises a ValueError where the two do not fit.
         before_step: (`loop.Run`, the epoch's order of samples), before each step.
@@ -104,6 +106,7 @@ class Rule:
     options: type = NoOptions
     starts: str = "random"
     heads: bool = False
+    models: tuple[str, ...] = ()
     defaults: Callable[[Any], Defaults] = lambda settings: Defaults()
     check: Callable[[Any, Any], None] = lambda settings, options: None
     before_step: Callable[[Any, Tensor], None] | None = None
@@ -142,6 +145,11 @@ def get(name: str) -> Rule:
     """The rule of that name."""
     _options.known("rule", name, found())
     return found()[name]
+
+
+def own_models() -> list[str]:
+    """Names of the networks that single rules bring along."""
+    return list(dict.fromkeys(name for rule in found().values() for name in rule.models))
 
 
 def presets() -> dict[str, dict[str, Any]]:
