@@ -1,0 +1,85 @@
+"""Forward gradients of LocalMixer, and what its paper compares them with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...nn import LocalMixer
+from ...training import ForwardGradientTrainer
+from ...training.forward_gradient import ESTIMATORS
+from ..options import UsageError, choice, option, positive
+from . import Measures, Rule, Task
+
+ORDER = 50
+MODELS = ("M/1/16", "S/1/1", "M/4/16", "M/7/16", "M/8/16", "L/8/64", "L/32/64")
+TAKEN = ("BP", "FA", "DFA")  # names of rules for any network
+
+
+@dataclass(frozen=True)
+class MixerOptions:
+    """Of forward gradients and their relatives, which train LocalMixer."""
+
+    draws: int = option(1, "draws of the noise whose mean a step takes")
+    noise: str = option("normal", "its law: normal, sign (Rademacher)")
+    init: str = option("kaiming", "of the weights: kaiming, lecun, constant")
+    readout_factor: float = option(0.1, "of the read-out's gradient")
+
+    def __post_init__(self):
+        positive(self, "draws")
+        choice(self, "noise", ("normal", "sign"))
+        choice(self, "init", ("kaiming", "lecun", "constant"))
+        if not self.readout_factor >= 0:
+            raise UsageError(f"--readout-factor must be at least 0, got {self.readout_factor}")
+
+
+def build(task: Task) -> list[nn.Module]:
+    side = int(task.model.split("/")[1])
+    if task.image_size % side:
+        raise UsageError(f"--model {task.model} needs images divisible by {side}, got {task.image_size}: --image-size")
+    sizes = dict(image_size=task.image_size, in_channels=task.in_channels, num_classes=task.num_classes)
+    return [LocalMixer(task.model, init=task.options.init, **sizes)]
+
+
+def _trainer(estimator: str) -> Callable[..., ForwardGradientTrainer]:
+    def trainer(blocks: list[nn.Module], optimizer_factory: Any, task: Task, **options: Any) -> ForwardGradientTrainer:
+        if options.pop("grad_scaler", None) is not None:
+            raise UsageError("--amp fp16 is not for the rules of LocalMixer: they have no gradient to scale")
+        chosen = task.options
+        given = dict(draws=chosen.draws, law=chosen.noise, readout_factor=chosen.readout_factor, impl=task.impl)
+        (model,) = blocks
+        assert isinstance(model, LocalMixer)
+        return ForwardGradientTrainer(model, optimizer_factory, estimator=estimator, seed=task.seed, **given, **options)
+
+    return trainer
+
+
+def _cosine(run: Any) -> dict[str, Any]:
+    """The angle between the estimator and back-propagation of the same local losses (of the last loss, where there are
+    none), on the first batch of the epoch."""
+    trainer = run.trainer
+    exact = "LG-BP" if trainer.kind.local else "BP"
+    x, target = run.batch_at(torch.arange(run.settings.batch_size), 0)
+    holders = [m for m in trainer.noise.modules() if hasattr(m, "state")]
+    kept = [m.state.clone() for m in holders]
+    one = trainer.gradients(x, target)[1]
+    for holder, state in zip(holders, kept):
+        holder.state.copy_(state)
+    other = ForwardGradientTrainer(trainer.model, lambda p: torch.optim.SGD(p, 0.0), estimator=exact).gradients(
+        x, target
+    )[1]
+    names = [n for n in one if n in other and "head" not in n and "readout" not in n]
+    a, b = (torch.cat([g[n].flatten() for n in names]) for g in (one, other))
+    return {"cosine_with_back_propagation": torch.nn.functional.cosine_similarity(a, b, dim=0).item()}
+
+
+def _name(estimator: str) -> str:
+    return f"mixer-{estimator.lower()}" if estimator in TAKEN else estimator.lower()
+
+
+RULES = tuple(
+    Rule(_name(estimator), build, _trainer(estimator), MixerOptions, models=MODELS, measures=Measures(epoch=_cosine))
+    for estimator in ESTIMATORS
+)
