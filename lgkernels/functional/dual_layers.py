@@ -16,7 +16,7 @@ def tangents(**pairs: tuple[Tensor | None, Tensor | None]) -> None:
         if tangent is None:
             continue
         checks.floating(name, tangent)
-        own = name.removesuffix("_tangent")
+        own = "x" if name == "tangent" else name.removesuffix("_tangent")
         if of is None:
             raise ValueError(f"{name} must be None where there is no {own}, got shape {checks.shape_of(tangent)}")
         checks.shape(name, tangent, of.shape, f"that of {own}")

@@ -81,21 +81,21 @@ def _group_products(x, weight, out):
 
 @torch.no_grad()
 def dual_group_linear(x, x_tangent, weight, bias):
-    both = halves(x, x_tangent)
-    shape = (*x.shape[:-1], weight.shape[1])
-    out = x.new_empty((2, *shape))
+    groups, out_channels, channels = weight.shape
+    rows, both = x.shape[:-2].numel(), halves(x, x_tangent)
+    out = x.new_empty((2, rows, groups, out_channels))
     if both is not None:
-        _group_products(both.flatten(0, -3), weight, out.flatten(0, -3))
+        _group_products(both.view(2 * rows, groups, channels), weight, out.view(2 * rows, groups, out_channels))
     else:
-        _group_products(x.reshape(-1, *x.shape[-2:]), weight, out[0].flatten(0, -3) if x.dim() > 2 else out[:1])
+        _group_products(x.reshape(rows, groups, channels), weight, out[0])
         if x_tangent is None:
             out[1].zero_()
         else:
-            tangent = x_tangent.to(x.dtype).reshape(-1, *x.shape[-2:])
-            _group_products(tangent, weight, out[1].flatten(0, -3) if x.dim() > 2 else out[1:])
+            _group_products(x_tangent.to(x.dtype).reshape(rows, groups, channels), weight, out[1])
     if bias is not None:
         out[0].add_(bias)
-    return out[0], out[1]
+    y, y_tangent = out.view(2, *x.shape[:-1], out_channels)
+    return y, y_tangent
 
 
 @torch.no_grad()
