@@ -16,8 +16,8 @@ A value depends on (seed, stream, step, row, col) alone: not on the matrix's sha
 slice of a matrix is the matrix of the slice. Arithmetic is float32, each operation rounded once, but for the forms
 with `low`: a fused multiply-add of the float32 numbers scale - low and low, rounded once in all. Words, uniform,
 uniform8 and sign are bit-equal in every backend (`csrc/common/philox.h`, `ops/common/philox.py`) and in the faster
-ways that are taken here (`core/philox_numpy.py`, `core/philox_cuda.py`), normal within 4 ulp of the value computed
-here. `LAW_VERSION` changes with any of this.
+ways that are taken here (`core/philox_numpy.py`, `core/philox_cuda.py`, the C++ kernels), normal within 4 ulp of the
+value computed here. `LAW_VERSION` changes with any of this.
 """
 
 import math
@@ -252,25 +252,31 @@ def random_matrix(
 
 
 def _native_matrix(
-    state: Tensor, rows: int, cols: int, law: Law, scale: float, low: float | None, dtype: torch.dtype
+    state: Tensor,
+    size: tuple[int, int],
+    law: Law,
+    scale: float,
+    low: float | None,
+    offset: tuple[int, int],
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """By the C++ kernel, where there is one that gives the same bits."""
+    """By the C++ kernel, where there is one."""
     if (
-        law == "normal"
-        or not isinstance(dtype, torch.dtype)
-        or dtype not in _NATIVE_DTYPES
+        not isinstance(dtype, torch.dtype)
+        or dtype not in _OF_NUMPY
         or state.device.type != "cpu"
         or (state.dtype, tuple(state.shape), state.is_contiguous()) != (torch.int64, (3,), True)
         or _traced(state)
     ):
         return None
     kernels = native.cpu_entries()
-    if kernels is None or not rows * cols:
+    if kernels is None or not math.prod(size):
         return None
-    out = torch.empty(rows, cols, dtype=dtype, device=state.device)  # whatever the default device is
-    formula = (rows, cols, None, None, state.data_ptr(), law, scale, low, 1.0, False)
-    kernels.feedback_matrix(formula, out.data_ptr(), _NATIVE_DTYPES[dtype], torch.get_num_threads())
-    return out
+    made = dtype if dtype in _NATIVE_DTYPES else torch.float32
+    out = torch.empty(size, dtype=made, device=state.device)  # whatever the default device is
+    formula = (*size, None, None, state.data_ptr(), law, scale, low, 1.0, False)
+    kernels.feedback_matrix(formula, *offset, out.data_ptr(), _NATIVE_DTYPES[made], torch.get_num_threads())
+    return out.to(dtype)
 
 
 class RandomFeedback(torch.nn.Module):
@@ -317,7 +323,8 @@ class RandomFeedback(torch.nn.Module):
     ) -> Tensor:
         """The tensor of `shape` on `device` (default: the state's) in `dtype` (default float32; rounded once).
 
-        `offset`: (row, col) of its first element in the matrix, for shards."""
+        `offset`: (row, col) of its first element in the matrix, for shards. On the CPU the C++ kernel makes it, where
+        there is one, with the bits of `random_matrix`; normal within 4 ulp, and with the same bits in every slice."""
         shape = checks.sizes("shape", shape, "the sizes of a tensor of at least one dimension")
         checks.device("device", device)
         dtype = torch.float32 if dtype is None else dtype
@@ -327,8 +334,10 @@ class RandomFeedback(torch.nn.Module):
         state = self.state if device is None else self.state.to(device)
         law = self.law, self.scale, self.low
         made = None
-        if isinstance(offset, (tuple, list)) and checks.pair("offset", offset, 0, 2**32) == (0, 0):
-            made = _native_matrix(state, rows, cols, *law, dtype)
+        if isinstance(offset, (tuple, list)):
+            row, col = checks.pair("offset", offset, 0, 2**32)
+            if row + rows <= 2**32 and col + cols <= 2**32:
+                made = _native_matrix(state, (rows, cols), *law, (row, col), dtype)
         if made is None:
             made = random_matrix(state, rows, cols, *law, offset=offset, dtype=dtype)
         return made.view(shape)

@@ -19,7 +19,8 @@ struct UpdateShape {
 };
 
 struct FeedbackKernels {
-  int (*matrix)(const Formula&, void* out, int dtype, int threads);
+  // the formula's rows and columns from (row, column) on
+  int (*matrix)(const Formula&, int64_t row, int64_t column, void* out, int dtype, int threads);
   int (*product)(const Formula&, const Matrix& grad, int64_t batch, void* out, int dtype, int threads);
   int (*rows)(const Formula&, const int64_t* index, int64_t count, void* out, int dtype, int threads);
   int (*fold)(const Fold&, const float* columns, float* out, int threads);

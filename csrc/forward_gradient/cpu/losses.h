@@ -16,7 +16,7 @@ inline int64_t elements(const FeatureShape& s) { return s.samples * s.patches * 
 template <class T>
 inline void add_patches(const T* x, int64_t patches, int64_t stride, int64_t count, float* acc) {
   column_sums<1>(
-      patches, count, [&](int64_t p, int64_t j, int64_t n, vf* t) { t[0] = load_some(x + p * stride + j, n); }, &acc);
+      patches, count, [&](int64_t p, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA { t[0] = load_some(x + p * stride + j, n); }, &acc);
 }
 
 // acc (groups, channels) += LN of each of the `rows` rows of x, whose groups follow one another
@@ -100,7 +100,7 @@ inline int softmax(float* logits, const int64_t* target, int64_t rows, int64_t c
 inline void centre(const float* teach, int64_t groups, int64_t channels, float* out) {
   for (int64_t g = 0; g < groups; ++g, teach += channels, out += channels) {
     vf lanes;
-    lane_sums<1>(channels, [&](int64_t j, int64_t n, vf* t) { t[0] = load_some(teach + j, n); }, &lanes);
+    lane_sums<1>(channels, [&](int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA { t[0] = load_some(teach + j, n); }, &lanes);
     const float mean = sum(lanes) / static_cast<float>(channels);
     for (int64_t j = 0; j < channels; ++j) out[j] = teach[j] - mean;
   }
@@ -144,7 +144,7 @@ inline vf plain_tangents(const float* v, const TeachRows& teach, int64_t rows, i
   vf total;
   row_sums<1>(
       rows, channels,
-      [&](int64_t i, int64_t j, int64_t n, vf* t) {
+      [&](int64_t i, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA {
         t[0] = load_some(v + i * channels + j, n) * load_some(teach.of[i] + j, n);
       },
       &total);
@@ -154,14 +154,14 @@ inline vf plain_tangents(const float* v, const TeachRows& teach, int64_t rows, i
 inline vf norm_tangents(const float* x, const float* v, const TeachRows& teach, int64_t rows, int64_t channels) {
   vf total, sums[4];
   alignas(64) float mean[V];
-  const float share = 1 / static_cast<float>(channels);
+  const float size = static_cast<float>(channels);
   row_sums<1>(
-      rows, channels, [&](int64_t i, int64_t j, int64_t n, vf* t) { t[0] = load_some(x + i * channels + j, n); },
+      rows, channels, [&](int64_t i, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA { t[0] = load_some(x + i * channels + j, n); },
       &total);
-  store(mean, total * share);
+  store(mean, total / size);
   row_sums<4>(
       rows, channels,
-      [&](int64_t i, int64_t j, int64_t n, vf* t) {
+      [&](int64_t i, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA {
         const vf d = load_some(x + i * channels + j, n) - mean[i], s = load_some(teach.of[i] + j, n);
         const vf w = load_some(v + i * channels + j, n);
         t[0] = d * d;
@@ -170,8 +170,8 @@ inline vf norm_tangents(const float* x, const float* v, const TeachRows& teach, 
         t[3] = d * s;
       },
       sums);
-  const vf r = 1.f / square_root(sums[0] * share + kEps);
-  return r * (sums[1] - sums[2] * r * (sums[3] * r * share));
+  const vf r = 1.f / square_root(sums[0] / size + kEps);
+  return r * (sums[1] - sums[2] * r * (sums[3] * r / size));
 }
 
 inline int tangent(const FeatureShape& s, const Array& x, const Array& x_tangent, const float* teach, const float* head,
@@ -198,23 +198,23 @@ inline int tangent(const FeatureShape& s, const Array& x, const Array& x_tangent
 
 // Moments of rows of x, with `along` of their teach.
 inline void teach_moments(const float* x, const TeachRows& teach, int64_t rows, int64_t channels, LaneMoments* m) {
-  const float share = 1 / static_cast<float>(channels);
+  const float size = static_cast<float>(channels);
   vf total, sums[2];
   row_sums<1>(
-      rows, channels, [&](int64_t i, int64_t j, int64_t n, vf* t) { t[0] = load_some(x + i * channels + j, n); },
+      rows, channels, [&](int64_t i, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA { t[0] = load_some(x + i * channels + j, n); },
       &total);
-  store(m->mean, total * share);
+  store(m->mean, total / size);
   row_sums<2>(
       rows, channels,
-      [&](int64_t i, int64_t j, int64_t n, vf* t) {
+      [&](int64_t i, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA {
         const vf d = load_some(x + i * channels + j, n) - m->mean[i];
         t[0] = d * d;
         t[1] = d * load_some(teach.of[i] + j, n);
       },
       sums);
-  const vf r = 1.f / square_root(sums[0] * share + kEps);
+  const vf r = 1.f / square_root(sums[0] / size + kEps);
   store(m->r, r);
-  store(m->along, sums[1] * share * r * r);
+  store(m->along, sums[1] / size * r * r);
 }
 
 inline int cotangent(const FeatureShape& s, const Array& x, const float* grad, const float* teach, const Array& out,

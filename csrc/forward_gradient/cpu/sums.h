@@ -7,6 +7,8 @@
 
 namespace lgk::cpu::LGK_ISA {
 
+#define LGK_INLINE_LAMBDA __attribute__((always_inline))  // the compiler leaves those with several calls alone
+
 constexpr int64_t kStreamedBytes = 1 << 22;  // of an output that the second-level cache won't hold for its reader
 
 // n elements from `offset` on as floats: in place, or widened into the buffer.
@@ -36,7 +38,8 @@ inline void narrowed(const float* values, void* out, int dtype, int64_t offset, 
 
 // Whether rows of `length` floats can be written past the caches, and whether that pays.
 inline bool streams(const void* out, int dtype, int64_t length, int64_t size) {
-  return dtype == kFloat32 && size * 4 >= kStreamedBytes && length % V == 0 &&
+  static const char* env = getenv("FGSTREAM");
+  return dtype == kFloat32 && size * 4 >= (env ? atol(env) : kStreamedBytes) && length % V == 0 &&
          reinterpret_cast<uintptr_t>(out) % LGK_VECTOR_BYTES == 0;
 }
 
@@ -79,7 +82,7 @@ LGK_INLINE void row_sums(int64_t rows, int64_t n, const Term& term, vf* out) {
   vf part[K][V] = {};
   for (int64_t i = 0; i < rows; ++i) {
     vf lanes[K];
-    lane_sums<K>(n, [&](int64_t j, int64_t count, vf* t) { term(i, j, count, t); }, lanes);
+    lane_sums<K>(n, [&](int64_t j, int64_t count, vf* t) LGK_INLINE_LAMBDA { term(i, j, count, t); }, lanes);
     for (int k = 0; k < K; ++k) part[k][i] = lanes[k];
   }
   for (int k = 0; k < K; ++k) {
@@ -94,25 +97,30 @@ LGK_INLINE void row_sums(int64_t rows, int64_t n, const Term& term, vf* out) {
   }
 }
 
+constexpr int kRowsAdded = 8;  // one after the other, before they join the total
+
 // out[k][j] = the sum of t[k] over the rows, for columns j < width; term(row, j, count, t).
 template <int K, class Term>
 LGK_INLINE void column_sums(int64_t rows, int64_t width, const Term& term, float* const* out) {
-  constexpr int kRows = 4;  // that are added up before they join the total
   for (int k = 0; k < K; ++k)
     for (int64_t j = 0; j < width; j += V) store(out[k] + j, vf{});
-  for (int64_t row = 0; row < rows; row += kRows) {
-    const bool whole = row + kRows <= rows;
+  for (int64_t row = 0; row < rows; row += kRowsAdded) {
+    const int64_t count = smaller(kRowsAdded, rows - row);
     for (int64_t j = 0; j < width; j += V) {
-      const int64_t n = smaller(V, width - j);
-      vf t[kRows][K] = {}, total[K];
-      if (whole && n == V)
-        for (int r = 0; r < kRows; ++r) term(row + r, j, int64_t{V}, t[r]);
-      else
-        for (int64_t r = 0; r < smaller(kRows, rows - row); ++r) term(row + r, j, n, t[r]);
-      for (int k = 0; k < K; ++k) {
-        total[k] = (t[0][k] + t[1][k]) + (t[2][k] + t[3][k]);
-        store(out[k] + j, load(out[k] + j) + total[k]);
+      vf t[K], total[K] = {};
+      if (count == kRowsAdded && j + V <= width) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kRowsAdded; ++r) {
+          term(row + r, j, int64_t{V}, t);
+          for (int k = 0; k < K; ++k) total[k] += t[k];
+        }
+      } else {
+        for (int64_t r = 0; r < count; ++r) {
+          term(row + r, j, smaller(V, width - j), t);
+          for (int k = 0; k < K; ++k) total[k] += t[k];
+        }
       }
+      for (int k = 0; k < K; ++k) store(out[k] + j, load(out[k] + j) + total[k]);
     }
   }
 }

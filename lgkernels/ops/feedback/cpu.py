@@ -38,7 +38,7 @@ def _dense(f):
 def matrix(shape, f, dtype, device):
     f = _dense(f)
     out = torch.empty(shape, dtype=dtype, device=device)
-    _C.feedback_matrix(feedback(shape, f), out.data_ptr(), code(dtype), torch.get_num_threads())
+    _C.feedback_matrix(feedback(shape, f), 0, 0, out.data_ptr(), code(dtype), torch.get_num_threads())
     return out
 
 
