@@ -27,8 +27,9 @@ struct NormShape {
 struct ForwardGradientKernels {
   // out (samples, groups * channels)
   int (*pooled)(const FeatureShape&, const Array& x, bool layer_norm, float* out, int threads);
-  // logits (rows, classes) become softmax - one-hot
-  int (*softmax)(float* logits, const int64_t* target, int64_t rows, int64_t classes, float* loss, int threads);
+  // delta (rows, classes) = softmax - one-hot
+  int (*softmax)(const float* logits, const int64_t* target, int64_t rows, int64_t classes, float* delta, float* loss,
+                 int threads);
   // out (samples, patches, groups); x may be none, head (samples) null
   int (*tangent)(const FeatureShape&, const Array& x, const Array& x_tangent, const float* teach, const float* head,
                  float* out, int threads);

@@ -86,11 +86,12 @@ inline int pooled(const FeatureShape& s, const Array& x, bool layer_norm, float*
   return 0;
 }
 
-inline int softmax(float* logits, const int64_t* target, int64_t rows, int64_t classes, float* loss, int threads) {
+inline int softmax(const float* logits, const int64_t* target, int64_t rows, int64_t classes, float* delta, float* loss,
+                   int threads) {
   parallel(rows, rows * classes * 8, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
-      float* row = logits + i * classes;
-      loss[i] = static_cast<float>(cross_entropy(classes, 0, row, target[i], row));
+      const int64_t at = i * classes;
+      loss[i] = static_cast<float>(cross_entropy(classes, 0, logits + at, target[i], delta + at));
     }
   });
   return 0;

@@ -9,7 +9,7 @@ namespace lgk::cpu::LGK_ISA {
 
 #define LGK_INLINE_LAMBDA __attribute__((always_inline))  // the compiler leaves those with several calls alone
 
-constexpr int64_t kStreamedBytes = 1 << 22;  // of an output that the second-level cache won't hold for its reader
+constexpr int64_t kStreamedBytes = 1 << 25;  // of an output that no cache holds for its reader
 
 // n elements from `offset` on as floats: in place, or widened into the buffer.
 inline const float* widened(const Array& x, int64_t offset, int64_t n, float* buffer) {
@@ -38,8 +38,7 @@ inline void narrowed(const float* values, void* out, int dtype, int64_t offset, 
 
 // Whether rows of `length` floats can be written past the caches, and whether that pays.
 inline bool streams(const void* out, int dtype, int64_t length, int64_t size) {
-  static const char* env = getenv("FGSTREAM");
-  return dtype == kFloat32 && size * 4 >= (env ? atol(env) : kStreamedBytes) && length % V == 0 &&
+  return dtype == kFloat32 && size * 4 >= kStreamedBytes && length % V == 0 &&
          reinterpret_cast<uintptr_t>(out) % LGK_VECTOR_BYTES == 0;
 }
 

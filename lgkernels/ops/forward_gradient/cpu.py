@@ -46,11 +46,17 @@ def classify(pooled, weight, bias, target):
     weight = weight.float()
     logits = pooled @ weight if bias is None else torch.addmm(bias.float(), pooled, weight)
     rows, classes = logits.shape
-    loss, target = torch.empty(rows), target.contiguous()
+    loss, delta, target = torch.empty(rows), torch.empty(rows, classes), target.contiguous()
     _C.forward_gradient_softmax(
-        logits.data_ptr(), target.data_ptr(), rows, classes, loss.data_ptr(), torch.get_num_threads()
+        logits.data_ptr(),
+        target.data_ptr(),
+        rows,
+        classes,
+        delta.data_ptr(),
+        loss.data_ptr(),
+        torch.get_num_threads(),
     )
-    return loss, logits, logits @ weight.t()
+    return loss, delta, delta @ weight.t()
 
 
 def tangent(x, x_tangent, teach, head_tangent, out):

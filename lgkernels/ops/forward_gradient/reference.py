@@ -106,12 +106,12 @@ def dual_norm(z, z_tangent, residual, noise, options):
     y = zh if residual is None else zh + residual.to(zh.dtype)
     y = y.clamp_min(0) if options.relu else y
     if z_tangent is None and not noise.exists:
-        return y.to(z.dtype).unsqueeze(0)
+        return y.to(z.dtype).unsqueeze(0).contiguous()
     v = torch.zeros_like(y) if z_tangent is None else norm_derivative(zh, r, wide(z_tangent), options.dim)
     if noise.exists:
         v = v + noise.like(z, v.dtype)
     v = v * (y > 0) if options.relu else v
-    return torch.stack((y, v)).to(z.dtype)
+    return torch.stack((y, v)).to(z.dtype).contiguous()
 
 
 def activity_grad(z, y, coefficient, noise, options):
@@ -125,4 +125,4 @@ def activity_grad(z, y, coefficient, noise, options):
     )
     v = q * noise.like(z, zh.dtype)
     v = v * (y > 0) if options.relu else v
-    return norm_derivative(zh, r, v, options.dim).to(z.dtype)
+    return norm_derivative(zh, r, v, options.dim).to(z.dtype).contiguous()

@@ -5,7 +5,7 @@ A layer norm's own backward pass computes LN', of tangents as well as of cotange
 
 import torch
 
-from ...core.ops import wide_dtype
+from ...core.ops import wide, wide_dtype
 from . import reference
 from .reference import EPS, classify, contrast  # noqa: F401
 
@@ -25,13 +25,14 @@ def _derivative(v, saved):
 
 def pooled(x, layer_norm):
     if layer_norm and x.numel():
-        x = _normalized(x, EPS)[0]
+        x = _normalized(wide(x), EPS)[0]
     return x.mean(1, dtype=wide_dtype(x.dtype)).flatten(1)
 
 
 def tangent(x, x_tangent, teach, head_tangent, out):
     if x is not None and x.numel():
-        x_tangent = _derivative(x_tangent.to(x.dtype).contiguous(), _normalized(x.contiguous(), EPS)[1])
+        x = wide(x).contiguous()
+        x_tangent = _derivative(x_tangent.to(x.dtype).contiguous(), _normalized(x, EPS)[1])
     n, patches, groups, channels = x_tangent.shape
     torch.sum(x_tangent * (teach.view(n, 1, groups, channels) / max(patches, 1)), -1, out=out)
     return out if head_tangent is None else out.add_(head_tangent.view(n, 1, 1))
@@ -52,6 +53,8 @@ def _moved(tensor, dim):
 def dual_norm(z, z_tangent, residual, noise, options):
     if not z.numel():
         return reference.dual_norm(z, z_tangent, residual, noise, options)
+    if z.dtype != wide_dtype(z.dtype):  # the sums are rounded once
+        return dual_norm(wide(z), z_tangent, residual, noise, options).to(z.dtype)
     out = z.new_empty((2 if z_tangent is not None or noise.exists else 1, *z.shape))
     zh, saved = _normalized(_moved(z, options.dim), options.eps)
     y = out[0].copy_(zh.movedim(-1, options.dim))
@@ -79,6 +82,6 @@ def activity_grad(z, y, coefficient, noise, options):
     dim, runs = options.dim, coefficient.shape[options.dim]
     v = noise.like(z, wide_dtype(z.dtype))
     v = v * (y > 0) if options.relu else v
-    v = (v.unflatten(dim, (runs, -1)) * coefficient.unsqueeze(dim + 1)).flatten(dim, dim + 1)
-    saved = _normalized(_moved(z, dim), options.eps)[1]
-    return _derivative(_moved(v.to(z.dtype), dim), saved).movedim(-1, dim).contiguous()
+    v = (v.unflatten(dim, (runs, -1)) * coefficient.to(v.dtype).unsqueeze(dim + 1)).flatten(dim, dim + 1)
+    saved = _normalized(_moved(wide(z), dim), options.eps)[1]
+    return _derivative(_moved(v, dim), saved).movedim(-1, dim).to(z.dtype).contiguous()
