@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from lgkernels import random as lgk_random
 from lgkernels.core import philox_numpy
 from lgkernels.random import LAW_VERSION, VALUES_PER_CALL, RandomFeedback, philox, random_matrix, random_rows
 from tests.support.once import made_once
@@ -146,8 +147,11 @@ def test_words_equal_numpy_over_the_whole_range():
 # -- the four laws, per backend ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_native", [True, False])
 @pytest.mark.parametrize("name", CASES)
-def test_golden_file(name):
+def test_golden_file(name, is_native, monkeypatch):
+    if not is_native:
+        monkeypatch.setattr(lgk_random, "_native_matrix", lambda *arguments: None)
     with np.load(GOLDEN, allow_pickle=False) as golden:
         assert golden["law_version"] == LAW_VERSION and set(golden.files) == {"law_version", *CASES}
         expected = golden[name]
@@ -330,11 +334,14 @@ def test_triton(triton_results, name):
 # -- RandomFeedback ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_native", [True, False])
 @pytest.mark.parametrize("law", VALUES_PER_CALL)
 @pytest.mark.parametrize(
     "rows, cols, offset", [(3, 7, (0, 0)), (1, 1, (4, 131)), (5, 128, (2, 64)), (0, 4, (0, 0)), (4, 0, (0, 0))]
 )
-def test_a_slice_is_the_matrix_of_the_slice(law, rows, cols, offset, monkeypatch):
+def test_a_slice_is_the_matrix_of_the_slice(law, rows, cols, offset, is_native, monkeypatch):
+    if not is_native:
+        monkeypatch.setattr(lgk_random, "_native_matrix", lambda *arguments: None)
     one = RandomFeedback(3, 4, law, 0.5)
     whole = one.materialize((9, 300))
     row, col = offset

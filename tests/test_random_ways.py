@@ -81,11 +81,41 @@ def test_scales_at_the_ends_of_float32():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("law", LAWS, ids=str)
 def test_materialize_has_the_bits_of_random_matrix(law, dtype):
+    """But for normal, which is within 4 ulp of them, and rounded from the same float32 number in every dtype."""
     feedback = RandomFeedback(-5, 3, *law)
-    for shape in ((9, 300), (1, 1), (0, 4), (4, 0)):
-        assert torch.equal(
-            feedback.materialize(shape, dtype=dtype), random_matrix(feedback.state, *shape, *law).to(dtype)
-        )
+    for shape in ((9, 300), (1, 1), (3, 1100), (0, 4), (4, 0)):
+        expected = random_matrix(feedback.state, *shape, *law)
+        full, got = feedback.materialize(shape), feedback.materialize(shape, dtype=dtype)
+        assert_same(law[0], full, expected)
+        assert torch.equal(got, full.to(dtype))
+        if law[0] != "normal":
+            assert torch.equal(got, expected.to(dtype))
+
+
+@pytest.mark.skipif(native() is None, reason="the native module is not built")
+@pytest.mark.parametrize("rows, cols", [(5, 1), (2, 127), (3, 128), (3, 2500)])
+@pytest.mark.parametrize("offset", [(0, 0), (0, 1), (7, 3), (1, 128), (2, 1023), (2**32 - 5, 2**32 - 2500)], ids=str)
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_native_slices(law, offset, rows, cols, monkeypatch):
+    """At any column, also amid the values of a call and behind the first segment that is made at once."""
+    feedback = RandomFeedback(11, 3, *law)
+    for dtype in (torch.float32, torch.bfloat16):
+        got = feedback.materialize((rows, cols), offset=offset, dtype=dtype)
+        if offset[1] < 2000:
+            whole = feedback.materialize((rows, offset[1] + cols), offset=(offset[0], 0), dtype=dtype)
+            assert torch.equal(got, whole[:, offset[1] :])
+    with monkeypatch.context() as patch:
+        patch.setattr(lgk_random, "_native_matrix", lambda *arguments: None)
+        expected = feedback.materialize((rows, cols), offset=offset)
+    assert_same(law[0], feedback.materialize((rows, cols), offset=offset), expected)
+
+
+@pytest.mark.skipif(native() is None, reason="the native module is not built")
+def test_normal_of_many_elements_is_within_4_ulp():
+    """Angles near the zeros of sine and cosine, and units near 1, where the logarithm has few digits."""
+    for seed in range(2):
+        feedback = RandomFeedback(seed, 1, "normal")
+        assert_same("normal", feedback.materialize((512, 2048)), random_matrix(feedback.state, 512, 2048, "normal"))
 
 
 @pytest.mark.parametrize("law", LAWS, ids=str)

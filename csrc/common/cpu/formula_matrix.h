@@ -14,8 +14,7 @@ LGK_INLINE void write_segment(const Formula& f, int64_t row, int64_t col, int64_
                               float* buffer, T* out) {
   if (skip) {
     formula_row(f, row, col, n, buffer);
-    for (int64_t j = skip; j < n; j += V)
-      store_some(out + (j - skip), load(buffer + j) * f.scale, smaller(n - j, V));
+    for (int64_t j = skip; j < n; j += V) store_some(out + (j - skip), load(buffer + j) * f.scale, smaller(n - j, V));
   } else if (streamed && std::is_same_v<T, float>) {
     for_row(f, row, col, n, buffer, [&](int64_t j, vf v) { stream(out + j, v * f.scale); });
   } else {

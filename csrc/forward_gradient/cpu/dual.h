@@ -89,13 +89,13 @@ LGK_INLINE void norm_rows(const float* z, const float* v, int64_t rows, int64_t 
     const int64_t count = smaller(V, rows - i);
     row_moments<V_TOO>(z + i * length, v + i * length, count, length, eps, &m);
     for (int64_t k = 0; k < count; ++k)
-      for (int64_t j = 0; j < length; j += V) {
-        const int64_t n = smaller(V, length - j), at = (i + k) * length + j;
+      for_vectors(length, [&](int64_t j, int64_t n) LGK_INLINE_LAMBDA {
+        const int64_t at = (i + k) * length + j;
         const vf d = load_some(z + at, n) - m.mean[k];
         vf derivative = {};
         if (V_TOO) derivative = (load_some(v + at, n) - m.v_mean[k] - d * m.along[k]) * m.r[k];
         c.finish(at, n, d * m.r[k], derivative);
-      }
+      });
   }
 }
 
@@ -153,15 +153,13 @@ inline int for_panels(const NormShape& s, int64_t space, int threads, const Visi
   const Panels panels(s);
   Scratch own(space, threads);
   if (!own) return 1;
-  parallel(s.outer * panels.across, s.outer * s.length * s.inner, threads,
-           [&](int64_t begin, int64_t end, int thread) {
-             for (int64_t i = begin; i < end; ++i) {
-               const int64_t column = i % panels.across * panels.width;
-               visit(i / panels.across * s.length * s.inner + column, smaller(panels.width, s.inner - column),
-                     own.of(thread));
-             }
-             stream_fence();
-           });
+  parallel(s.outer * panels.across, s.outer * s.length * s.inner, threads, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t column = i % panels.across * panels.width;
+      visit(i / panels.across * s.length * s.inner + column, smaller(panels.width, s.inner - column), own.of(thread));
+    }
+    stream_fence();
+  });
   return 0;
 }
 
@@ -181,8 +179,7 @@ LGK_INLINE void norm_columns(const NormShape& s, const Panel& z, const Panel& v,
     const int64_t start = flat + first_row * s.inner;
     const DualChunk chunk = out.chunk(start, rows * width, buffer);
     for (int64_t l = 0; l < rows; ++l)
-      for (int64_t j = 0; j < width; j += V) {
-        const int64_t n = smaller(V, width - j);
+      for_vectors(width, [&](int64_t j, int64_t n) LGK_INLINE_LAMBDA {
         const vf d = load_some(z.data + (first_row + l) * z.stride + j, n) - load(m.mean + j), r = load(m.r + j);
         vf derivative = {};
         if (V_TOO) {
@@ -190,7 +187,7 @@ LGK_INLINE void norm_columns(const NormShape& s, const Panel& z, const Panel& v,
           derivative = (w - d * load(m.along + j)) * r;
         }
         chunk.finish(l * width + j, n, d * r, derivative);
-      }
+      });
     out.finish(chunk, start, rows * width);
   });
 }
@@ -225,12 +222,11 @@ inline int dual_norm(const NormShape& s, const Array& z, const Array& z_tangent,
 
 // v = noise, where y > 0 if there is a ReLU
 inline void masked(const float* noise, const float* y, int64_t n, float* v) {
-  for (int64_t j = 0; j < n; j += V) {
-    const int64_t some = smaller(V, n - j);
+  for_vectors(n, [&](int64_t j, int64_t some) LGK_INLINE_LAMBDA {
     vf value = load_some(noise + j, some);
     if (y) value *= load_some(y + j, some) > 0.f ? splat(1.f) : vf{};
     store_some(v + j, value, some);
-  }
+  });
 }
 
 inline void scale(float* v, int64_t n, float factor) {
@@ -257,11 +253,11 @@ inline int activity_rows(const NormShape& s, const Array& z, const Array& y, con
         const int64_t some = smaller(V, rows - i);
         row_moments<true>(from + i * s.length, v + i * s.length, some, s.length, s.eps, &m);
         for (int64_t k = 0; k < some; ++k)
-          for (int64_t j = 0; j < s.length; j += V) {
-            const int64_t n = smaller(V, s.length - j), at = (i + k) * s.length + j;
+          for_vectors(s.length, [&](int64_t j, int64_t n) LGK_INLINE_LAMBDA {
+            const int64_t at = (i + k) * s.length + j;
             const vf d = load_some(from + at, n) - m.mean[k];
             put(to + at, (load_some(v + at, n) - m.v_mean[k] - d * m.along[k]) * m.r[k], n, streamed);
-          }
+          });
       }
       narrowed(to, out, z.dtype, flat, count);
     }
@@ -274,35 +270,34 @@ inline int activity_columns(const NormShape& s, const Array& z, const Array& y, 
                             const Noise& noise, void* out, int threads) {
   const int64_t size = s.length * Panels(s).width + 2 * V, space = kChunk + 2 * V, run = s.length / runs;
   const bool streamed = streams(out, z.dtype, s.inner, s.outer * s.length * s.inner);
-  return for_panels(
-      s, 2 * size + 2 * space + Noise::space(space), threads, [&](int64_t flat, int64_t width, float* buffer) {
-        const Panel from(z, flat, s.length, s.inner, width, buffer);
-        float *v = buffer + size, *rest = buffer + 2 * size;
-        const int64_t column = flat % s.inner, outer = flat / (s.length * s.inner);
-        for_pieces(s, width, [&](int64_t row, int64_t rows) {
-          const int64_t start = flat + row * s.inner, count = rows * width;
-          const float* mask = s.relu ? widened(y, start, count, rest) : nullptr;
-          masked(noise.of(start, count, rest + 2 * space), mask, count, v + row * width);
-          for (int64_t l = row; l < row + rows; ++l) {
-            const float* factor = coefficient + (outer * runs + l / run) * s.inner + column;
-            for (int64_t j = 0; j < width; ++j) v[l * width + j] *= factor[j];
-          }
-        });
-        NormMoments<kPanel> m;
-        column_moments<true>(from.data, from.stride, v, width, s.length, width, s.eps, &m);
-        for_pieces(s, width, [&](int64_t first_row, int64_t rows) {
-          const int64_t start = flat + first_row * s.inner;
-          float* to = room(out, z.dtype, start, rest + space);
-          for (int64_t l = 0; l < rows; ++l)
-            for (int64_t j = 0; j < width; j += V) {
-              const int64_t n = smaller(V, width - j);
-              const vf d = load_some(from.data + (first_row + l) * from.stride + j, n) - load(m.mean + j);
-              const vf w = load_some(v + (first_row + l) * width + j, n) - load(m.v_mean + j);
-              put(to + l * width + j, (w - d * load(m.along + j)) * load(m.r + j), n, streamed);
-            }
-          narrowed(to, out, z.dtype, start, rows * width);
-        });
-      });
+  return for_panels(s, 2 * size + 2 * space + Noise::space(space), threads,
+                    [&](int64_t flat, int64_t width, float* buffer) {
+                      const Panel from(z, flat, s.length, s.inner, width, buffer);
+                      float *v = buffer + size, *rest = buffer + 2 * size;
+                      const int64_t column = flat % s.inner, outer = flat / (s.length * s.inner);
+                      for_pieces(s, width, [&](int64_t row, int64_t rows) {
+                        const int64_t start = flat + row * s.inner, count = rows * width;
+                        const float* mask = s.relu ? widened(y, start, count, rest) : nullptr;
+                        masked(noise.of(start, count, rest + 2 * space), mask, count, v + row * width);
+                        for (int64_t l = row; l < row + rows; ++l) {
+                          const float* factor = coefficient + (outer * runs + l / run) * s.inner + column;
+                          for (int64_t j = 0; j < width; ++j) v[l * width + j] *= factor[j];
+                        }
+                      });
+                      NormMoments<kPanel> m;
+                      column_moments<true>(from.data, from.stride, v, width, s.length, width, s.eps, &m);
+                      for_pieces(s, width, [&](int64_t first_row, int64_t rows) {
+                        const int64_t start = flat + first_row * s.inner;
+                        float* to = room(out, z.dtype, start, rest + space);
+                        for (int64_t l = 0; l < rows; ++l)
+                          for_vectors(width, [&](int64_t j, int64_t n) LGK_INLINE_LAMBDA {
+                            const vf d = load_some(from.data + (first_row + l) * from.stride + j, n) - load(m.mean + j);
+                            const vf w = load_some(v + (first_row + l) * width + j, n) - load(m.v_mean + j);
+                            put(to + l * width + j, (w - d * load(m.along + j)) * load(m.r + j), n, streamed);
+                          });
+                        narrowed(to, out, z.dtype, start, rows * width);
+                      });
+                    });
 }
 
 inline int activity_grad(const NormShape& s, const Array& z, const Array& y, const float* coefficient, int64_t runs,

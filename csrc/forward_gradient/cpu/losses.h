@@ -5,10 +5,11 @@
 
 namespace lgk::cpu::LGK_ISA {
 
-constexpr float kEps = 1e-5f;      // of the layer norm in front of a loss
-constexpr int64_t kPatches = 64;   // whose sum is one piece of work
-constexpr int64_t kColumns = 512;  // channels of such a piece
-constexpr int64_t kRead = 4096;    // elements that are read together
+constexpr float kEps = 1e-5f;          // of the layer norm in front of a loss
+constexpr int64_t kPatches = 64;       // whose sum is one piece of work
+constexpr int64_t kColumns = 512;      // channels of such a piece
+constexpr int64_t kNormalized = 2048;  // the same with a norm in front
+constexpr int64_t kRead = 4096;        // elements that are read together
 
 inline int64_t elements(const FeatureShape& s) { return s.samples * s.patches * s.groups * s.channels; }
 
@@ -16,7 +17,8 @@ inline int64_t elements(const FeatureShape& s) { return s.samples * s.patches * 
 template <class T>
 inline void add_patches(const T* x, int64_t patches, int64_t stride, int64_t count, float* acc) {
   column_sums<1>(
-      patches, count, [&](int64_t p, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA { t[0] = load_some(x + p * stride + j, n); }, &acc);
+      patches, count,
+      [&](int64_t p, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA { t[0] = load_some(x + p * stride + j, n); }, &acc);
 }
 
 // acc (groups, channels) += LN of each of the `rows` rows of x, whose groups follow one another
@@ -28,11 +30,10 @@ inline void add_normalized(const float* x, int64_t rows, int64_t groups, int64_t
     LaneMoments m;
     row_moments<false>(some, nullptr, count, channels, kEps, &m);
     for (int64_t r = 0; r < count; ++r, group = group + 1 == groups ? 0 : group + 1)
-      for (int64_t j = 0; j < channels; j += V) {
-        const int64_t n = smaller(V, channels - j);
+      for_vectors(channels, [&](int64_t j, int64_t n) LGK_INLINE_LAMBDA {
         float* to = acc + group * channels + j;
         store_some(to, load_some(to, n) + (load_some(some + r * channels + j, n) - m.mean[r]) * m.r[r], n);
-      }
+      });
   }
 }
 
@@ -57,7 +58,8 @@ inline int sum_patches(const FeatureShape& s, const Array& x, bool layer_norm, i
 
 inline int pooled(const FeatureShape& s, const Array& x, bool layer_norm, float* out, int threads) {
   const int64_t width = s.groups * s.channels, runs = (s.patches + kPatches - 1) / kPatches;
-  const int64_t unit = layer_norm ? s.channels : 1, block = (unit > kColumns ? 1 : kColumns / unit) * unit;
+  const int64_t most = layer_norm ? kNormalized : kColumns, unit = layer_norm ? s.channels : 1;
+  const int64_t block = (unit > most ? 1 : most / unit) * unit;
   const int64_t blocks = (width + block - 1) / block;
   Scratch sums(runs > 1 ? s.samples * runs * width : 0, 1), own(2 * block + kRead + 4 * V, threads);
   if (!sums || !own) return 1;
@@ -101,7 +103,8 @@ inline int softmax(const float* logits, const int64_t* target, int64_t rows, int
 inline void centre(const float* teach, int64_t groups, int64_t channels, float* out) {
   for (int64_t g = 0; g < groups; ++g, teach += channels, out += channels) {
     vf lanes;
-    lane_sums<1>(channels, [&](int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA { t[0] = load_some(teach + j, n); }, &lanes);
+    lane_sums<1>(
+        channels, [&](int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA { t[0] = load_some(teach + j, n); }, &lanes);
     const float mean = sum(lanes) / static_cast<float>(channels);
     for (int64_t j = 0; j < channels; ++j) out[j] = teach[j] - mean;
   }
@@ -145,9 +148,8 @@ inline vf plain_tangents(const float* v, const TeachRows& teach, int64_t rows, i
   vf total;
   row_sums<1>(
       rows, channels,
-      [&](int64_t i, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA {
-        t[0] = load_some(v + i * channels + j, n) * load_some(teach.of[i] + j, n);
-      },
+      [&](int64_t i, int64_t j, int64_t n, vf* t)
+          LGK_INLINE_LAMBDA { t[0] = load_some(v + i * channels + j, n) * load_some(teach.of[i] + j, n); },
       &total);
   return total;
 }
@@ -157,7 +159,8 @@ inline vf norm_tangents(const float* x, const float* v, const TeachRows& teach, 
   alignas(64) float mean[V];
   const float size = static_cast<float>(channels);
   row_sums<1>(
-      rows, channels, [&](int64_t i, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA { t[0] = load_some(x + i * channels + j, n); },
+      rows, channels,
+      [&](int64_t i, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA { t[0] = load_some(x + i * channels + j, n); },
       &total);
   store(mean, total / size);
   row_sums<4>(
@@ -181,20 +184,20 @@ inline int tangent(const FeatureShape& s, const Array& x, const Array& x_tangent
   const float share = 1 / static_cast<float>(s.patches);
   Scratch own(2 * room, threads);
   if (!own) return 1;
-  return for_stretches(
-      s, teach, x.data, threads,
-      [&](int64_t sample, int64_t row, int64_t count, const float* teach_of_sample, int thread) {
-        const int64_t start = sample * rows + row;
-        const float* v = widened(x_tangent, start * c, count * c, own.of(thread));
-        const float* z = x.data ? widened(x, start * c, count * c, own.of(thread) + room) : nullptr;
-        const float added = head ? head[sample] : 0.f;
-        for (int64_t i = 0; i < count; i += V) {
-          const int64_t some = smaller(V, count - i);
-          const TeachRows t(teach_of_sample, row + i, s.groups, c);
-          const vf dots = z ? norm_tangents(z + i * c, v + i * c, t, some, c) : plain_tangents(v + i * c, t, some, c);
-          store_some(out + start + i, dots * share + added, some);
-        }
-      });
+  return for_stretches(s, teach, x.data, threads,
+                       [&](int64_t sample, int64_t row, int64_t count, const float* teach_of_sample, int thread) {
+                         const int64_t start = sample * rows + row;
+                         const float* v = widened(x_tangent, start * c, count * c, own.of(thread));
+                         const float* z = x.data ? widened(x, start * c, count * c, own.of(thread) + room) : nullptr;
+                         const float added = head ? head[sample] : 0.f;
+                         for (int64_t i = 0; i < count; i += V) {
+                           const int64_t some = smaller(V, count - i);
+                           const TeachRows t(teach_of_sample, row + i, s.groups, c);
+                           const vf dots = z ? norm_tangents(z + i * c, v + i * c, t, some, c)
+                                             : plain_tangents(v + i * c, t, some, c);
+                           store_some(out + start + i, dots * share + added, some);
+                         }
+                       });
 }
 
 // Moments of rows of x, with `along` of their teach.
@@ -202,7 +205,8 @@ inline void teach_moments(const float* x, const TeachRows& teach, int64_t rows, 
   const float size = static_cast<float>(channels);
   vf total, sums[2];
   row_sums<1>(
-      rows, channels, [&](int64_t i, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA { t[0] = load_some(x + i * channels + j, n); },
+      rows, channels,
+      [&](int64_t i, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA { t[0] = load_some(x + i * channels + j, n); },
       &total);
   store(m->mean, total / size);
   row_sums<2>(
@@ -225,29 +229,33 @@ inline int cotangent(const FeatureShape& s, const Array& x, const float* grad, c
   const bool streamed = streams(out.data, out.dtype, c, elements(s));
   Scratch own(2 * size, threads);
   if (!own) return 1;
-  return for_stretches(
-      s, teach, x.data, threads,
-      [&](int64_t sample, int64_t row, int64_t count, const float* teach_of_sample, int thread) {
-        const int64_t start = sample * rows + row;
-        const float* z = x.data ? widened(x, start * c, count * c, own.of(thread)) : nullptr;
-        float* to = room(out.data, out.dtype, start * c, own.of(thread) + size);
-        for (int64_t i = 0; i < count; i += V) {
-          const int64_t some = smaller(V, count - i);
-          const TeachRows t(teach_of_sample, row + i, s.groups, c);
-          LaneMoments m;
-          if (z) teach_moments(z + i * c, t, some, c, &m);
-          for (int64_t k = 0; k < some; ++k) {
-            const float scale = grad[start + i + k] * share;
-            for (int64_t j = 0; j < c; j += V) {
-              const int64_t n = smaller(V, c - j), at = (i + k) * c + j;
-              vf v = load_some(t.of[k] + j, n);
-              if (z) v = (v - (load_some(z + at, n) - m.mean[k]) * m.along[k]) * m.r[k];
-              put(to + at, v * scale, n, streamed);
-            }
-          }
-        }
-        narrowed(to, out.data, out.dtype, start * c, count * c);
-      });
+  return for_stretches(s, teach, x.data, threads,
+                       [&](int64_t sample, int64_t row, int64_t count, const float* teach_of_sample, int thread) {
+                         const int64_t start = sample * rows + row;
+                         const float* z = x.data ? widened(x, start * c, count * c, own.of(thread)) : nullptr;
+                         float* to = room(out.data, out.dtype, start * c, own.of(thread) + size);
+                         for (int64_t i = 0; i < count; i += V) {
+                           const int64_t some = smaller(V, count - i);
+                           const TeachRows t(teach_of_sample, row + i, s.groups, c);
+                           LaneMoments m;
+                           if (z) teach_moments(z + i * c, t, some, c, &m);
+                           for (int64_t k = 0; k < some; ++k) {
+                             const float scale = grad[start + i + k] * share;
+                             const int64_t start_of_row = (i + k) * c;
+                             if (!z)
+                               for_vectors(c, [&](int64_t j, int64_t n) LGK_INLINE_LAMBDA {
+                                 put(to + start_of_row + j, load_some(t.of[k] + j, n) * scale, n, streamed);
+                               });
+                             else
+                               for_vectors(c, [&](int64_t j, int64_t n) LGK_INLINE_LAMBDA {
+                                 const vf d = load_some(z + start_of_row + j, n) - m.mean[k];
+                                 put(to + start_of_row + j,
+                                     (load_some(t.of[k] + j, n) - d * m.along[k]) * (m.r[k] * scale), n, streamed);
+                               });
+                           }
+                         }
+                         narrowed(to, out.data, out.dtype, start * c, count * c);
+                       });
 }
 
 }  // namespace lgk::cpu::LGK_ISA

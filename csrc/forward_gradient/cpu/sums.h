@@ -9,14 +9,23 @@ namespace lgk::cpu::LGK_ISA {
 
 #define LGK_INLINE_LAMBDA __attribute__((always_inline))  // the compiler leaves those with several calls alone
 
-constexpr int64_t kStreamedBytes = 1 << 25;  // of an output that no cache holds for its reader
+constexpr int64_t kStreamedBytes = 1 << 22;  // of an output that the second-level cache won't hold for its reader
+
+// f(j, count) for the vectors of n elements: count is V, but for what is left at the end.
+template <class F>
+LGK_INLINE void for_vectors(int64_t n, const F& f) {
+  int64_t j = 0;
+  for (; j + V <= n; j += V) f(j, int64_t{V});
+  if (j < n) f(j, n - j);
+}
 
 // n elements from `offset` on as floats: in place, or widened into the buffer.
 inline const float* widened(const Array& x, int64_t offset, int64_t n, float* buffer) {
   if (x.dtype == kFloat32) return static_cast<const float*>(x.data) + offset;
   for_dtype(x.dtype, [&](auto type) {
     const auto* from = static_cast<const decltype(type)*>(x.data) + offset;
-    for (int64_t j = 0; j < n; j += V) store_some(buffer + j, load_some(from + j, smaller(V, n - j)), smaller(V, n - j));
+    for_vectors(
+        n, [&](int64_t j, int64_t some) LGK_INLINE_LAMBDA { store_some(buffer + j, load_some(from + j, some), some); });
     return 0;
   });
   return buffer;
@@ -31,7 +40,8 @@ inline void narrowed(const float* values, void* out, int dtype, int64_t offset, 
   if (dtype == kFloat32 || !out) return;
   for_dtype(dtype, [&](auto type) {
     auto* to = static_cast<decltype(type)*>(out) + offset;
-    for (int64_t j = 0; j < n; j += V) store_some(to + j, load_some(values + j, smaller(V, n - j)), smaller(V, n - j));
+    for_vectors(
+        n, [&](int64_t j, int64_t some) LGK_INLINE_LAMBDA { store_some(to + j, load_some(values + j, some), some); });
     return 0;
   });
 }

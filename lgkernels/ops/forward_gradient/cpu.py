@@ -48,13 +48,7 @@ def classify(pooled, weight, bias, target):
     rows, classes = logits.shape
     loss, delta, target = torch.empty(rows), torch.empty(rows, classes), target.contiguous()
     _C.forward_gradient_softmax(
-        logits.data_ptr(),
-        target.data_ptr(),
-        rows,
-        classes,
-        delta.data_ptr(),
-        loss.data_ptr(),
-        torch.get_num_threads(),
+        logits.data_ptr(), target.data_ptr(), rows, classes, delta.data_ptr(), loss.data_ptr(), torch.get_num_threads()
     )
     return loss, delta, delta @ weight.t()
 
