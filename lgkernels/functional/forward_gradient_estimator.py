@@ -1,0 +1,146 @@
+"""The forward-gradient estimator for any torch module; what one call of it does is in forward_gradient_passes.py."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
+
+from ..core import checks
+from ..random import RandomFeedback
+from .forward_gradient_passes import Estimate
+
+__all__ = ["forward_gradient"]
+
+
+def forward_gradient(
+    function: Callable,
+    *inputs: Any,
+    perturb: Literal["activities", "weights"] = "activities",
+    draws: int = 1,
+    noise: RandomFeedback | None = None,
+    modules: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""The loss of any torch module, and an unbiased estimate of its gradients, by forward-mode derivatives alone.
+
+    With :math:`\ell_n` the loss of sample n, :math:`L` their mean over B samples, and noise of independent elements
+    with mean 0 and variance 1:
+
+    .. math::
+        \text{weights:} \quad \hat g = \langle \nabla_w L, v \rangle \, v
+        \qquad\qquad
+        \text{activities:} \quad \hat e_n = \tfrac1B \big\langle \nabla_z \ell_n, u \big\rangle \, u_n, \quad
+        \hat g = \sum_n \hat e_n \, \frac{\partial z_n}{\partial w}
+
+    :math:`v` is shaped like the parameters. :math:`u` is added to the tangent of the output z of every linear,
+    convolution (transposed too) and embedding layer, each time that it is called, and :math:`\langle\cdot\rangle`, the
+    directional derivative, comes from one pass with dual numbers. The layer's own parameters then get their gradient
+    from its input and the estimate of the error at its output. All other parameters (norms' scale and shift, free
+    tensors, recurrent cells, attention's projections, parametrized weights, weights that are used outside of their
+    layer too) are perturbed as weights in the same pass.
+
+    Nothing is kept for a backward pass: one layer's tensors exist at a time, and memory does not grow with depth.
+    Perturbed activities take draws + 1 passes (noise is made again, not kept), perturbed weights draws. The variance
+    grows with the number of elements that are perturbed, and falls with `draws`; of the two ways that of the activities
+    is the smaller one, by far where the batch is large.
+
+    - **Losses of samples**: where `function` returns B losses, each sample's error comes from its own loss; from a mean
+      that is returned, or where samples mix (batch normalisation in training, say), from the loss of the whole
+      batch, with more variance. Whether they mix is tried out by one more pass, once for every function and set of
+      shapes. A layer whose output has not the samples as its first dimension gets the loss of the whole batch as well.
+    - **Random layers**: all passes see the same numbers of torch's global generators (dropout's masks); those of
+      generators of your own must be the same at each call of `function`. Buffers (running statistics) move as in one
+      forward pass.
+    - **Stop a gradient** with ``.detach()``: ``torch.no_grad()`` inside of `function` does not stop a tangent.
+    - Attention runs with torch's math kernel and compiled modules run eagerly; others have no forward-mode derivative.
+
+    Args:
+        function (callable): a module or function whose result of `inputs` is the loss (), or the losses (B,) of
+            independent samples. It is called several times.
+        inputs: what `function` is called with.
+        perturb (str): ``"activities"`` or ``"weights"``.
+        draws (int): independent estimates that are averaged.
+        noise (RandomFeedback, optional): law "normal" or "sign", of any scale; a call advances it by one step. None:
+            normal, seeded by torch's global generator.
+        modules (Module, list or dict of them, optional): what the gradients are of, where `function` is no module.
+
+    Returns:
+        tuple[Tensor, dict[str, Tensor]]: the mean loss (), and a gradient for each parameter that requires one, by the
+        names of ``named_parameters()``; those of a list begin with ``"0."``, ..., of a dict with its keys. For any
+        optimizer: ``for name, p in model.named_parameters(): p.grad = gradients.get(name)``.
+
+    Raises: ValueError, TypeError naming the argument. NotImplementedError for an op without forward-mode derivative,
+        naming the op, its module and what to do, and under torch.compile, torch.func transforms and forward-mode AD.
+
+    Source: Baydin et al., "Gradients without Backpropagation" (2022); Ren, Kornblith, Liao, Hinton, "Scaling Forward
+    Gradient With Local Losses" (ICLR 2023).
+
+    Example:
+        >>> import torch
+        >>> from lgkernels.random import RandomFeedback
+        >>> from lgkernels.functional.forward_gradient_estimator import forward_gradient
+        >>> model, x, y = torch.nn.Linear(2, 1, bias=False), torch.eye(2), torch.tensor([1.0, 3.0])
+        >>> noise = RandomFeedback(seed=0, law="sign")
+        >>> def losses(x, y):
+        ...     return (model(x).squeeze(1) - y) ** 2
+        >>> loss, gradients = forward_gradient(losses, x, y, noise=noise, modules=model)
+        >>> losses(x, y).mean().backward()
+        >>> torch.allclose(gradients["weight"], model.weight.grad)  # one unit: its error is known exactly
+        True
+    """
+    _refuse_transforms()
+    if not callable(function):
+        raise TypeError(f"function must be a torch.nn.Module or another callable, got {type(function).__name__}")
+    checks.choice("perturb", perturb, ("activities", "weights"))
+    draws = checks.positive_integer("draws", draws, below=2**20)
+    if noise is not None:
+        if not isinstance(noise, RandomFeedback):
+            raise TypeError(f"noise must be a RandomFeedback or None, got {checks.got(noise)}")
+        if noise.law not in ("normal", "sign"):
+            raise ValueError(f"noise must be of the law 'normal' or 'sign', whose mean is 0, got {noise.law!r}")
+    estimate = Estimate(function, inputs, _named(function, modules), perturb == "activities", draws, noise)
+    if not estimate.parameters:
+        raise ValueError("modules must have parameters that require a gradient, got none")
+    for name, parameter in estimate.parameters.items():
+        if is_lazy(parameter):
+            raise TypeError(f"modules must be initialized, got a lazy {name}: call function(*inputs) once")
+        checks.floating(f"modules' parameter {name}", parameter)
+    result = estimate()
+    if noise is not None:
+        noise.advance()
+    return result
+
+
+def _refuse_transforms() -> None:
+    where = "under torch.compile" if torch.compiler.is_compiling() else None
+    if where is None and torch._C._are_functorch_transforms_active():
+        where = "inside of torch.func transforms (grad, vjp, jvp, vmap, ...)"
+    if where is None and forward_ad._current_level >= 0:
+        where = "inside of another forward-mode derivative (torch has one level of them)"
+    if where is not None:
+        raise NotImplementedError(
+            f"forward_gradient does not run {where}: it runs passes with dual numbers. Call it outside"
+        )
+
+
+def _named(function: Any, modules: Any) -> dict[str, nn.Module]:
+    """Modules by the prefix of their parameters' names."""
+    expected = "a torch.nn.Module, or a list or dict of them"
+    if modules is None:
+        if not isinstance(function, nn.Module):
+            raise TypeError(f"modules must be {expected}, where function is none, got None")
+        return {"": function}
+    if isinstance(modules, nn.Module):
+        return {"": modules}
+    if isinstance(modules, Mapping):
+        named = dict(modules)
+    elif isinstance(modules, (list, tuple)):
+        named = {str(i): module for i, module in enumerate(modules)}
+    else:
+        raise TypeError(f"modules must be {expected}, got {checks.got(modules)}")
+    for name, module in named.items():
+        if not isinstance(name, str) or not isinstance(module, nn.Module):
+            raise TypeError(f"modules must be {expected}, by names, got {checks.got(modules)}")
+    return {f"{name}.": module for name, module in named.items()}
