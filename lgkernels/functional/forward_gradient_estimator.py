@@ -48,8 +48,8 @@ def forward_gradient(
 
     - **Losses of samples**: where `function` returns B losses, each sample's error comes from its own loss; from a mean
       that is returned, or where samples mix (batch normalisation in training, say), from the loss of the whole
-      batch, with more variance. Whether they mix is tried out by one more pass, once for every function and set of
-      shapes. A layer whose output has not the samples as its first dimension gets the loss of the whole batch as well.
+      batch, with more variance. Whether they mix is tried out by one more pass, once for every function and batch
+      size. A layer whose output has not the samples as its first dimension gets the loss of the whole batch as well.
     - **Random layers**: all passes see the same numbers of torch's global generators (dropout's masks); those of
       generators of your own must be the same at each call of `function`. Buffers (running statistics) move as in one
       forward pass.
@@ -140,6 +140,8 @@ def _named(function: Any, modules: Any) -> dict[str, nn.Module]:
         named = {str(i): module for i, module in enumerate(modules)}
     else:
         raise TypeError(f"modules must be {expected}, got {checks.got(modules)}")
+    if not named:
+        raise ValueError(f"modules must be {expected}, at least one, got {checks.got(modules)}")
     for name, module in named.items():
         if not isinstance(name, str) or not isinstance(module, nn.Module):
             raise TypeError(f"modules must be {expected}, by names, got {checks.got(modules)}")

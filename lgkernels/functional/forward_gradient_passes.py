@@ -179,9 +179,10 @@ class Estimate:
         """Whether the n-th row of every layer's output that has a row for each loss moves the n-th loss alone: some
         rows' noise leaves the other losses' derivatives 0."""
         count = len(losses)
-        if count < 2 or not any(shape[:1] == (count,) for _, shape in self.outputs):
+        of_samples = tuple((name, shape[:1] == (count,)) for name, shape in self.outputs)
+        if count < 2 or not any(has_rows for _, has_rows in of_samples):
             return True
-        key = (tuple(self.outputs), count, tuple(m.training for m in self.modules))
+        key = (count, of_samples, tuple(m.training for m in self.modules))
         if key not in self.facts.separate:
             chosen = torch.zeros(count, dtype=torch.bool)
             chosen[torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count // 2]] = True
@@ -283,20 +284,18 @@ class Estimate:
                 of_device = torch.get_device_module(device)
                 set_state = functools.partial(of_device.set_rng_state, device=device)
                 self.generators.append((set_state, of_device.get_rng_state(device)))
-        self.buffers = [
-            (module, name, buffer, buffer._version, buffer.clone())
+        self.buffers = [  # without those that nobody could write to; versions do not tell: batch_norm moves none
+            (module, name, buffer, buffer.clone())
             for module in self.modules
             for name, buffer in module._buffers.items()
-            if buffer is not None and not buffer.is_inference()
+            if buffer is not None and not buffer.is_inference() and 0 not in buffer.stride()
         ]
 
     def _restore(self) -> None:
         for set_state, state in self.generators:
             set_state(state)
-        for module, name, buffer, version, values in self.buffers:
-            module._buffers[name] = buffer
-            if buffer._version != version:
-                buffer.copy_(values)
+        for module, name, buffer, values in self.buffers:
+            module._buffers[name] = buffer.copy_(values)
 
     def _compare(self, losses: Tensor, again: Tensor) -> None:
         """Where looking at values costs no synchronisation, or when LGKERNELS_CHECK=1."""

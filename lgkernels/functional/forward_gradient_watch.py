@@ -23,6 +23,7 @@ _WAYS_OUT = (  # what to do, by a part of the op's name
         "torch.backends.mkldnn.flags(enabled=False) on CPU, torch.backends.cudnn.flags(enabled=False) on CUDA",
     ),
 )
+_OF_A_RULE = "its gradient is a rule of its own: train it by loss.backward(), or take torch's layer here"
 _OTHERWISE = "write it in torch's ops that have one, or as an autograd.Function with a jvp"
 _STOPS = (Tensor.detach, vars(torch._C.TensorBase)["data"].__get__, vars(torch._C.TensorBase)["grad"].__get__)
 _OF_TORCH = ("aten", "prim", "prims")
@@ -79,16 +80,20 @@ def no_forward_mode(error: Exception, modules: Mapping[nn.Module, str]) -> NotIm
             return None
         found = re.search(r"forward AD with (?:aten::)?(\w+)", op)
         op = found[1] if found else "an op"
-    trace = error.__traceback__
+    ours, public, trace = op.startswith("lgkernels."), "", error.__traceback__
     while trace is not None:
-        local = trace.tb_frame.f_locals
+        code, known, local = trace.tb_frame.f_code.co_name, trace.tb_frame.f_globals, trace.tb_frame.f_locals
         owner, function = local.get("self"), local.get("cls")
         if isinstance(owner, nn.Module) and owner in modules:
             where = f"{type(owner).__name__} {modules[owner]!r}" if modules[owner] else type(owner).__name__
         if isinstance(function, type) and issubclass(function, torch.autograd.Function):
-            op = function.__name__
+            op, ours = function.__name__, function.__module__.startswith("lgkernels.")
+        if code in known.get("__all__", ()) and known["__name__"].startswith("lgkernels.functional."):
+            public = code  # the last one
         trace = trace.tb_next
     way = next((way for part, way in _WAYS_OUT if part in op), _OTHERWISE)
+    if ours:
+        op, way = public if public != "forward_gradient" else op, _OF_A_RULE
     return NotImplementedError(
         f"forward_gradient can't differentiate {op} in {where}: it has no forward-mode derivative. What to do: {way}; "
         "or detach its result, if no gradient is to go through it"

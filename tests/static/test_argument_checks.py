@@ -55,7 +55,8 @@ def parameters(function):
             return {m for part in typing.get_args(hint) for m in members(part)}
         return {str} if typing.get_origin(hint) is typing.Literal else {typing.get_origin(hint) or hint}
 
-    return {p.name: (members(hints[p.name]), p.default) for p in inspect.signature(function).parameters.values()}
+    taken = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    return {p.name: (members(hints[p.name]), p.default) for p in taken}
 
 
 ARGUMENTS = [(name, argument) for name, (function, _) in FUNCTIONS.items() for argument in parameters(function)]
