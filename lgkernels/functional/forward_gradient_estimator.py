@@ -6,11 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.parameter import is_lazy
 
 from ..core import checks
 from ..random import RandomFeedback
-from .forward_gradient_passes import Estimate
+from .forward_gradient_passes import estimate
 
 __all__ = ["forward_gradient"]
 
@@ -41,10 +40,10 @@ def forward_gradient(
     tensors, recurrent cells, attention's projections, parametrized weights, weights that are used outside of their
     layer too) are perturbed as weights in the same pass.
 
-    Nothing is kept for a backward pass: one layer's tensors exist at a time, and memory does not grow with depth.
-    Perturbed activities take draws + 1 passes (noise is made again, not kept), perturbed weights draws. The variance
-    grows with the number of elements that are perturbed, and falls with `draws`; of the two ways that of the activities
-    is the smaller one, by far where the batch is large.
+    Nothing is kept for a backward pass: one layer's activations exist at a time, whatever the depth, beside gradients
+    and noise of the parameters' size. Perturbed activities take draws + 1 passes (their noise is made again, not kept),
+    perturbed weights draws. The variance grows with the number of elements that are perturbed, and falls with `draws`
+    and, where activities are perturbed, with the batch.
 
     - **Losses of samples**: where `function` returns B losses, each sample's error comes from its own loss; from a mean
       that is returned, or where samples mix (batch normalisation in training, say), from the loss of the whole
@@ -54,7 +53,9 @@ def forward_gradient(
       generators of your own must be the same at each call of `function`. Buffers (running statistics) move as in one
       forward pass.
     - **Stop a gradient** with ``.detach()``: ``torch.no_grad()`` inside of `function` does not stop a tangent.
-    - Attention runs with torch's math kernel and compiled modules run eagerly; others have no forward-mode derivative.
+    - Attention runs with torch's math kernel, since its others have no forward-mode derivative; compiled modules run
+      eagerly. Kernels that are called past torch's dispatcher (bindings of your own) drop tangents unseen: give them an
+      autograd.Function with a jvp.
 
     Args:
         function (callable): a module or function whose result of `inputs` is the loss (), or the losses (B,) of
@@ -100,14 +101,7 @@ def forward_gradient(
             raise TypeError(f"noise must be a RandomFeedback or None, got {checks.got(noise)}")
         if noise.law not in ("normal", "sign"):
             raise ValueError(f"noise must be of the law 'normal' or 'sign', whose mean is 0, got {noise.law!r}")
-    estimate = Estimate(function, inputs, _named(function, modules), perturb == "activities", draws, noise)
-    if not estimate.parameters:
-        raise ValueError("modules must have parameters that require a gradient, got none")
-    for name, parameter in estimate.parameters.items():
-        if is_lazy(parameter):
-            raise TypeError(f"modules must be initialized, got a lazy {name}: call function(*inputs) once")
-        checks.floating(f"modules' parameter {name}", parameter)
-    result = estimate()
+    result = estimate(function, inputs, _named(function, modules), perturb == "activities", draws, noise)
     if noise is not None:
         noise.advance()
     return result

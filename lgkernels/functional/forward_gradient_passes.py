@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 
 from ..core import checks, environment
 from ..random import RandomFeedback
@@ -21,8 +22,8 @@ from .forward_gradient_watch import Watch, no_forward_mode, tensors
 
 
 class _Noise:
-    """Tensors of one draw, the same ones in the same order whenever it is made anew. Draws have `regions` of their own:
-    of the formula's rows, or of seeds."""
+    """Tensors of one draw, the same in the same order whenever it is made anew. A draw has two regions of its own, for
+    parameters and for outputs: of the formula's rows, or with a seed each."""
 
     def __init__(self, noise: RandomFeedback | None, seeds: list[int], region: int) -> None:
         self.noise, self.seed = noise, seeds[region]
@@ -45,9 +46,9 @@ class _Noise:
 
 
 class _Calls(nn.Module):
-    function: Any
-
     """`function` with the modules that it calls, for `functional_call`."""
+
+    function: Any
 
     def __init__(self, function: Callable, parts: list[nn.Module]) -> None:
         super().__init__()
@@ -67,6 +68,13 @@ class _Facts:
 
 
 _FACTS: "WeakKeyDictionary[nn.Module, dict[tuple, _Facts]]" = WeakKeyDictionary()
+
+
+def estimate(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean loss and gradients; the arguments are those of `Estimate`."""
+    if "torch._dynamo" in sys.modules:  # a compiled function goes on eagerly from here on: nothing is to be compiled
+        return torch.compiler.disable(lambda: Estimate(*arguments)())()
+    return Estimate(*arguments)()
 
 
 class Estimate:
@@ -94,7 +102,13 @@ class Estimate:
                 if parameter.requires_grad and id(parameter) not in self.names:
                     self.names[id(parameter)] = prefix + name
                     self.parameters[prefix + name], self.paths[prefix + name] = parameter, f"parts.{i}.{name}"
-        while hasattr(function, "func"):  # functools.partial
+        if not self.parameters:
+            raise ValueError("modules must have parameters that require a gradient, got none")
+        for name, parameter in self.parameters.items():
+            if is_lazy(parameter):
+                raise TypeError(f"modules must be initialized, got a lazy {name}: call function(*inputs) once")
+            checks.floating(f"modules' parameter {name}", parameter)
+        while isinstance(function, functools.partial):
             function = function.func
         key = (getattr(function, "__code__", type(function)), *self.parameters)
         self.facts = _FACTS.setdefault(next(iter(modules.values())), {}).setdefault(key, _Facts())

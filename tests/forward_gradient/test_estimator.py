@@ -697,6 +697,10 @@ def test_compiled_modules_run_eagerly():
     compiled = torch.compile(model, backend="eager")
     compiled(x)
     check(losses_of(compiled), x, TARGET, modules=model, draws=DRAWS)
+    partly = torch.compile(
+        lambda x: forward_gradient(losses_of(model), x, TARGET, modules=model)[0] * 2, backend="eager"
+    )
+    assert torch.equal(partly(x), 2 * losses_of(model, "mean")(x, TARGET))
     whole = torch.compile(lambda x: forward_gradient(model, x)[0], backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="forward_gradient does not run under torch.compile"):
         whole(x)
