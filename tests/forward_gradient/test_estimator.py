@@ -317,7 +317,8 @@ class Shared(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.twice, self.tied, self.unused = nn.Linear(2, 2), nn.Embedding(3, 2), nn.Linear(2, 2)
+        self.twice, self.unused = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.tied = nn.Embedding(4, 2, padding_idx=3)  # whose last row has a gradient as weights
         self.left, self.right, self.past = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
         self.right.bias = self.left.bias
 
@@ -657,7 +658,8 @@ def test_what_has_a_derivative_or_needs_none_is_left_alone():
     model = nn.Sequential(Calling(twice), nn.Linear(4, 1))  # before any noise
     forward_gradient(lambda x: model(x).mean(), x, modules=model)
     model, x = between(nn.TransformerEncoderLayer(4, 2, 4, batch_first=True))
-    forward_gradient(lambda x: model.eval()(x).mean(), x, modules=model)  # by no fast path
+    for perturb in ("activities", "weights"):  # by no fast path
+        forward_gradient(lambda x: model.eval()(x).mean(), x, modules=model, perturb=perturb, draws=2)
     model, x = between(Calling(lambda x: torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=False)))
     forward_gradient(lambda x: model(x).mean(), x, modules=model)
 
