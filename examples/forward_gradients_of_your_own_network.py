@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lgkernels.functional.forward_gradient_estimator import forward_gradient
+from lgkernels.functional import forward_gradient
 from lgkernels.random import RandomFeedback
 from lgkernels.recipes import data
 

@@ -6,12 +6,14 @@ from ..core import checks
 from ..ops.forward_gradient import autograd as _entry
 from ..ops.forward_gradient.layers import refuse_duals
 from .dual_layers import activity_perturbation_grad, dual_group_linear, dual_linear, dual_norm_noise_relu, tangents
+from .forward_gradient_estimator import forward_gradient
 
 __all__ = [
     "activity_perturbation_grad",
     "dual_group_linear",
     "dual_linear",
     "dual_norm_noise_relu",
+    "forward_gradient",
     "replicated_cross_entropy",
     "replicated_cross_entropy_dual",
     "replicated_nt_xent",

@@ -81,7 +81,7 @@ def forward_gradient(
     Example:
         >>> import torch
         >>> from lgkernels.random import RandomFeedback
-        >>> from lgkernels.functional.forward_gradient_estimator import forward_gradient
+        >>> from lgkernels.functional import forward_gradient
         >>> model, x, y = torch.nn.Linear(2, 1, bias=False), torch.eye(2), torch.tensor([1.0, 3.0])
         >>> noise = RandomFeedback(seed=0, law="sign")
         >>> def losses(x, y):

@@ -48,7 +48,8 @@ class _Noise(nn.Module):
 
     def __init__(self, model: LocalMixer, seed: int, law: Law) -> None:
         super().__init__()
-        stages = [(b, module) for b, block in enumerate(model.blocks) for _, module in block.stages()]  # type: ignore[operator]
+        blocks: list[Any] = list(model.blocks)
+        stages = [(b, module) for b, block in enumerate(blocks) for _, module in block.stages()]
         self.counts = [sum(1 for owner, _ in stages if owner == b) for b in range(len(model.blocks))]
 
         def made(kind: int, law: Law, scales: Sequence[float] | None = None) -> nn.ModuleList:
@@ -181,6 +182,7 @@ class ForwardGradientTrainer(Trainer):
                 "passes no gradient to the blocks"
             )
         self.model = model
+        self.mixer_blocks: list[Any] = list(model.blocks)
         groups = [[p for p in part.parameters() if p.requires_grad] for part in (*model.blocks, model.readout)]
         super().__init__(
             [model],
@@ -284,7 +286,7 @@ class ForwardGradientTrainer(Trainer):
 
     def _local(self, xs: list[Tensor], target: Tensor, finished: Any, given: Any) -> Tensor:
         losses = []
-        for b, block in enumerate(self.model.blocks):
+        for b, block in enumerate(self.mixer_blocks):
             total: Gradients = {}
             for draw in range(self.draws):
                 if draw:
@@ -303,13 +305,13 @@ class ForwardGradientTrainer(Trainer):
                 for (_, _, tape), derivative in zip(passes, derivatives):
                     self._stage_gradients(tape, derivative, 1 / (self.draws * len(xs)), total)
                 del passes
-            for parameter, gradient in ((block.head.weight, result.weight), (block.head.bias, result.bias)):  # type: ignore[union-attr]
+            for parameter, gradient in ((block.head.weight, result.weight), (block.head.bias, result.bias)):
                 if parameter.requires_grad:
                     total[parameter] = gradient * self.factors[0]
             losses.append(result.loss)
             finished(b, total)
             xs = [out.flatten(-2) for out in outputs]
-        return self._read_out(xs[0].unflatten(-1, (self.model.blocks[-1].groups, -1)), target, losses, finished)  # type: ignore[arg-type]
+        return self._read_out(outputs[0], target, losses, finished)
 
     def _global(self, x: Tensor, target: Tensor, finished: Any, given: Any) -> Tensor:
         """One loss behind the last block."""
@@ -321,14 +323,15 @@ class ForwardGradientTrainer(Trainer):
             noises = [self._draw(b, given) for b in range(blocks)]
             forward = self.derivative == "forward"
             y, tangent, moved, tapes = x, None, x, []
-            for block, noise in zip(self.model.blocks, noises):
+            for block, noise in zip(self.mixer_blocks, noises):
                 perturb = self.kind.perturb if forward else "nothing"
-                y, tangent, tape = perturbation.dual_block(block, y, tangent, noise, perturb, self.impl)  # type: ignore[arg-type]
+                y, tangent, tape = perturbation.dual_block(block, y, tangent, noise, perturb, self.impl)
                 tapes.append(tape)
                 last = y
                 y, tangent = y.flatten(-2), None if tangent is None else tangent.flatten(-2)
                 if not forward:
-                    moved = perturbation.moved_block(block, moved, noise, self.kind.perturb, self.step_size).flatten(-2)  # type: ignore[arg-type]
+                    moved = perturbation.moved_block(block, moved, noise, self.kind.perturb, self.step_size)
+                    moved = moved.flatten(-2)
             rows = perturbation.readout_derivatives(
                 self.model, last, tangent if forward else None, None if forward else moved, self.step_size, target
             )

@@ -137,10 +137,10 @@ def weight_gradients(stage: Stage, coefficient: Tensor) -> tuple[Tensor, Tensor]
 def moved_block(block: LocalMixerBlock, x: Tensor, noise: Sequence[Any], perturb: str, step: float) -> Tensor:
     """The block's output with activities or weights moved by `step` times the noise."""
     if perturb == "activities":
-        sizes = [block.grouped(x.new_empty(*x.shape[:2], block.channel.out_features)).shape] * len(noise)
-        added = []
-        for (kind, _), u, size in zip(block.stages(), noise, sizes):
-            size = size if kind == "group" else (*size[:2], block.channel.out_features)
+        width, added = block.channel.out_features, []
+        for (kind, _), u in zip(block.stages(), noise):
+            channels = (block.groups, width // block.groups) if kind == "group" else (width,)
+            size = (*x.shape[:2], *channels)
             added.append((u.materialize(size, x.device, x.dtype) if isinstance(u, RandomFeedback) else u) * step)
         return block(x, added=added)
     given = iter(noise)
@@ -197,8 +197,9 @@ def head_losses(
     """One view: cross entropy; two: the contrastive loss."""
     weight = head.weight.t()
     if len(outputs) == 2:
+        (x, y), (x_tangent, y_tangent) = outputs, tangents
         rows, derivatives, pooled, delta = autograd.nt_xent_dual(
-            *outputs, *tangents, weight, head.bias, None, None, temperature, impl
+            x, y, x_tangent, y_tangent, weight, head.bias, None, None, temperature, impl
         )
     else:
         rows, derivatives, pooled, delta = autograd.cross_entropy_dual(

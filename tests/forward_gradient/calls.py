@@ -3,10 +3,24 @@
 import torch
 
 import lgkernels.nn as lnn
+from lgkernels.random import RandomFeedback
 from tests.support.calls import Call
 from tests.support.problems import randn
 
 TARGET = torch.tensor([0, 5, 3])
+
+
+class Square(torch.nn.Module):
+    """A loss without inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self):
+        return self.weight.square().sum()
+
+
 HEAD = dict(weight=randn(8, 6), bias=randn(6))
 HEAD_TANGENTS = dict(weight_tangent=randn(8, 6), bias_tangent=randn(6))
 FEATURES = (3, 5, 2, 4)
@@ -27,6 +41,7 @@ CALLS = {
             **HEAD_TANGENTS,
         )
     ),
+    "forward_gradient": Call(dict(function=Square(), noise=RandomFeedback(0, law="normal"))),
     "dual_linear": Call(
         dict(
             x=randn(3, 4),
