@@ -17,12 +17,10 @@ from . import dispatch
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
-_STRIDED = torch.strided
+_STRIDED, _INT64, _INFINITY = torch.strided, 2**63, float("inf")
 _INTEGERS = (int, np.integer, torch.SymInt)
 _NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
-_INFINITY = float("inf")
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
-_INT64 = 2**63
 
 
 # -- what messages say ------------------------------------------------------------------------------------------------

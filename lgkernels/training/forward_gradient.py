@@ -75,6 +75,7 @@ class _Noise(nn.Module):
     def advance(self) -> None:
         for holders in (self.activity, self.weight, self.bias):
             for one in holders:
+                assert isinstance(one, RandomFeedback)
                 one.advance()
 
 

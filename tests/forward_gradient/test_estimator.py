@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 import lgkernels.functional as LF
 import lgkernels.nn as lnn
-from lgkernels.functional import forward_gradient_passes as passes
 from lgkernels.functional import forward_gradient
+from lgkernels.functional import forward_gradient_passes as passes
 from lgkernels.functional.forward_gradient_layers import is_layer, local_gradients
 from lgkernels.random import RandomFeedback
 from tests.support.calls import all_calls, is_float, weighted

@@ -1,10 +1,10 @@
 """The options of the family forward_gradient as values; flat in the ops' schemas."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
-from ...random import random_matrix
+from ...random import Law, random_matrix
 
 
 class Noise(NamedTuple):
@@ -29,7 +29,9 @@ class Noise(NamedTuple):
         if self.values is not None:
             return self.values.to(dtype)
         size = z.shape[1:].numel()
-        return random_matrix(self.state, len(z), size, self.law, self.law_scale, self.low).to(dtype).view(z.shape)
+        assert self.state is not None
+        law = cast(Law, self.law)
+        return random_matrix(self.state, len(z), size, law, self.law_scale, self.low).to(dtype).view(z.shape)
 
 
 class NormOptions(NamedTuple):

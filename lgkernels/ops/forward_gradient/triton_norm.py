@@ -55,10 +55,10 @@ def _noise(
             row = sample[:, None]
             noise = philox.tile(seed, stream, step, row, block, scale, span, low, LAW, HAS_LOW, BLOCK_R, calls)
         else:
-            calls: tl.constexpr = BLOCK_R // CALL
-            block = ((offset(c, inner) + tl.min(place, 0)) // CALL)[:, None] + tl.arange(0, calls)[None, :]
+            row_calls: tl.constexpr = BLOCK_R // CALL
+            block = ((offset(c, inner) + tl.min(place, 0)) // CALL)[:, None] + tl.arange(0, row_calls)[None, :]
             row = tl.min(sample, 0) + tl.zeros((BLOCK_C, 1), tl.int64)
-            made = philox.tile(seed, stream, step, row, block, scale, span, low, LAW, HAS_LOW, BLOCK_C, calls)
+            made = philox.tile(seed, stream, step, row, block, scale, span, low, LAW, HAS_LOW, BLOCK_C, row_calls)
             noise = tl.trans(made)
         # rounded by itself: added to something else it is what a tensor of noise holds
         noise = product(noise, tl.full((BLOCK_R, BLOCK_C), 1.0, tl.float32))
