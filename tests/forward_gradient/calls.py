@@ -15,7 +15,7 @@ class Square(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.weight = torch.nn.Parameter(torch.ones(1))
 
     def forward(self):
         return self.weight.square().sum()
@@ -41,7 +41,7 @@ CALLS = {
             **HEAD_TANGENTS,
         )
     ),
-    "forward_gradient": Call(dict(function=Square(), noise=RandomFeedback(0, law="normal"))),
+    "forward_gradient": Call(dict(function=Square(), noise=RandomFeedback(0, law="sign"))),  # one sign: exact
     "dual_linear": Call(
         dict(
             x=randn(3, 4),
@@ -75,5 +75,27 @@ MODULES = {
             optimizer_factory=lambda parameters: torch.optim.SGD(parameters, 0.1),
         ),
         any_sign=("seed",),
+    ),
+}
+
+
+def drawn(module):
+    """With biases other than 0. (A bias over the patches has the derivative 0: a layer norm takes it out.)"""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    return module
+
+
+APPLIED = {
+    "GroupLinear": (lambda: lnn.GroupLinear(2, 3, 4), (randn(3, 2, 3),), ()),
+    "LocalMixerBlock": (
+        lambda: drawn(lnn.LocalMixerBlock(4, 4, groups=1, patches=3, token_mixing=False, outputs=5)),
+        (randn(2, 3, 4),),
+        (),
+    ),
+    "LocalMixer": (
+        lambda: drawn(lnn.LocalMixer("S/2/2", image_size=4, in_channels=1, num_classes=3, blocks=1, width=8)),
+        (randn(2, 1, 4, 4),),
+        (),
     ),
 }

@@ -5,6 +5,7 @@ import torch
 
 import lgkernels.functional as LF
 import lgkernels.nn as lnn
+from lgkernels.core.accuracy import C
 from tests.support.calls import all_calls, is_float, weighted
 from tests.support.problems import randn, targets
 from tests.support.tolerances import assert_relative
@@ -63,7 +64,14 @@ def check(transform, function, x, names, cuts=False):
     if gradient is None:
         assert cuts and not result.any(), "a derivative of what has none"
         return
-    expected = (gradient * (x + 1)).sum() if transform == "jvp" else gradient
+    if transform == "jvp":
+        terms = gradient * (x + 1)
+        expected, noise = terms.sum(), C * torch.finfo(x.dtype).eps * terms.numel() ** 0.5 * terms.abs().sum()
+        if expected.abs() <= noise:  # 0 but for rounding, as along what a layer norm takes out
+            assert result.abs() <= noise
+            return
+    else:
+        expected = gradient
     assert_relative("derivative", result, expected, 1e-5)
 
 
@@ -127,6 +135,7 @@ MODULES = {  # {public module: (an instance of it, arguments of its forward, the
     ),
     "SignSymmetricConv2d": (lambda: lnn.SignSymmetricConv2d(3, 4, 3), (IMAGES,), ("sign_symmetric_conv2d",)),
     "SignSymmetricLinear": (lambda: lnn.SignSymmetricLinear(6, 4), (X,), ("sign_symmetric_linear",)),
+    **all_calls("APPLIED"),
 }
 
 

@@ -29,7 +29,8 @@ class Call(NamedTuple):
 
 
 def all_calls(table: str = "CALLS") -> dict[str, Call]:
-    """{public function: Call} of all families; with "MODULES" those of classes."""
+    """{public function: Call} of all families; with "MODULES" those of classes; "APPLIED" has
+    for modules (a function that makes one, arguments of its forward, public functions that may refuse transforms)."""
     folders = sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/calls.py"))
     modules = [importlib.import_module(f"tests.{folder}.calls") for folder in folders if folder != "support"]
     return {name: call for module in modules for name, call in getattr(module, table, {}).items()}

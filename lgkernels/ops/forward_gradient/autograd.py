@@ -7,6 +7,7 @@ applied: it costs less, and compiles.
 """
 
 import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd import forward_ad
 
 from ...core.autograd import apply, first_order_only, settled_dtypes
@@ -21,10 +22,15 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def _is_compiled() -> bool:
+    """Whether this is traced, or runs in a part of a compiled function that is not: what follows may be traced."""
+    return torch.compiler.is_compiling() or get_eval_frame_callback() not in (None, False)
+
+
 def refuse_compiled_duals(name: str) -> None:
-    if torch.compiler.is_compiling() and transformed():
+    if transformed() and _is_compiled():
         raise NotImplementedError(
-            f"{name} can't be compiled inside of torch.func transforms or a dual level: torch.compile would take "
+            f"{name} does not support torch.func transforms and dual levels under torch.compile, which would take "
             f"another derivative in silence. Compile {name}_dual, which takes the tangents as arguments"
         )
 

@@ -24,7 +24,8 @@ def refuse_duals(name: str, *tensors) -> None:
         and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     ):
         raise NotImplementedError(
-            f"{name} takes tangents as arguments, and no dual tensors or torch.func transforms: they would be lost"
+            f"{name} does not support torch.func transforms and dual tensors: it takes tangents as arguments, and "
+            "theirs would be lost"
         )
 
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from ...core import checks
 from ...core.ops import class_indices, define, wide, wide_dtype
-from ..common.matrix import DTYPES, check_law, check_state
+from ..common.matrix import check_law, check_state
 from .options import Noise, NormOptions
 
-_define = partial(define, package=__package__, dtypes={**DTYPES, "target": checks.INTEGER})
+_define = partial(define, package=__package__, dtypes={"state": (torch.int64,), "target": checks.INTEGER})
 
 
 def _wide(like, *shape):
