@@ -10,8 +10,18 @@ import triton.language as tl
 from ..common.addressing import indices, offset, program_id, within
 from ..common.launch import block_count, configuration, launch, new
 from .tiles import TILES
-from .triton_bins import bin_gradient, bin_layout, bin_of_program, bin_programs, bin_range
-from .triton_bins import cover, dense, elements, owned_positions, unpooled
+from .triton_bins import (
+    bin_gradient,
+    bin_layout,
+    bin_of_program,
+    bin_programs,
+    bin_range,
+    cover,
+    dense,
+    elements,
+    owned_positions,
+    unpooled,
+)
 from .triton_finish import finish_head, finishing
 
 
