@@ -183,3 +183,20 @@ def expand_maps(grad_latents, scale, out, pool_size):
         **config,
     )
     return out if maps is out else out.copy_(maps)
+
+
+@triton.jit
+def normalization(mean, rstd, gamma, beta, c, inside):
+    """The four vectors at channels c, each (1, planes)."""
+    return (
+        tl.load(mean + c, mask=inside, other=0.0)[None, :],
+        tl.load(rstd + c, mask=inside, other=0.0)[None, :],
+        tl.load(gamma + c, mask=inside, other=0.0)[None, :],
+        tl.load(beta + c, mask=inside, other=0.0)[None, :],
+    )
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of two values; NaN where either is."""
+    return tl.where((a > b) | (a != a), a, b)

@@ -19,27 +19,12 @@ from .triton_bins import (
     cover,
     dense,
     elements,
+    larger,
+    normalization,
     owned_positions,
     unpooled,
 )
 from .triton_finish import finish_head, finishing
-
-
-@triton.jit
-def _normalization(mean, rstd, gamma, beta, c, inside):
-    """The four vectors at channels c, each (1, planes)."""
-    return (
-        tl.load(mean + c, mask=inside, other=0.0)[None, :],
-        tl.load(rstd + c, mask=inside, other=0.0)[None, :],
-        tl.load(gamma + c, mask=inside, other=0.0)[None, :],
-        tl.load(beta + c, mask=inside, other=0.0)[None, :],
-    )
-
-
-@triton.jit
-def _larger(a, b):
-    """The larger of two values; NaN where either is."""
-    return tl.where((a > b) | (a != a), a, b)
 
 
 @triton.jit(do_not_specialize=["B", "H", "W", "P"])
@@ -77,7 +62,7 @@ def norm_act_pool_kernel(
     left, right, next_left = bin_range(j, W, P)
     exists = plane < B * C
     if NORM:
-        mu, r, g, shift = _normalization(mean, rstd, gamma, beta, plane % C, exists)
+        mu, r, g, shift = normalization(mean, rstd, gamma, beta, plane % C, exists)
         negative = tl.cast(slope, tl.float32)
     row0, column0 = top // WINDOW, left // WINDOW
     rows, columns = (bottom - 1) // WINDOW + 1 - row0, (right - 1) // WINDOW + 1 - column0
@@ -113,7 +98,7 @@ def norm_act_pool_kernel(
                     if WINDOW == 1:
                         largest = a
                     else:
-                        largest = _larger(a, largest)
+                        largest = larger(a, largest)
                     sum_a += tl.where(member, a, 0.0)
                     if GRAD:
                         sum_lambda += tl.where(member, slope_here, 0.0)
@@ -123,7 +108,7 @@ def norm_act_pool_kernel(
         if NORM:
             if SPAN > 1:  # from columns to groups
                 left_column, right_column = tl.split(tl.permute(tl.reshape(largest, (BLOCK_P, 2, BLOCK_C)), (0, 2, 1)))
-                largest = _larger(right_column, left_column)
+                largest = larger(right_column, left_column)
                 p = start // SPAN + tl.arange(0, BLOCK_P)
                 row, column = row0 + p // columns, column0 + p % columns
                 inside = p < tl.multiple_of(rows * columns, RUN // SPAN)
@@ -348,7 +333,7 @@ def grad_preactivation_kernel(
     i, j, plane = bin_of_program(P, BLOCK_C)
     top, left, columns, count = owned_positions(i, j, H, W, P, RUN)
     exists = plane < B * C
-    mu, r, g, shift = _normalization(mean, rstd, gamma, beta, plane % C, exists)
+    mu, r, g, shift = normalization(mean, rstd, gamma, beta, plane % C, exists)
     share = tl.cast(inverse_count, tl.float32)
     mean_grad = (tl.load(grad_beta + plane % C, mask=exists, other=0.0) * share)[None, :]
     mean_grad_xhat = (tl.load(grad_gamma + plane % C, mask=exists, other=0.0) * share)[None, :]
