@@ -11,7 +11,8 @@ from tests.support.tolerances import assert_accurate, assert_bit_equal
 @pytest.mark.parametrize("patches", [17, 32, 50])
 def test_parts_add_up(patches, layer_norm, monkeypatch):
     sizes = {"BLOCK_P": 2, "BLOCK_G": 2 if layer_norm else 8, "BLOCK_C": 8 if layer_norm else 1, "num_warps": 1}
-    monkeypatch.setitem(triton.TILES, "stream", lambda *_: sizes)
+    for op in ("stream", "pool"):
+        monkeypatch.setitem(triton.TILES, op, lambda *_: sizes)
     x = randn(2, patches, 3, 6)
     launched, launch = [], triton.launch
 

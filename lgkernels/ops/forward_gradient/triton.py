@@ -29,10 +29,10 @@ def _step(size):
     return math.gcd(size, 8)
 
 
-def _stream(shape, tensor):
+def _stream(shape, tensor, op="stream"):
     """`(configuration, programs)` of a pass over (N, P, G, C)."""
     n, patches, groups, channels = shape
-    config = configuration(TILES["stream"], (patches, groups, channels), tensor)
+    config = configuration(TILES[op], (patches, groups, channels), tensor)
     return config, n * block_count(patches, config["BLOCK_P"]) * block_count(groups, config["BLOCK_G"])
 
 
@@ -75,7 +75,7 @@ def pooled(x, layer_norm):
         x, layer_norm = dual_norm(x.float(), None, None, Noise(), _norm_options(x))[0], False
     n, patches, groups, channels = x.shape
     shape = x.shape if layer_norm else (n, patches, groups * channels, 1)
-    config, _ = _stream(shape, x)
+    config, _ = _stream(shape, x, "pool" if layer_norm else "stream")
     programs, tiles = n * block_count(shape[2], config["BLOCK_G"]), block_count(patches, config["BLOCK_P"])
     # parts of the patches, of eight tiles at least, where samples and channels are too few programs for the card
     slices = max(1, min(block_count(tiles, 8), block_count(1024, programs), 64))
