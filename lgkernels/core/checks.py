@@ -52,14 +52,14 @@ def tensor(name: str, value: Any, expected: str = "a torch.Tensor") -> None:
     """A dense tensor: sparse and oneDNN tensors have layouts of their own."""
     kind = type(value)
     if kind is not Tensor and kind is not Parameter:
-        _unusual_tensor(name, value, expected)
+        any_tensor(name, value, expected)
     if value.layout is not _STRIDED or value.is_nested:
         layout = "a nested tensor" if value.is_nested else f"layout {value.layout}; use .to_dense()"
         raise TypeError(f"{name} must be a dense tensor, got {layout}")
 
 
-def _unusual_tensor(name: str, value: Any, expected: str) -> None:
-    """A subclass of Tensor is taken if it has a shape."""
+def any_tensor(name: str, value: Any, expected: str = "a torch.Tensor") -> None:
+    """Of any layout (it goes to modules, which may take sparse ones) and class, if it has a shape."""
     if not isinstance(value, Tensor):
         if isinstance(value, torch.fx.Proxy):
             raise TypeError(
@@ -71,12 +71,6 @@ def _unusual_tensor(name: str, value: Any, expected: str) -> None:
         raise TypeError(
             f"{name} must be {expected} with a shape, got an {type(value).__name__}: run the lazy module once"
         )
-
-
-def any_tensor(name: str, value: Any, expected: str = "a torch.Tensor") -> None:
-    """A tensor of any layout: for what is handed on to modules, which may take sparse ones."""
-    if not isinstance(value, Tensor) or is_lazy(value):
-        _unusual_tensor(name, value, expected)
 
 
 def floating(name: str, value: Any, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from lgkernels.core import dispatch, trial, verdicts
+from lgkernels.core import dispatch, trial, trust, verdicts
 from lgkernels.ops.offset import op, reference
 from lgkernels.ops.offset.trials import TRIALS
 from lgkernels.optim import OffsetSGD
@@ -136,5 +136,5 @@ def test_the_example_has_whole_chunks_pieces_and_tensors_askew():
     made = trial.inputs(TRIALS["offset_sgd_"], example, trial._Arena(), 0)
     for name in ("params", "grads", "momentum_buffers", "offsets"):
         assert [t.data_ptr() % 16 for t in made[name]] == [t.data_ptr() % 16 for t in example[name]]
-    op.step(reference, *made.values())
+    op.step(reference, *trust.OPS["offset_sgd_"].pack(tuple(made.values())))
     assert all(bool(p.isfinite().all()) for p in made["params"])
