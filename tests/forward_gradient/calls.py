@@ -41,7 +41,10 @@ CALLS = {
             **HEAD_TANGENTS,
         )
     ),
-    "forward_gradient": Call(dict(function=Square(), noise=RandomFeedback(0, law="sign"))),  # one sign: exact
+    "forward_gradient": Call(
+        dict(function=Square(), noise=RandomFeedback(0, law="sign")),  # one sign: exact
+        compiles=False,
+    ),
     "dual_linear": Call(
         dict(
             x=randn(3, 4),
@@ -75,6 +78,11 @@ MODULES = {
             optimizer_factory=lambda parameters: torch.optim.SGD(parameters, 0.1),
         ),
         any_sign=("seed",),
+        methods={
+            "step": dict(x=torch.ones(2, 1, 4, 4), target=torch.tensor([0, 1])),
+            "predict": dict(x=torch.ones(2, 1, 4, 4)),
+            "bn_recalibrate": dict(batches=[torch.ones(2, 1, 4, 4)]),
+        },
     ),
 }
 

@@ -186,11 +186,12 @@ def test_peak_counts_what_is_alive_at_once():
 
 def test_the_kernels_run_with_the_smaller_sizes_first(monkeypatch):
     monkeypatch.setattr(trust, "_LARGE_TENSORS", 0)
-    sizes, kernel = [], kernels.goodness
+    sizes, kernel = [], kernels.goodness_grad
     monkeypatch.setattr(
-        kernels, "goodness", lambda h, *a: (h.is_meta or sizes.append(tuple(h.shape)), kernel(h, *a))[1]
+        kernels, "goodness_grad", lambda h, *a: (h.is_meta or sizes.append(tuple(h.shape)), kernel(h, *a))[1]
     )
-    LF.goodness_loss(torch.ones(64, 20000), torch.arange(64) % 2 == 0, threshold=0.3)
+    h = torch.ones(64, 20000, requires_grad=True)
+    LF.goodness_loss(h, torch.arange(64) % 2 == 0, threshold=0.3).backward()
     assert {size[1] for size in sizes[:-1]} == {8192 + 20000 % 8192} and sizes[-1] == (64, 20000)
     assert set(entries().values()) == {verdicts.GOOD}
 

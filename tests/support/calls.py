@@ -19,6 +19,8 @@ class Call(NamedTuple):
     dims: other numbers of dimensions that a tensor may have.
     any_sign: numbers that may be negative.
     any_dtype: fixed tensors, which may be of another floating dtype than the others.
+    methods: of a trainer: arguments of methods that take others than any trainer's.
+    compiles: whether torch.compile takes the function; it refuses by name else.
     """
 
     arguments: dict
@@ -26,6 +28,8 @@ class Call(NamedTuple):
     dims: dict[str, tuple[int, ...]] = {}
     any_sign: tuple[str, ...] = ()
     any_dtype: tuple[str, ...] = ()
+    methods: dict[str, dict] = {}
+    compiles: bool = True
 
 
 def all_calls(table: str = "CALLS") -> dict[str, Call]:

@@ -9,7 +9,7 @@ import lgkernels.nn as lnn
 from lgkernels.recipes import heads, models, networks, rules
 
 FEEDBACK = [rule.name for rule in rules.families()["feedback"].RULES]
-FROM_RANDOM_WEIGHTS = [name for name, rule in rules.found().items() if rule.starts != "network"]
+FROM_RANDOM_WEIGHTS = [name for name, rule in rules.found().items() if rule.starts != "network" and not rule.models]
 
 
 def make_trainer(rule, blocks, lr):
