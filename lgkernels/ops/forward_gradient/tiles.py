@@ -15,16 +15,16 @@ def _stream(sizes, dtype, arch, most=ELEMENTS):
     block_g = min(groups, max(128 // block_c, 1))
     block_p = min(patches, max(elements // (block_g * block_c), 1))
     block_g = min(groups, max(elements // (block_p * block_c), 1))
-    return {
-        "BLOCK_P": block_p,
-        "BLOCK_G": block_g,
-        "BLOCK_C": block_c,
-        "num_warps": _warps(block_p * block_g * block_c, arch),
-    }
+    tile = {"BLOCK_P": block_p, "BLOCK_G": block_g, "BLOCK_C": block_c}
+    return tile | _threads(block_p * block_g * block_c, arch)
 
 
-def _warps(elements, arch):
-    return 1 if arch == "interpret" else min(max(elements // (32 * _PER_THREAD), 1), 16)
+def _threads(elements, arch):
+    """Without a limit of its own the assembler aims at a round number of programs, and keeps eight bytes of some
+    variants on the stack for it."""
+    if arch == "interpret":
+        return {"num_warps": 1}
+    return {"num_warps": min(max(elements // (32 * _PER_THREAD), 1), 16), "maxnreg": 128}
 
 
 def _pool(sizes, dtype, arch):
@@ -45,12 +45,8 @@ def _norm(sizes, dtype, arch):
     else:
         block_r = min(rows, 256 if arch == "interpret" else 128 // dtype.itemsize)
         block_c = min(channels, 64 if arch == "interpret" else elements // block_r)
-    return {
-        "WHOLE": channels <= block_c,
-        "BLOCK_R": block_r,
-        "BLOCK_C": block_c,
-        "num_warps": _warps(block_r * block_c, arch),
-    }
+    tile = {"WHOLE": channels <= block_c, "BLOCK_R": block_r, "BLOCK_C": block_c}
+    return tile | _threads(block_r * block_c, arch)
 
 
 def _rows(sizes, dtype, arch):
