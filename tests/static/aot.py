@@ -28,7 +28,7 @@ import torch
 import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource
 from triton.runtime.cache import triton_key
 
 from lgkernels.core import tiles
