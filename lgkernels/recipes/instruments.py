@@ -1,4 +1,4 @@
-"""How feedback and weights relate over the epochs: FA's weights turn towards it, sign-symmetry starts there."""
+"""Measures of layers over the epochs. FA's weights turn towards the feedback, sign-symmetry starts there."""
 
 import math
 
@@ -6,7 +6,12 @@ from torch import nn
 
 from .. import nn as lnn
 
-MEASURES = {"alignment": "angle between weight and feedback (degrees)", "weight_ratio": "|feedback| / |weight|"}
+PLOTS = {
+    "alignment.png": {
+        "alignment": "angle between weight and feedback (degrees)",
+        "weight_ratio": "|feedback| / |weight|",
+    }
+}
 
 
 def of(blocks):
@@ -19,20 +24,22 @@ def of(blocks):
     }
 
 
-def draw(path, title, histories):
-    """Both measures over epochs, a line a layer, a row of plots a rule; False if no rule has any."""
+def draw(path, title, histories, labels):
+    """Measures over epochs, a line a layer, a row of plots a rule; False if no rule has any.
+
+    labels: key of an epoch's record -> the axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    histories = {rule: history for rule, history in histories.items() if history and "alignment" in history[0]}
+    histories = {rule: history for rule, history in histories.items() if history and labels.keys() & history[0].keys()}
     if not histories:
         return False
     figure = Figure(figsize=(10, 3.2 * len(histories)), layout="constrained")
     FigureCanvasAgg(figure)
-    for (rule, history), row in zip(histories.items(), figure.subplots(len(histories), 2, squeeze=False)):
+    for (rule, history), row in zip(histories.items(), figure.subplots(len(histories), len(labels), squeeze=False)):
         epochs = [record["epoch"] for record in history]
-        for axes, (name, label) in zip(row, MEASURES.items()):
-            for layer in history[0][name]:
+        for axes, (name, label) in zip(row, labels.items()):
+            for layer in history[0].get(name, ()):
                 values = [record[name][layer] for record in history]
                 axes.plot(epochs, [float("nan") if v is None else v for v in values], marker=".", label=layer)
             axes.set(xlabel="epoch", ylabel=label, title=f"{rule}: {title}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core import advice
-from . import checkpoint, instruments, loop, measure, models, optimizers, report, weights
+from . import checkpoint, instruments, loop, measure, models, optimizers, report, rules, weights
 from .data import Dataset
 from .options import UsageError
 from .settings import Settings
@@ -156,7 +156,9 @@ class Session:
         for record in run.train(_Progress, stop):
             report.append_metrics(self.folder, record)
             report.draw_curves(self.folder / "curves.png", self.title, self.histories)
-            instruments.draw(self.folder / "alignment.png", self.title, self.histories)
+            for picture, labels in run.rule.measures.plots.items():
+                own = {name: h for name, h in self.histories.items() if picture in rules.get(name).measures.plots}
+                instruments.draw(self.folder / picture, self.title, own, labels)
             print(
                 f"{name} epoch {record['epoch']}/{self.settings.epochs}: training accuracy "
                 f"{100 * record['train_accuracy']:.2f} %, test accuracy {100 * record['test_accuracy']:.2f} %, "

@@ -53,6 +53,8 @@ class Measures(NamedTuple):
     """(task, image size) -> multiply-accumulates for each sample that carry the learning signal to the layers."""
     epoch: Callable[[Any], dict[str, Any]] | None = None
     """(`loop.Run`) -> what an epoch's record gets."""
+    plots: Mapping[str, Mapping[str, str]] = {}
+    """Picture -> key of that record, layer -> value -> label of its axis."""
     end: Callable[[Any, list, dict[str, Any]], dict[str, Any]] | None = None
     """(fresh `loop.Run`, records of the epochs, figures so far) -> figures of results.json."""
     columns: tuple["Column", ...] = ()

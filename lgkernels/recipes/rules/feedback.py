@@ -21,5 +21,6 @@ MEASURES = Measures(
     # as back-propagation: the gradients to the inputs of all layers but the first
     signal_macs=lambda task, image_size: models.gradient_macs(task, image_size)[0],
     epoch=lambda run: instruments.of(run.trainer.blocks),
+    plots=instruments.PLOTS,
 )
 RULES = tuple(Rule(name, build, measures=MEASURES) for name in ("fa", "usf", "frsf", "brsf", "signed-init"))
