@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...nn import LocalMixer
 from ...training import ForwardGradientTrainer
 from ...training.forward_gradient import ESTIMATORS
+from .. import variance
 from ..options import UsageError, choice, option, positive
 from . import Measures, Rule, Task
 
@@ -56,30 +56,20 @@ def _trainer(estimator: str) -> Callable[..., ForwardGradientTrainer]:
     return trainer
 
 
-def _cosine(run: Any) -> dict[str, Any]:
-    """The angle between the estimator and back-propagation of the same local losses (of the last loss, where there are
-    none), on the first batch of the epoch."""
-    trainer = run.trainer
-    exact = "LG-BP" if trainer.kind.local else "BP"
-    x, target = run.batch_at(torch.arange(run.settings.batch_size), 0)
-    holders = [m for m in trainer.noise.modules() if hasattr(m, "state")]
-    kept = [m.state.clone() for m in holders]
-    one = trainer.gradients(x, target)[1]
-    for holder, state in zip(holders, kept):
-        holder.state.copy_(state)
-    other = ForwardGradientTrainer(trainer.model, lambda p: torch.optim.SGD(p, 0.0), estimator=exact).gradients(
-        x, target
-    )[1]
-    names = [n for n in one if n in other and "head" not in n and "readout" not in n]
-    a, b = (torch.cat([g[n].flatten() for n in names]) for g in (one, other))
-    return {"cosine_with_back_propagation": torch.nn.functional.cosine_similarity(a, b, dim=0).item()}
-
-
 def _name(estimator: str) -> str:
     return f"mixer-{estimator.lower()}" if estimator in TAKEN else estimator.lower()
 
 
+MEASURES = Measures(
+    epoch=variance.of,
+    plots={
+        "estimator.png": {
+            "cosine": "cosine with the exact gradient",
+            "variance_ratio": "variance / that of the paper's formula",
+        }
+    },
+)
 RULES = tuple(
-    Rule(_name(estimator), build, _trainer(estimator), MixerOptions, models=MODELS, measures=Measures(epoch=_cosine))
+    Rule(_name(estimator), build, _trainer(estimator), MixerOptions, models=MODELS, measures=MEASURES)
     for estimator in ESTIMATORS
 )
