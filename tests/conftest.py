@@ -6,6 +6,7 @@ LGKERNELS_TEST_BACKENDS (comma separated) names those that must be there: a miss
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -85,6 +86,16 @@ def pytest_pycollect_makeitem():
     that something is missing here."""
     made = yield
     return [item for item in made if _makes_sense(item)] if isinstance(made, list) else made
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """The collector of garbage need not go through 20,000 tests again and again: that takes a second each time."""
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 def _programs(case):
