@@ -24,7 +24,7 @@ def _threads(elements, arch):
     variants on the stack for it."""
     if arch == "interpret":
         return {"num_warps": 1}
-    return {"num_warps": min(max(elements // (32 * _PER_THREAD), 1), 16), "maxnreg": 128}
+    return {"num_warps": min(max(elements // (32 * _PER_THREAD), 1), 16), "maxnreg": 136}
 
 
 def _pool(sizes, dtype, arch):
