@@ -11,7 +11,7 @@ from ...training import ForwardGradientTrainer
 from ...training.forward_gradient import ESTIMATORS
 from .. import variance
 from ..options import UsageError, choice, option, positive
-from . import Measures, Rule, Task
+from . import Defaults, Measures, Rule, Task
 
 ORDER = 50
 MODELS = ("M/1/16", "S/1/1", "M/4/16", "M/7/16", "M/8/16", "L/8/64", "L/32/64")
@@ -60,6 +60,9 @@ def _name(estimator: str) -> str:
     return f"mixer-{estimator.lower()}" if estimator in TAKEN else estimator.lower()
 
 
+RATES = {
+    "adamw-schedule-free": 0.002
+}  # better than 0.001 for lg-bp and lg-fg-a, 10 epochs of the embedded Fashion-MNIST
 MEASURES = Measures(
     epoch=variance.of,
     plots={
@@ -70,6 +73,14 @@ MEASURES = Measures(
     },
 )
 RULES = tuple(
-    Rule(_name(estimator), build, _trainer(estimator), MixerOptions, models=MODELS, measures=MEASURES)
+    Rule(
+        _name(estimator),
+        build,
+        _trainer(estimator),
+        MixerOptions,
+        models=MODELS,
+        defaults=lambda settings: Defaults(rates=RATES),
+        measures=MEASURES,
+    )
     for estimator in ESTIMATORS
 )
