@@ -12,7 +12,7 @@ import lgkernels
 COMMANDS = {
     "info": ("lgkernels.core.diagnostics", "versions, devices, and what each op would use here and why"),
     "verify": ("lgkernels.core.verify", "try the GPU kernels ahead of their first use, and keep the verdicts"),
-    "plan": ("lgkernels.training.planner", "which ways of training a model fit into a given memory"),
+    "plan": ("lgkernels.recipes.plan", "which ways of training a model fit into a given memory"),
     "train": ("lgkernels.recipes.train", "train a network with a local rule, beside back-propagation"),
 }
 

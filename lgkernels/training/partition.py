@@ -33,10 +33,15 @@ class Stage(nn.Module):
 
 
 def _flat(module: nn.Module) -> list[nn.Module]:
-    """Children of nested plain `nn.Sequential`s, in order."""
-    if type(module) is nn.Sequential:
+    """Children of nested plain `nn.Sequential`s, in order; one with a forward or hooks of its own stays whole."""
+    if type(module) is nn.Sequential and _plain(module):
         return [leaf for child in module for leaf in _flat(child)]
     return [module]
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether nothing was set on the instance that changes what a call of it does."""
+    return "forward" not in vars(module) and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _has(model: nn.Module, *names: str) -> bool:
@@ -112,13 +117,30 @@ def _timm_vit(m: Any) -> list[nn.Module]:
     return [first, *m.blocks, last]
 
 
-def chain(model: nn.Module) -> list[nn.Module]:
+def _is_sequence(model: nn.Module) -> bool:
+    return isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward and _plain(model)
+
+
+def chain(model: nn.Module, input: torch.Tensor | None = None) -> list[nn.Module]:
     """The indivisible parts of `model`, applied one after the other: torchvision's and timm's ResNets and vision
     transformers, or an `nn.Sequential` (nested ones are opened). They share the model's parameters.
 
+    What is recognised by its attributes is run once beside its parts (see :func:`_compare`).
+
+    Args:
+        input (Tensor, optional): an example batch, whose shape is used; without it that of an ordinary image.
+
     Raises: TypeError for any other model.
     """
-    if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
+    parts = parts_of(model)
+    if not _is_sequence(model) and not _is_torchvisions(model):
+        _compare(model, input)
+    return parts
+
+
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """As :func:`chain`, of a model that has been compared with its parts."""
+    if _is_sequence(model):
         return [leaf for child in model for leaf in _flat(child)]
     if _has(model, "conv1", "bn1", "maxpool", "layer1", "layer4", "fc"):
         return _resnet(model)
@@ -132,19 +154,94 @@ def chain(model: nn.Module) -> list[nn.Module]:
     )
 
 
+def _is_torchvisions(model: nn.Module) -> bool:
+    """An unchanged class of torchvision: its parts are known to be right, and it may be large."""
+    kinds = {("torchvision.models.resnet", "ResNet"), ("torchvision.models.vision_transformer", "VisionTransformer")}
+    return (type(model).__module__, type(model).__name__) in kinds and _plain(model)
+
+
+def _example(model: Any, input: torch.Tensor | None) -> torch.Tensor:
+    """Two random samples, of the shape of `input` or of an image."""
+    if input is not None:
+        return torch.randn(2, *input.shape[1:])
+    first = getattr(model, "conv1", getattr(model, "conv_proj", getattr(model, "patch_embed", None)))
+    channels = next((m.in_channels for m in first.modules() if isinstance(m, nn.Conv2d)), 3) if first is not None else 3
+    size = getattr(model, "image_size", getattr(getattr(model, "patch_embed", None), "img_size", 224))
+    return torch.randn(2, channels, *(size if isinstance(size, tuple) else (size, size)))
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, input: torch.Tensor | None) -> None:
+    """Raise TypeError where the parts in turn are another function than the model.
+
+    Both run on a copy of it with random weights (a layer that starts at 0 hides what comes before it), in evaluation
+    and in training mode from the same state of the random numbers: a dropout that is left out shows in the latter.
+    """
+    what = f"model ({type(model).__name__}) looks like a ResNet or vision transformer of torchvision or timm"
+    cure = "write it as an nn.Sequential of its parts, in the order of its forward"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        duplicate = _copied(model, _random_like)
+        x = _example(model, input)
+        parts = parts_of(duplicate)
+        for mode in (False, True):
+            duplicate.train(mode)
+            for part in parts:
+                part.train(mode)
+            outputs = []
+            for run in (lambda x: duplicate(x), lambda x: _applied(parts, x)):
+                torch.manual_seed(1)
+                try:
+                    outputs.append(run(x))
+                except Exception as error:
+                    raise TypeError(
+                        f"{what}, and could not be tried on an input of shape {tuple(x.shape)} "
+                        f"({type(error).__name__}: {error}): give an input that fits, or {cure}"
+                    ) from error
+            mine, theirs = outputs
+            same = isinstance(mine, torch.Tensor) and mine.shape == theirs.shape
+            if not same or not torch.allclose(mine, theirs, 1e-3, 1e-3 * float(mine.abs().max()), equal_nan=True):
+                raise TypeError(
+                    f"{what}, but its forward computes something else than their parts do in turn "
+                    f"({'training' if mode else 'evaluation'} mode): {cure}"
+                )
+
+
+def _applied(parts: Iterable[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    for part in parts:
+        x = part(x)
+    return x
+
+
+def _random_like(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 on the CPU: a parameter's values random and of ordinary size, a buffer's own."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+        if tensor.dim() < 2:
+            return torch.rand(tensor.shape) + 0.5
+        return torch.randn(tensor.shape) * (tensor.numel() / tensor.shape[0]) ** -0.5
+    return torch.ones(tensor.shape, dtype=dtype) if tensor.is_meta else tensor.detach().to("cpu", dtype, copy=True)
+
+
 # -- saved bytes --------------------------------------------------------------------------------------------------
+
+
+def _copied(module: Module, like: Callable[[torch.Tensor], torch.Tensor]) -> Module:
+    """A copy of `module` with `like(t)` for each of its tensors. Tensors that are plain attributes count too: what
+    weight_norm, spectral_norm and pruning make of a weight has a history, and torch copies no such tensor."""
+    memo: dict[int, Any] = {}
+    for m in module.modules():
+        plain = (t for t in vars(m).values() if isinstance(t, torch.Tensor))
+        for t in (*m._parameters.values(), *m._buffers.values(), *plain):
+            if t is not None and id(t) not in memo:
+                new = like(t)
+                memo[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+    return copy.deepcopy(module, memo)
 
 
 def to_meta(module: Module) -> Module:
     """A copy of `module` without memory: same structure, parameters and buffers on the meta device."""
-    tensors = {
-        id(t): t for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None
-    }
-    memo: dict[int, Any] = {}
-    for key, t in tensors.items():
-        empty = torch.empty_like(t, device="meta")
-        memo[key] = nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
-    return copy.deepcopy(module, memo)
+    return _copied(module, lambda t: torch.empty_like(t, device="meta", requires_grad=False))
 
 
 class _Saved:
@@ -256,7 +353,18 @@ def split_blocks(
     overlap_blocks = constructors.size("overlap_blocks", overlap_blocks, 0)
     if input is not None:
         checks.tensor("input", input)
-    parts = chain(model)
+    return cut(chain(model, input), units, balance=balance, input=input, overlap_blocks=overlap_blocks)
+
+
+def cut(
+    parts: list[nn.Module],
+    units: int | list[int] | tuple[int, ...],
+    *,
+    balance: str = "memory",
+    input: torch.Tensor | None = None,
+    overlap_blocks: int = 0,
+) -> list[nn.Sequential]:
+    """:func:`split_blocks` of the parts of a model."""
     if isinstance(units, (list, tuple)):
         for i, start in enumerate(units):
             checks.whole_number(f"units[{i}]", start)

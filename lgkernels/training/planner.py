@@ -1,6 +1,5 @@
 """Which ways of training a model fit into a given memory: counted on the meta device, nothing is allocated."""
 
-import argparse
 import importlib
 import os
 import pkgutil
@@ -146,13 +145,14 @@ def plan(
         x = torch.empty(checks.sizes("input", input, "a tensor, or the sizes of one"), device="meta")
     if not x.dim() or not len(x):
         raise ValueError(f"input must be a batch of at least one sample, got shape {checks.shape_of(x)}")
+    partition.chain(model, x)  # refuses what is another network than its parts
     model = partition.to_meta(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("model must have a parameter that requires a gradient, got none: there is nothing to train")
     weights, gradient = _bytes(model.parameters()) + _bytes(model.buffers()), _bytes(trained)
     fixed = weights + gradient * optimizer_state
-    parts, batch = partition.chain(model), len(x)
+    parts, batch = partition.parts_of(model), len(x)
     norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     result = Plan(memory)
 
@@ -192,7 +192,7 @@ def plan(
         kept = sum(outputs) + max(a - b for a, b in zip(each, outputs))
         add("BP, checkpointed", kept, fixed + gradient, 4 / 3, "exact")
         for count in dict.fromkeys(min(u or len(parts), len(parts)) for u in units):
-            blocks = partition.split_blocks(model, count, input=x)
+            blocks = partition.cut(parts, count, input=x)
             unit = max(partition.unit_bytes(blocks, x))
             own = max(_bytes(p for p in block.parameters() if p.requires_grad) for block in blocks)
             for rule, (rows, work) in unit_costs().items():
@@ -211,68 +211,6 @@ def plan(
                     f"local losses, offset by BP ({chunk} at a time)",
                 )
     return result
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command ``plan``."""
-    parser.add_argument("--model", required=True, help="name of a torchvision model: a ResNet or a ViT")
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--image", type=int, default=224, help="height and width")
-    parser.add_argument("--memory", default="inf", help="what there is, e.g. 8GB or 24GiB")
-    parser.add_argument("--optimizer-state", type=int, default=1, help="values per parameter: momentum 1, Adam 2")
-    parser.add_argument("--attention", choices=KINDS, default="flash")
-    parser.add_argument("--plot", metavar="FILE", help="write a bar chart (needs matplotlib)")
-
-
-def main(arguments: argparse.Namespace) -> int:
-    """The command ``plan``. Returns the exit code."""
-    from ..core import optional
-
-    try:
-        models = optional.torchvision().models
-    except ImportError as error:
-        print(
-            f"plan --model needs torchvision, which is not here ({error}); from Python, lgkernels.plan(model, input) "
-            "takes any model"
-        )
-        return 1
-    name = arguments.model
-    if not name.startswith(("resnet", "vit", "wide_resnet", "resnext")) or not callable(getattr(models, name, None)):
-        print(f"--model must be a ResNet or vision transformer of torchvision, got {name!r}")
-        return 2
-    for key, least in (("classes", 1), ("batch", 1), ("image", 1), ("optimizer_state", 0)):
-        value = getattr(arguments, key)
-        if value < least:
-            print(f"--{key.replace('_', '-')} must be at least {least}, got {value}")
-            return 2
-    try:
-        memory = parse_memory(arguments.memory)
-    except ValueError as error:
-        print(f"--{error}")
-        return 2
-    try:
-        with torch.device("meta"):
-            options = {"image_size": arguments.image} if name.startswith("vit") else {}
-            model = getattr(models, name)(num_classes=arguments.classes, **options)
-        table = plan(
-            model,
-            (arguments.batch, 3, arguments.image, arguments.image),
-            memory,
-            optimizer_state=arguments.optimizer_state,
-            attention=arguments.attention,
-        )
-    except (ValueError, AssertionError, RuntimeError) as error:  # torch's, of sizes
-        print(f"--model {name} cannot take --image {arguments.image} with --batch {arguments.batch}: {error}")
-        return 2
-    print(table)
-    if arguments.plot:
-        try:
-            plot(table, arguments.plot)
-        except (ImportError, OSError, ValueError) as error:
-            print(f"--plot {arguments.plot} cannot be written: {error}")
-            return 2
-    return 0
 
 
 def plot(table: Plan, path: str) -> None:

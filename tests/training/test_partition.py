@@ -1,13 +1,16 @@
 """Cutting models into units, and the saved-byte table of the specification (resolution 224, batch 64, float32)."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import lgkernels
 from lgkernels.__main__ import main
 from lgkernels.core import optional
-from lgkernels.recipes import networks, weights
+from lgkernels.recipes import networks, plan, weights
 from lgkernels.recipes.measure import peak_memory
 from lgkernels.training import partition, planner, split_blocks
 from lgkernels.training.attention import counted_attention
@@ -186,10 +189,17 @@ def test_without_torchvision(monkeypatch, capsys):
         raise ImportError("No module named 'torchvision'")
 
     monkeypatch.setattr(optional, "torchvision", missing)
-    assert main(["plan", "--model", "resnet50"]) == 1
+    assert main(["plan", "--model", "resnet18"]) == 1
     assert (
-        "plan --model needs torchvision, which is not here (No module named 'torchvision')" in capsys.readouterr().out
+        "plan --model resnet18 needs torchvision, which is not here (No module named 'torchvision'); without it there "
+        "are resnet50, vit_b_16" in capsys.readouterr().out
     )
+    assert main(["plan", "--model", "vit_b_16", "--image", "32"]) == 2
+    assert "takes --image 224 alone, got 32" in capsys.readouterr().out
+    seen = []
+    monkeypatch.setattr(plan, "plan", lambda model, *_, **__: seen.append(model))
+    assert main(["plan", "--model", "resnet50", "--classes", "7"]) == 0  # our own
+    assert [tuple(p.shape) for p in seen[0].parameters()][-1] == (7,) and next(seen[0].parameters()).is_meta
 
 
 def test_the_plan_command(models, capsys, tmp_path):
@@ -334,6 +344,85 @@ def test_a_subclass_of_sequential():
     assert [len(u) for u in split_blocks(Named(*sequential()), 2, balance="parts")] == [2, 3]
     with pytest.raises(TypeError, match="got Residual: write it as an nn.Sequential"):
         split_blocks(Residual(nn.Linear(4, 4), nn.Linear(4, 4)), 2, balance="parts")
+
+
+class LookAlike(nn.Module):
+    """A small ResNet by its attributes; `kind` says what its forward does beside theirs."""
+
+    def __init__(self, kind="", device=None):
+        super().__init__()
+        self.kind = kind
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.relu, self.maxpool, self.avgpool = nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1)
+        for i in range(1, 5):
+            setattr(self, f"layer{i}", nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()))
+        self.fc = nn.Linear(4, 3)
+        nn.init.zeros_(self.fc.weight)  # as timm's heads: hides all that comes before it
+        self.to(device)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer1(x if self.kind == "no pool" else self.maxpool(x))
+        x = self.layer3(self.layer2(x * torch.sigmoid(x) if self.kind == "gate" else x))
+        x = torch.flatten(self.avgpool(self.layer4(x)), 1)
+        x = nn.functional.normalize(x) if self.kind == "normalise" else x
+        return self.fc(nn.functional.dropout(x, 0.5, self.training and self.kind == "dropout"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("kind", ["no pool", "gate", "normalise", "dropout"])
+def test_what_only_looks_like_a_resnet(kind, device):
+    x = torch.empty(4, 3, 16, 16)
+    for call in (
+        lambda m: split_blocks(m, 2, input=x),
+        lambda m: split_blocks(m, 2, balance="parts"),
+        lambda m: lgkernels.plan(m, x),
+    ):
+        with pytest.raises(TypeError, match=r"model \(LookAlike\) looks like .*\(\w+ mode\): write it as an nn.Seq"):
+            call(LookAlike(kind, device))
+
+
+def test_a_resnet_by_its_attributes():
+    torch.manual_seed(0)
+    model, x = LookAlike(), torch.randn(4, 3, 16, 16)
+    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    units = split_blocks(model, 2, input=x)
+    assert model.training and units[0].training and torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(in_turn(units, x), model(x))
+    assert lgkernels.plan(model, x).rows
+    with pytest.raises(TypeError, match=r"could not be tried on an input of shape \(2, 5, 16, 16\) .*give an input"):
+        split_blocks(model, 2, input=torch.empty(4, 5, 16, 16))
+
+
+def test_a_sequential_with_a_forward_of_its_own():
+    """Set on the instance, or by hooks: no part has it. Inside it stays whole."""
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert len(partition.chain(nn.Sequential(inner))) == 2
+    handle = inner.register_forward_hook(lambda module, args, out: -out)
+    assert partition.chain(nn.Sequential(inner)) == [inner]
+    with pytest.raises(TypeError, match="got Sequential"):
+        partition.chain(inner)
+    handle.remove()
+    inner.forward = lambda x: x
+    assert partition.chain(nn.Sequential(inner)) == [inner]
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "prune", "parametrization"])
+def test_weights_that_are_made_of_others(kind):
+    """torch copies no tensor with a history, which is what these make of a weight in a forward."""
+    wrap = {
+        "weight_norm": nn.utils.weight_norm,
+        "spectral_norm": nn.utils.spectral_norm,
+        "prune": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+        "parametrization": nn.utils.parametrizations.weight_norm,
+    }[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would have them parametrised
+        model, x = nn.Sequential(wrap(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2)), torch.randn(3, 4)
+        model(x).sum().backward()
+    assert lgkernels.plan(model, (3, 4)).rows
+    assert [len(u) for u in split_blocks(model, 2, input=x)] == [1, 2]
 
 
 def test_overlap():
