@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import nn
@@ -141,7 +141,7 @@ def chain(model: nn.Module, input: torch.Tensor | None = None) -> list[nn.Module
 def parts_of(model: nn.Module) -> list[nn.Module]:
     """As :func:`chain`, of a model that has been compared with its parts."""
     if _is_sequence(model):
-        return [leaf for child in model for leaf in _flat(child)]
+        return [leaf for child in cast(nn.Sequential, model) for leaf in _flat(child)]
     if _has(model, "conv1", "bn1", "maxpool", "layer1", "layer4", "fc"):
         return _resnet(model)
     if _has(model, "conv_proj", "class_token", "encoder", "heads"):
