@@ -1,4 +1,4 @@
-"""LocalMixer by `python -m lgkernels train`: all its rules in one run, and what is measured of them."""
+"""LocalMixer by `python -m lgkernels train`: a run, every rule, and what is measured of them."""
 
 import json
 

@@ -60,9 +60,8 @@ def _name(estimator: str) -> str:
     return f"mixer-{estimator.lower()}" if estimator in TAKEN else estimator.lower()
 
 
-RATES = {
-    "adamw-schedule-free": 0.002
-}  # better than 0.001 for lg-bp and lg-fg-a, 10 epochs of the embedded Fashion-MNIST
+# better than 0.001 for lg-bp and lg-fg-a, by 10 epochs of the embedded Fashion-MNIST
+RATES = {"adamw-schedule-free": 0.002}
 MEASURES = Measures(
     epoch=variance.of,
     plots={
