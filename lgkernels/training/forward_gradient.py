@@ -270,8 +270,9 @@ class ForwardGradientTrainer(Trainer):
         ]
 
     def _stage_gradients(self, tape: list[Stage], derivatives: Tensor, scale: float, total: Gradients) -> None:
-        """Adds the gradients of a block's layers, from the derivatives (N, P, G) of its losses."""
-        for stage in tape:
+        """Adds the gradients of a block's layers, from the derivatives (N, P, G) of its losses; empties the tape."""
+        while tape:
+            stage = tape.pop()
             if self.kind.perturb == "activities":
                 grads = perturbation.activity_gradients(stage, derivatives, self.impl)
             else:
@@ -292,20 +293,7 @@ class ForwardGradientTrainer(Trainer):
             for draw in range(self.draws):
                 if draw:
                     self.noise.advance()
-                noise = self._draw(b, given)
-                forward = self.derivative == "forward"
-                perturb = self.kind.perturb if forward else "nothing"
-                passes = [perturbation.dual_block(block, x, None, noise, perturb, self.impl) for x in xs]
-                outputs = [out for out, _, _ in passes]
-                result = self._losses(block, outputs, [t for _, t, _ in passes], target)
-                derivatives = result.derivatives
-                if not forward:
-                    moved = [perturbation.moved_block(block, x, noise, self.kind.perturb, self.step_size) for x in xs]
-                    rows = (self._losses(block, moved, [None] * len(xs), target).rows - result.rows) / self.step_size
-                    derivatives = perturbation.of_all_patches(rows, len(xs))
-                for (_, _, tape), derivative in zip(passes, derivatives):
-                    self._stage_gradients(tape, derivative, 1 / (self.draws * len(xs)), total)
-                del passes
+                outputs, result = self._local_draw(block, xs, self._draw(b, given), target, total)
             for parameter, gradient in ((block.head.weight, result.weight), (block.head.bias, result.bias)):
                 if parameter.requires_grad:
                     total[parameter] = gradient * self.factors[0]
@@ -313,6 +301,23 @@ class ForwardGradientTrainer(Trainer):
             finished(b, total)
             xs = [out.flatten(-2) for out in outputs]
         return self._read_out(outputs[0], target, losses, finished)
+
+    def _local_draw(self, block: Any, xs: list[Tensor], noise: list[Any], target: Tensor, total: Gradients) -> Any:
+        """A block's outputs and losses; adds one draw's gradients of its layers. Nothing else of it stays alive."""
+        forward = self.derivative == "forward"
+        perturb = self.kind.perturb if forward else "nothing"
+        passes = (perturbation.dual_block(block, x, None, noise, perturb, self.impl) for x in xs)
+        outputs, tangents, tapes = zip(*passes)
+        result = self._losses(block, outputs, tangents, target)
+        del tangents
+        derivatives = result.derivatives
+        if not forward:
+            moved = [perturbation.moved_block(block, x, noise, self.kind.perturb, self.step_size) for x in xs]
+            rows = (self._losses(block, moved, [None] * len(xs), target).rows - result.rows) / self.step_size
+            derivatives = perturbation.of_all_patches(rows, len(xs))
+        for tape, derivative in zip(tapes, derivatives):
+            self._stage_gradients(tape, derivative, 1 / (self.draws * len(xs)), total)
+        return outputs, result
 
     def _global(self, x: Tensor, target: Tensor, finished: Any, given: Any) -> Tensor:
         """One loss behind the last block."""

@@ -1,6 +1,7 @@
 """Blocks of LocalMixer with a tangent beside every activation, and the gradients that come of it. No graph is recorded.
 
-A pass leaves a tape: of each stage its layer, what it multiplied, and what stood before and behind the layer norm.
+A pass leaves a tape of primals alone: of each stage its input, its layer's output, and what stood behind the ReLU.
+Tangents live no longer than the next stage needs them, but where the norm's kernel writes both as halves of one tensor.
 """
 
 from collections.abc import Sequence
@@ -18,51 +19,36 @@ Noise = Tensor | RandomFeedback
 
 
 class Stage(NamedTuple):
-    """What a stage of a block leaves for its gradient."""
+    """What a stage of a block leaves for its gradient: of weights, the noise alone."""
 
     kind: str
     module: Any
-    factor: float  # of the bias
-    a: Tensor  # what the layer multiplies
-    z: Tensor  # before the norm
-    y: Tensor  # behind the ReLU
     noise: Any  # of the activity, or of weight and bias
+    x: Tensor | None = None  # its input
+    normed: bool = False  # whether the layer multiplies x's layer norm, or x itself
+    z: Tensor | None = None  # what the layer makes, before the norm
+    y: Tensor | None = None  # behind the ReLU
 
 
 def _bias(block: LocalMixerBlock, kind: str, bias: Tensor) -> Tensor:
     return bias if kind == "group" or block.bias_factor == 1 else bias * block.bias_factor
 
 
-def _token(x: Tensor, x_tangent: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A linear map over the patches of (N, P, D)."""
-    both = layers.halves(x, x_tangent)
-    if both is not None:
-        out = torch.matmul(weight, both)
-        return out[0].add_(bias.unsqueeze(1)), out[1]
-    y = torch.matmul(weight, x).add_(bias.unsqueeze(1))
-    return y, None if x_tangent is None else torch.matmul(weight, x_tangent)
-
-
-def _product(
-    block: LocalMixerBlock, kind: str, module: Any, a: Tensor, a_tangent: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """z and its tangent; None: zero."""
-    bias = _bias(block, kind, module.bias)
-    if kind == "token":
-        return _token(a, a_tangent, module.weight, bias)
-    function = layers.dual_group_linear if kind == "group" else layers.dual_linear
-    z, z_tangent = function(a, a_tangent, module.weight, bias)
-    return z, None if a_tangent is None else z_tangent
-
-
-def _moved(block: LocalMixerBlock, kind: str, a: Tensor, weight_tangent: Tensor, bias_tangent: Tensor) -> Tensor:
-    """The tangent of z that tangents of weight and bias make."""
-    bias = _bias(block, kind, bias_tangent)
-    if kind == "token":
-        return torch.matmul(weight_tangent, a).add_(bias.unsqueeze(1))
+def _product(kind: str, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A stage's layer by itself: primal and tangent are two tensors, since they live for different times."""
+    if kind == "channel":
+        return torch.nn.functional.linear(a, weight, bias)
     if kind == "group":
-        return layers.dual_group_linear(a, None, weight_tangent, bias)[0]
-    return torch.nn.functional.linear(a, weight_tangent, bias)
+        return layers.group_linear(a, weight, bias)
+    z = torch.matmul(weight, a)
+    return z if bias is None else z.add_(bias.unsqueeze(1))
+
+
+def _input(x: Tensor, x_tangent: Tensor | None, normed: bool, impl: str) -> tuple[Tensor, Tensor | None]:
+    """What a stage's layer multiplies, and its tangent."""
+    if not normed:
+        return x, x_tangent
+    return layers.dual_norm(x, x_tangent, None, layers.NO_NOISE, x.dim() - 1, EPS, False, impl)
 
 
 @torch.no_grad()
@@ -75,17 +61,20 @@ def dual_block(
     shaped like its parameters for "weights", anything for "nothing".
     """
     y, y_tangent = x, x_tangent
-    tape = []
-    for i, (kind, module) in enumerate(block.stages()):
+    tape, stages = list[Stage](), list[tuple[str, Any]](block.stages())
+    for i, (kind, module) in enumerate(stages):
         if kind == "group":
             y, y_tangent = block.grouped(y), None if y_tangent is None else block.grouped(y_tangent)
-        a, a_tangent = y, y_tangent
-        if block.has_norm(i):
-            a, a_tangent = layers.dual_norm(y, y_tangent, None, layers.NO_NOISE, y.dim() - 1, EPS, False, impl)
-        z, z_tangent = _product(block, kind, module, a, a_tangent)
+        came, normed = y, block.has_norm(i)
+        a, a_tangent = _input(y, y_tangent, normed, impl)
+        z = _product(kind, a, module.weight, _bias(block, kind, module.bias))
+        z_tangent = None if a_tangent is None else _product(kind, a_tangent, module.weight, None)
         if perturb == "weights":
-            moved = _moved(block, kind, a, *noise[i])
+            weight, bias = noise[i]
+            moved = _product(kind, a, weight, _bias(block, kind, bias))
             z_tangent = moved if z_tangent is None else z_tangent.add_(moved)
+            del moved
+        del a, a_tangent
         residual = block.grouped(x) if kind == "group" and block.token is not None else None
         u = as_noise(noise[i], z) if perturb == "activities" else layers.NO_NOISE
         if residual is not None and x_tangent is not None:  # it enters where the noise does
@@ -94,7 +83,11 @@ def dual_block(
                 added = added + (noise[i].materialize(z.shape, z.device, z.dtype) if u[0] is None else noise[i])
             u = (added, *layers.NO_NOISE[1:])
         y, y_tangent = layers.dual_norm(z, z_tangent, residual, u, z.dim() - 1, EPS, True, impl)
-        tape.append(Stage(kind, module, 1.0 if kind == "group" else block.bias_factor, a, z, y, noise[i]))
+        if perturb == "weights":
+            tape.append(Stage(kind, module, noise[i]))
+        else:
+            tape.append(Stage(kind, module, noise[i], came, normed, z, y))
+        del z, z_tangent, came
     return y, y_tangent, tape
 
 
@@ -108,16 +101,18 @@ def _patch_products(grad: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 def activity_gradients(stage: Stage, coefficient: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias of a stage from the derivatives (N, P, G) along the noise of its activity; (N, 1, 1)
     where all patches and groups have one loss."""
-    z = stage.z
+    x, z, y = stage.x, stage.z, stage.y
+    assert x is not None and z is not None and y is not None
     dim, u = z.dim() - 1, as_noise(stage.noise, z)
     if stage.kind == "group":
         q = coefficient.expand(z.shape[:-1]).unsqueeze(-1)
-        return layers.activity_grads(stage.a, z, stage.y, q, u, dim, EPS, True, impl)
-    q = coefficient.sum(2, keepdim=True) if stage.kind == "token" else coefficient
-    q = q.expand(-1, z.shape[1], -1)
-    if stage.kind == "channel":
-        return layers.activity_grads(stage.a, z, stage.y, q, u, dim, EPS, False, impl)
-    return _patch_products(torch.ops.lgkernels.activity_grad(z, stage.y, q, *u, dim, EPS, True, impl), stage.a)
+    else:
+        q = coefficient.sum(2, keepdim=True) if stage.kind == "token" else coefficient
+        q = q.expand(-1, z.shape[1], -1)
+    a, _ = _input(x, None, stage.normed, impl)
+    if stage.kind == "token":
+        return _patch_products(torch.ops.lgkernels.activity_grad(z, y, q, *u, dim, EPS, True, impl), a)
+    return layers.activity_grads(a, z, y, q, u, dim, EPS, stage.kind == "group", impl)
 
 
 @torch.no_grad()
@@ -147,7 +142,7 @@ def moved_block(block: LocalMixerBlock, x: Tensor, noise: Sequence[Any], perturb
 
     def moved(kind: str, module: Any, a: Tensor) -> Tensor:
         weight, bias = next(given)
-        return linear(kind, module, a).add_(_moved(block, kind, a, weight * step, bias * step))
+        return linear(kind, module, a).add_(_product(kind, a, weight * step, _bias(block, kind, bias * step)))
 
     return block(x, linear=moved)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import lgkernels.nn as lnn
+from bench.timing import peak_memory
 from lgkernels.training import ForwardGradientTrainer, perturbation
 from lgkernels.training.forward_gradient import ESTIMATORS
 from tests.forward_gradient.common import STEPS, load, network
@@ -271,3 +272,17 @@ def test_tangent_of_a_block_is_forward_mode_differentiation(perturb, token_mixin
     got = perturbation.dual_block(block, x, tangent, noise, perturb, "auto")[:2]
     for ours, theirs in zip(got, expected):
         torch.testing.assert_close(ours, theirs)
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("estimator, most", [("LG-FG-A", 14), ("LG-FG-W", 11), ("FG-W", 11)])
+def test_a_step_keeps_the_primals_of_one_block_and_of_weights_nothing(estimator, most):
+    """In activities of a stage. A block has three stages, each with its input and output, and outputs of norms have
+    their tangents beside them."""
+    (x, target), model = batch(256, torch.float32), model_of(dtype=torch.float32, width=32, blocks=5)
+    trainer = trainer_of(model, estimator)
+    activity = 4 * len(x) * 16 * 32
+    assert peak_memory(lambda: trainer.step(x, target), x.device) <= most * activity

@@ -84,6 +84,17 @@ def _group_products(x, weight, out):
 
 
 @torch.no_grad()
+def group_linear(x, weight, bias):
+    """A linear layer of each group: x (..., G, C) by weight (G, C_out, C)."""
+    groups, out_channels, channels = weight.shape
+    out = x.new_empty((x.shape[:-2].numel(), groups, out_channels))
+    _group_products(x.reshape(len(out), groups, channels), weight, out)
+    if bias is not None:
+        out.add_(bias)
+    return out.view(*x.shape[:-1], out_channels)
+
+
+@torch.no_grad()
 def dual_group_linear(x, x_tangent, weight, bias):
     groups, out_channels, channels = weight.shape
     rows, both = x.shape[:-2].numel(), halves(x, x_tangent)
