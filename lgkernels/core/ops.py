@@ -44,6 +44,7 @@ def class_indices(name: str, target: torch.Tensor, num_classes: int, ignore_inde
 
     While a graph is being traced, and inside of torch.func's transforms, there are no values to look at.
     """
+    given = target
     if target.dtype != torch.int64:
         checks.integer(name, target)
         target = target.long()
@@ -52,7 +53,8 @@ def class_indices(name: str, target: torch.Tensor, num_classes: int, ignore_inde
         and not torch._C._are_functorch_transforms_active()
         and (target.device.type == "cpu" or environment.value("LGKERNELS_CHECK", "0") == "1")
     ):
-        checks.class_indices(name, target, num_classes, ignore_index)
+        # uint64 above 2**63 would wrap around to what another class, or ignore_index, is
+        checks.class_indices(name, given.cpu() if given.dtype == torch.uint64 else target, num_classes, ignore_index)
     return target.contiguous()
 
 

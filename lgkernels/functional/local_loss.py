@@ -132,16 +132,21 @@ def goodness_loss(
     return goodness_and_squares(h, is_positive, threshold, goodness, impl)[0]
 
 
+def check_is_positive(is_positive: Tensor, rows: Tensor) -> None:
+    """One bool for each of the rows."""
+    checks.tensor("is_positive", is_positive)
+    if is_positive.dtype != torch.bool:
+        raise TypeError(f"is_positive must be bool, got {checks.dtype_of(is_positive)}; pass `label == 1`, say")
+    checks.shape("is_positive", is_positive, rows.shape[:1], "one entry per row of h")
+
+
 def goodness_and_squares(
     h: Tensor, is_positive: Tensor, threshold: float, goodness: str, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """`(loss, squares (B,))`: the rows' sums of squares also normalise the next layer's input."""
     _samples("h", h)
     checks.not_empty("h", h)
-    checks.tensor("is_positive", is_positive)
-    if is_positive.dtype != torch.bool:
-        raise TypeError(f"is_positive must be bool, got {checks.dtype_of(is_positive)}; pass `label == 1`, say")
-    checks.shape("is_positive", is_positive, h.shape[:1], "one entry per row of h")
+    check_is_positive(is_positive, h)
     checks.choice("goodness", goodness, ("mean", "sum"))
     threshold = checks.number("threshold", threshold)
     checks.impl(impl)

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..core import checks, constructors
 from ..core.annotations import BlockOutput, Device, Int2, Waveform
+from ..core.ops import class_indices
 from ..ops.lls import autograd as _lls
 from ..ops.lls.options import BlockOptions
 from .lls_head import LLSHead, LLSModule, Modulation, Options
@@ -60,6 +61,7 @@ class _LLSBlock(LLSModule):
         checks.same_device(x=x, target=target, weight=getattr(self.layer, "weight", None))
         if self._fuses():
             return self._fused(x, target)
+        target = class_indices("target", target, self.num_classes, -100)  # before running statistics move
         activation = self._activation(x.detach())
         loss = self._loss(activation, target)
         return self._pooled(activation).detach(), loss

@@ -8,6 +8,7 @@ from torch import nn
 from .. import functional as LF
 from ..core import checks, constructors
 from ..core.annotations import BlockOutput, Waveform
+from ..core.ops import class_indices
 
 __all__ = ["LLSHead"]
 
@@ -114,6 +115,8 @@ class LLSHead(LLSModule):
         if target is None or not self.training:
             return self.block(x)
         checks.tensor("x", x)
+        checks.integer("target", target)
+        target = class_indices("target", target, self.num_classes, -100)  # before running statistics move
         out = self.block(x.detach())
         return out.detach(), self._loss(out, target)
 

@@ -10,8 +10,8 @@ from torch import nn
 from .. import functional as LF
 from ..core import checks, constructors
 from ..core.annotations import BlockOutput
-from ..core.ops import wide
-from ..functional.local_loss import goodness_and_squares
+from ..core.ops import class_indices, wide
+from ..functional.local_loss import check_is_positive, goodness_and_squares
 
 __all__ = ["ClassifierBlock", "ContrastiveHead", "ForwardForwardLayer", "LocalClassifier", "PredSimHead"]
 
@@ -31,8 +31,13 @@ class LocalHead(nn.Module):
         if target is None or not self.training:
             return self.block(x)
         checks.tensor("x", x)
+        target = self.checked(target)  # before the block's running statistics move
         out = self.block(x.detach())
         return out.detach(), self.loss(out, target)
+
+    def checked(self, target: torch.Tensor) -> torch.Tensor:
+        """The target that the head can take."""
+        return target
 
     def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Of the block's output, differentiable in the block and the head."""
@@ -75,7 +80,8 @@ class ClassifierBlock(nn.Module):
         checks.integer("target", target)
         logits = self.module(x.detach())
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        return logits.detach(), F.cross_entropy(wide, target.long(), label_smoothing=self.label_smoothing)
+        target = class_indices("target", target, logits.shape[1 if logits.dim() > 1 else 0], -100)
+        return logits.detach(), F.cross_entropy(wide, target, label_smoothing=self.label_smoothing)
 
 
 class LocalClassifier(LocalHead):
@@ -103,6 +109,10 @@ class LocalClassifier(LocalHead):
         checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
         self.head = nn.Linear(channels, num_classes, bias)
         self.label_smoothing = checks.item(label_smoothing)
+
+    def checked(self, target: torch.Tensor) -> torch.Tensor:
+        checks.integer("target", target)
+        return class_indices("target", target, self.head.out_features)
 
     def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return LF.local_cross_entropy(
@@ -170,6 +180,7 @@ class ForwardForwardLayer(nn.Module):
         if is_positive is None or not self.training:
             return self._divided(self.layer(self.normalized(x)), self.normalize_output)
         checks.tensor("x", x)
+        check_is_positive(is_positive, x)
         h = self.layer(self.normalized(x.detach()))
         loss, squares = goodness_and_squares(h, is_positive, self.threshold, self.goodness)
         return self._divided(h.detach(), self.normalize_output, squares.sqrt()), loss
@@ -247,6 +258,10 @@ class PredSimHead(LocalHead):
         self.decoder = nn.Linear(features, num_classes)
         nn.init.zeros_(self.decoder.weight)
 
+    def checked(self, target: torch.Tensor) -> torch.Tensor:
+        checks.integer("target", target)
+        return class_indices("target", target, self.num_classes)
+
     def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         out = out.mean(1) if out.dim() == 3 else out
         pool: dict[str, Any] = {}
@@ -304,6 +319,11 @@ class ContrastiveHead(LocalHead):
             else nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, dim))
         )
         self.kind, self.temperature = loss, checks.item(temperature)
+
+    def checked(self, target: torch.Tensor) -> torch.Tensor:
+        if self.kind == "supcon":
+            checks.integer("target", target)
+        return target
 
     def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         z = self.projection(_pooled(out))

@@ -1,7 +1,8 @@
 """InfoPro's units, of the family local_loss."""
 
+import weakref
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import nn
 from .. import functional as LF
 from ..core import checks, constructors
 from ..core.annotations import BlockOutput
+from ..core.ops import class_indices
 from .local_loss import LocalHead
 
 __all__ = ["InfoProUnit", "infopro_weights"]
@@ -28,6 +30,13 @@ def infopro_weights(units: int, first: Sequence[float], last: Sequence[float]) -
     last = constructors.numbers("last", last, (2,), "a pair of numbers")
     steps = [h / (units - 2) if units > 2 else 0.0 for h in range(units - 1)]
     return [tuple(a * (1 - r) + b * r for a, b in zip(first, last)) for r in steps]
+
+
+def _std(value: float | Sequence[float], channels: int) -> torch.Tensor:
+    std = _per_channel("std", value, channels)
+    if not (std > 0).all():
+        raise ValueError(f"std must be greater than 0 in every channel, got {checks.got(value)}")
+    return std
 
 
 def _per_channel(name: str, value: float | Sequence[float], channels: int) -> torch.Tensor:
@@ -98,11 +107,14 @@ class InfoProUnit(LocalHead):
             constructors.instance("first", first, InfoProUnit, "an InfoProUnit")
         if not any(weights):
             raise ValueError(f"weights must not all be 0: nothing would be learnt, got {weights}")
+        self.num_classes = num_classes
         self.weights, self.kind, self.temperature = weights, loss, checks.item(temperature)
         self._first = (first,)  # a tuple: not a submodule
+        self._last_reader: tuple[InfoProUnit | None] = (None,)
         self._image: torch.Tensor | None = None  # of the batch in training, where this is the first unit
+        self._seen: Any = None  # a weak reference to it, for as long as the caller keeps the batch
         self.register_buffer("mean", _per_channel("mean", mean, image_channels), persistent=False)
-        self.register_buffer("std", _per_channel("std", std, image_channels), persistent=False)
+        self.register_buffer("std", _std(std, image_channels), persistent=False)
         self.decoder = self.aux = None
         if weights[0]:
             self.decoder = nn.Sequential(
@@ -123,18 +135,46 @@ class InfoProUnit(LocalHead):
                 nn.Linear(width, width if loss == "supcon" else num_classes),
             )
 
+        if self.decoder is not None:
+            (first or self)._last_reader = (self,)  # of those made so far; a tuple: not a submodule
+
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
         if self.training and target is not None and self._first[0] is None:
+            checks.tensor("x", x)
             self._image = x.detach()
+            self._seen = None if torch.compiler.is_compiling() else weakref.ref(x)
         return super().forward(x, target)
 
-    def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def _take_image(self) -> torch.Tensor:
+        """The batch that the first unit saw. The last unit that reads it lets it go: no batch outlives its step."""
+        first = self._first[0] or self
+        image = first._image
+        if image is None and first._seen is not None:
+            image = first._seen()
+        if image is None:
+            raise RuntimeError("the first InfoProUnit has not seen an image yet: call it before this one")
+        if first._last_reader[0] is self:
+            first._image = None
+        return image.detach()
+
+    def train(self, mode: bool = True) -> "InfoProUnit":
+        """As any module's; evaluation drops the last batch."""
+        if not mode:
+            self._image = self._seen = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_image": None, "_seen": None}  # copies and files hold no batch
+
+    def checked(self, target: torch.Tensor) -> torch.Tensor:
         checks.integer("target", target)
+        classify = self.aux is not None and self.kind == "cross_entropy"
+        return class_indices("target", target, self.num_classes, -100) if classify else target
+
+    def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         total = out.new_zeros((), dtype=torch.float32)
         if self.decoder is not None:
-            image = (self._first[0] or self)._image
-            if image is None:
-                raise RuntimeError("the first InfoProUnit has not seen an image yet: call it before this one")
+            image = self._take_image()
             logits = self.decoder(F.interpolate(out, image.shape[-2:], mode="bilinear", align_corners=True))
             # with logits: the sigmoid is in it, and it stays finite; pixels may leave [0, 1] by rounding
             pixels = (image * self.std + self.mean).clamp(0, 1)
@@ -144,7 +184,7 @@ class InfoProUnit(LocalHead):
             value = (
                 LF.supcon_loss(z, target, temperature=self.temperature)
                 if self.kind == "supcon"
-                else F.cross_entropy(z.float(), target.long())
+                else F.cross_entropy(z.float(), target)
             )
             total = total + self.weights[1] * value
         return total

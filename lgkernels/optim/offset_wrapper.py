@@ -16,7 +16,8 @@ __all__ = ["OffsetOptimizer"]
 class OffsetOptimizer(Offsets, torch.optim.Optimizer):
     """Any torch optimizer on ``local_scale * grad + offset_scale * offset``; the rest as :class:`OffsetSGD`.
 
-    ``step`` writes the modified gradient to ``p.grad`` and calls the optimizer's. The coefficients stand in
+    ``step`` writes the modified gradient to ``p.grad`` and calls the optimizer's; other public attributes and methods
+    of the optimizer are reached through the wrapper, ``train()`` and ``eval()`` of a schedule-free one among them. The coefficients stand in
     its ``param_groups``, where each group may have its own. Learning-rate schedules take it as any optimizer.
 
     Args:
@@ -61,6 +62,12 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "_table": self._table}
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the optimizer has: the modes of a schedule-free one (``train()``, ``eval()``), say."""
+        if name.startswith("_") or "optimizer" not in vars(self):  # private ones would promise GradScaler too much
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]

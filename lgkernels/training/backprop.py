@@ -10,6 +10,7 @@ from torch import nn
 
 from ..core import constructors
 from ..nn.random_state import redraw_after
+from . import targets
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
 
 __all__ = ["BackpropTrainer"]
@@ -44,6 +45,7 @@ class BackpropTrainer(Trainer):
         blocks = constructors.modules("blocks", blocks)
         constructors.function("loss", loss)
         self.loss = loss
+        self._classes: int | None = None  # of the output, known after the first step
         super().__init__(
             blocks,
             optimizer_factory,
@@ -60,16 +62,26 @@ class BackpropTrainer(Trainer):
             redraw_after(optimizer, model)
 
     def _step(self, x: torch.Tensor, target: torch.Tensor, last: bool) -> torch.Tensor:
+        if self.loss is not F.cross_entropy:
+            return self._pass(x, target, last)
+        if self._classes is not None:
+            return self._pass(x, targets.checked(target, self._classes, self.loss), last)
+        with targets.buffers_kept(self.blocks):
+            return self._pass(x, target, last)
+
+    def _pass(self, x: torch.Tensor, target: torch.Tensor, last: bool) -> torch.Tensor:
         with contextlib.ExitStack() as stack:
             for block in self.blocks:
                 stack.enter_context(self._synchronised(block, last))
             for block in self.blocks:
                 x = block(x)
+            if self.loss is F.cross_entropy and (classes := targets.classes(x, self.loss)) != self._classes:
+                target, self._classes = targets.checked(target, classes, self.loss), classes
             loss = self.loss(x, target)
             self.output = x.detach()
             del x
             value = loss.detach().reshape(1)
-            self._backward(loss, self.parameter_groups[0])
+            self._backward(loss, self.parameter_groups[0], "the network")
             del loss
         if last:
             self._update(self.optimizers[0], self.parameter_groups[0])

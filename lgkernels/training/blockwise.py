@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..core import constructors
-from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
+from .trainer import OptimizerFactory, SchedulerFactory, Trainer, bare, trainable
 
 __all__ = ["BlockwiseTrainer"]
 
@@ -102,7 +102,7 @@ class BlockwiseTrainer(Trainer):
                 del result
                 x = x.detach()  # what is left of the block's graph hangs on `loss` alone
                 losses.append(loss.detach())
-                self._backward(loss, self.reached[i])
+                self._backward(loss, self.reached[i], f"blocks[{i}] ({type(bare(block)).__name__})")
                 del loss
             if last:
                 self._update(optimizer, parameters)

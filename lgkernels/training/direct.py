@@ -12,8 +12,8 @@ from torch import nn
 from ..core import checks, constructors
 from ..nn.direct import DirectFeedback, Init
 from ..random import Law
-from . import fused
-from .trainer import OptimizerFactory, SchedulerFactory, Trainer, trainable
+from . import fused, targets
+from .trainer import OptimizerFactory, SchedulerFactory, Trainer, bare, trainable
 
 __all__ = ["CONVENTIONS", "DirectTrainer"]
 
@@ -38,6 +38,10 @@ class _Segment:
         self.place: Any = place  # None for the last segment
         self.signal: Any = None  # of the kernel that ran the end of the block in this forward
         self.parameters = [p for m in modules for p in trainable(m)]
+
+    @property
+    def name(self) -> str:
+        return f"the block of {', '.join(type(bare(m)).__name__ for m in self.modules)}"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.detach()  # so a transform at the front (a pool) has no backward, and the first layer no dgrad
@@ -148,6 +152,7 @@ class DirectTrainer(Trainer):
         if not any(isinstance(block, DirectFeedback) for block in blocks):
             blocks = _with_places(blocks, init=init, law=law, seed=seed, shared_slice=shared_slice)
         self.segments = _segments(blocks)
+        self._classes: int | None = None  # of the output, known after the first step
         super().__init__(
             blocks,
             optimizer_factory,
@@ -160,37 +165,61 @@ class DirectTrainer(Trainer):
         )
 
     def _step(self, x: torch.Tensor, target: torch.Tensor, last: bool) -> torch.Tensor:
+        if self._classes is not None:
+            return self._pass(x, self._checked(target, self._classes), last)
+        if not target.is_floating_point():
+            target = targets.checked(target, 2**32, self.loss)  # the number of classes is not known yet
+        try:
+            with targets.buffers_kept(self.blocks):
+                return self._pass(x, target, last, first=True)
+        except BaseException:
+            self.zero_grad()
+            raise
+
+    def _checked(self, target: torch.Tensor, classes: int) -> torch.Tensor:
+        """As the loss and the rule read it; a loss of the caller's own may take other targets."""
+        if self.loss is F.cross_entropy or self.rule in ("dfa", "sdfa") and self.error != "loss_grad":
+            return targets.checked(target, classes, self.loss)
+        return target if target.is_floating_point() else target.long()
+
+    def _pass(self, x: torch.Tensor, target: torch.Tensor, last: bool, first: bool = False) -> torch.Tensor:
         with contextlib.ExitStack() as stack:
             for module in self.blocks:
                 stack.enter_context(self._synchronised(module, last))
-            target = target if target.is_floating_point() else target.long()
             waiting: list[tuple[int, torch.Tensor]] = []
+            held: list[int] = []
             error = None
             for i, segment in enumerate(self.segments[:-1]):
                 x = segment(x)
                 if not segment.parameters:
                     continue
-                if self.rule == "drtp":
-                    self._send(i, x, target, last)
+                if self.rule == "drtp":  # its first updates wait until the target is known to fit the output
+                    self._send(i, x, target, last and not first)
                     x = x.detach()  # nothing of the block outlives its update
+                    held += [i] if first and last else []
                 else:
                     waiting.append((i, x))
             output = self.segments[-1](x)
+            classes = targets.classes(output, self.loss)
+            target = self._checked(target, classes) if classes != self._classes else target
             leaf = output.detach().requires_grad_()
             loss = self.loss(leaf, target)
             if waiting and self.rule != "shallow":  # before any update: the error is that of this forward
                 error = self._error(leaf, loss, target)
                 self._share([x.shape[error.dim() - 1 :] for _, x in waiting] if self.shared_slice else ())
+            self._classes = classes
             self._output_step(output, leaf, loss, last)
             self.output = leaf.detach()
             del x, output
+            for i in held:
+                self._update(self.optimizers[i], self.segments[i].parameters)
             while waiting:  # each block's activations go as its gradients come
                 self._send(*waiting.pop(), error, last)
         return loss.detach().reshape(1)
 
     def _output_step(self, output: torch.Tensor, leaf: torch.Tensor, loss: torch.Tensor, last: bool) -> None:
         parameters = self.segments[-1].parameters
-        if not parameters:
+        if not parameters or self._no_graph(output, self.segments[-1].name):
             return
         with torch.autocast(loss.device.type, enabled=False):
             (gradient,) = torch.autograd.grad(self._scaled(loss), leaf)
@@ -201,6 +230,8 @@ class DirectTrainer(Trainer):
     def _send(self, i: int, output: torch.Tensor, signal: torch.Tensor | None, last: bool) -> None:
         """Gradients of segment `i` from its output's stand-in gradient, and its update."""
         segment = self.segments[i]
+        if self._no_graph(output, segment.name):
+            return
         with torch.autocast(output.device.type, enabled=False):
             gradient = self._announce(segment, output, signal)
             if gradient is None:

@@ -1,6 +1,7 @@
 """What the trainers share: optimizers, schedules, accumulation, modes, recalibration, state."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -34,6 +35,17 @@ def bare(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
+def _made(factory: OptimizerFactory, parameters: Parameters) -> Any:
+    """The factory's optimizer: one that has `step` and `zero_grad`, as a function that forgets its `return` has not."""
+    optimizer = factory(parameters)
+    if not all(callable(getattr(optimizer, name, None)) for name in ("step", "zero_grad")):
+        raise TypeError(
+            f"optimizer_factory must return an optimizer (with step and zero_grad), got {type(optimizer).__name__}"
+            + (": its `return` is missing" if optimizer is None else "")
+        )
+    return optimizer
+
+
 class Trainer:
     """Base of the trainers; one entry of `optimizers` for each of `parameter_groups`."""
 
@@ -62,12 +74,17 @@ class Trainer:
             raise ValueError("blocks must hold at least one parameter that requires a gradient, got none")
         self.blocks = blocks
         self.parameter_groups = parameter_groups
-        self.optimizers = [optimizer_factory(group) if group else None for group in parameter_groups]
+        self.optimizers = [_made(optimizer_factory, group) if group else None for group in parameter_groups]
         self.schedulers = [scheduler_factory(o) if scheduler_factory and o else None for o in self.optimizers]
+        if scheduler_factory and any(
+            o and not callable(getattr(s, "step", None)) for o, s in zip(self.optimizers, self.schedulers)
+        ):
+            raise TypeError("scheduler_factory must return a learning-rate schedule (with step), got one without")
         self.accumulation_steps, self.clip_grad_norm = accumulation_steps, clip_grad_norm
         self.grad_scaler = grad_scaler
         self.graphs = StepGraphs(self) if cuda_graph else None
         self.steps = 0  # optimizer steps taken
+        self._without_graph: set[str] = set()  # the places that were warned about
         self.accumulated = 0  # batches whose gradients wait for the next one
         self.output: torch.Tensor | None = (
             None  # detached output of the last block for the last batch: logits, as a rule
@@ -113,7 +130,23 @@ class Trainer:
             loss = loss / self.accumulation_steps
         return loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
 
-    def _backward(self, loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
+    def _no_graph(self, value: torch.Tensor, place: str) -> bool:
+        """Whether a block hands on its input at this step (layer drop), so that there is nothing to differentiate."""
+        if value.requires_grad:
+            return False
+        if place not in self._without_graph:
+            self._without_graph.add(place)
+            what = "its loss needs" if value.dim() == 0 else "its output needs"
+            warnings.warn(
+                f"{place}: {what} no gradient at this step, so the block learns nothing of it. A block that is skipped "
+                "at some steps is fine; one that detaches its output never learns",
+                stacklevel=2,
+            )
+        return True
+
+    def _backward(self, loss: torch.Tensor, parameters: Sequence[torch.Tensor], place: str) -> None:
+        if self._no_graph(loss, place):
+            return
         loss = self._scaled(loss)
         # Not autograd.grad: DDP's hooks run where gradients reach the parameters. A backward runs in the dtypes that
         # its forward chose, so the caller's autocast is off here.
@@ -123,6 +156,8 @@ class Trainer:
     def _update(self, optimizer: Any, parameters: Parameters) -> None:
         if optimizer is None:
             return  # it trains nothing
+        if self.grad_scaler is not None and all(p.grad is None for p in parameters):
+            return  # a GradScaler wants at least one gradient
         options: dict[str, float] = {}
         if self.clip_grad_norm is not None:
             if self.grad_scaler is not None:

@@ -79,9 +79,63 @@ def test_drtp_updates_before_the_next_block_runs():
     before = blocks[0][0].weight.detach().clone()
     blocks[1].register_forward_pre_hook(lambda *_: seen.append(torch.equal(before, blocks[0][0].weight)))
     for rule in ("drtp", "dfa"):
-        DirectTrainer(blocks, sgd, rule=rule).step(torch.randn(6, 24), torch.arange(6) % 3)
-        before = blocks[0][0].weight.detach().clone()
-    assert seen == [False, True]
+        trainer = DirectTrainer(blocks, sgd, rule=rule)
+        for _ in range(2):  # the first step tells how many classes there are, and updates after it
+            before = blocks[0][0].weight.detach().clone()
+            trainer.step(torch.randn(6, 24), torch.arange(6) % 3)
+    assert seen == [True, False, True, True]
+
+
+BAD_TARGETS = {
+    "above": (torch.tensor([0, 1, 2, 7]), "got 7"),
+    "negative": (torch.tensor([0, -1, 2, 1]), "got -1"),
+    "uint64": (torch.tensor([0, 2**64 - 100, 2, 1], dtype=torch.uint64), "got 18446744073709551516"),
+    "columns": (torch.rand(4, 5), "target must be (B, 3), one column per output, got shape (4, 5)"),
+}
+
+
+@pytest.mark.parametrize("target, message", BAD_TARGETS.values(), ids=BAD_TARGETS)
+@pytest.mark.parametrize("before", [0, 2], ids=["first step", "later step"])
+@pytest.mark.parametrize("rule", [*RULES, "bp"])
+def test_a_bad_target_moves_nothing(rule, before, target, message):
+    """Neither weights nor running statistics, and what follows is as if it had not been."""
+    make = (lambda: BackpropTrainer(network(norm=True), sgd)) if rule == "bp" else None
+    make = make or (lambda: DirectTrainer(network(norm=True), sgd, rule=rule))
+    trainer, other = make(), make()
+    for _ in range(before):
+        trainer.step(*images())
+        other.step(*images())
+    with pytest.raises(ValueError) as caught:
+        trainer.step(images(4)[0], target)
+    said = str(caught.value)
+    assert said.startswith("target must") and said.endswith(message)
+    if before and message.startswith("got"):
+        assert said.startswith("target must hold class indices in [0, 2] or ignore_index=-100, ")
+    assert_equal(weights(trainer), weights(other))
+    trainer.step(*images())
+    other.step(*images())
+    assert_equal(weights(trainer), weights(other))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_block_that_is_skipped_at_some_steps(rule):
+    class Skips(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x if self.calls % 2 else super().forward(x)
+
+    for scaler in (None, torch.amp.GradScaler("cpu")):
+        torch.manual_seed(0)
+        blocks = [nn.Linear(4, 6), Skips(6, 6), nn.Linear(6, 3)]
+        trainer = DirectTrainer(blocks, sgd, rule=rule, grad_scaler=scaler)
+        before = blocks[1].weight.detach().clone()
+        with pytest.warns(UserWarning, match="the block of Skips: its output needs no gradient at this step"):
+            trainer.step(torch.randn(5, 4), torch.arange(5) % 3)
+        assert torch.equal(before, blocks[1].weight)
+        trainer.step(torch.randn(5, 4), torch.arange(5) % 3)
+        assert torch.equal(before, blocks[1].weight) == (rule == "shallow")
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -1,5 +1,8 @@
 """Blocks with local losses: the protocol of the block-wise trainer, and the modules' own choices."""
 
+import copy
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -193,3 +196,52 @@ def test_infopro():
     assert lnn.InfoProUnit(conv(), 8, 5, 3, weights=(0.0, 1.0)).decoder is None
     with pytest.raises(RuntimeError, match="first InfoProUnit has not seen an image"):
         lnn.InfoProUnit(conv(), 8, 5, 3, first=lnn.InfoProUnit(conv(), 8, 5, 3))(x, y)
+
+
+def test_infopro_keeps_no_batch():
+    """It goes with the last unit that reads it, in evaluation, and into no copy; a step may still be run in parts."""
+    torch.manual_seed(0)
+    first = lnn.InfoProUnit(conv(), 8, 5, 3)
+    second = lnn.InfoProUnit(nn.Conv2d(8, 6, 3), 6, 5, 3, first=first)
+    image, y = torch.rand(4, 3, 9, 9), targets(4, 5)
+    gone = weakref.ref(image)
+    out, _ = first(image, y)
+    assert copy.deepcopy(nn.ModuleList([first, second]))[0]._image is None and first._image is not None
+    before = second(out, y)[1]
+    assert first._image is None
+    assert torch.isfinite(second(out, y)[1]) and torch.isfinite(before)  # while the caller has the batch
+    del image
+    assert gone() is None
+    with pytest.raises(RuntimeError, match="has not seen an image yet"):
+        second(out, y)
+    first(torch.rand(4, 3, 9, 9), y)
+    assert first.eval()._image is None
+    alone = lnn.InfoProUnit(conv(), 8, 5, 3)
+    alone(torch.rand(4, 3, 9, 9), y)
+    assert alone._image is None
+
+
+@pytest.mark.parametrize("std", [0.0, (0.5, 0.0, 0.5), -1.0])
+def test_infopro_refuses_a_std_that_is_not_positive(std):
+    with pytest.raises(ValueError, match="std must be greater than 0 in every channel, got"):
+        lnn.InfoProUnit(conv(), 8, 5, 3, std=std)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda b: lnn.LLSHead(b, num_classes=5, pool_size=8),
+        lambda b: lnn.LocalClassifier(b, 8, 5),
+        lambda b: lnn.PredSimHead(b, (8,), 5),
+        lambda b: lnn.ContrastiveHead(b, 8, loss="supcon"),
+        lambda b: lnn.ForwardForwardLayer(b),
+    ],
+    ids=["LLSHead", "LocalClassifier", "PredSimHead", "ContrastiveHead", "ForwardForwardLayer"],
+)
+def test_a_bad_target_leaves_the_running_statistics(make):
+    norm = nn.BatchNorm1d(8)
+    block, before = make(norm), norm.running_mean.clone()
+    bad = torch.tensor([0.5, 1, 2, 7]) if "supcon" in str(vars(block)) else torch.tensor([0, 1, 2, 7])
+    with pytest.raises((ValueError, TypeError)):
+        block(torch.randn(4, 8), bad)
+    assert torch.equal(norm.running_mean, before)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+import lgkernels.nn as lnn
 from lgkernels.optim import OffsetOptimizer
+from lgkernels.training import BlockwiseTrainer
 from tests.offset.test_optimizer import Net, batch, local_step, sgd
 from tests.support.tolerances import assert_relative
 
@@ -79,3 +81,33 @@ def test_the_wrapper_is_an_optimizer():
 def test_what_is_no_state(state, error, message):
     with pytest.raises(error, match=message):
         OffsetOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], 0.1)).load_state_dict(state)
+
+
+def test_the_wrapper_passes_on_what_only_the_optimizer_has():
+    """The modes of a schedule-free optimizer, in a loop and in a trainer; nothing that the optimizer lacks."""
+    schedulefree = pytest.importorskip("schedulefree")
+
+    def blocks():
+        torch.manual_seed(1)
+        return [lnn.LocalClassifier(nn.Linear(6, 8), 8, 3), lnn.ClassifierBlock(nn.Linear(8, 3))]
+
+    x, y = torch.randn(32, 6), torch.arange(32) % 3
+    outputs = []
+    for wrap in (lambda o: o, OffsetOptimizer):
+        trainer = BlockwiseTrainer(blocks(), lambda p, w=wrap: w(schedulefree.AdamWScheduleFree(p, lr=0.05)))
+        for _ in range(5):
+            trainer.step(x, y)
+        outputs.append((trainer.predict(x), trainer.eval().predict(x), trainer.train().predict(x)))
+    for bare, wrapped in zip(*outputs):
+        assert torch.equal(bare, wrapped)
+    assert not torch.equal(*outputs[1][:2])
+
+    class Warm(torch.optim.SGD):
+        def warm_up(self, factor):
+            self.param_groups[0]["lr"] *= factor
+            return self
+
+    wrapper = OffsetOptimizer(Warm([nn.Parameter(torch.ones(1))], lr=0.5))
+    assert wrapper.warm_up(0.5) is wrapper.optimizer and wrapper.param_groups[0]["lr"] == 0.25
+    assert not hasattr(wrapper, "train") and not hasattr(wrapper, "_step_supports_amp_scaling")
+    assert copy.deepcopy(wrapper).optimizer is not wrapper.optimizer

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lgkernels.nn as lnn
-from lgkernels.training import BackpropTrainer, BlockwiseTrainer
+from lgkernels.training import BackpropTrainer, BlockwiseTrainer, DirectTrainer
 
 
 class LocalBlock(nn.Module):
@@ -346,6 +346,57 @@ def test_block_that_returns_no_loss():
 
     with pytest.raises(TypeError, match=r"blocks\[1\] \(Plain\) must return \(output, loss\)"):
         BlockwiseTrainer([nn.Flatten(), Plain(6, 3)], sgd).step(*batch())
+
+
+class Skips(nn.Linear):
+    """Layer drop: hands on its input at every second call."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x if self.calls % 2 else super().forward(x)
+
+
+@pytest.mark.parametrize("head", ["LLSHead", "PredSimHead"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_block_without_a_gradient_at_a_step(head, scaled):
+    torch.manual_seed(0)
+    make = {
+        "LLSHead": lambda b: lnn.LLSHead(b, num_classes=3, pool_size=8),
+        "PredSimHead": lambda b: lnn.PredSimHead(b, (8,), 3, sim_head="identity"),
+    }
+    blocks = [lnn.LocalClassifier(nn.Linear(8, 8), 8, 3), make[head](Skips(8, 8)), lnn.ClassifierBlock(nn.Linear(8, 3))]
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    trainer = BlockwiseTrainer(blocks, lambda p: torch.optim.SGD(p, 0.1), grad_scaler=scaler, clip_grad_norm=1.0)
+    x, y = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+    skipped, last = blocks[1].block.weight, blocks[2].module.weight
+    for step in range(4):
+        before = skipped.detach().clone(), last.detach().clone()
+        warned = pytest.warns(UserWarning, match=r"blocks\[1\] \(LLSHead\): its loss needs no gradient at this step")
+        with warned if head == "LLSHead" and not step else contextlib.nullcontext():
+            trainer.step(x, y)
+        assert torch.equal(before[0], skipped) == (step % 2 == 0) and not torch.equal(before[1], last)
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        lambda blocks, **k: BlockwiseTrainer([lnn.ClassifierBlock(b) for b in blocks], **k),
+        lambda blocks, **k: BackpropTrainer(blocks, **k),
+        lambda blocks, **k: DirectTrainer(blocks, **k),
+    ],
+    ids=["blockwise", "backprop", "direct"],
+)
+def test_factories_that_forget_return(trainer):
+    blocks = [nn.Linear(4, 4), nn.Linear(4, 2)]
+    with pytest.raises(TypeError, match="optimizer_factory must return an optimizer .* got NoneType: its `return` is"):
+        trainer(blocks, optimizer_factory=lambda p: None)
+    with pytest.raises(TypeError, match="optimizer_factory must return an optimizer .* got list"):
+        trainer(blocks, optimizer_factory=list)
+    sgd = lambda p: torch.optim.SGD(p, 0.1)  # noqa: E731
+    with pytest.raises(TypeError, match="scheduler_factory must return a learning-rate schedule"):
+        trainer(blocks, optimizer_factory=sgd, scheduler_factory=lambda o: None)
 
 
 def test_state_in_the_middle_of_an_accumulation():
