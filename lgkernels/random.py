@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from .core import checks, native, philox_cuda, philox_numpy
+from .core.carried import Carried, verified
+from .core.random_checks import check_dtype, check_state
 
 __all__ = [
     "LAW_VERSION",
@@ -123,14 +125,14 @@ def random_rows(
 ) -> Tensor:
     """(len(index), cols) elements: rows `index` (int64 tensor), columns from `first` on, of the matrix of `state`
     (int64 tensor: seed, stream, step)."""
-    _check_state(state)
+    check_state(state)
     scale, low = _check_law(law, scale, low)
     checks.integer("index", index, "row numbers are expected")
     checks.dims("index", index, (1,), "(rows,)")
     checks.same_device(state=state, index=index)
     cols = checks.integer_between("cols", cols, 0, 2**32 + 1)
     first = checks.integer_between("first", first, 0, 2**32 + 1 - cols)
-    _check_dtype(dtype)
+    check_dtype(dtype)
     return _rows(state, index, (first, first + cols), law, scale, low, dtype)
 
 
@@ -236,7 +238,7 @@ def random_matrix(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """(rows, cols) elements of the matrix of `state` (int64 tensor: seed, stream, step) from (row, col) `offset` on."""
-    _check_state(state)
+    check_state(state)
     rows = checks.integer_between("rows", rows, 0, 2**32 + 1)
     cols = checks.integer_between("cols", cols, 0, 2**32 + 1)
     if not isinstance(offset, (tuple, list)):
@@ -246,7 +248,7 @@ def random_matrix(
         raise ValueError(
             f"offset must keep rows and columns within [0, 2**32), got {tuple(offset)} for a ({rows}, {cols}) matrix"
         )
-    _check_dtype(dtype)
+    check_dtype(dtype)
     scale, low = _check_law(law, scale, low)
     return _rows(state, range(row, row + rows), (col, col + cols), law, scale, low, dtype)
 
@@ -279,13 +281,14 @@ def _native_matrix(
     return out.to(dtype)
 
 
-class RandomFeedback(torch.nn.Module):
+class RandomFeedback(Carried):
     """A feedback matrix given by (seed, stream, step) and a law, generated where it is used.
 
-    The state is one int64 tensor (seed, stream, step) of 24 bytes, a non-persistent buffer: it follows the
-    module to a device, appears in no `state_dict` and is never a parameter. A tensor shape maps to the matrix as
-    (shape[0], flattened rest): a weight's (out, in * kh * kw), a DFA projection's (class, neuron), a noise's
-    (sample, unit).
+    The state is one int64 tensor (seed, stream, step) of 24 bytes, a non-persistent buffer: it follows the module by
+    value (`to_empty` included; from the meta device it comes back at step 0), appears in no `state_dict`, is never a
+    parameter, and has the module's seed and stream (`set_state` changes them; an average is undone). A tensor shape
+    maps to the matrix as (shape[0], flattened rest): a weight's (out, in * kh * kw), a DFA projection's (class,
+    neuron), a noise's (sample, unit).
 
     Args:
         seed: 64-bit integer. stream: integer in [0, 2**32), one per layer.
@@ -331,7 +334,7 @@ class RandomFeedback(torch.nn.Module):
         rows, cols = shape[0], math.prod(shape[1:])
         if max(rows, cols) > 2**32:
             raise ValueError(f"shape must be at most 2**32 rows and columns, got {shape}")
-        state = self.state if device is None else self.state.to(device)
+        state = self.verified() if device is None else self.verified().to(device)
         law = self.law, self.scale, self.low
         made = None
         if isinstance(offset, (tuple, list)):
@@ -344,7 +347,7 @@ class RandomFeedback(torch.nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The state that the constructor sets: step 0. After `to_empty`, which leaves it undefined."""
+        """The state that the constructor sets: step 0."""
         self.set_state(self.seed, self.stream, 0)
 
     @torch.no_grad()
@@ -353,6 +356,13 @@ class RandomFeedback(torch.nn.Module):
         words = [checks.whole_number(n, v) for n, v in (("seed", seed), ("stream", stream), ("step", step))]
         self.seed, self.stream, _ = words
         self.state.copy_(torch.tensor(words))
+
+    def known(self, name: str) -> Tensor:
+        return torch.tensor([self.seed, self.stream, 0], device="cpu")
+
+    def verified(self) -> Tensor:
+        """The state, for its use: looked at where something has written to it since the last time."""
+        return verified(self)
 
     @torch.no_grad()
     def advance(self, skipped: Tensor | None = None) -> None:
@@ -383,15 +393,3 @@ def _check_law(law: Any, scale: Any, low: Any) -> tuple[float, float | None]:
         if scale - low > torch.finfo(torch.float32).max:
             raise ValueError(f"low must be so near to scale={scale!r} that float32 holds their difference, got {low!r}")
     return scale, low
-
-
-def _check_dtype(dtype: Any) -> None:
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point dtype, got {checks.got(dtype)}")
-
-
-def _check_state(state: Any) -> None:
-    checks.integer("state", state, "seed, stream and step are expected")
-    checks.shape("state", state, (3,), "seed, stream, step")
-    if state.dtype != torch.int64:
-        raise TypeError(f"state must be int64, got {checks.dtype_of(state)}")

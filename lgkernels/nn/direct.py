@@ -112,7 +112,7 @@ class DirectFeedback(nn.Module):
         if isinstance(feedback, torch.Tensor) or self.impl != "auto":
             return None
         random, scale = feedback
-        return random.state, random.law, scale, random.low
+        return random.verified(), random.law, scale, random.low
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ..core import checks, constructors
+from ..core.carried import Carried
 from ..ops.feedback import autograd as _feedback
 from ..ops.feedback.options import Formula
 from ..random import VALUES_PER_CALL, Law, RandomFeedback
@@ -55,7 +55,7 @@ def _law_scale(scale: str | float, law: Law, number: float) -> float:
     return number * math.sqrt(3) if law.startswith("uniform") and scale != "inv_sqrt_fan_in" else number
 
 
-class FeedbackLayer(nn.Module):
+class FeedbackLayer(Carried):
     """What the layers share. Beside torch's own attributes a layer has its settings (:meth:`_set`), `feedback` (None or
     a RandomFeedback of 24 bytes), and `frozen_signs`. It is mixed into nn.Linear or nn.Conv2d, and `convert` puts a
     layer's class and rule on and off: so the rule is no part of the constructor."""
@@ -87,7 +87,7 @@ class FeedbackLayer(nn.Module):
         """The fields of Formula and the tensors of the layer's random values."""
         random = self.feedback
         for name, state in (
-            ("feedback", None if random is None else random.state),
+            ("feedback", None if random is None else random.verified()),
             ("frozen_signs", self.frozen_signs),
         ):
             if state is not None and state.device != self.weight.device:

@@ -11,6 +11,7 @@ from torch import nn
 from .. import functional as LF
 from ..core import checks, constructors
 from ..core.annotations import BlockOutput
+from ..core.carried import Carried
 from ..core.ops import class_indices
 from .local_loss import LocalHead
 
@@ -46,10 +47,10 @@ def _per_channel(name: str, value: float | Sequence[float], channels: int) -> to
         value = constructors.numbers(name, value, (1, channels), expected)
     else:
         checks.number(name, value, expected)
-    return torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)
+    return torch.as_tensor(value, dtype=torch.float32, device="cpu").reshape(-1, 1, 1)
 
 
-class InfoProUnit(LocalHead):
+class InfoProUnit(Carried, LocalHead):
     r"""A unit of InfoPro: keep what reconstructs the image, and what tells the class.
 
     .. math::
@@ -113,8 +114,10 @@ class InfoProUnit(LocalHead):
         self._last_reader: tuple[InfoProUnit | None] = (None,)
         self._image: torch.Tensor | None = None  # of the batch in training, where this is the first unit
         self._seen: Any = None  # a weak reference to it, for as long as the caller keeps the batch
-        self.register_buffer("mean", _per_channel("mean", mean, image_channels), persistent=False)
-        self.register_buffer("std", _std(std, image_channels), persistent=False)
+        statistics = {"mean": _per_channel("mean", mean, image_channels), "std": _std(std, image_channels)}
+        self._statistics = {name: value.tolist() for name, value in statistics.items()}
+        for name, value in statistics.items():
+            self.register_buffer(name, torch.tensor(value.tolist()), persistent=False)
         self.decoder = self.aux = None
         if weights[0]:
             self.decoder = nn.Sequential(
@@ -165,6 +168,9 @@ class InfoProUnit(LocalHead):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_image": None, "_seen": None}  # copies and files hold no batch
+
+    def known(self, name: str) -> torch.Tensor:
+        return torch.tensor(self._statistics[name], device="cpu")
 
     def checked(self, target: torch.Tensor) -> torch.Tensor:
         checks.integer("target", target)

@@ -49,7 +49,7 @@ def feedback_state(model: nn.Module) -> dict[str, Any]:
     feedback: dict[str, dict[str, Any]] = {}
     for name, holder in _holders(model).items():
         if isinstance(holder, RandomFeedback):
-            seed, stream, step = holder.state.tolist()
+            seed, stream, step = holder.verified().tolist()
             feedback[name] = dict(
                 seed=seed, stream=stream, step=step, law=holder.law, scale=holder.scale, low=holder.low
             )
@@ -103,7 +103,7 @@ def load_feedback_state(model: nn.Module, state: dict[str, Any] | None) -> None:
         if isinstance(holder, RandomFeedback):
             holder.set_state(got["seed"], got["stream"], got["step"])
         else:
-            holder.frozen_signs.copy_(got["frozen_signs"])
+            holder.frozen_signs = got["frozen_signs"].to(holder.weight.device, copy=True)  # may be on the meta device
 
 
 def _check_saved(name: str, holder: Any, got: dict[str, Any]) -> None:

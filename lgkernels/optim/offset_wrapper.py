@@ -16,9 +16,9 @@ __all__ = ["OffsetOptimizer"]
 class OffsetOptimizer(Offsets, torch.optim.Optimizer):
     """Any torch optimizer on ``local_scale * grad + offset_scale * offset``; the rest as :class:`OffsetSGD`.
 
-    ``step`` writes the modified gradient to ``p.grad`` and calls the optimizer's; other public attributes and methods
-    of the optimizer are reached through the wrapper, ``train()`` and ``eval()`` of a schedule-free one among them. The coefficients stand in
-    its ``param_groups``, where each group may have its own. Learning-rate schedules take it as any optimizer.
+    ``step`` writes the modified gradient to ``p.grad`` and calls the optimizer's. The coefficients stand in
+    its ``param_groups``, where each group may have its own. Learning-rate schedules take it as any optimizer. Other
+    public attributes are the optimizer's: ``train()`` and ``eval()`` of a schedule-free one, say.
 
     Args:
         optimizer (torch.optim.Optimizer): e.g. Adam, whose second moments then contain the offset. LBFGS: without line

@@ -16,7 +16,7 @@ _SOURCE = "a torch.Tensor or a lgkernels.random.RandomFeedback"
 def _source(name: str, value: Any, weight: Tensor) -> tuple[dict, dict]:
     """`(fields of Formula, keywords of the autograd entry)` of a tensor like weight or a RandomFeedback."""
     if isinstance(value, RandomFeedback):
-        checks.same_device(weight=weight, **{name: value.state})
+        checks.same_device(weight=weight, **{name: value.verified()})
         return dict(law=value.law, law_scale=value.scale, low=value.low), {"state": value.state}
     checks.tensor(name, value, _SOURCE)
     checks.floating(name, value)
@@ -64,7 +64,7 @@ def projection(
     columns = math.prod(shape)
     if isinstance(feedback, (RandomFeedback, Scaled)):
         random, scale = feedback if isinstance(feedback, Scaled) else (feedback, feedback.scale)
-        checks.same_device(**{name: value, "feedback": random.state})
+        checks.same_device(**{name: value, "feedback": random.verified()})
         return shape, columns, (None, (random.law, scale, random.low), random.state)
     checks.tensor("feedback", feedback, _SOURCE)
     checks.floating("feedback", feedback)
