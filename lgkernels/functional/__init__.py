@@ -4,6 +4,7 @@
 from types import ModuleType as _Module
 
 from .adapter import *
+from .equilibrium import *
 from .feedback import *
 from .forward_gradient import *
 from .lls import *

@@ -1,0 +1,125 @@
+"""Other ways to the error of an equilibrium: in continuous time, and by recurrent back-propagation."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..core import checks
+from ..core.ops import wide
+from ..ops.equilibrium import autograd as _entry
+from ..ops.equilibrium.activations import activity
+from ..ops.equilibrium.options import Phases, Settling
+from .equilibrium_arguments import activation_and_loss, holomorphic, layers, net_and_input, targets
+
+
+def continuous_ep_error(
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    target: Tensor,
+    *,
+    beta: float,
+    points: int,
+    plateaus: int,
+    steps: int,
+    activation: Literal["sigmoid", "dsilu"] = "sigmoid",
+    loss: Literal["cross_entropy", "mse"] = "cross_entropy",
+    impl: str = "auto",
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    r"""Mean state and error of a nudge that goes round and round, without a free phase.
+
+    Plateau i nudges with :math:`\beta_i = \beta e^{2 \pi i\, i / N}` for `steps` steps; each starts where the last one
+    ended, the first at zero.
+
+    .. math:: \bar u = \mathrm{Re} \frac1q \sum_i u_i, \qquad e = \mathrm{Re} \frac1q \sum_i \phi(u_i) / \beta_i
+
+    Args:
+        weights, x, target, loss, impl: as :func:`ep_settle`. activation (str): a holomorphic one.
+        beta (float): the circle's radius, greater than 0. points (int): N, plateaus of a period.
+        plateaus (int): q of them. steps (int): of each.
+
+    Returns:
+        (dict, dict): layer -> the mean u, which takes the free state's place in :func:`ep_gradients`, and layer -> e.
+
+    Raises: as :func:`ep_settle`.
+
+    Source: Laborieux & Zenke (ICLR 2024), section 3 (continuous-time estimate), and their code.
+
+    Example:
+        >>> import torch, lgkernels.functional as LF
+        >>> weights, x = {"in-out/kernel": torch.eye(2)}, torch.tensor([[0.5, 0.5]])
+        >>> u, e = LF.continuous_ep_error(weights, x, torch.tensor([0]), beta=0.1, points=4, plateaus=8, steps=5)
+        >>> e["out"]
+        tensor([[-0.5000,  0.5000]])
+    """
+    net = net_and_input("continuous_ep_error", weights, x)
+    activation_and_loss(activation, loss)
+    holomorphic("the nudge is complex", activation)
+    goal = targets(target, net, x, loss)
+    beta = checks.positive("beta", beta)
+    points = checks.positive_integer("points", points, 1025)
+    plateaus = checks.positive_integer("plateaus", plateaus, 2**20)
+    steps = checks.integer_between("steps", steps, 0, 2**31)
+    checks.impl(impl)
+    options = Settling(activation, loss, "synchronous", steps, None)
+    rows = [wide(x.detach()).new_zeros((2 * len(x), *shape)) for shape in net.shapes]
+    mean = [torch.zeros_like(v[: len(x)]) for v in rows]
+    e = [torch.zeros_like(v) for v in mean]
+    angles = torch.arange(points, dtype=torch.float64) * (2 * torch.pi / points)
+    circle = [(beta * re, beta * im) for re, im in zip(angles.cos().tolist(), angles.sin().tolist())]
+    for i in range(plateaus):
+        re, im = circle[i % points]
+        rows = _entry.settle(weights, net.found, x, rows, goal, Phases([re], [im], 0), options, impl)[0]
+        for layer, v in enumerate(rows):
+            u = torch.complex(v[: len(x)], v[len(x) :])
+            mean[layer] = mean[layer] + u.real / plateaus
+            e[layer] = e[layer] + (activity(u, activation) / complex(re, im)).real / plateaus
+    return dict(zip(net.found.names, mean)), dict(zip(net.found.names, e))
+
+
+def recurrent_backprop_error(
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    target: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    steps: int,
+    method: Literal["iteration", "neumann"] = "iteration",
+    activation: Literal["sigmoid", "dsilu", "hard_sigmoid", "clipped_relu"] = "sigmoid",
+    loss: Literal["cross_entropy", "mse"] = "cross_entropy",
+) -> dict[str, Tensor]:
+    r"""The true error of an equilibrium, by recurrent back-propagation.
+
+    .. math:: \delta \leftarrow \delta + J_u^T \delta + \partial L / \partial u, \qquad
+        \delta^* = -J_u^{-T} \partial L / \partial u
+
+    from 0, with J_u the Jacobian of F at the free state. ``method="neumann"`` adds the series' terms instead, which is
+    the same sum. Where the weights are symmetric, delta is the error of equilibrium propagation.
+
+    Args:
+        weights, x, target, activation, loss: as :func:`ep_settle`.
+        state (dict): the free state, layer -> u.
+        steps (int): iterations, or terms. method (str): see above.
+
+    Returns:
+        dict: layer -> delta, shaped as the state, not divided by B: an `error` of :func:`ep_gradients`.
+
+    Raises: as :func:`ep_settle`.
+
+    Source: Almeida (1987), Pineda (1987); as in the code of Laborieux & Zenke (ICLR 2024).
+
+    Example:
+        >>> import torch, lgkernels.functional as LF
+        >>> weights, x = {"in-out/kernel": torch.eye(2)}, torch.tensor([[0.5, 0.5]])
+        >>> state = LF.ep_settle(weights, x, steps=5)
+        >>> LF.recurrent_backprop_error(weights, x, torch.tensor([0]), state, steps=3)["out"]
+        tensor([[-0.5000,  0.5000]])
+    """
+    net = net_and_input("recurrent_backprop_error", weights, x)
+    activation_and_loss(activation, loss)
+    checks.choice("method", method, ("iteration", "neumann"))
+    free, goal = layers("state", state, net, x), targets(target, net, x, loss)
+    steps = checks.integer_between("steps", steps, 0, 2**31)
+    delta, _ = _entry.recurrent(weights, net.found, x, free, goal, steps, method, activation, loss)
+    return dict(zip(net.found.names, delta))

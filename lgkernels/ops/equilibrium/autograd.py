@@ -1,0 +1,248 @@
+"""Entries of the family equilibrium: the ops, called with what the dicts of the public functions hold.
+
+Settling and its errors have no graph. The homeostatic loss has its gradient, taken in the forward.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ...core.autograd import apply, first_order_only, settled_dtypes
+from ...core.ops import wide, without_autocast
+from ...random import random_matrix
+from . import op  # noqa: F401  registers the ops
+from .activations import activity, slope
+from .conv_homeostasis import probe_loss
+from .field import Arithmetic, Net, field, field_cotangent, field_tangent, force
+from .network import READOUT, Network
+from .options import Phases, Settling
+from .pool import pooled
+
+_ops = torch.ops.lgkernels
+
+
+def _flat(edges):
+    return [layer for edge in edges for layer in edge]
+
+
+def _bias(weights, key):
+    bias = weights.get(f"{key}/bias")
+    return None if bias is None else wide(bias)
+
+
+def net_of(weights, found: Network) -> Net:
+    """In the dtype that is computed in. A convolution's bias is inside of its pool, and 0 where there is none."""
+    kernels = [wide(weights[f"{found.key(e)}/kernel"]) for e in found.edges]
+    biases = []
+    for edge, kernel in zip(found.edges, kernels):
+        if found.conv and edge[0] < edge[1]:
+            bias = _bias(weights, found.key(edge))
+            biases.append(kernel.new_zeros(len(kernel)) if bias is None else bias)
+    readout = wide(weights[f"{READOUT}/kernel"]) if found.readout else None
+    return Net(kernels, biases, readout, _bias(weights, READOUT), _flat(found.edges), len(found.names))
+
+
+def drive_of(weights, found: Network, x):
+    """The constant part of the layers' input, of the first layer alone in a conv net."""
+    x = wide(x)
+    if found.conv:
+        key = f"in-{found.names[0]}"
+        padding = 0 if len(found.names) == 1 else 1
+        return [pooled(F.conv2d(x, wide(weights[f"{key}/kernel"]), _bias(weights, key), padding=padding))[0]]
+    drives = []
+    for layer, name in enumerate(found.names):
+        into = [f"in-{name}"] if layer in found.inputs else []
+        total = x @ wide(weights[f"{into[0]}/kernel"]) if into else None
+        for key in into + [found.key(e) for e in found.edges if e[1] == layer]:
+            bias = _bias(weights, key)
+            if bias is not None:
+                total = bias.expand(len(x), -1) if total is None else total + bias
+        if total is None:
+            width = next(weights[f"{found.key(e)}/kernel"].shape[1] for e in found.edges if e[1] == layer)
+            total = x.new_zeros(len(x), width)
+        drives.append(total.contiguous())
+    return drives
+
+
+def _settled(x):
+    """No graph, no autocast."""
+    return without_autocast(x.device)
+
+
+@torch.no_grad()
+def settle(weights, found, x, state, target, phases: Phases, options: Settling, impl):
+    """`(states in rows, steps, residual, orbit)`; state: rows as `phases` lays them out."""
+    with _settled(x):
+        drive, net = drive_of(weights, found, x), net_of(weights, found)
+        state = [v.contiguous() for v in state]
+        return _ops.equilibrium_settle(state, drive, *net, target, *phases, *options, impl)
+
+
+@torch.no_grad()
+def error(weights, found, x, state, target, beta, points, options, impl):
+    """`(e, residual)`."""
+    with _settled(x):
+        drive, net = drive_of(weights, found, x), net_of(weights, found)
+        state = [wide(v).contiguous() for v in state]
+        return _ops.equilibrium_error(state, drive, *net, target, beta, points, *options, impl)
+
+
+@torch.no_grad()
+def residual(weights, found, x, state, activation):
+    """(B,)"""
+    with _settled(x):
+        drive, net, state = drive_of(weights, found, x), net_of(weights, found), [wide(v) for v in state]
+        after = field(net, drive, [activity(v, activation) for v in state], None, "mse", Arithmetic())
+        return Arithmetic().squares([v - w for v, w in zip(after, state)])[0].sqrt()
+
+
+@torch.no_grad()
+def recurrent(weights, found, x, state, target, steps, method, activation, loss):
+    """`(delta, residual (B,))` of the recurrence delta <- D J^T delta + dL/du, D = phi', from 0."""
+    with _settled(x):
+        net, state = net_of(weights, found), [wide(v) for v in state]
+        r, d = [activity(v, activation) for v in state], [slope(v, activation) for v in state]
+        source = [torch.zeros_like(v) for v in state]
+        source[-1] = d[-1] * force(net, r[-1], target, loss)
+        total = term = [torch.zeros_like(v) for v in state]
+        moved = [torch.full_like(v, torch.inf) for v in state]
+        for step in range(steps):
+            if method == "neumann":
+                term = source if step == 0 else [a * b for a, b in zip(d, field_cotangent(net, r, term))]
+                total, moved = [a + b for a, b in zip(total, term)], term
+            else:
+                after = [s + a * b for s, a, b in zip(source, d, field_cotangent(net, r, total))]
+                total, moved = after, [a - b for a, b in zip(after, total)]
+        return total, Arithmetic().squares(moved)[0].sqrt()
+
+
+# -- the homeostatic loss ---------------------------------------------------------------------------------------------
+
+
+def _noise(eps, state, law, probe, samples, shapes):
+    """Of one probe: given, or rows probe * B + sample of the random matrix of `state`, one column a unit."""
+    if eps is not None:
+        return [wide(e[probe]) for e in eps]
+    made, first = [], 0
+    for shape in shapes:
+        n = shape.numel()
+        rows = random_matrix(state, samples, n, law, offset=(probe * samples, first))
+        made.append(rows.view(samples, *shape))
+        first += n
+    return made
+
+
+def _keep(ctx, grads, tensors):
+    """The gradients, and the tensors themselves, which a second derivative meets."""
+    ctx.save_for_backward(*grads, *tensors)
+
+
+def _scaled(ctx, grad):
+    count = len(ctx.saved_tensors) // 2
+    grads, tensors = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    made = [(grad * g).to(t.dtype) for g, t in zip(grads, tensors)]
+    return tuple(first_order_only("homeostatic_loss", g, *tensors, grad) for g in made)
+
+
+class _Homeostasis(torch.autograd.Function):
+    """Of a dense net."""
+
+    @staticmethod
+    @settled_dtypes
+    def forward(ctx, first, eps, noise, sizes, edges, estimator, impl, *kernels):
+        given = [wide(w).contiguous() for w in kernels]
+        if estimator == "exact":
+            rows = []
+        elif eps is not None:
+            rows = [wide(e).flatten(0, 1).contiguous() for e in eps]
+        else:
+            (state, law), (probes, samples) = noise
+            shapes = [torch.Size((n,)) for n in sizes]
+            made = _noise(None, state, law, 0, probes * samples, shapes)
+            rows = [e.to(given[0].dtype) for e in made]
+        loss, grads = _ops.equilibrium_homeostasis(given, rows, edges, sizes, estimator, impl)
+        _keep(ctx, grads, kernels)
+        return loss
+
+    @staticmethod
+    @settled_dtypes
+    def backward(ctx, grad):
+        return (None,) * 7 + _scaled(ctx, grad)
+
+
+class _ConvHomeostasis(torch.autograd.Function):
+    """Of a conv net: probe after probe, each with a graph of its own, which is gone when the next one comes."""
+
+    @staticmethod
+    @settled_dtypes
+    def forward(ctx, first, eps, noise, activities, make, estimator, *tensors):
+        leaves = [wide(t).detach().requires_grad_() for t in tensors]
+        activities = [wide(r) for r in activities]
+        samples, shapes = len(activities[0]), [r.shape[1:] for r in activities]
+        probes = 1 if estimator == "exact" else len(eps[0]) if eps is not None else noise[1][0]
+        total, grads = 0.0, [torch.zeros_like(leaf) for leaf in leaves]
+        for probe in range(probes):
+            e = None
+            if estimator != "exact":
+                e = _noise(eps, *(noise[0] if noise else (None, None)), probe, samples, shapes)
+                e = [v.to(leaves[0].dtype) for v in e]
+            with torch.enable_grad():
+                loss = probe_loss(make(leaves), activities, e, estimator) / probes
+            made = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            total, grads = total + loss.detach(), [a + b for a, b in zip(grads, made)]
+        _keep(ctx, grads, tensors)
+        return total
+
+    @staticmethod
+    @settled_dtypes
+    def backward(ctx, grad):
+        return (None,) * 6 + _scaled(ctx, grad)
+
+
+def homeostasis(weights, found: Network, activities, eps, noise, estimator, impl):
+    """noise: `((state, law), (probes, B))`, or None where there is `eps`."""
+    keys = [f"{found.key(e)}/kernel" for e in found.edges]
+    if not keys:  # nothing is recurrent: J = -1
+        first = next(iter(weights.values()))
+        return wide(first).sum() * 0
+    if not found.conv:
+        sizes = [r.shape[1] for r in activities]
+        kernels = [weights[key] for key in keys]
+        edges = _flat(found.edges)
+        return apply(
+            _Homeostasis, "homeostatic_loss", kernels[0].detach(), eps, noise, sizes, edges, estimator, impl, *kernels
+        )
+    ups = [found.key(e) for e in found.edges if e[0] < e[1]]
+    biases = [f"{key}/bias" for key in ups if f"{key}/bias" in weights]
+    tensors = [weights[key] for key in (*keys, *biases)]
+
+    def make(leaves):
+        named = dict(zip((*keys, *biases), leaves))
+        return net_of(named, found._replace(readout=False))
+
+    return apply(
+        _ConvHomeostasis, "homeostatic_loss", tensors[0].detach(), eps, noise, activities, make, estimator, *tensors
+    )
+
+
+@torch.no_grad()
+def symmetry(weights, found: Network, activities, eps, noise):
+    """(B,): |S| / (|S| + |A|) of the Jacobian."""
+    r = [wide(v) for v in activities]
+    with without_autocast(r[0].device):
+        net, samples = net_of(weights, found._replace(readout=False)), len(r[0])
+        if not found.conv:
+            kernels = dict(zip(found.edges, net.weights))
+            units = sum(v.shape[1] for v in r)
+            square = units + sum(w.square().sum() for w in kernels.values())
+            trace = units + sum((w * kernels[e[::-1]].t()).sum() for e, w in kernels.items() if e[::-1] in kernels)
+        else:
+            square, trace = r[0].new_zeros(samples), r[0].new_zeros(samples)
+            for probe in range(noise[1][0] if eps is None else len(eps[0])):
+                e = _noise(eps, *(noise[0] if noise else (None, None)), probe, samples, [v.shape[1:] for v in r])
+                e = [v.to(r[0].dtype) for v in e]
+                v = [a - b for a, b in zip(field_tangent(net, r, e), e)]
+                w = [a - b for a, b in zip(field_cotangent(net, r, e), e)]
+                square = square + Arithmetic().squares(v)[0]
+                trace = trace + sum((a * b).flatten(1).sum(1) for a, b in zip(v, w))
+        s, a = ((square + trace).clamp(min=0) / 2).sqrt(), ((square - trace).clamp(min=0) / 2).sqrt()
+        return (s / (s + a)).expand(samples).clone()

@@ -1,0 +1,62 @@
+"""The options of the family equilibrium as values; flat in the ops' schemas."""
+
+from cmath import exp, pi
+from typing import NamedTuple
+
+ACTIVATIONS = ("sigmoid", "dsilu", "hard_sigmoid", "clipped_relu")
+HOLOMORPHIC = ("sigmoid", "dsilu")
+LOSSES = ("cross_entropy", "mse")
+SCHEDULES = ("synchronous", "asynchronous")
+ESTIMATORS = ("paper", "symmetric", "exact")
+
+
+class Phases(NamedTuple):
+    """The nudges that settle side by side.
+
+    The rows of a state are, of B samples, [phase][B] for the `real_phases` first ones, whose beta has no imaginary
+    part, and [phase][Re, Im][B] for the others. beta_real, beta_imag: one number a phase.
+    """
+
+    beta_real: list[float]
+    beta_imag: list[float]
+    real_phases: int
+
+    @property
+    def count(self) -> int:
+        return len(self.beta_real)
+
+    @property
+    def rows(self) -> int:
+        """Rows a sample."""
+        return 2 * self.count - self.real_phases
+
+    @property
+    def betas(self) -> list[complex]:
+        return [complex(re, im) for re, im in zip(self.beta_real, self.beta_imag)]
+
+
+class Settling(NamedTuple):
+    """How the states move. tolerance: stop once every sample moves less than this, or is on an orbit of two steps."""
+
+    activation: str
+    loss: str
+    schedule: str
+    steps: int
+    tolerance: float | None
+
+
+def one_phase(beta: complex) -> Phases:
+    """A phase by itself: complex where its beta is of type complex."""
+    return Phases([beta.real], [beta.imag], 0 if isinstance(beta, complex) else 1)
+
+
+def circle(beta: float, points: int) -> Phases:
+    """The phases beta exp(2 pi i k / N) that have to run: with conjugate states at conjugate betas, those of the upper
+    half; +beta, then -beta where N is even, are real."""
+    angles = [exp(2j * pi * k / points) for k in range(1, (points - 1) // 2 + 1)]
+    real = [1.0, -1.0] if points % 2 == 0 else [1.0]
+    return Phases(
+        [beta * b for b in real] + [beta * a.real for a in angles],
+        [0.0] * len(real) + [beta * a.imag for a in angles],
+        len(real),
+    )
