@@ -17,7 +17,7 @@ class Golden:
         with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
             self.data = {key: np.array(file[key]) for key in file.files}
         self.name, self.dtype, self.conv = name, dtype, name == CONV
-        self.meta = eval(str(self.data.pop("meta")))  # noqa: S307  a repr in our own file
+        self.meta = eval(str(self.data.pop("meta")))
         self.activation = self.meta["act"]
         self.weights = self.group("params")
         self.x, self.y = self["x"], self["y"].to(dtype)
@@ -50,7 +50,7 @@ def golden(name, dtype=torch.float64):
 
 def close(name, got, expected, tolerance=TOLERANCE, scale=None):
     """Dicts of tensors, by the largest entry of each."""
-    assert list(sorted(got)) == list(sorted(expected)), name
+    assert sorted(got) == sorted(expected), name
     for key, value in expected.items():
         assert got[key].shape == value.shape, (name, key, got[key].shape)
         size = max(value.abs().max().item(), 0 if scale is None else scale.get(key, 0))

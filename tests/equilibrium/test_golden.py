@@ -9,6 +9,7 @@ import lgkernels.functional as LF
 from tests.equilibrium.common import CONV, DENSE, FOLDER, TOLERANCE, close, golden
 
 NETS = (*DENSE, CONV)
+PARTS = ("kernel", "bias")
 
 
 @pytest.fixture(params=NETS)
@@ -118,9 +119,6 @@ def test_homeostatic_loss(data):
     close("homeo_grad", grads, data.group("homeo_grad"), scale={k: max(v, 1e-3) for k, v in largest.items()})
 
 
-PARTS = ("kernel", "bias")
-
-
 @pytest.mark.parametrize("name", DENSE)
 def test_exact_homeostatic_loss(name):
     data = golden(name)
@@ -158,4 +156,6 @@ def test_float32(name, impl):
     for points in points_of(data):
         nudged = dict(beta=data.meta["beta"], points=points, steps=data.meta["T2"], **own)
         e = LF.holomorphic_ep_error(single.weights, single.x, single.y, single.group("u_free"), **nudged)
-        close(f"du_dbeta_N{points}", e, data.group(f"du_dbeta_N{points}"), 1e-4)
+        expected = data.group(f"du_dbeta_N{points}")
+        largest = max(v.abs().max().item() for v in expected.values())  # 1/beta enlarges the rounding of all layers
+        close(f"du_dbeta_N{points}", e, expected, 1e-4, dict.fromkeys(expected, largest))
