@@ -44,7 +44,14 @@ def is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def flat(outputs: Any) -> tuple:
+    """The outputs of a function: those of tuples and dicts, one after the other."""
+    if isinstance(outputs, dict):
+        outputs = tuple(outputs.values())
+    return tuple(v for out in outputs for v in flat(out)) if isinstance(outputs, tuple) else (outputs,)
+
+
 def weighted(outputs: Any) -> torch.Tensor:
     """A number in which every element of the (float) outputs has a weight of its own."""
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return sum((out * torch.arange(1.0, out.numel() + 1).view(out.shape)).sum() for out in outputs if is_float(out))
+    parts = (o * torch.arange(1.0, o.numel() + 1).view(o.shape) for o in flat(outputs) if is_float(o))
+    return sum(part.sum() for part in parts)
