@@ -18,6 +18,7 @@ from .equilibrium_arguments import (
     holomorphic,
     layers,
     net_and_input,
+    refuse_compiled,
     targets,
 )
 from .equilibrium_errors import continuous_ep_error, recurrent_backprop_error
@@ -137,12 +138,22 @@ def ep_settle_report(
         >>> steps, residual
         (tensor([2]), tensor([0.]))
     """
+    refuse_compiled("ep_settle_report")
     words = activation, loss, schedule
     return _settle("ep_settle_report", weights, x, state, target, steps, beta, words, tolerance, impl)
 
 
 def _settle(
-    name, weights, x, state, target, steps, beta, words, tolerance, impl
+    name: str,
+    weights: Any,
+    x: Any,
+    state: Any,
+    target: Any,
+    steps: Any,
+    beta: Any,
+    words: tuple[Any, Any, Any],
+    tolerance: Any,
+    impl: Any,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     activation, loss, schedule = words
     net = net_and_input(name, weights, x)
@@ -242,8 +253,8 @@ def holomorphic_ep_error(
         >>> import torch, lgkernels.functional as LF
         >>> weights, x = {"in-out/kernel": torch.eye(2)}, torch.tensor([[0.5, 0.5]])
         >>> state = LF.ep_settle(weights, x, steps=5)
-        >>> e = LF.holomorphic_ep_error(weights, x, torch.tensor([0]), state, beta=0.1, points=2, steps=5)
-        >>> e["out"]  # (softmax - one-hot) phi' = (-0.5, 0.5) 1, but for terms of order beta^2
+        >>> e = LF.holomorphic_ep_error(weights, x, torch.tensor([0]), state, beta=0.1, points=4, steps=5)
+        >>> e["out"]  # (softmax - one-hot) phi' = (-0.5, 0.5) 1, but for terms of order beta^4
         tensor([[-0.5000,  0.5000]])
     """
     net = net_and_input("holomorphic_ep_error", weights, x)

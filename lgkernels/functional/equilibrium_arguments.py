@@ -23,6 +23,12 @@ class Checked(NamedTuple):
     units: int
 
 
+def refuse_compiled(name: str) -> None:
+    """Of what watches a net, or loops in Python: not for a graph."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(f"{name} does not support torch.compile: call it outside of what is compiled")
+
+
 def net_and_input(name: str, weights: Any, x: Any) -> Checked:
     refuse_transforms(name)
     found = network(weights)
@@ -67,9 +73,8 @@ def layers(
         got = f"a {type(values).__name__} {list(values)}"
         raise ValueError(f"{name} must have the layers {', '.join(names)}, got {got}")
     for layer, shape in zip(names, net.shapes):
-        value, kinds = values[layer], checks.FLOATING
-        if imaginary:
-            kinds = (*kinds, torch.complex64, torch.complex128)
+        value = values[layer]
+        kinds = (*checks.FLOATING, torch.complex64, torch.complex128) if imaginary else checks.FLOATING
         checks.floating(name, value, kinds)
         checks.shape(name, value, (*lead, len(x), *shape), f"{layer} of {len(x)} samples")
         if (value.dtype in (torch.float64, torch.complex128)) != (x.dtype == torch.float64):

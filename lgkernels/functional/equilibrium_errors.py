@@ -11,7 +11,7 @@ from ..core.ops import wide
 from ..ops.equilibrium import autograd as _entry
 from ..ops.equilibrium.activations import activity
 from ..ops.equilibrium.options import Phases, Settling
-from .equilibrium_arguments import activation_and_loss, holomorphic, layers, net_and_input, targets
+from .equilibrium_arguments import activation_and_loss, holomorphic, layers, net_and_input, refuse_compiled, targets
 
 
 def continuous_ep_error(
@@ -53,6 +53,7 @@ def continuous_ep_error(
         >>> e["out"]
         tensor([[-0.5000,  0.5000]])
     """
+    refuse_compiled("continuous_ep_error")
     net = net_and_input("continuous_ep_error", weights, x)
     activation_and_loss(activation, loss)
     holomorphic("the nudge is complex", activation)
@@ -116,6 +117,7 @@ def recurrent_backprop_error(
         >>> LF.recurrent_backprop_error(weights, x, torch.tensor([0]), state, steps=3)["out"]
         tensor([[-0.5000,  0.5000]])
     """
+    refuse_compiled("recurrent_backprop_error")
     net = net_and_input("recurrent_backprop_error", weights, x)
     activation_and_loss(activation, loss)
     checks.choice("method", method, ("iteration", "neumann"))

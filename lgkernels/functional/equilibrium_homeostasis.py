@@ -14,7 +14,7 @@ from ..ops.equilibrium.network import Network, network, widths
 from ..ops.equilibrium.options import ESTIMATORS
 from ..ops.equilibrium.pool import pooled
 from ..random import RandomFeedback
-from .equilibrium_arguments import Checked, layers
+from .equilibrium_arguments import Checked, layers, refuse_compiled
 
 
 def _activities(weights: Any, activities: Any) -> tuple[Network, list[Tensor]]:
@@ -55,22 +55,24 @@ def _probes(eps: Any, noise: Any, probes: Any, found: Network, r: list[Tensor]) 
     if eps is not None:
         if not isinstance(eps, Mapping):
             raise TypeError(f"eps must be a dict of tensors by layer, got {type(eps).__name__}")
-        if noise is not None:
-            raise ValueError(f"noise must be None where eps is given, got {type(noise).__name__}")
         first = next(iter(eps.values()), None)
         lead = (len(first),) if isinstance(first, Tensor) and first.dim() and len(first) else (probes,)
         shapes = [tuple(v.shape[1:]) for v in r]
-        return [e.detach() for e in layers("eps", eps, Checked(found, shapes, 0, 0), r[0], lead)], None
+        given = layers("eps", eps, Checked(found, shapes, 0, 0), r[0], lead)
+        if noise is not None:
+            raise ValueError(f"noise must be None where eps is given, got {type(noise).__name__}")
+        return [e.detach() for e in given], None
     if noise is None:
         seed = torch.randint(2**62, (1,), device=r[0].device)
         state, law = torch.cat((seed, torch.zeros_like(seed), torch.zeros_like(seed))), "normal"
     else:
         if not isinstance(noise, RandomFeedback):
             raise TypeError(f"noise must be a RandomFeedback, got {type(noise).__name__}")
-        if noise.law not in ("normal", "sign") or noise.scale != 1:
-            raise ValueError(f"noise must be of variance 1, normal or sign of scale 1, got {noise}")
+        if noise.low is not None:
+            raise ValueError(f"noise must have mean 0, so no low, got low={noise.low}")
         checks.same_device(activities=r[0], noise=noise.state)
         state, law = noise.state, noise.law
+    # the law at scale 1, whatever the feedback's scale, and divided by its standard deviation when it is made
     return None, ((state, law), (probes, len(r[0])))
 
 
@@ -100,9 +102,9 @@ def homeostatic_loss(
             ``"exact"``: the right side, without noise; for a conv net by the products of its kernels.
         probes (int): K, where `eps` is not given.
         eps (dict, optional): layer -> (K, B, *), the noise.
-        noise (RandomFeedback, optional): of law normal (or sign) and scale 1: probe k of sample b is row k * B + b, one
-            column a unit in the layers' order; it is made when it is used, and never stored. None: of a seed from
-            torch's generator.
+        noise (RandomFeedback, optional): probe k of sample b is row k * B + b, one column a unit in the layers' order,
+            divided by the standard deviation of its law, which has no `low`. It is made when it is used, and never
+            stored. None: of law normal, with a seed from torch's generator.
         impl (str): ``"auto"`` or a backend.
 
     Returns:
@@ -157,6 +159,7 @@ def jacobian_symmetry(
         tensor([1.])
     """
     refuse_transforms("jacobian_symmetry")
+    refuse_compiled("jacobian_symmetry")
     found, r = _activities(weights, activities)
     eps_, noise_ = _probes(eps, noise, probes, found, r)
     return _entry.symmetry(weights, found, [v.detach() for v in r], eps_, noise_)
@@ -184,6 +187,7 @@ def weight_angle(weights: Mapping[str, Tensor]) -> Tensor:
         tensor(0.)
     """
     refuse_transforms("weight_angle")
+    refuse_compiled("weight_angle")
     found = network(weights)
     widths(found, weights)
     with torch.no_grad():

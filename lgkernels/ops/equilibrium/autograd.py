@@ -18,6 +18,7 @@ from .options import Phases, Settling
 from .pool import pooled
 
 _ops = torch.ops.lgkernels
+_DEVIATION = {"uniform": 3**-0.5, "uniform8": ((1 - 2.0**-16) / 3) ** 0.5}
 
 
 def _flat(edges):
@@ -126,6 +127,7 @@ def _noise(eps, state, law, probe, samples, shapes):
     for shape in shapes:
         n = shape.numel()
         rows = random_matrix(state, samples, n, law, offset=(probe * samples, first))
+        rows = rows / _DEVIATION.get(law, 1.0)
         made.append(rows.view(samples, *shape))
         first += n
     return made
@@ -144,29 +146,23 @@ def _scaled(ctx, grad):
 
 
 class _Homeostasis(torch.autograd.Function):
-    """Of a dense net."""
+    """Of a dense net. tensors: the kernels, then the noise of each layer."""
 
     @staticmethod
-    @settled_dtypes
-    def forward(ctx, first, eps, noise, sizes, edges, estimator, impl, *kernels):
+    def forward(ctx, sizes, edges, estimator, impl, *tensors):
+        kernels = tensors[: len(edges) // 2]
         given = [wide(w).contiguous() for w in kernels]
-        if estimator == "exact":
-            rows = []
-        elif eps is not None:
-            rows = [wide(e).flatten(0, 1).contiguous() for e in eps]
-        else:
-            (state, law), (probes, samples) = noise
-            shapes = [torch.Size((n,)) for n in sizes]
-            made = _noise(None, state, law, 0, probes * samples, shapes)
-            rows = [e.to(given[0].dtype) for e in made]
-        loss, grads = _ops.equilibrium_homeostasis(given, rows, edges, sizes, estimator, impl)
+        loss, grads = _ops.equilibrium_homeostasis(
+            given, list(tensors[len(kernels) :]), list(edges), list(sizes), estimator, impl
+        )
         _keep(ctx, grads, kernels)
+        ctx.noise = len(tensors) - len(kernels)
         return loss
 
     @staticmethod
     @settled_dtypes
     def backward(ctx, grad):
-        return (None,) * 7 + _scaled(ctx, grad)
+        return (None,) * 4 + _scaled(ctx, grad) + (None,) * ctx.noise
 
 
 class _ConvHomeostasis(torch.autograd.Function):
@@ -205,12 +201,17 @@ def homeostasis(weights, found: Network, activities, eps, noise, estimator, impl
         first = next(iter(weights.values()))
         return wide(first).sum() * 0
     if not found.conv:
-        sizes = [r.shape[1] for r in activities]
+        sizes = tuple(r.shape[1] for r in activities)
         kernels = [weights[key] for key in keys]
-        edges = _flat(found.edges)
-        return apply(
-            _Homeostasis, "homeostatic_loss", kernels[0].detach(), eps, noise, sizes, edges, estimator, impl, *kernels
-        )
+        rows: list = []
+        if estimator != "exact" and eps is not None:
+            rows = [wide(e).flatten(0, 1).contiguous() for e in eps]
+        elif estimator != "exact":
+            (state, law), (probes, samples) = noise
+            rows = _noise(None, state, law, 0, probes * samples, [r.shape[1:] for r in activities])
+            rows = [e.to(wide(kernels[0]).dtype) for e in rows]
+        edges = tuple(_flat(found.edges))
+        return apply(_Homeostasis, "homeostatic_loss", sizes, edges, estimator, impl, *kernels, *rows)
     ups = [found.key(e) for e in found.edges if e[0] < e[1]]
     biases = [f"{key}/bias" for key in ups if f"{key}/bias" in weights]
     tensors = [weights[key] for key in (*keys, *biases)]
@@ -232,17 +233,19 @@ def symmetry(weights, found: Network, activities, eps, noise):
         net, samples = net_of(weights, found._replace(readout=False)), len(r[0])
         if not found.conv:
             kernels = dict(zip(found.edges, net.weights))
-            units = sum(v.shape[1] for v in r)
-            square = units + sum(w.square().sum() for w in kernels.values())
-            trace = units + sum((w * kernels[e[::-1]].t()).sum() for e, w in kernels.items() if e[::-1] in kernels)
+            square = trace = r[0].new_full((samples,), sum(v.shape[1] for v in r))
+            for edge, w in kernels.items():
+                square = square + w.square().sum()
+                trace = trace + (w * kernels[edge[::-1]].t()).sum() if edge[::-1] in kernels else trace
         else:
             square, trace = r[0].new_zeros(samples), r[0].new_zeros(samples)
             for probe in range(noise[1][0] if eps is None else len(eps[0])):
-                e = _noise(eps, *(noise[0] if noise else (None, None)), probe, samples, [v.shape[1:] for v in r])
+                state, law = noise[0] if noise else (None, None)
+                e = _noise(eps, state, law, probe, samples, [v.shape[1:] for v in r])
                 e = [v.to(r[0].dtype) for v in e]
-                v = [a - b for a, b in zip(field_tangent(net, r, e), e)]
-                w = [a - b for a, b in zip(field_cotangent(net, r, e), e)]
-                square = square + Arithmetic().squares(v)[0]
-                trace = trace + sum((a * b).flatten(1).sum(1) for a, b in zip(v, w))
+                forward = [a - b for a, b in zip(field_tangent(net, r, e), e)]
+                back = [a - b for a, b in zip(field_cotangent(net, r, e), e)]
+                square = square + Arithmetic().squares(forward)[0]
+                trace = trace + sum((a * b).flatten(1).sum(1) for a, b in zip(forward, back))
         s, a = ((square + trace).clamp(min=0) / 2).sqrt(), ((square - trace).clamp(min=0) / 2).sqrt()
-        return (s / (s + a)).expand(samples).clone()
+        return s / (s + a)

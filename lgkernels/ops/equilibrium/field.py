@@ -73,7 +73,7 @@ class Packed(Arithmetic):
 
     def __init__(self, phases: Phases, samples: int, like: Tensor):
         self.samples, self.phases = samples, phases
-        self.real, self.rest = phases.real_phases, phases.count - phases.real_phases
+        self.real, self.rest = phases.real_phases, phases.many - phases.real_phases
         self.split = self.real * samples
         kind = torch.complex128 if like.dtype == torch.float64 else torch.complex64
         self.betas = (

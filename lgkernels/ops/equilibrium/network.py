@@ -126,7 +126,8 @@ def state_shapes(net: Network, sizes: list[int], image: tuple[int, ...]) -> list
     """Of each layer's state without the batch; `image`: the sizes of the input without batch and channels."""
     if not net.conv:
         return [(n,) for n in sizes[1:]]
-    shapes, (height, width) = [], image
+    shapes: list[tuple[int, ...]] = []
+    height, width = image
     for layer, channels in enumerate(sizes[1:]):
         less = 2 if layer == len(net.names) - 1 else 0
         height, width = (height - less) // 2, (width - less) // 2

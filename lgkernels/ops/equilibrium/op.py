@@ -85,17 +85,17 @@ def _samples(drive):
 
 
 def _check_settle(state, drive, net, target, phases, options):
-    if len(phases.beta_imag) != phases.count or not 0 <= phases.real_phases <= phases.count or not phases.count:
+    if len(phases.beta_imag) != phases.many or not 0 <= phases.real_phases <= phases.many or not phases.many:
         raise ValueError(f"beta_imag must have a number for each of beta_real, got {len(phases.beta_imag)}")
     _check_net(state, drive, net, target, phases.rows, options)
-    if phases.real_phases < phases.count:
+    if phases.real_phases < phases.many:
         checks.choice("activation", options.activation, HOLOMORPHIC)
     if target is None and any(beta for beta in phases.betas):
         raise ValueError("target must be given where beta is not 0, got None")
 
 
 def _settle_fake(state, drive, net, target, phases, options):
-    report = _report(state[0], phases.count, _samples(drive))
+    report = _report(state[0], phases.many, _samples(drive))
     return [torch.empty_like(v) for v in state], report.long(), report, report.clone()
 
 
@@ -122,7 +122,7 @@ def _check_error(state, drive, net, target, beta, points, options):
 
 
 def _error_fake(state, drive, net, target, beta, points, options):
-    phases = circle(beta, points).count if points else 1
+    phases = circle(beta, points).many if points else 1
     return [torch.empty_like(v) for v in state], _report(state[0], phases, _samples(drive))
 
 

@@ -22,13 +22,13 @@ class Phases(NamedTuple):
     real_phases: int
 
     @property
-    def count(self) -> int:
+    def many(self) -> int:
         return len(self.beta_real)
 
     @property
     def rows(self) -> int:
         """Rows a sample."""
-        return 2 * self.count - self.real_phases
+        return 2 * self.many - self.real_phases
 
     @property
     def betas(self) -> list[complex]:
@@ -47,7 +47,7 @@ class Settling(NamedTuple):
 
 def one_phase(beta: complex) -> Phases:
     """A phase by itself: complex where its beta is of type complex."""
-    return Phases([beta.real], [beta.imag], 0 if isinstance(beta, complex) else 1)
+    return Phases([beta.real], [beta.imag], 0) if isinstance(beta, complex) else Phases([beta], [0.0], 1)
 
 
 def circle(beta: float, points: int) -> Phases:
