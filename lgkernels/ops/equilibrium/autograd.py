@@ -123,14 +123,9 @@ def _noise(eps, state, law, probe, samples, shapes):
     """Of one probe: given, or rows probe * B + sample of the random matrix of `state`, one column a unit."""
     if eps is not None:
         return [wide(e[probe]) for e in eps]
-    made, first = [], 0
-    for shape in shapes:
-        n = shape.numel()
-        rows = random_matrix(state, samples, n, law, offset=(probe * samples, first))
-        rows = rows / _DEVIATION.get(law, 1.0)
-        made.append(rows.view(samples, *shape))
-        first += n
-    return made
+    widths = [shape.numel() for shape in shapes]
+    made = random_matrix(state, samples, sum(widths), law, offset=(probe * samples, 0)) / _DEVIATION.get(law, 1.0)
+    return [part.reshape(samples, *shape) for part, shape in zip(made.split(widths, 1), shapes)]
 
 
 def _keep(ctx, grads, tensors):
@@ -209,7 +204,7 @@ def homeostasis(weights, found: Network, activities, eps, noise, estimator, impl
         elif estimator != "exact":
             (state, law), (probes, samples) = noise
             rows = _noise(None, state, law, 0, probes * samples, [r.shape[1:] for r in activities])
-            rows = [e.to(wide(kernels[0]).dtype) for e in rows]
+            rows = [e.to(wide(kernels[0]).dtype).contiguous() for e in rows]
         edges = tuple(_flat(found.edges))
         return apply(_Homeostasis, "homeostatic_loss", sizes, edges, estimator, impl, *kernels, *rows)
     ups = [found.key(e) for e in found.edges if e[0] < e[1]]
