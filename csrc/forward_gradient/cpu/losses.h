@@ -10,6 +10,7 @@ constexpr int64_t kPatches = 64;       // whose sum is one piece of work
 constexpr int64_t kColumns = 512;      // channels of such a piece
 constexpr int64_t kNormalized = 2048;  // the same with a norm in front
 constexpr int64_t kRead = 4096;        // elements that are read together
+constexpr int64_t kAhead = 1024;       // floats between what is read and what is asked for
 
 inline int64_t elements(const FeatureShape& s) { return s.samples * s.patches * s.groups * s.channels; }
 
@@ -18,7 +19,12 @@ template <class T>
 inline void add_patches(const T* x, int64_t patches, int64_t stride, int64_t count, float* acc) {
   column_sums<1>(
       patches, count,
-      [&](int64_t p, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA { t[0] = load_some(x + p * stride + j, n); }, &acc);
+      [&](int64_t p, int64_t j, int64_t n, vf* t) LGK_INLINE_LAMBDA {
+        const T* from = x + p * stride + j;
+        if (j % (64 / sizeof(T)) == 0) ask_for(from, 1, kRowsAdded * stride);
+        t[0] = load_some(from, n);
+      },
+      &acc);
 }
 
 // acc (groups, channels) += LN of each of the `rows` rows of x, whose groups follow one another
@@ -27,6 +33,7 @@ inline void add_normalized(const float* x, int64_t rows, int64_t groups, int64_t
   for (int64_t i = 0; i < rows; i += V) {
     const int64_t count = smaller(V, rows - i);
     const float* some = x + i * channels;
+    ask_for(some, count * channels, kAhead);
     LaneMoments m;
     row_moments<false>(some, nullptr, count, channels, kEps, &m);
     for (int64_t r = 0; r < count; ++r, group = group + 1 == groups ? 0 : group + 1)
@@ -192,6 +199,8 @@ inline int tangent(const FeatureShape& s, const Array& x, const Array& x_tangent
                          const float added = head ? head[sample] : 0.f;
                          for (int64_t i = 0; i < count; i += V) {
                            const int64_t some = smaller(V, count - i);
+                           ask_for(v + i * c, some * c, kAhead);
+                           if (z) ask_for(z + i * c, some * c, kAhead);
                            const TeachRows t(teach_of_sample, row + i, s.groups, c);
                            const vf dots = z ? norm_tangents(z + i * c, v + i * c, t, some, c)
                                              : plain_tangents(v + i * c, t, some, c);
@@ -238,6 +247,7 @@ inline int cotangent(const FeatureShape& s, const Array& x, const float* grad, c
                            const int64_t some = smaller(V, count - i);
                            const TeachRows t(teach_of_sample, row + i, s.groups, c);
                            LaneMoments m;
+                           if (z) ask_for(z + i * c, some * c, kAhead);
                            if (z) teach_moments(z + i * c, t, some, c, &m);
                            for (int64_t k = 0; k < some; ++k) {
                              const float scale = grad[start + i + k] * share;
