@@ -126,15 +126,20 @@ LGK_INLINE void column_sums(int64_t rows, int64_t width, const Term& term, float
     const int64_t count = smaller(kRowsAdded, rows - row);
     for (int64_t j = 0; j < width; j += V) {
       vf t[K], total[K] = {};
-      if (count == kRowsAdded && j + V <= width) {
-#pragma GCC unroll 8
-        for (int r = 0; r < kRowsAdded; ++r) {
+      if (j + V > width) {
+        for (int64_t r = 0; r < count; ++r) {
+          term(row + r, j, width - j, t);
+          for (int k = 0; k < K; ++k) total[k] += t[k];
+        }
+      } else if (count < kRowsAdded) {
+        for (int64_t r = 0; r < count; ++r) {
           term(row + r, j, int64_t{V}, t);
           for (int k = 0; k < K; ++k) total[k] += t[k];
         }
       } else {
-        for (int64_t r = 0; r < count; ++r) {
-          term(row + r, j, smaller(V, width - j), t);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRowsAdded; ++r) {
+          term(row + r, j, int64_t{V}, t);
           for (int k = 0; k < K; ++k) total[k] += t[k];
         }
       }

@@ -40,11 +40,20 @@ def pooled(x, layer_norm):
     return out
 
 
+def _logits(pooled, weight, bias):
+    """pooled weight + bias, contiguous. Of fewer than 16 columns the library makes it three times as fast on its side."""
+    if weight.shape[1] >= 16:
+        return pooled @ weight if bias is None else torch.addmm(bias.float(), pooled, weight)
+    columns, rows = weight.t(), pooled.t()
+    logits = columns @ rows if bias is None else torch.addmm(bias.float().unsqueeze(1), columns, rows)
+    return logits.t().contiguous()
+
+
 def classify(pooled, weight, bias, target):
     if not pooled.numel() or not weight.numel():
         return reference.classify(pooled, weight, bias, target)
     weight = weight.float()
-    logits = pooled @ weight if bias is None else torch.addmm(bias.float(), pooled, weight)
+    logits = _logits(pooled, weight, bias)
     rows, classes = logits.shape
     loss, delta, target = torch.empty(rows), torch.empty(rows, classes), target.contiguous()
     _C.forward_gradient_softmax(
