@@ -41,7 +41,7 @@ def pooled(x, layer_norm):
 
 
 def _logits(pooled, weight, bias):
-    """pooled weight + bias, contiguous. Of fewer than 16 columns the library makes it three times as fast on its side."""
+    """pooled weight + bias, contiguous. Of fewer than 16 columns the library is three times as fast on its side."""
     if weight.shape[1] >= 16:
         return pooled @ weight if bias is None else torch.addmm(bias.float(), pooled, weight)
     columns, rows = weight.t(), pooled.t()
