@@ -188,11 +188,16 @@ def _start(state: Any, net: Checked, x: Tensor, imaginary: bool) -> list[Tensor]
 
 
 def ep_residual(
-    weights: Mapping[str, Tensor], x: Tensor, state: Mapping[str, Tensor], *, activation: Activation = "sigmoid"
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    activation: Activation = "sigmoid",
+    impl: str = "auto",
 ) -> Tensor:
     r"""How far states are from a fixed point of the free dynamics: :math:`\|F(u)\|_2`, F(u) = H(phi(u)) - u.
 
-    Args: weights, x, state, activation: as :func:`ep_settle`.
+    Args: weights, x, state, activation, impl: as :func:`ep_settle`; every backend computes it in torch.
 
     Returns:
         Tensor: (B,), the norm over all layers, float32 (float64 for float64). No graph is recorded.
@@ -209,6 +214,7 @@ def ep_residual(
     """
     net = net_and_input("ep_residual", weights, x)
     activation_and_loss(activation)
+    checks.impl(impl)
     return _entry.residual(weights, net.found, x, layers("state", state, net, x), activation)
 
 
@@ -281,6 +287,7 @@ def ep_gradients(
     *,
     activation: Activation = "sigmoid",
     loss: Loss = "cross_entropy",
+    impl: str = "auto",
 ) -> dict[str, Tensor]:
     r"""Gradients of all weights from an error e of the activities, in closed form.
 
@@ -290,7 +297,7 @@ def ep_gradients(
     opposite directions learn differently. Weights descend along it: theta - lr * g.
 
     Args:
-        weights, x, target, activation, loss: as :func:`ep_settle`.
+        weights, x, target, activation, loss, impl: as :func:`ep_settle`; every backend computes them in torch.
         state (dict): the free state, layer -> u.
         error (dict): layer -> e, shaped as the state; of :func:`holomorphic_ep_error`, or the delta of
             :func:`recurrent_backprop_error`.
@@ -313,5 +320,6 @@ def ep_gradients(
     """
     net = net_and_input("ep_gradients", weights, x)
     activation_and_loss(activation, loss)
+    checks.impl(impl)
     free, e = layers("state", state, net, x), layers("error", error, net, x)
     return _gradients(weights, net.found, x, targets(target, net, x, loss), free, e, activation, loss)

@@ -200,7 +200,7 @@ def weight_angle(weights: Mapping[str, Tensor]) -> Tensor:
         return torch.rad2deg(cosine.clamp(-1, 1).acos()).to(wide(next(iter(weights.values()))).dtype)
 
 
-def softmax_pool2d(x: Tensor, *, temperature: float = 1.0) -> Tensor:
+def softmax_pool2d(x: Tensor, *, temperature: float = 1.0, impl: str = "auto") -> Tensor:
     r"""A 2x2 pool of stride 2 that weighs the entries of a window by their softmax.
 
     .. math:: o = \sum_i z_i p_i, \qquad p = \mathrm{softmax}(z / T)
@@ -211,6 +211,7 @@ def softmax_pool2d(x: Tensor, *, temperature: float = 1.0) -> Tensor:
         x (Tensor): (N, C, H, W) or (C, H, W), real or complex, at least 2x2 pixels; an odd last row or column is left
             out.
         temperature (float): T.
+        impl (str): ``"auto"`` or a backend; every one computes it in torch.
 
     Returns:
         Tensor: (..., H // 2, W // 2), x's dtype. Differentiable any number of times, in both modes, under torch.func
@@ -230,5 +231,6 @@ def softmax_pool2d(x: Tensor, *, temperature: float = 1.0) -> Tensor:
         expected = "(N, C, H, W) or (C, H, W) of at least 2x2 pixels"
         raise ValueError(f"x must be {expected}, got shape {checks.shape_of(x)}")
     temperature = checks.positive("temperature", temperature)
+    checks.impl(impl)
     values = x if x.is_complex() else wide(x)
     return pooled(values, temperature)[0].to(x.dtype)
