@@ -1,14 +1,14 @@
 """Whole models under another feedback rule, and back."""
 
-import fnmatch
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from ..core import checks, constructors
+from ..core import checks, constructors, names
 from ..random import RandomFeedback
+from .bypassed import watch, weight_alone_is_read
 from .feedback import FeedbackAlignmentConv2d, FeedbackAlignmentLinear, SignSymmetricConv2d, SignSymmetricLinear
 from .feedback_layer import SIGN_SYMMETRIC_RULES, FeedbackLayer
 from .random_state import feedback_state, load_feedback_state, name_without_wrappers, redraw_after  # noqa: F401  as before
@@ -70,8 +70,9 @@ def convert(
             gradient (worth 1.4 points for sign-symmetry, 5.5 for FA on CIFAR-10, by the reproduction of Xiao et al.);
             ``"convert"`` takes it too. A single layer as model is converted in any case. A model with several
             outputs has several last layers: `exclude` the others.
-        include, exclude: shell patterns of qualified names (``"backbone.*"``), module classes, functions
-            ``(name, module) -> bool``, or a list of those. Default: all.
+        include, exclude: qualified names (``"backbone"``, with all that is in it), shell patterns of them
+            (``"blocks.*.attn"``), module classes, functions ``(name, module) -> bool``, or a list of those. Default:
+            all. A text or a class that matches no module is an error.
         seed (int): of the random values. A layer's stream is a hash of its qualified name (CRC-32).
         verbose (bool): print what was converted, what was left alone and why.
         **options: of the rule's class, e.g. ``scale``, ``law``, ``sign_zero``, ``packed_signs``, ``impl``, or for FA
@@ -99,7 +100,9 @@ def convert(
     RandomFeedback(seed)  # checks it, also where nothing is converted
     checks.boolean("verbose", verbose)
     _check_options(rule, options)
-    layers = _choose(model, included, excluded, spare_last=last_layer == "bp" and rule != "bp")
+    pick = _Picks(model, included, excluded)
+    layers = _choose(model, pick, spare_last=last_layer == "bp" and rule != "bp")
+    pick.check(layers)
     if rule != "bp":
         _try(_RULES[rule], layers.chosen, seed, options)  # nothing has changed yet
 
@@ -108,6 +111,8 @@ def convert(
     for name, module in layers.chosen:
         stream = zlib.crc32(name_without_wrappers(name, model).encode())
         _change(module, rule, dict(options, seed=seed, stream=stream))
+    if rule != "bp":
+        watch(model, layers.chosen)
     if verbose:
         print(_summary(rule, layers))
     return model
@@ -144,9 +149,7 @@ class _Layers(NamedTuple):
     back: list[nn.Module]  # left alone, but of an earlier convert: the last layer
 
 
-def _choose(
-    model: nn.Module, include: tuple[Pattern, ...] | None, exclude: tuple[Pattern, ...] | None, spare_last: bool
-) -> _Layers:
+def _choose(model: nn.Module, pick: "_Picks", spare_last: bool) -> _Layers:
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     modules = list(model.named_modules())
     convertible = [m for _, m in modules if _plain_class(m) and not _never_called(m, parents.get(m))]
@@ -155,12 +158,13 @@ def _choose(
     layers = _Layers([], [], [])
     for name, module in modules:
         if module in unconvertible:
+            _check_parametrised(name, module)
             reason = _why_not(module, parents.get(module))
             if reason is None:
                 continue
-        elif include is not None and not _matches(include, name, module):
+        elif not pick.included(name, module):
             reason = "not in include"
-        elif exclude is not None and _matches(exclude, name, module):
+        elif pick.excluded(name, module):
             reason = "in exclude"
         elif module is last:
             reason = "the last layer (last_layer='bp')"
@@ -181,6 +185,14 @@ def _check_forward(name: str, module: nn.Module) -> None:
         )
 
 
+def _check_parametrised(name: str, module: nn.Module) -> None:
+    if isinstance(module, FeedbackLayer) and type(module) not in _PLAIN:
+        raise ValueError(
+            f"layer {name!r} must be of a class that convert knows, got {type(module).__name__}, a subclass of a "
+            "feedback layer: take off its parametrizations first (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+
+
 def _plain_class(module: nn.Module) -> type[nn.Module] | None:
     """nn.Linear or nn.Conv2d where convert can handle `module`, else None. Subclasses may do anything: left alone."""
     return type(module) if type(module) in (nn.Linear, nn.Conv2d) else _PLAIN.get(type(module))
@@ -188,11 +200,14 @@ def _plain_class(module: nn.Module) -> type[nn.Module] | None:
 
 def _never_called(module: nn.Module, parent: nn.Module | None) -> bool:
     """torchvision's Swin transformers multiply by the weights of two layers themselves, timm's BEiT, EVA-02 and Swin V2
-    by that of qkv, to which they give a bias of their own."""
+    by that of qkv, to which they give a bias of their own; so may any parent."""
     if parent is None:
         return False
     if type(parent).__name__.startswith("ShiftedWindowAttention"):
         return module in (parent.qkv, parent.proj)
+    child = next((name for name, m in parent._modules.items() if m is module), None)
+    if child is not None and weight_alone_is_read(parent, child):
+        return True
     return getattr(parent, "q_bias", None) is not None and module is getattr(parent, "qkv", None)
 
 
@@ -203,7 +218,7 @@ def _why_not(module: nn.Module, parent: nn.Module | None) -> str | None:
     if isinstance(parent, nn.MultiheadAttention) and isinstance(module, nn.Linear):
         return "attention's out_proj: its forward is never called, torch's fused function reads its weight"
     if _never_called(module, parent):
-        return "its forward is never called, this attention reads its weight"
+        return f"its forward is never called, {type(parent).__name__} reads its weight"
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         if isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):
             return "not yet initialised: run a batch through the model first"
@@ -228,15 +243,47 @@ def _patterns(argument: str, value: Patterns | None) -> tuple[Pattern, ...] | No
     return patterns
 
 
-def _matches(patterns: tuple[Pattern, ...], name: str, module: nn.Module) -> bool:
-    for pattern in patterns:
-        if isinstance(pattern, str):
-            matches = fnmatch.fnmatchcase(name, pattern)
-        else:
-            matches = isinstance(module, pattern) if isinstance(pattern, type) else pattern(name, module)
-        if matches:
-            return True
-    return False
+class _Picks:
+    """What `include` and `exclude` pick. Every text and every class of theirs has to pick a module."""
+
+    def __init__(self, model: nn.Module, include: tuple[Pattern, ...] | None, exclude: tuple[Pattern, ...] | None):
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self.include, self.exclude = include, exclude
+        self.found: dict[str, set[str]] = {}
+        for argument, patterns in (("include", include), ("exclude", exclude)):
+            for pattern in patterns or ():
+                if isinstance(pattern, str):
+                    self.found[pattern] = names.by_pattern(pattern, modules)
+                    if not self.found[pattern]:
+                        raise names.unmatched(argument, pattern, modules)
+                elif isinstance(pattern, type) and not any(isinstance(m, pattern) for m in modules.values()):
+                    kinds = sorted({type(m).__name__ for m in modules.values()})
+                    raise ValueError(
+                        f"{argument} must hold classes of modules of the model ({', '.join(kinds[:8])}), got "
+                        f"{pattern.__name__}, of which it has none"
+                    )
+
+    def _matches(self, patterns: tuple[Pattern, ...], name: str, module: nn.Module) -> bool:
+        for pattern in patterns:
+            if isinstance(pattern, str):
+                matches = name in self.found[pattern]
+            else:
+                matches = isinstance(module, pattern) if isinstance(pattern, type) else pattern(name, module)
+            if matches:
+                return True
+        return False
+
+    def included(self, name: str, module: nn.Module) -> bool:
+        return self.include is None or self._matches(self.include, name, module)
+
+    def excluded(self, name: str, module: nn.Module) -> bool:
+        return self.exclude is not None and self._matches(self.exclude, name, module)
+
+    def check(self, layers: _Layers) -> None:
+        """`include` picks at least one layer that could change."""
+        if self.include and not layers.chosen and all(reason == "not in include" for *_, reason in layers.left):
+            could = ", ".join(name for name, _, _ in layers.left) or "none"
+            raise ValueError(f"include must pick a layer that convert can change ({could}), got none of them")
 
 
 # -- trying and changing -------------------------------------------------------------------------------------------

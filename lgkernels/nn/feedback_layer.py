@@ -107,6 +107,11 @@ class FeedbackLayer(Carried):
         self.feedback.to_empty(device=self.weight.device)
         self.feedback.reset_parameters()
 
+    def _seen(self) -> None:
+        """For `convert`, which warns of layers whose forward never runs."""
+        if not torch.compiler.is_compiling():
+            vars(self).pop("_unseen", None)
+
     def _formula(self) -> tuple[Formula, dict[str, torch.Tensor]]:
         """F, and the tensors that its formula reads beside the weight."""
         raise NotImplementedError
@@ -116,6 +121,7 @@ class FeedbackLayer(Carried):
         for name in ("feedback", "frozen_signs", *self._settings):
             delattr(self, name)
         del self._settings
+        self._seen()
 
     def feedback_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """F as it is now, a new tensor like the weight in `dtype` (default: the weight's)."""
@@ -149,6 +155,7 @@ class LinearForward(FeedbackLayer):
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         if not self.training and torch.compiler.is_exporting():  # for inference, by programs that know no rule
             return F.linear(input, self.weight, self.bias)
+        self._seen()
         formula, tensors = self._formula()
         checks.linear(input, self.weight, self.bias)
         return _feedback.linear(input, self.weight, self.bias, formula, **tensors, impl=self.impl)
@@ -167,6 +174,7 @@ class Conv2dForward(FeedbackLayer):
         padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        self._seen()
         formula, tensors = self._formula()
         input, (stride, padding, dilation, groups), batched = checks.conv2d(
             input, weight, bias, self.stride, padding, self.dilation, self.groups

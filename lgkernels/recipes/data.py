@@ -114,16 +114,19 @@ def load(name, folder=None, augmentation="basic"):
     if folder is not None and not Path(folder).is_dir():
         raise DataError(f"data folder {folder} does not exist")
     title, classes = source.title, 100 if name == "cifar100" else 10
-    if folder is None:
-        splits, title = _embedded(), "Fashion-MNIST subset, 10,000 + 2,000 images"
-    elif name in ("fashion-mnist", "mnist"):
-        splits = readers.mnist(folder)
-    elif name in ("cifar10", "cifar100"):
-        splits = readers.cifar(folder, classes)
-    elif name == "cifar10-jpeg":
-        splits = readers.cifar10_jpeg(folder)
-    else:
-        splits, classes = readers.image_folder(folder, recipe.resize)
+    try:
+        if folder is None:
+            splits, title = _embedded(), "Fashion-MNIST subset, 10,000 + 2,000 images"
+        elif name in ("fashion-mnist", "mnist"):
+            splits = readers.mnist(folder)
+        elif name in ("cifar10", "cifar100"):
+            splits = readers.cifar(folder, classes)
+        elif name == "cifar10-jpeg":
+            splits = readers.cifar10_jpeg(folder)
+        else:
+            splits, classes = readers.image_folder(folder, recipe.resize)
+    except OSError as error:  # no right to read, a file that is a folder, a drive that is gone
+        raise DataError(f"{error.filename or folder} cannot be read ({error.strerror or error})") from None
     for part, (images, labels) in zip(("training", "test"), splits):
         if len(images) != len(labels) or not len(labels):
             raise DataError(f"{name}: {len(images)} {part} images and {len(labels)} labels, expected as many, and some")

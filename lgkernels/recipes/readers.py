@@ -14,6 +14,9 @@ import numpy as np
 import torch
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+# what systems, archives and network drives leave beside the data
+_JUNK = {"__MACOSX", "@eaDir", "@tmp", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"}
+_JUNK |= {"lost+found", "__pycache__"}
 
 
 class DataError(ValueError):
@@ -29,20 +32,25 @@ def pillow():
     return Image
 
 
+def is_data(path, folder):
+    """Whether a path under `folder` is data: no hidden file or folder (`._x.jpg`), nothing that a system put there."""
+    return not any(part.startswith(".") or part in _JUNK for part in path.relative_to(folder).parts)
+
+
 def find(folder, *names):
     """The first of `names` that exists in `folder` or up to two folders inside it (torchvision's MNIST/raw)."""
     folder = Path(folder)
     for name in names:
         for path in (folder / name, *sorted(folder.glob(f"*/{name}")), *sorted(folder.glob(f"*/*/{name}"))):
-            if path.exists():
+            if is_data(path, folder) and path.exists():
                 return path
     raise DataError(f"no {' or '.join(names)} in {folder}")
 
 
 def read_idx(path):
     """IDX file of bytes (MNIST's format), also gzipped -> uint8 array."""
-    raw = Path(path).read_bytes()
     try:
+        raw = Path(path).read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         zero, kind, rank = struct.unpack(">HBB", raw[:4])
         if zero or kind != 8:
@@ -76,20 +84,20 @@ def mnist(folder):
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles dicts, lists, bytes and NumPy arrays; anything else in the file is refused, never called."""
+    """Unpickles dicts, lists, bytes and NumPy's arrays and numbers; anything else in the file is refused, never
+    called. NumPy's parts have had two homes."""
 
-    _ALLOWED = {
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("_codecs", "encode"),
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
+    _ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("builtins", "bytearray")}
+    _ALLOWED |= {
+        (f"numpy.{core}.{module}", name)
+        for core in ("core", "_core")
+        for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
     }
 
     def find_class(self, module, name):
         if (module, name) in self._ALLOWED:
-            present = module.replace("numpy.core", "numpy._core") if hasattr(np, "_core") else module
-            return super().find_class(present, name)
+            core = "numpy._core" if hasattr(np, "_core") else "numpy.core"
+            return super().find_class(module.replace("numpy._core", "numpy.core").replace("numpy.core", core), name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
 
 
@@ -97,18 +105,23 @@ def _cifar_pickle(path, label_key):
     try:
         with open(path, "rb") as file:
             batch = _ArraysOnly(file, encoding="bytes").load()
-        return (np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32), np.asarray(batch[label_key], np.int64))
-    except (
-        pickle.UnpicklingError,
-        KeyError,
-        ValueError,
-        EOFError,
-        AttributeError,
-        ImportError,
-        IndexError,
-        TypeError,
-    ) as error:
-        raise DataError(f"{path} is not a CIFAR batch ({error})") from None
+        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+        images, labels = np.asarray(batch["data"]), np.asarray(batch[label_key]).reshape(-1)
+        if (
+            labels.dtype.kind not in "iu"
+            or images.dtype.kind not in "iu"
+            or images.size
+            and (images.min() < 0 or images.max() > 255)
+        ):
+            raise ValueError(
+                f"it holds images as {images.dtype} and labels as {labels.dtype}, expected bytes and integers"
+            )
+        if images.size != len(labels) * 3072:
+            raise ValueError(f"it holds {len(labels)} labels and images of shape {images.shape}")
+        return images.astype(np.uint8).reshape(-1, 3, 32, 32), labels.astype(np.int64)
+    except Exception as error:  # a damaged pickle raises anything
+        said = f"no {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{path} is not a CIFAR batch ({said})") from None
 
 
 def _cifar_binary(path, label_bytes):
@@ -126,13 +139,13 @@ def cifar(folder, classes):
             "python": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]),
             "binary": ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
         }
-        label_key, label_bytes = b"labels", 1
+        label_key, label_bytes = "labels", 1
     else:
         forms = {
             "python": ("cifar-100-python", ["train"], ["test"]),
             "binary": ("cifar-100-binary", ["train.bin"], ["test.bin"]),
         }
-        label_key, label_bytes = b"fine_labels", 2
+        label_key, label_bytes = "fine_labels", 2
     for form, (name, train, test) in forms.items():
         for base in (Path(folder) / name, Path(folder)):
             if all((base / file).is_file() for file in train + test):
@@ -147,6 +160,18 @@ def cifar(folder, classes):
     raise DataError(f"no complete {wanted} in {folder}")
 
 
+def _decoded(image, source, name):
+    """The picture as 8-bit RGB. Decoders raise anything for a damaged file (PNG's a SyntaxError), and refuse bombs."""
+    try:
+        with image.open(source) as picture:
+            if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+                grey = np.asarray(picture).astype(np.int64).clip(0, 65535) >> 8
+                return image.fromarray(grey.astype(np.uint8)).convert("RGB")
+            return picture.convert("RGB")
+    except Exception as error:
+        raise DataError(f"{name} cannot be decoded ({error})") from None
+
+
 def cifar10_jpeg(folder):
     """The JPEG copy of CIFAR-10: cifar10_train.npz and cifar10_test.npz, all images under one JPEG header."""
     image = pillow()
@@ -157,12 +182,20 @@ def cifar10_jpeg(folder):
             with np.load(path, allow_pickle=False) as file:
                 header, body = file["header"].tobytes(), file["bytes"].tobytes()
                 offsets, labels = file["offsets"].tolist(), file["labels"].astype(np.int64)
-        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, KeyError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f"{path} is not a copy of CIFAR-10 as JPEGs ({error})") from None
+        if labels.ndim != 1 or len(offsets) != len(labels) + 1:
+            raise DataError(
+                f"{path} must hold one offset more than labels, got {len(offsets)} and labels of shape {labels.shape}"
+            )
+        if offsets[0] != 0 or offsets[-1] != len(body) or any(a >= b for a, b in zip(offsets, offsets[1:])):
+            raise DataError(f"{path} must hold offsets that rise from 0 to its {len(body)} bytes")
         pixels = np.empty((len(labels), 3, 32, 32), np.uint8)
         for i, (start, end) in enumerate(zip(offsets, offsets[1:])):
-            with image.open(io.BytesIO(header + body[start:end])) as picture:
-                pixels[i] = np.asarray(picture).transpose(2, 0, 1)
+            picture = _decoded(image, io.BytesIO(header + body[start:end]), f"image {i} of {path}")
+            if picture.size != (32, 32):
+                raise DataError(f"image {i} of {path} is {picture.size[0]} x {picture.size[1]}, expected 32 x 32")
+            pixels[i] = np.asarray(picture).transpose(2, 0, 1)
         splits.append((torch.from_numpy(pixels), torch.from_numpy(labels)))
     return splits
 
@@ -183,12 +216,13 @@ class FolderImages:
         return torch.stack(list(self.workers.map(self._decode, paths)))
 
     def _decode(self, path):
-        try:
-            with self.image.open(path) as picture:
-                picture = picture.convert("RGB")
-        except OSError as error:
-            raise DataError(f"{path} cannot be decoded ({error})") from None
+        picture = _decoded(self.image, path, path)
         width, height = picture.size
+        if max(width, height) > 32 * min(width, height):  # its shorter side resized, a thread of pixels fills memory
+            side = min(width, height)
+            left, top = (width - side) // 2, (height - side) // 2
+            picture = picture.crop((left, top, left + side, top + side))
+            width = height = side
         if min(width, height) != self.resize:
             scale = self.resize / min(width, height)
             picture = picture.resize(
@@ -200,7 +234,11 @@ class FolderImages:
 
 
 def _images(folder):
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and is_data(p, folder) and p.is_file())
+
+
+def _classes(folder):
+    return sorted(p for p in folder.iterdir() if p.is_dir() and is_data(p, folder))
 
 
 def image_folder(folder, resize):
@@ -212,17 +250,28 @@ def image_folder(folder, resize):
     val = next((train.parent / name for name in ("val", "test") if (train.parent / name).is_dir()), None)
     if val is None:
         raise DataError(f"no val or test beside {train}")
-    classes = sorted(p.name for p in train.iterdir() if p.is_dir())
+    classes = [p.name for p in _classes(train)]
     if not classes:
         raise DataError(f"{train} must hold one folder a class, got none")
     label = {name: i for i, name in enumerate(classes)}
-    samples = [(p, label[name]) for name in classes for p in _images(train / name)]
+    images = {name: _images(train / name) for name in classes}
+    if empty := [name for name in classes if not images[name]]:
+        raise DataError(
+            f"{train / empty[0]} holds no image ({', '.join(_SUFFIXES)}): a class without any cannot be learnt"
+        )
+    samples = [(p, label[name]) for name in classes for p in images[name]]
     annotations = val / "val_annotations.txt"
     if annotations.is_file():  # Tiny ImageNet: file name, class, box
-        rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.strip()]
+        try:
+            lines = annotations.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{annotations} is no text ({error})") from None
+        rows = [line.split("\t")[:2] for line in lines if line.strip()]
+        if any(len(row) != 2 for row in rows):
+            raise DataError(f"{annotations} must hold lines of a file name and its class, with a tab between")
         held_out = [(val / "images" / name, label.get(kind)) for name, kind in rows]
     else:
-        held_out = [(p, label.get(d.name)) for d in sorted(val.iterdir()) if d.is_dir() for p in _images(d)]
+        held_out = [(p, label.get(d.name)) for d in _classes(val) for p in _images(d)]
     if any(kind is None for _, kind in held_out):
         raise DataError(f"{val} has classes that {train} has not")
     splits = []

@@ -60,7 +60,7 @@ def head(model: nn.Module) -> str:
 
 def _adapted(model: nn.Sequential, kind: str) -> nn.Sequential:
     try:
-        return lnn.adapt(model, kind, train_head=[head(model)])
+        return lnn.adapt(model, kind, train_head=[head(model)], verbose=False)
     except ValueError as error:
         raise CheckpointError(f"--adapter {kind} does not fit --model: {error}") from None
 
