@@ -263,6 +263,26 @@ def holomorphic_ep_error(
         >>> e["out"]  # (softmax - one-hot) phi' = (-0.5, 0.5) 1, but for terms of order beta^4
         tensor([[-0.5000,  0.5000]])
     """
+    return error_report(
+        weights, x, target, state, beta=beta, points=points, steps=steps, activation=activation, loss=loss, impl=impl
+    )[0]
+
+
+def error_report(
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    target: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    beta: float,
+    points: int,
+    steps: int,
+    activation: Activation,
+    loss: Loss,
+    impl: str,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """:func:`holomorphic_ep_error`, and the norm of the last step of each phase that ran, (P, B): +beta, -beta where N
+    is even, then the complex ones of the upper half; of N = 0 the free phase that goes along."""
     net = net_and_input("holomorphic_ep_error", weights, x)
     activation_and_loss(activation, loss)
     free = layers("state", state, net, x)
@@ -274,8 +294,8 @@ def holomorphic_ep_error(
     if points > 2:
         holomorphic(f"points={points}", activation)
     options = Settling(activation, loss, "synchronous", steps, None)
-    e, _ = _entry.error(weights, net.found, x, free, goal, beta, points, options, impl)
-    return dict(zip(net.found.names, e))
+    e, residual = _entry.error(weights, net.found, x, free, goal, beta, points, options, impl)
+    return dict(zip(net.found.names, e)), residual
 
 
 def ep_gradients(

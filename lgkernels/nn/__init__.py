@@ -7,6 +7,7 @@ from .adapter import *
 from .alignment import *
 from .convert import *
 from .direct import *
+from .equilibrium import *
 from .feedback import *
 from .forward_gradient import *
 from .lls import *

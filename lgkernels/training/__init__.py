@@ -9,6 +9,7 @@ from types import ModuleType as _Module
 from .backprop import *
 from .blockwise import *
 from .direct import *
+from .equilibrium import *
 from .forward_gradient import *
 from .offset import *
 from .partition import *

@@ -2,6 +2,7 @@
 
 import torch
 
+import lgkernels.nn as lnn
 from lgkernels.random import RandomFeedback
 from tests.support.calls import Call
 from tests.support.problems import randn
@@ -34,4 +35,24 @@ CALLS = {
     "jacobian_symmetry": Call(dict(weights=WEIGHTS, activities=STATE, noise=NOISE), compiles=False),
     "weight_angle": Call(dict(weights=WEIGHTS), compiles=False),
     "softmax_pool2d": Call(dict(x=randn(3, 4, 6, 6)), free={"x": (0, 1, 2, 3)}, dims={"x": (3,)}),
+}
+
+MODULES = {
+    "EquilibriumMLP": Call(dict(in_features=4, hidden=(5,), out_features=3, num_classes=2, steps=3)),
+    "EquilibriumConvNet": Call(dict(in_channels=1, channels=(2, 3), num_classes=2, steps=3)),
+    "EquilibriumTrainer": Call(
+        dict(
+            model=lnn.EquilibriumMLP(4, (5,), 3, steps=3),
+            optimizer_factory=lambda parameters: torch.optim.SGD(parameters, 0.1),
+        ),
+        any_sign=("seed",),
+    ),
+}
+APPLIED = {
+    "EquilibriumMLP": (lambda: lnn.EquilibriumMLP(4, (5,), 3, steps=3, angle=90), (randn(3, 4),), ("ep_settle",)),
+    "EquilibriumConvNet": (
+        lambda: lnn.EquilibriumConvNet(1, (2, 3), num_classes=2, steps=2, angle=45),
+        (randn(2, 1, 8, 8),),
+        ("ep_settle",),
+    ),
 }

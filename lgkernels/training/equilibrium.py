@@ -1,0 +1,302 @@
+"""Equilibrium propagation without weight symmetry: a trainer for nets that settle."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core import checks, constructors
+from ..functional.equilibrium import (
+    continuous_ep_error,
+    ep_gradients,
+    ep_settle_report,
+    error_report,
+    homeostatic_loss,
+    recurrent_backprop_error,
+)
+from ..nn.equilibrium import EquilibriumConvNet, EquilibriumMLP
+from ..ops.equilibrium.options import circle
+from ..random import RandomFeedback
+from .trainer import OptimizerFactory, SchedulerFactory, Trainer
+
+__all__ = ["EquilibriumTrainer"]
+
+METHODS = ("holomorphic", "continuous", "recurrent_backprop")
+CHOICES = ("skip", "leave_out", "raise")
+
+
+class Unsettled(NamedTuple):
+    """What did not settle in a batch.
+
+    phase: ``"error"`` where only the result is no number, else the nudge, ``"beta=..."``. samples: places in the batch.
+    residual: of each of these, the norm of the phase's last step (nan, inf: it diverged).
+    """
+
+    phase: str
+    samples: list[int]
+    residual: list[float]
+
+
+class UnsettledError(RuntimeError):
+    """A nudge did not settle, and ``unsettled="raise"``; `.report` is a list of :class:`Unsettled`."""
+
+    def __init__(self, report: list[Unsettled]) -> None:
+        super().__init__(_text(report))
+        self.report = report
+
+
+def _text(report: list[Unsettled]) -> str:
+    parts = []
+    for phase, samples, residual in report:
+        shown = ", ".join(f"{s} ({r:.2g})" for s, r in list(zip(samples, residual))[:8])
+        parts.append(f"{phase}: {len(samples)} samples, by place (residual): {shown}{', ...' * (len(samples) > 8)}")
+    return "nudges did not settle: " + "; ".join(parts)
+
+
+class EquilibriumTrainer(Trainer):
+    r"""Trains nets that settle: a free phase, nudged phases, and gradients from how the equilibrium answers.
+
+    =======================  =====================================================================================
+    method                   error
+    =======================  =====================================================================================
+    ``"holomorphic"``        :func:`lgkernels.functional.holomorphic_ep_error`, of `points` nudges of size `beta`
+    ``"continuous"``         :func:`lgkernels.functional.continuous_ep_error`: a nudge that goes round, `plateaus` of
+                             `nudge_steps` steps; there is no free phase
+    ``"recurrent_backprop"`` :func:`lgkernels.functional.recurrent_backprop_error`, `nudge_steps` iterations: the true
+                             gradient of the equilibrium, which needs the transposed weights
+    =======================  =====================================================================================
+
+    The gradients of all weights are in ``.grad`` when the optimizers step, and that of the homeostatic loss is added,
+    `homeostasis` times. A nudge that diverges or moves by more than `limit` in its last step is reported: a warning
+    says which samples, which phase and which residual, and ``.report`` keeps it.
+
+    Args:
+        model (EquilibriumMLP or EquilibriumConvNet): the net.
+        optimizer_factory (callable): parameters of one learning rate -> their optimizer.
+        method (str): as above.
+        points (int): N. beta (float): greater than 0. nudge_steps (int): steps of a nudge.
+        plateaus (int): of ``"continuous"``.
+        homeostasis (float): coefficient of the homeostatic loss; published: 1 or 0.1 (dense), 10 or 15 (conv).
+        estimator (str): of :func:`lgkernels.functional.homeostatic_loss`. probes (int): its noise, made by formula.
+        rates (dict, optional): edge, as ``"in-conv1"`` or ``"readout/Dense_0"`` -> what its learning rate is multiplied
+            with. Edges in both directions between two layers share that of ``"low-high"``.
+        unsettled (str): what becomes of a batch with a report: ``"skip"``: it teaches nothing; ``"leave_out"``: those
+            samples teach nothing; ``"raise"``: :class:`UnsettledError`.
+        limit (float): see above.
+        seed (int): of the noise.
+        scheduler_factory, accumulation_steps, clip_grad_norm: as :class:`BlockwiseTrainer`.
+
+    ``step(x, target)`` takes the input and class indices (B,); it returns the homeostatic loss, where it has a
+    coefficient, and the cross entropy (squared error) of the free state.
+
+    Raises: ValueError, TypeError naming the argument; UnsettledError.
+
+    Source: Laborieux & Zenke, "Improving equilibrium propagation without weight symmetry through Jacobian homeostasis"
+    (ICLR 2024).
+
+    Example:
+        >>> import torch, lgkernels.nn as lnn
+        >>> from lgkernels.training import EquilibriumTrainer
+        >>> _ = torch.manual_seed(0)
+        >>> net = lnn.EquilibriumMLP(4, (16,), 8, num_classes=2, steps=30, angle=90)
+        >>> trainer = EquilibriumTrainer(net, lambda p: torch.optim.SGD(p, 0.5), points=2, beta=0.2, homeostasis=0.1)
+        >>> x, target = torch.rand(64, 4), torch.arange(64) % 2
+        >>> first = trainer.step(x + target.unsqueeze(1), target)
+        >>> for _ in range(20):
+        ...     losses = trainer.step(x + target.unsqueeze(1), target)
+        >>> losses.shape, bool(losses[-1] < first[-1])
+        (torch.Size([2]), True)
+    """
+
+    def __init__(
+        self,
+        model: EquilibriumMLP | EquilibriumConvNet,
+        optimizer_factory: OptimizerFactory,
+        *,
+        method: Literal["holomorphic", "continuous", "recurrent_backprop"] = "holomorphic",
+        points: int = 2,
+        beta: float = 0.5,
+        nudge_steps: int = 20,
+        plateaus: int = 20,
+        homeostasis: float = 0.0,
+        estimator: Literal["paper", "symmetric", "exact"] = "paper",
+        probes: int = 5,
+        rates: Mapping[str, float] | None = None,
+        unsettled: Literal["skip", "leave_out", "raise"] = "skip",
+        limit: float = 1.0,
+        seed: int = 0,
+        scheduler_factory: SchedulerFactory | None = None,
+        accumulation_steps: int = 1,
+        clip_grad_norm: float | None = None,
+    ) -> None:
+        kinds = EquilibriumMLP, EquilibriumConvNet
+        constructors.instance("model", model, kinds, "a lgkernels.nn.EquilibriumMLP or EquilibriumConvNet")
+        checks.choice("method", method, METHODS)
+        points = checks.integer_between("points", points, 0, 1025)
+        if method == "continuous" and points < 1:
+            raise ValueError(f"points must be at least 1 for method='continuous', got {points}")
+        self.method, self.points, self.beta = method, points, checks.positive("beta", beta)
+        self.nudge_steps = checks.integer_between("nudge_steps", nudge_steps, 0, 2**31)
+        self.plateaus = checks.positive_integer("plateaus", plateaus, 2**20)
+        constructors.not_negative("homeostasis", homeostasis)
+        self.homeostasis = float(checks.item(homeostasis))
+        checks.choice("estimator", estimator, ("paper", "symmetric", "exact"))
+        self.estimator, self.probes = estimator, checks.positive_integer("probes", probes, 2**20)
+        checks.choice("unsettled", unsettled, CHOICES)
+        self.unsettled, self.limit = unsettled, checks.positive("limit", limit)
+        seed = checks.integer_between("seed", seed, -(2**63), 2**64)
+        factors = _factors(model, rates)
+        self.model = model
+        distinct = dict.fromkeys(factor for _, factor in factors)
+        groups = [[p for p, factor in factors if factor == one and p.requires_grad] for one in distinct]
+
+        def scaled(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            optimizer = optimizer_factory(parameters)
+            factor = next(f for p, f in factors if p is parameters[0])
+            for group in getattr(optimizer, "param_groups", ()):
+                group["lr"] = group["lr"] * factor
+            return optimizer
+
+        constructors.function("optimizer_factory", optimizer_factory)
+        super().__init__(
+            [model],
+            scaled,
+            groups,
+            scheduler_factory=scheduler_factory,
+            accumulation_steps=accumulation_steps,
+            clip_grad_norm=clip_grad_norm,
+            grad_scaler=None,
+        )
+        device = next(model.parameters()).device
+        self.noise = RandomFeedback(seed, 0, "normal").to(device)
+        self.report: list[Unsettled] = []  # of the last batch
+        self.reported = 0  # batches with a report so far
+        self.residual: Tensor | None = None  # (B,), of the last batch's free phase
+        self._warned = False
+
+    def _model(self) -> nn.ModuleList:
+        """What a checkpoint's random states are taken from."""
+        return nn.ModuleList([self.model, self.noise])
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def _step(self, x: Tensor, target: Tensor, last: bool) -> Tensor:
+        losses, gradients, report = self._pass(x, target)
+        self.report = report
+        if report:
+            self.reported += 1
+            if self.unsettled == "raise":
+                raise UnsettledError(report)
+            if not self._warned:
+                self._warned = True
+                what = "the batch teaches nothing" if self.unsettled == "skip" else "they teach nothing"
+                warnings.warn(f"{_text(report)}; {what}. Said once; see .report and .reported", stacklevel=3)
+        if not report or self.unsettled == "leave_out":
+            for key, gradient in gradients.items():
+                parameter = self.model.weights[key]
+                if parameter.requires_grad:
+                    gradient = gradient / self.accumulation_steps
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        if last:
+            for optimizer, parameters in zip(self.optimizers, self.parameter_groups):
+                if any(p.grad is not None for p in parameters):
+                    self._update(optimizer, parameters)
+        self.noise.advance()
+        return losses
+
+    def gradients(self, x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Unsettled]]:
+        """`(losses, gradients by key of the weights, report)` of a batch: what a step would hand to the optimizers."""
+        result = self._pass(x, target)
+        self.noise.advance()
+        return result
+
+    def _pass(self, x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Unsettled]]:
+        model = self.model
+        x, weights = model.input_of(x), {k: w.detach() for k, w in model.named_weights().items()}
+        checks.class_targets("target", target, x, "x")
+        words = dict(activation=model.activation, loss=model.loss)
+        state, e, report = self._error(weights, x, target, words)
+        out = model.readout(state).detach()
+        self.output = out
+        if self.unsettled == "leave_out" and report:
+            bad = sorted({sample for part in report for sample in part.samples})
+            for v in e.values():
+                v[bad] = 0
+        gradients = ep_gradients(weights, x, target, state, e, **words)
+        losses = [self._loss(out, target)]
+        if self.homeostasis:
+            losses.insert(0, self._homeostasis(weights, state, gradients))
+        return torch.stack(losses), gradients, report
+
+    def _error(self, weights: Any, x: Tensor, target: Tensor, words: dict[str, Any]) -> Any:
+        """`(free state, e, report)`."""
+        model = self.model
+        nudge: dict[str, Any] = dict(beta=self.beta, points=self.points, steps=self.nudge_steps)
+        if self.method == "continuous":
+            state, e = continuous_ep_error(
+                weights, x, target, plateaus=self.plateaus, **nudge, **words, impl=model.impl
+            )
+            return state, e, self._judged(e, None)
+        settled = ep_settle_report(weights, x, steps=model.steps, **model.dynamics())
+        state, self.residual = settled[0], settled[2]
+        if self.method == "recurrent_backprop":
+            e = recurrent_backprop_error(weights, x, target, state, steps=self.nudge_steps, **words)
+            return state, e, self._judged(e, None)
+        e, residual = error_report(weights, x, target, state, **nudge, **words, impl=model.impl)
+        return state, e, self._judged(e, residual)
+
+    def _judged(self, e: dict[str, Tensor], residual: Tensor | None) -> list[Unsettled]:
+        wrong = torch.stack([~v.flatten(1).isfinite().all(1) for v in e.values()]).any(0)
+        bad = wrong if residual is None else torch.cat((wrong.unsqueeze(0), ~(residual <= self.limit)))
+        if not bool(bad.any()):  # the only look at the device
+            return []
+        report = []
+        for phase, row in enumerate(() if residual is None else residual):
+            samples = (~(row <= self.limit)).nonzero().flatten()
+            if len(samples):
+                betas = circle(self.beta, self.points).betas if self.points else [0j]
+                beta = betas[phase] if betas[phase].imag else betas[phase].real
+                report.append(Unsettled(f"beta={beta:.3g}", samples.tolist(), row[samples].tolist()))
+        seen = {sample for part in report for sample in part.samples}
+        rest = [sample for sample in wrong.nonzero().flatten().tolist() if sample not in seen]
+        return report + ([Unsettled("error", rest, [float("nan")] * len(rest))] if rest else [])
+
+    def _loss(self, out: Tensor, target: Tensor) -> Tensor:
+        if self.model.loss == "cross_entropy":
+            return F.cross_entropy(out, target.long())
+        return F.mse_loss(out, F.one_hot(target.long(), out.shape[1]).to(out.dtype), reduction="sum") / 2 / len(out)
+
+    def _homeostasis(self, weights: Any, state: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
+        leaves = {k: w.detach().requires_grad_() for k, w in weights.items()}
+        r, impl = self.model.activities(state), self.model.impl
+        with torch.enable_grad():
+            loss = homeostatic_loss(
+                leaves, r, estimator=self.estimator, probes=self.probes, noise=self.noise, impl=impl
+            )
+        learning = list(leaves) if loss.requires_grad else []
+        found = torch.autograd.grad(loss, [leaves[k] for k in learning], allow_unused=True) if learning else ()
+        for key, gradient in zip(learning, found):
+            if gradient is not None:
+                gradients[key] = gradients[key] + self.homeostasis * gradient
+        return loss.detach()
+
+
+def _factors(model: Any, rates: Any) -> list[tuple[nn.Parameter, float]]:
+    """(parameter, what its learning rate is multiplied with)."""
+    if rates is None:
+        rates = {}
+    constructors.instance("rates", rates, Mapping, "a dict, edge -> number")
+    edges = {key.rpartition("/")[0] for key in model.weights.keys()}
+    result = dict.fromkeys(edges, 1.0)
+    for edge, factor in rates.items():
+        if edge not in edges:
+            raise ValueError(f"rates must name edges of the net, {', '.join(sorted(edges))}, got a dict with {edge!r}")
+        factor = checks.positive("rates", factor)
+        result[edge] = factor
+        back = "-".join(reversed(edge.split("-")))
+        if back in edges and back not in rates:
+            result[back] = factor
+    return [(parameter, result[key.rpartition("/")[0]]) for key, parameter in model.weights.items()]
