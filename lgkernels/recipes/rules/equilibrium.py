@@ -14,7 +14,7 @@ from ...training import EquilibriumTrainer
 from ..options import UsageError, choice, option, positive
 from . import Defaults, Measures, Rule, Task
 
-ORDER = 60
+ORDER = 55
 MODELS = ("eq-mlp", "eq-loop", "eq-conv")
 METHODS = {"hep": "holomorphic", "continuous-hep": "continuous", "eq-rbp": "recurrent_backprop"}
 RATES = {"sgd": 0.01}
