@@ -3,7 +3,7 @@
 The backends' own functions run over cases that reach every row of the configuration tables; instead of a launch, the
 kernel, its arguments and its blocks are recorded, and each distinct specialisation is compiled as Triton would at that
 launch. Its Python is translated once for all architectures (Triton's IR names none); every stage from there on, to the
-machine code, runs for each, but where two are known to give the same (SAME). Prints one JSON object a line,
+machine code, runs for each, but where two are known to give the same (SAME, SAME_PTX). Prints one JSON object a line,
 with `--table` the table of sass.py. Must run without TRITON_INTERPRET: kernels are decorated differently under it.
 
 A family takes part by a module tests/<family>/aot.py:
@@ -28,7 +28,7 @@ import torch
 import triton
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.cache import triton_key
 
 from lgkernels.core import tiles
@@ -131,6 +131,13 @@ def stages(arch, source, options):
     return {name: compiled.asm[name] for name in ("ttir", "ptx", "cubin")} | {"shared": compiled.metadata.shared}
 
 
+def retarget(made, of, arch, options):
+    """`made`, the stages for the architecture `of`, with machine code for `arch` from the same PTX."""
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    ptx = made["ptx"].replace(f".target sm_{of}", f".target sm_{arch}")
+    return made | {"ptx": ptx, "cubin": backend.make_cubin(ptx, {}, backend.parse_options(dict(options)), arch)}
+
+
 def judged(made, directory, count):
     """What the tests ask of the stages; with `count` the machine code itself, to be counted."""
     found = MATRIX_INSTRUCTION.search(made["ptx"])
@@ -147,21 +154,27 @@ def judged(made, directory, count):
     )
 
 
-# sm_89 has sm_86's instructions, registers and shared memory: it is compiled once for both.
-SAME = {} if os.environ.get("LGKERNELS_TEST_ALL") == "1" else {89: 86}
+# What two architectures share is compiled once. sm_89 has sm_86's instructions, registers and shared memory. sm_80 has
+# its PTX, as far as Triton knows; ptxas runs for both, and each kernel's first specialisation shows that it is so.
+SAME, SAME_PTX = ({}, {}) if os.environ.get("LGKERNELS_TEST_ALL") == "1" else ({89: 86}, {80: 86})
 _recorded = {}  # key: (launch, its architectures); kernels cannot be pickled, so forked workers inherit them
 
 
 def _compile(job):
-    key, directory, counted = job
+    key, directory, counted, compare = job
     launch, archs = _recorded[key]
     source, options = Source(*launch[:4]), launch[-1]
-    results = {}
-    for arch in archs:
+    made, results = {}, {}
+    for arch in sorted(archs, key=lambda arch: arch in SAME_PTX):  # those that take another's PTX come last
         if SAME.get(arch) in archs:
             continue
+        of = SAME_PTX.get(arch)
         try:
-            results[arch] = describe(arch, launch) | judged(stages(arch, source, options), directory, arch in counted)
+            made[arch] = retarget(made[of], of, arch, options) if of in made else stages(arch, source, options)
+            results[arch] = describe(arch, launch) | judged(made[arch], directory, arch in counted)
+            if of in made and compare:
+                own = stages(arch, source, options)
+                assert own["ptx"] == made[arch]["ptx"], f"the PTX of sm_{arch} is no longer that of sm_{of}"
         except Exception as error:  # reported as a failed line
             results[arch] = describe(arch, launch) | {"error": f"{type(error).__name__}: {error}"}
     return [results.get(arch) or results[SAME[arch]] | {"arch": arch} for arch in archs]
@@ -172,10 +185,12 @@ def compile_all(archs, counted):
     for arch in archs:
         for key, launch in record(arch).items():
             _recorded.setdefault(key, (launch, []))[1].append(arch)
+    shared = [key for key, (_, on) in _recorded.items() if any({*pair} <= {*on} for pair in SAME_PTX.items())]
+    compared = {_recorded[key][0][0].fn.__name__: key for key in reversed(shared)}.values()  # each kernel's first
     triton_key()  # kept in memory: workers need not hash Triton's files again
     context, uncounted = multiprocessing.get_context("fork"), {}
     with tempfile.TemporaryDirectory() as directory, context.Pool(len(os.sched_getaffinity(0))) as pool:
-        jobs = [(key, directory, counted) for key in _recorded]
+        jobs = [(key, directory, counted, key in compared) for key in _recorded]
         for result in itertools.chain.from_iterable(pool.imap(_compile, jobs)):
             code = result.pop("code", None)
             if code and result["arch"] in counted:
