@@ -226,7 +226,11 @@ class ForwardGradientTrainer(Trainer):
         one; of weights a pair of tensors like weight and bias. No parameter changes; the next noise is another.
         """
         found: Gradients = {}
-        losses = self._pass(self._views(x, target), target, lambda _, gradients: found.update(gradients), noise)
+
+        def finished(part: int, gradients: Gradients) -> None:
+            found.update({p: gradient.to(p.dtype) for p, gradient in gradients.items()})
+
+        losses = self._pass(self._views(x, target), target, finished, noise)
         self.noise.advance()
         return losses, {name: found[p] for name, p in self.model.named_parameters() if p in found}
 

@@ -203,6 +203,21 @@ def test_dual_group_linear_is_forward_mode_differentiation():
     assert not LF.dual_group_linear(x, None, weight, bias)[1].any()
 
 
+def test_layers_under_autocast():
+    """As torch's: products in bfloat16, but of float64."""
+    x, tangent, weight, bias = (randn(*s) for s in ((2, 3, 4, 5), (2, 3, 4, 5), (4, 6, 5), (4, 6)))
+    for given in (tangent, None):
+        with torch.autocast("cpu", torch.bfloat16):
+            one, other = (
+                LF.dual_group_linear(x, given, weight, bias),
+                LF.dual_linear(x[:, :, 1], tangent[:, :, 1], weight[1], bias[1]),
+            )
+            assert LF.dual_group_linear(x.double(), None, weight.double(), None)[0].dtype == torch.float64
+        assert {t.dtype for t in (*one, *other)} == {torch.bfloat16}
+        for a, b in zip(one[: 2 if given is not None else 1], other):
+            torch.testing.assert_close(a[:, :, 1], b, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_dual_norm_noise_relu_is_forward_mode_differentiation(dim, with_residual):

@@ -274,6 +274,20 @@ def test_tangent_of_a_block_is_forward_mode_differentiation(perturb, token_mixin
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("estimator", ["LG-FG-A", "FG-A", "LG-FG-W", "FG-W"])
+def test_autocast(estimator):
+    """The products in bfloat16, all else as before: near the step in float32, gradients of the parameters' dtype."""
+    data, found = batch(32, torch.float32), []
+    model = model_of(dtype=torch.float32, width=256, blocks=2)  # norms of few channels magnify the rounding
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads = gradients(estimator, model, data, readout_factor=1.0)[1]
+        assert {g.dtype for g in grads.values()} == {torch.float32}
+        found.append({n: g for n, g in grads.items() if n.endswith("weight")})
+    for name, gradient in found[0].items():
+        assert F.cosine_similarity(gradient.flatten(), found[1][name].flatten(), dim=0) > 0.95, name
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 

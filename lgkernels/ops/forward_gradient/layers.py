@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
+from ...core import checks
 from ...core.ops import wide
 from ...random import RandomFeedback
 from . import op  # noqa: F401  registers the ops
@@ -75,6 +76,15 @@ def dual_linear(x, x_tangent, weight, bias, weight_tangent=None, bias_tangent=No
     return y, torch.zeros_like(y) if y_tangent is None else y_tangent
 
 
+def _under_autocast(*tensors):
+    """The tensors as autocast gives them to a product: one that writes where it is told is none of those it knows."""
+    device = tensors[0].device
+    if not checks.autocasts(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
 def _group_products(x, weight, out):
     """out (R, G, C_out) = x (R, G, C) by weight (G, C_out, C): one product a group, written where it belongs."""
     if torch.compiler.is_compiling():  # Dynamo takes dense results alone
@@ -86,6 +96,7 @@ def _group_products(x, weight, out):
 @torch.no_grad()
 def group_linear(x, weight, bias):
     """A linear layer of each group: x (..., G, C) by weight (G, C_out, C)."""
+    x, weight = _under_autocast(x, weight)
     groups, out_channels, channels = weight.shape
     out = x.new_empty((x.shape[:-2].numel(), groups, out_channels))
     _group_products(x.reshape(len(out), groups, channels), weight, out)
@@ -96,6 +107,7 @@ def group_linear(x, weight, bias):
 
 @torch.no_grad()
 def dual_group_linear(x, x_tangent, weight, bias):
+    x, x_tangent, weight = _under_autocast(x, x_tangent, weight)
     groups, out_channels, channels = weight.shape
     rows, both = x.shape[:-2].numel(), halves(x, x_tangent)
     out = x.new_empty((2, rows, groups, out_channels))
