@@ -141,6 +141,15 @@ def test_real_nudges_of_all_activations(activation):
             LF.holomorphic_ep_error(w, x, TARGET, state, beta=1, points=3, steps=1, activation=activation)
 
 
+def test_asynchronous_steps_move_even_layers_first():
+    w, x, out = DOUBLE, X.double(), STATE["out"].double()
+    for _ in range(3):
+        h = x @ w["in-h/kernel"] + w["in-h/bias"] + torch.sigmoid(4 * out - 2) @ w["out-h/kernel"]
+        out = torch.sigmoid(4 * h - 2) @ w["h-out/kernel"] + w["h-out/bias"]
+    state = {k: v.double() for k, v in STATE.items()}
+    close("u", LF.ep_settle(w, x, state, steps=3, schedule="asynchronous"), {"h": h, "out": out}, 1e-13)
+
+
 def test_the_tangent_is_the_derivative_for_clipped_activations_and_mse():
     state, x = {k: v.double() for k, v in STATE.items()}, X.double()
     for activation in ACTIVATIONS:
