@@ -41,7 +41,9 @@ class Unsettled(NamedTuple):
 
 
 class UnsettledError(RuntimeError):
-    """A nudge did not settle, and ``unsettled="raise"``; `.report` is a list of :class:`Unsettled`."""
+    """A nudge did not settle, and ``unsettled="raise"``; `.report` is a list of :class:`Unsettled`.
+
+    Both are names of ``lgkernels.training.equilibrium``."""
 
     def __init__(self, report: list[Unsettled]) -> None:
         super().__init__(_text(report))

@@ -9,7 +9,8 @@ import lgkernels.__main__ as command
 import lgkernels.functional as LF
 import lgkernels.nn as lnn
 from lgkernels.recipes import rules, train
-from lgkernels.training import EquilibriumTrainer, UnsettledError
+from lgkernels.training import EquilibriumTrainer
+from lgkernels.training.equilibrium import UnsettledError
 from tests.equilibrium.common import CONV, close, golden
 
 RULES = rules.families()["equilibrium"].RULES
