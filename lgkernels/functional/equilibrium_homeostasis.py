@@ -71,8 +71,7 @@ def _probes(eps: Any, noise: Any, probes: Any, found: Network, r: list[Tensor]) 
         if noise.low is not None:
             raise ValueError(f"noise must have mean 0, so no low, got low={noise.low}")
         checks.same_device(activities=r[0], noise=noise.state)
-        state, law = noise.state, noise.law
-    # the law at scale 1, whatever the feedback's scale, and divided by its standard deviation when it is made
+        state, law = noise.state, noise.law  # the scale does not matter: its law's deviation is divided out
     return None, ((state, law), (probes, len(r[0])))
 
 
@@ -95,7 +94,8 @@ def homeostatic_loss(
     of edges without one to 0.
 
     Args:
-        weights (dict): as :func:`ep_settle`; the loss is differentiable in them.
+        weights (dict): as :func:`ep_settle`; the loss is differentiable in them (with a gradient of 0 for those of the
+            input and the readout).
         activities (dict): layer -> r = phi(u), (B, n) or (B, C, H, W); constants.
         estimator (str): ``"paper"``: the left side above, a mean over samples and probes, which may be negative.
             ``"symmetric"``: the mean of :math:`\|(J - J^T) \epsilon\|^2 / 2n`, never negative, of no greater variance.

@@ -272,17 +272,16 @@ class EquilibriumTrainer(Trainer):
         return F.mse_loss(out, F.one_hot(target.long(), out.shape[1]).to(out.dtype), reduction="sum") / 2 / len(out)
 
     def _homeostasis(self, weights: Any, state: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
-        leaves = {k: w.detach().requires_grad_() for k, w in weights.items()}
+        learning = [k for k in weights if not k.startswith(("in-", "readout/"))]
+        leaves = {k: w.detach().requires_grad_(k in learning) for k, w in weights.items()}
         r, impl = self.model.activities(state), self.model.impl
         with torch.enable_grad():
             loss = homeostatic_loss(
                 leaves, r, estimator=self.estimator, probes=self.probes, noise=self.noise, impl=impl
             )
-        learning = list(leaves) if loss.requires_grad else []
-        found = torch.autograd.grad(loss, [leaves[k] for k in learning], allow_unused=True) if learning else ()
+        found = torch.autograd.grad(loss, [leaves[k] for k in learning]) if loss.requires_grad else ()
         for key, gradient in zip(learning, found):
-            if gradient is not None:
-                gradients[key] = gradients[key] + self.homeostasis * gradient
+            gradients[key] = gradients[key] + self.homeostasis * gradient
         return loss.detach()
 
 

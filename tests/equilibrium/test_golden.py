@@ -103,7 +103,7 @@ def homeostasis(data, **options):
     weights = {k: v.clone().requires_grad_() for k, v in data.weights.items()}
     loss = LF.homeostatic_loss(weights, activities(data), **options)
     loss.backward()
-    return loss.detach(), {k: torch.zeros_like(w) if w.grad is None else w.grad for k, w in weights.items()}
+    return loss.detach(), {k: w.grad for k, w in weights.items()}
 
 
 def activities(data):

@@ -189,12 +189,32 @@ class _ConvHomeostasis(torch.autograd.Function):
         return (None,) * 6 + _scaled(ctx, grad)
 
 
+class _Tied(torch.autograd.Function):
+    """The loss itself, with gradients of 0 for the weights that it does not depend on: the input's and the readout."""
+
+    @staticmethod
+    def forward(ctx, loss, *others):
+        ctx.save_for_backward(*others)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        needed = ctx.needs_input_grad[1:]
+        return grad, *(torch.zeros_like(t) if need else None for t, need in zip(ctx.saved_tensors, needed))
+
+
 def homeostasis(weights, found: Network, activities, eps, noise, estimator, impl):
     """noise: `((state, law), (probes, B))`, or None where there is `eps`."""
+    loss, keys = _homeostasis(weights, found, activities, eps, noise, estimator, impl)
+    others = [w for key, w in weights.items() if key not in keys and w.requires_grad]
+    return apply(_Tied, "homeostatic_loss", loss, *others) if others else loss
+
+
+def _homeostasis(weights, found, activities, eps, noise, estimator, impl):
+    """`(loss, keys of the weights that it depends on)`."""
     keys = [f"{found.key(e)}/kernel" for e in found.edges]
     if not keys:  # nothing is recurrent: J = -1
-        first = next(iter(weights.values()))
-        return wide(first).sum() * 0
+        return wide(next(iter(weights.values()))).new_zeros(()), keys
     if not found.conv:
         sizes = tuple(r.shape[1] for r in activities)
         kernels = [weights[key] for key in keys]
@@ -206,7 +226,7 @@ def homeostasis(weights, found: Network, activities, eps, noise, estimator, impl
             rows = _noise(None, state, law, 0, probes * samples, [r.shape[1:] for r in activities])
             rows = [e.to(wide(kernels[0]).dtype).contiguous() for e in rows]
         edges = tuple(_flat(found.edges))
-        return apply(_Homeostasis, "homeostatic_loss", sizes, edges, estimator, impl, *kernels, *rows)
+        return apply(_Homeostasis, "homeostatic_loss", sizes, edges, estimator, impl, *kernels, *rows), keys
     ups = [found.key(e) for e in found.edges if e[0] < e[1]]
     biases = [f"{key}/bias" for key in ups if f"{key}/bias" in weights]
     tensors = [weights[key] for key in (*keys, *biases)]
@@ -215,9 +235,9 @@ def homeostasis(weights, found: Network, activities, eps, noise, estimator, impl
         named = dict(zip((*keys, *biases), leaves))
         return net_of(named, found._replace(readout=False))
 
-    return apply(
-        _ConvHomeostasis, "homeostatic_loss", tensors[0].detach(), eps, noise, activities, make, estimator, *tensors
-    )
+    first = tensors[0].detach()
+    loss = apply(_ConvHomeostasis, "homeostatic_loss", first, eps, noise, activities, make, estimator, *tensors)
+    return loss, [*keys, *biases]
 
 
 @torch.no_grad()
