@@ -80,8 +80,12 @@ class GroupLinear(nn.Module):
             parameter.uniform_(-bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
+        checks.floating("x", x)
+        groups, _, in_features = self.weight.shape
+        if x.shape[-2:] != (groups, in_features):
+            raise ValueError(f"x must have shape (..., {groups}, {in_features}), got {checks.shape_of(x)}")
         y = torch.einsum("...gc,gdc->...gd", x, self.weight)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         groups, out_features, in_features = self.weight.shape
@@ -313,7 +317,7 @@ class LocalMixer(nn.Module):
         checks.shape("x", x, (*x.shape[:1], self.in_channels, self.image_size, self.image_size), "N images")
         side, length = self.side, self.image_size // self.side
         x = x.reshape(len(x), self.in_channels, side, length, side, length)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(len(x), side**2, -1)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(len(x), side**2, length**2 * self.in_channels)
 
     def summary(self, features: Tensor) -> Tensor:
         """(N, D) in front of the read-out, of the last block's output (N, P, G, C)."""

@@ -203,6 +203,10 @@ class ForwardGradientTrainer(Trainer):
 
     # -- a step ----------------------------------------------------------------------------------------------------
 
+    def _check_batch(self, x: Any) -> None:
+        for view in x if isinstance(x, (tuple, list)) else [x]:
+            checks.any_tensor("x", view)
+
     def _step(self, x: Any, target: Tensor, last: bool) -> Tensor:
         views = self._views(x, target)
 
@@ -242,6 +246,8 @@ class ForwardGradientTrainer(Trainer):
                 f"head={self.model.head!r}, got {len(views)}"
             )
         patches = [self.model.patches(view) for view in views]
+        if not len(patches[0]):
+            raise ValueError(f"x must have at least one sample, got shape {checks.shape_of(views[0])}")
         checks.class_targets("target", target, patches[0], "x")
         checks.class_indices("target", target, self.model.num_classes)
         for view in patches[1:]:

@@ -104,7 +104,7 @@ class Trainer:
         """
         if not self.training:
             raise RuntimeError("step() needs training mode: call trainer.train() after an evaluation")
-        checks.any_tensor("x", x)
+        self._check_batch(x)
         checks.any_tensor("target", target)
         last = self.accumulated + 1 == self.accumulation_steps
         losses = self._step(x, target, last) if self.graphs is None else self.graphs.step(x, target)
@@ -115,6 +115,9 @@ class Trainer:
                 self.grad_scaler.update()
             torch.clear_autocast_cache()  # it holds the old weights, should the caller's autocast span several steps
         return losses
+
+    def _check_batch(self, x: torch.Tensor) -> None:
+        checks.any_tensor("x", x)
 
     def _step(self, x: torch.Tensor, target: torch.Tensor, last: bool) -> torch.Tensor:
         raise NotImplementedError

@@ -203,6 +203,13 @@ def test_dual_group_linear_is_forward_mode_differentiation():
     assert not LF.dual_group_linear(x, None, weight, bias)[1].any()
 
 
+@pytest.mark.parametrize("function", [LF.dual_linear, lambda x, v, w: LF.dual_group_linear(x, v, w.expand(4, 6, 5))])
+def test_a_tangent_of_another_precision_is_rounded_to_that_of_x(function):
+    x, tangent, weight = randn(3, 4, 5).bfloat16(), randn(3, 4, 5, seed=7), randn(6, 5).bfloat16()
+    got, expected = function(x, tangent, weight), function(x, tangent.bfloat16(), weight)
+    assert all(torch.equal(a, b) and a.dtype == torch.bfloat16 for a, b in zip(got, expected))
+
+
 def test_layers_under_autocast():
     """As torch's: products in bfloat16, but of float64."""
     x, tangent, weight, bias = (randn(*s) for s in ((2, 3, 4, 5), (2, 3, 4, 5), (4, 6, 5), (4, 6)))

@@ -163,6 +163,17 @@ def test_one_block_one_patch_one_group_makes_local_and_global_the_same():
         assert_same({n: g for n, g in local.items() if "head" not in n}, whole)
 
 
+@pytest.mark.parametrize("derivative", ["forward", "finite_difference"])
+def test_a_step_takes_two_views(derivative):
+    model, (x, target) = model_of(head="contrastive"), batch()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = trainer_of(model, "LG-FG-A", derivative=derivative)
+    expected = trainer_of(model, "LG-FG-A", derivative=derivative).gradients((x, x.flip(3)), target)[1]
+    assert len(trainer.step((x, x.flip(3)), target)) == 4
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] - 0.1 * expected[name], msg=name)
+
+
 def test_several_draws_are_a_mean():
     model = model_of()
     one = trainer_of(model, "LG-FG-A")
@@ -244,6 +255,12 @@ def test_bad_arguments():
         trainer.step(torch.zeros(2, 3, 4, 4, dtype=torch.float64), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="target"):
         trainer.step(batch()[0], torch.full((6,), 7))
+    with pytest.raises(ValueError, match="x must be a batch of images"):
+        trainer.step((batch()[0], batch()[0]), batch()[1])
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
+        trainer_of(model_of(head="contrastive"), "LG-FG-A").step((batch()[0], [1.0]), batch()[1])
+    with pytest.raises(ValueError, match="x must have at least one sample"):  # the mean of no losses is no number
+        trainer.step(batch()[0][:0], batch()[1][:0])
 
 
 @pytest.mark.parametrize("perturb", ["activities", "weights"])
@@ -300,3 +317,19 @@ def test_a_step_keeps_the_primals_of_one_block_and_of_weights_nothing(estimator,
     trainer = trainer_of(model, estimator)
     activity = 4 * len(x) * 16 * 32
     assert peak_memory(lambda: trainer.step(x, target), x.device) <= most * activity
+
+
+# -- the modules ------------------------------------------------------------------------------------------------------
+
+
+def test_group_linear_is_a_linear_layer_for_each_group():
+    layer, x = lnn.GroupLinear(2, 3, 4), torch.randn(5, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer(x)[:, 1], F.linear(x[:, 1], layer.weight[1], layer.bias[1]))
+    with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., 2, 3\), got \(5, 3, 3\)"):
+        layer(torch.randn(5, 3, 3))
+
+
+def test_a_mixer_of_no_image():
+    assert model_of()(batch(0)[0]).shape == (0, 5)

@@ -63,7 +63,7 @@ def dual_linear(x, x_tangent, weight, bias, weight_tangent=None, bias_tangent=No
             y.add_(bias)
     else:
         y = F.linear(x, weight, bias)
-        y_tangent = None if x_tangent is None else F.linear(x_tangent, weight)
+        y_tangent = None if x_tangent is None else F.linear(x_tangent.to(x.dtype), weight)
     if weight_tangent is not None:
         if isinstance(weight_tangent, RandomFeedback):
             moved = _random_product(x, weight_tangent, len(weight))
@@ -138,9 +138,9 @@ def sum_of_products(grad, x, groups):
     grad, x = wide(grad), wide(x)
     if groups:
         grad, x = grad.flatten(0, -3), x.flatten(0, -3)
-        return torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)), grad.sum(0)
+        return torch.bmm(grad.permute(1, 2, 0), x.transpose(0, 1)).to(grad.dtype), grad.sum(0)
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-    return grad.t() @ x, grad.sum(0)
+    return (grad.t() @ x).to(grad.dtype), grad.sum(0)
 
 
 @torch.no_grad()
