@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lgkernels.functional as LF
+from tests.conftest import backend_module
 from tests.equilibrium.common import CONV, DENSE, FOLDER, TOLERANCE, close, golden
 
 NETS = (*DENSE, CONV)
@@ -145,9 +146,10 @@ def test_softmax_pool():
     close("angle", {"": LF.weight_angle(data.weights)}, {"": data["angle_deg"]}, 1e-6)
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("impl", ["reference", "torch", "cpu"])
 @pytest.mark.parametrize("name", NETS)
 def test_float32(name, impl):
+    backend_module("equilibrium", impl)
     data, single = golden(name), golden(name, torch.float32)
     own = dict(activation=data.activation, impl=impl)
     free = LF.ep_settle(single.weights, single.x, steps=data.meta["T1"], **own)

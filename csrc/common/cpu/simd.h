@@ -212,12 +212,11 @@ LGK_INLINE vf look_up(vf table, vi index) {
 #endif
 }
 
-// exp(x) for x <= 0, relative error below 2e-7; zero below -87.
-LGK_INLINE vf exp_negative(vf x) {
+// exp(x) for |x| <= 87, relative error below 2e-7.
+LGK_INLINE vf exp_moderate(vf x) {
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  const vf clamped = x < -87.f ? splat(-87.f) : x;
-  const vf shifted = clamped * 1.44269504f + magic, n = shifted - magic;
-  const vf r = clamped - n * 0.693359375f - n * -2.12194440e-4f;
+  const vf shifted = x * 1.44269504f + magic, n = shifted - magic;
+  const vf r = x - n * 0.693359375f - n * -2.12194440e-4f;
   vf p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -226,7 +225,13 @@ LGK_INLINE vf exp_negative(vf x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
   const vu power = (bits<vu>(shifted) - bits<vu>(magic) + 127) << 23;
-  return x < -87.f ? vf{} : p * bits<vf>(power);
+  return p * bits<vf>(power);
+}
+
+// exp(x) for x <= 0; zero below -87.
+LGK_INLINE vf exp_negative(vf x) {
+  const vf e = exp_moderate(x < -87.f ? splat(-87.f) : x);
+  return x < -87.f ? vf{} : e;
 }
 
 }  // namespace lgk::cpu::LGK_ISA

@@ -8,14 +8,29 @@ import torch
 from . import reference
 from .field import Packed, force
 from .field import settle as run
+from .options import one_phase
 
 
 def settle(state, drive, net, target, phases, options):
+    if options.tolerance is not None and phases.many > 1:
+        return by_phase(settle, state, drive, net, target, phases, options)
     values = Packed(phases, len(state[0]) // max(phases.rows, 1), state[0])
     if state[0].dim() != 2:
         return run(net, drive, state, target, options, values)
     rows = [values.rows_of(v) for v in drive]
     return run(net, rows, state, target, options, values, _dense_step)
+
+
+def by_phase(settle, state, drive, net, target, phases, options):
+    """One phase after the other, for each of them stops by itself."""
+    samples, results, row = len(state[0]) // phases.rows, [], 0
+    for k, beta in enumerate(phases.betas):
+        own = one_phase(beta.real if k < phases.real_phases else beta)
+        part = [u[row : row + own.rows * samples] for u in state]
+        results.append(settle(part, drive, net, target, own, options))
+        row += own.rows * samples
+    states, *reports = zip(*results)
+    return [torch.cat(rows) for rows in zip(*states)], *(torch.cat(parts) for parts in reports)
 
 
 def _dense_step(net, drive, r, target, loss, values, layers):

@@ -1,0 +1,2 @@
+#define LGK_ISA base
+#include "equilibrium/cpu/table.h"

@@ -1,0 +1,55 @@
+// The CPU kernels of the family equilibrium: what one instruction-set level offers. Dense nets, float32, contiguous.
+// Formulas: lgkernels/ops/equilibrium/reference.py and field.py.
+#pragma once
+#include "common/cpu/level.h"
+#include "equilibrium/options.h"
+
+namespace lgk::cpu {
+
+struct StateLayer {
+  int64_t units;
+  const float* drive;  // (samples, units), or null: 0
+  const float* start;  // (rows, units); of a tangent (samples, units)
+  float* result;       // the same: the states, or the error
+};
+
+struct StateEdge {
+  int source, target;
+  const float* weight;  // (units of source, units of target)
+};
+
+// The force on the last layer. No goal: none; no weight: the activities are the logits.
+struct StateReadout {
+  int64_t classes;
+  const float* weight;  // (units, classes)
+  const float* bias;
+  const float* goal;  // (samples, classes)
+};
+
+// The rows of a state: [phase][sample] of the real phases, then [phase][Re, Im][sample]. `tangent`: one phase, rows of
+// samples, and the derivative of its activities by beta at 0 is wanted.
+struct StatePhases {
+  int64_t samples, phases, real_phases;
+  const float* beta;  // (phases, Re and Im)
+  bool tangent;
+};
+
+struct StateReport {  // (phases, samples)
+  int64_t* steps;
+  float *residual, *orbit;
+};
+
+struct StateNet {
+  const StateLayer* layers;
+  const StateEdge* edges;
+  int layer_count, edge_count;
+  StateReadout readout;
+};
+
+struct EquilibriumKernels {
+  int (*settle)(const StateNet&, const StatePhases&, const Settling&, const StateReport&, int threads);
+};
+
+LGK_LEVELS(EquilibriumKernels, equilibrium)
+
+}  // namespace lgk::cpu

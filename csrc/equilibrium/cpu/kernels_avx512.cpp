@@ -1,0 +1,2 @@
+#define LGK_ISA avx512
+#include "equilibrium/cpu/table.h"

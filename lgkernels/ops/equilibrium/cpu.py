@@ -1,0 +1,69 @@
+"""Dense nets over the C++ kernels in csrc/equilibrium/cpu: the functions of `reference.py`, float32.
+
+Convolutional nets, the homeostatic loss and empty batches are plain torch's. A row's result depends neither on the rows
+beside it nor on the number of threads.
+"""
+
+import torch
+
+from ...core.native import cpu_entries
+from ..common.cpu import address
+from . import reference
+from . import torch as lean
+from .torch import by_phase, homeostasis
+
+__all__ = ["error", "homeostasis", "settle"]
+
+_C = cpu_entries()
+
+
+def _by_kernel(state):
+    return state[0].dim() == 2 and all(v.numel() for v in state)
+
+
+def _floats(tensor):
+    return None if tensor is None else tensor.detach().float().contiguous()
+
+
+def _run(state, drive, net, target, phases, options):
+    """`(results, steps, residual, orbit)`; phases: `(samples, phases, real ones, beta (phases, 2), tangent)`."""
+    samples, many, *_ = phases
+    starts, drives, weights = ([_floats(v) for v in part] for part in (state, drive, net.weights))
+    readout, bias, goal = map(_floats, (net.readout, net.readout_bias, target))
+    results = [torch.empty_like(v) for v in starts]
+    drives += [None] * (len(starts) - len(drives))
+    layers = [(v.shape[1], *map(address, (d, v, out))) for v, d, out in zip(starts, drives, results)]
+    edges = [(a, b, address(w)) for a, b, w in zip(net.edges[::2], net.edges[1::2], weights)]
+    classes = starts[-1].shape[1] if readout is None else readout.shape[1]
+    steps = torch.empty(many, samples, dtype=torch.int64)
+    residual, orbit = (torch.empty(many, samples) for _ in range(2))
+    tolerance = -1.0 if options.tolerance is None else options.tolerance
+    _C.equilibrium_settle(
+        layers,
+        edges,
+        (classes, *map(address, (readout, bias, goal))),
+        (samples, many, phases[2], address(phases[3]), phases[4]),
+        (*options[:4], tolerance),
+        tuple(map(address, (steps, residual, orbit))),
+        torch.get_num_threads(),
+    )
+    dtype = state[0].dtype
+    return [v.to(u.dtype) for v, u in zip(results, state)], steps, residual.to(dtype), orbit.to(dtype)
+
+
+def settle(state, drive, net, target, phases, options):
+    if not _by_kernel(state):
+        return lean.settle(state, drive, net, target, phases, options)
+    if options.tolerance is not None and phases.many > 1:
+        return by_phase(settle, state, drive, net, target, phases, options)
+    beta = torch.tensor([phases.beta_real, phases.beta_imag], dtype=torch.float32).t().contiguous()
+    samples = len(state[0]) // phases.rows
+    return _run(state, drive, net, target, (samples, phases.many, phases.real_phases, beta, False), options)
+
+
+def error(state, drive, net, target, beta, points, options):
+    if points or not _by_kernel(state):
+        return reference.error(state, drive, net, target, beta, points, options, settle)
+    options = options._replace(schedule="synchronous", tolerance=None)
+    e, _, residual, _ = _run(state, drive, net, target, (len(state[0]), 1, 0, torch.zeros(1, 2), True), options)
+    return e, residual
