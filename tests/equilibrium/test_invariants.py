@@ -222,18 +222,20 @@ def test_estimators_have_the_exact_mean(estimator):
 def test_conv_estimators():
     """Exact: against the Jacobian itself, by one unit vector after the other."""
     torch.manual_seed(0)
-    weights = {"in-c/kernel": torch.randn(2, 1, 3, 3), "c-out/kernel": torch.randn(2, 2, 3, 3)}
-    weights |= {"c-out/bias": torch.randn(2), "out-c/kernel": torch.randn(2, 2, 3, 3)}
-    weights = {k: w.double() / 2 for k, w in weights.items()}
-    r = {"c": torch.rand(2, 2, 6, 5).double(), "out": torch.rand(2, 2, 2, 1).double()}
-    n = 2 * 30 + 2 * 2
-    unit = torch.eye(n).double().unsqueeze(1).expand(-1, 2, -1)
-    eps = {"c": unit[..., :60].reshape(n, 2, 2, 6, 5), "out": unit[..., 60:].reshape(n, 2, 2, 2, 1)}
+    edges = ("in-a", "a-b", "b-a", "b-out", "out-b")
+    weights = {f"{edge}/kernel": torch.randn(1, 1, 3, 3).double() / 2 for edge in edges}
+    weights |= {f"{edge}/bias": torch.randn(1).double() for edge in ("a-b", "b-out")}
+    shapes = {"a": (1, 9, 8), "b": (1, 4, 4), "out": (1, 1, 1)}  # one edge with a border of zeros, one without
+    r = {layer: torch.rand(1, *shape).double() for layer, shape in shapes.items()}
+    units = [torch.Size(shape).numel() for shape in shapes.values()]
+    n = sum(units)
+    parts = torch.eye(n).double().split(units, 1)
+    eps = {layer: part.reshape(n, 1, *shapes[layer]) for layer, part in zip(shapes, parts)}
     exact, grads = grads_of(weights, r, estimator="exact")
     for estimator in ("paper", "symmetric"):  # the mean over unit vectors is 1/n of the trace
         loss, by_trace = grads_of(weights, r, estimator=estimator, eps=eps)
         assert abs(loss * n - exact) < 1e-10 * exact, estimator
-        close(estimator, {k: g * n for k, g in by_trace.items()}, grads, 1e-9, {"c-out/bias": largest(grads)})
+        close(estimator, {k: g * n for k, g in by_trace.items()}, grads, 1e-9, dict.fromkeys(grads, largest(grads)))
     loss, _ = grads_of(weights, r, probes=2, noise=RandomFeedback(1, law="normal"))
     again, _ = grads_of(weights, r, probes=2, noise=RandomFeedback(1, law="normal"))
     assert loss == again
