@@ -1,5 +1,6 @@
 """A tree of dicts, lists, numbers and tensors as one safetensors file, written at once or not at all."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,8 +25,11 @@ def write_atomically(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a full disk's says no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk
         folder = os.open(path.parent, os.O_DIRECTORY)
         try:
@@ -70,14 +74,25 @@ def _digest(tree, tensors):
     return digest.hexdigest()
 
 
-def save(path, tree):
-    """Write `tree` to `path` atomically, with a digest of everything in it."""
+def serialized(tensors, metadata):
+    """A safetensors file, with equal bytes for equal contents: the library's own order of metadata is by chance."""
     from safetensors.torch import save as serialize
 
+    data = serialize(tensors, metadata=metadata)
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[size:]
+
+
+def save(path, tree):
+    """Write `tree` to `path` atomically, with a digest of everything in it."""
     tensors = {}
     text = json.dumps(_flatten(tree, "state", tensors))
     metadata = {"format": FORMAT, "tree": text, "digest": _digest(text, tensors)}
-    write_atomically(path, serialize(tensors, metadata=metadata))
+    write_atomically(path, serialized(tensors, metadata))
 
 
 def load(path):
@@ -98,4 +113,7 @@ def load(path):
         )
     if _digest(metadata.get("tree", ""), tensors) != metadata.get("digest"):
         raise CheckpointError(f"checkpoint {path} is corrupt: its contents do not match their digest")
-    return _restore(json.loads(metadata["tree"]), tensors)
+    try:
+        return _restore(json.loads(metadata["tree"]), tensors)
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError):
+        raise CheckpointError(f"checkpoint {path} is corrupt: its tree cannot be read") from None

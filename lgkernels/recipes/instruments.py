@@ -1,10 +1,12 @@
 """Measures of layers over the epochs. FA's weights turn towards the feedback, sign-symmetry starts there."""
 
+import io
 import math
 
 from torch import nn
 
 from .. import nn as lnn
+from . import checkpoint
 
 PLOTS = {
     "alignment.png": {
@@ -45,7 +47,7 @@ def draw(path, title, histories, labels):
             axes.set(xlabel="epoch", ylabel=label, title=f"{rule}: {title}")
             axes.grid(alpha=0.3)
         row[0].legend(title="layer", fontsize="small")
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    checkpoint.write_atomically(path, file.getvalue())
     return True

@@ -100,6 +100,10 @@ class Run:
         if state["rule"] != self.rule.name:
             raise checkpoint.CheckpointError(f"{self.path} belongs to rule {state['rule']!r}, not {self.rule.name!r}")
         self.trainer.load_state_dict(state["trainer"])
+        if not all(isinstance(record, dict) for record in state["history"]) or len(state["history"]) != state["epoch"]:
+            raise ValueError(f"its history is not one of {state['epoch']} epochs")
+        if not 0 <= state["batch"] < max(self.batches, 1):
+            raise ValueError(f"its batch {state['batch']} is not one of {self.batches}")
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         self.losses, self.correct = (t if t is None else t.to(self.device) for t in (state["losses"], state["correct"]))
         self.seconds, self.refresh_seconds = state["seconds"], state.get("refresh_seconds", 0.0)
@@ -108,14 +112,18 @@ class Run:
     def save(self) -> None:
         checkpoint.save(self.path, self.state_dict())
 
-    def train(self, progress: Callable, stopping: Callable[[], bool]) -> Iterator[dict[str, Any]]:
-        """Run to the last epoch; yields each epoch's record. `stopping()` true: save and raise Interrupted."""
+    def train(
+        self, progress: Callable, stopping: Callable[[], bool], prepare: Callable[["Run"], None] = lambda run: None
+    ) -> Iterator[dict[str, Any]]:
+        """Run to the last epoch; yields each epoch's record. `stopping()` true: save and raise Interrupted. `prepare`
+        keeps an epoch's `weights`, before its checkpoint."""
         while not self.finished:
             self._epoch(progress, stopping)
             record = self._evaluate()
             self.history.append(record)
             self.epoch, self.batch = self.epoch + 1, 0
             self._reset()
+            prepare(self)
             self.save()
             yield record
             if stopping() and not self.finished:
@@ -172,6 +180,30 @@ class Run:
         """Training accuracy and loss of the classifier so far in this epoch (waits for the device)."""
         return self.correct.item() / (self.batch * self.settings.batch_size), self.losses[-1].item() / self.batch
 
+    def _recalibrate(self):
+        """Evaluation mode, with its running statistics."""
+        order = self._order("recalibrate")
+        self.trainer.eval()
+        with self.autocast():
+            count = 0 if self.settings.frozen_statistics else min(RECALIBRATION_BATCHES, self.batches)
+            self.trainer.bn_recalibrate(self.batch_at(order, i, "recalibrate") for i in range(count))
+
+    def _snapshot(self):
+        self.weights = {
+            f"{i}.{name}": tensor.detach().cpu().clone()
+            for i, block in enumerate(self.trainer.blocks)
+            for name, tensor in block.state_dict().items()
+        }
+
+    @torch.no_grad()
+    def take_weights(self) -> None:
+        """The weights after the last whole epoch, from its checkpoint."""
+        self.epoch -= 1
+        self._recalibrate()
+        self._snapshot()
+        self.trainer.train()
+        self.epoch += 1
+
     @torch.no_grad()
     def _evaluate(self):
         accuracy, _ = self.live()
@@ -182,11 +214,8 @@ class Run:
             "losses": [_finite(v) for v in (self.losses / self.batch).tolist()],
             "train_seconds": self.seconds,
         }
-        order = self._order("recalibrate")
-        self.trainer.eval()
+        self._recalibrate()
         with self.autocast():
-            count = 0 if self.settings.frozen_statistics else min(RECALIBRATION_BATCHES, self.batches)
-            self.trainer.bn_recalibrate(self.batch_at(order, i, "recalibrate") for i in range(count))
             correct, loss, seen = 0, 0.0, 0
             for x, target in self.dataset.test_batches(256):
                 logits, target = self.trainer.predict(x.to(self.device)).float(), target.to(self.device)
@@ -194,11 +223,7 @@ class Run:
                 loss += F.cross_entropy(logits, target, reduction="sum")
                 seen += len(target)
         record.update(test_accuracy=correct.item() / seen, test_loss=_finite(loss.item() / seen))
-        self.weights = {
-            f"{i}.{name}": tensor.detach().cpu().clone()
-            for i, block in enumerate(self.trainer.blocks)
-            for name, tensor in block.state_dict().items()
-        }
+        self._snapshot()
         self.trainer.train()
         if self.rule.measures.epoch is not None:
             record.update(self.rule.measures.epoch(self))

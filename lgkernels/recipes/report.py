@@ -1,5 +1,6 @@
 """What a run leaves behind: metrics.jsonl, curves.png, results.json, and the table on the screen."""
 
+import io
 import json
 
 from . import checkpoint, rules
@@ -48,9 +49,13 @@ def draw_curves(path, title, histories):
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    save_picture(figure, path)
+
+
+def save_picture(figure, path):
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    checkpoint.write_atomically(path, file.getvalue())
 
 
 def _quantity(value):

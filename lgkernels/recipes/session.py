@@ -1,6 +1,8 @@
 """All rules of one command: their runs one after the other, and what they leave in the run's folder."""
 
+import contextlib
 import functools
+import os
 import shlex
 import signal
 import sys
@@ -49,23 +51,37 @@ class _Progress:
 
 
 class _Stop:
-    """The first Ctrl-C asks the run to stop after the present step; the second one is an ordinary one."""
+    """The first Ctrl-C or SIGTERM asks the run to stop after the present step; the second one is an ordinary one."""
 
     def __enter__(self):
-        self.asked = False
-        self.previous = signal.signal(signal.SIGINT, self._ask)
+        self.asked = 0  # the signal
+        self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.previous)
+        for number, previous in self.previous.items():
+            signal.signal(number, previous)
 
-    def _ask(self, *_):
-        self.asked = True
+    def _ask(self, number, _frame):
+        self.asked = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping after this step ...", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with contextlib.suppress(OSError):
+            print("\nstopping after this step ...", file=sys.stderr, flush=True)
 
     def __call__(self):
-        return self.asked
+        return bool(self.asked)
+
+
+def _epoch_of(path: Path) -> int | None:
+    """The epoch that a weights file was written after; None: there is none that can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return int((file.metadata() or {})["epoch"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
 
 
 class Session:
@@ -83,8 +99,11 @@ class Session:
     def run(self) -> int:
         """Train by every rule, or what is left of it, and compare them. Returns the command's exit code."""
         self._announce()
+        if not self.resume:
+            self._keep_settings()
         self.start = self._start()
         runs = [self._run(rule.name) for rule in self.settings.rules]
+        self._keep_settings()  # of a resumed run once its checkpoints have been accepted
         report.rewrite_metrics(self.folder, [run.history for run in runs])
         with _Stop() as stop:
             try:
@@ -93,9 +112,12 @@ class Session:
                     if stop() and run is not runs[-1]:
                         raise loop.Interrupted
             except (loop.Interrupted, KeyboardInterrupt):  # the second Ctrl-C: the last whole epoch is kept
-                return self._interrupted()
+                return self._interrupted(stop.asked or signal.SIGINT)
         self._finish()
         return 0
+
+    def _keep_settings(self) -> None:
+        report.write_json(self.folder / "config.json", self.settings.flat())
 
     def _announce(self) -> None:
         s = self.settings
@@ -132,19 +154,19 @@ class Session:
                 run.load_state_dict(state)
             except checkpoint.CheckpointError:
                 raise
-            except (KeyError, RuntimeError, ValueError) as error:
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise UsageError(f"{run.path} does not fit the run's settings ({error})") from None
         elif self.resume:
             print(f"{rule}: {run.path} does not exist, starts from the beginning", flush=True)
         return run
 
-    def _interrupted(self) -> int:
+    def _interrupted(self, number: int) -> int:
         out = "" if self.folder.parent == Path("runs") else f" --out {shlex.quote(str(self.folder.parent))}"
         print(
             f"interrupted; go on with: python -m lgkernels train --resume --name {shlex.quote(self.folder.name)}{out}",
             flush=True,
         )
-        return 130
+        return 128 + number
 
     def _train(self, run: loop.Run, stop: _Stop) -> None:
         name = run.rule.name
@@ -153,26 +175,44 @@ class Session:
             print(f"{name}: already trained for {run.epoch} epochs", flush=True)
         elif run.epoch or run.batch:
             print(f"{name}: going on at epoch {run.epoch + 1}, batch {run.batch}", flush=True)
-        for record in run.train(_Progress, stop):
+        if run.history:
+            self._draw()
+        self._settle_weights(run)
+        for record in run.train(_Progress, stop, self._prepare_weights):
             report.append_metrics(self.folder, record)
-            report.draw_curves(self.folder / "curves.png", self.title, self.histories)
-            for picture, labels in run.rule.measures.plots.items():
-                own = {name: h for name, h in self.histories.items() if picture in rules.get(name).measures.plots}
-                instruments.draw(self.folder / picture, self.title, own, labels)
+            self._draw()
+            os.replace(self._path(".model", name, ".safetensors.next"), self._path("model", name, ".safetensors"))
             print(
                 f"{name} epoch {record['epoch']}/{self.settings.epochs}: training accuracy "
                 f"{100 * record['train_accuracy']:.2f} %, test accuracy {100 * record['test_accuracy']:.2f} %, "
                 f"{record['train_seconds']:.1f} s",
                 flush=True,
             )
-            self._save_weights(run)
 
-    def _save_weights(self, run: loop.Run) -> None:
-        from safetensors.torch import save
+    def _draw(self) -> None:
+        report.draw_curves(self.folder / "curves.png", self.title, self.histories)
+        for rule in self.settings.rules:
+            for picture, labels in rule.measures.plots.items() if self.histories.get(rule.name) else ():
+                own = {name: h for name, h in self.histories.items() if picture in rules.get(name).measures.plots}
+                instruments.draw(self.folder / picture, self.title, own, labels)
 
+    def _prepare_weights(self, run: loop.Run) -> None:
+        """The weights of the epoch, before its checkpoint, beside those of the epoch before."""
+        about = {"rule": run.rule.name, "model": self.settings.model, "epoch": str(run.epoch)}
+        path = self._path(".model", run.rule.name, ".safetensors.next")
+        checkpoint.write_atomically(path, checkpoint.serialized(run.weights, about))
+
+    def _settle_weights(self, run: loop.Run) -> None:
+        """The weights file is that of the checkpoint's epoch, whenever the run was killed."""
         name = run.rule.name
-        data = save(run.weights, metadata={"rule": name, "model": self.settings.model})
-        checkpoint.write_atomically(self._path("model", name, ".safetensors"), data)
+        path, prepared = self._path("model", name, ".safetensors"), self._path(".model", name, ".safetensors.next")
+        if run.epoch and _epoch_of(prepared) == run.epoch:
+            os.replace(prepared, path)
+        prepared.unlink(missing_ok=True)
+        if run.epoch and not run.batch and _epoch_of(path) != run.epoch:  # the file was removed, or damaged
+            run.take_weights()
+            self._prepare_weights(run)
+            os.replace(prepared, path)
 
     def _finish(self) -> None:
         """Measure a step of every rule, fresh and side by side; write and show what came out."""

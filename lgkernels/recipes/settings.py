@@ -204,9 +204,14 @@ def resume(folder: Path, given: Mapping[str, Any]) -> Settings:
         stored = json.loads((folder / "config.json").read_text())
         if not isinstance(stored, dict):
             raise ValueError("config.json holds no settings")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"no run to resume in {folder} ({error})") from None
-    before = from_flat(stored).flat()  # without the options of other rules, which this run does not read
+    try:
+        before = from_flat(stored).flat()  # without the options of other rules, which this run does not read
+    except UsageError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{folder / 'config.json'} does not hold the settings of a run ({error})") from None
     for name, value in given.items():
         if name not in CHANGEABLE and name in before and before[name] != value:
             raise UsageError(f"{flag(name)} {value} differs from the run's {before[name]}: start a new run for it")

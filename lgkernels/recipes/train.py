@@ -1,14 +1,16 @@
 """`python -m lgkernels train`: a network trained by one of the rules, beside back-propagation."""
 
 import argparse
+import contextlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import checkpoint, data, networks, report, rules, settings, weights
+from . import checkpoint, data, folders, networks, rules, settings, weights
 from .options import UsageError, add_options
 from .session import Session
 
@@ -39,8 +41,21 @@ def main(args: argparse.Namespace) -> int:
     try:
         return _main(vars(args).copy())
     except (UsageError, data.DataError, checkpoint.CheckpointError) as error:
-        print(f"python -m lgkernels train: error: {error}", file=sys.stderr)
-        return 2
+        return _failed(str(error), 2)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # or Python complains at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _failed(
+            "nobody reads this output any more: stopped. What was finished is kept, add --resume to go on", 1
+        )
+    except OSError as error:
+        return _failed(f"{error.filename or 'a file'} cannot be read or written ({error.strerror or error})", 2)
+
+
+def _failed(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"python -m lgkernels train: error: {message}", file=sys.stderr)
+    return code
 
 
 def _main(given: dict[str, Any]) -> int:
@@ -52,35 +67,23 @@ def _main(given: dict[str, Any]) -> int:
             f'{", ".join(missing)} not installed; run: pip install "lgkernels[demo]", in a clone: '
             'pip install -e ".[demo]"'
         )
+    if name is not None:
+        folders.check_name(name)
     if resume:
         if name is None:
             raise UsageError("--resume needs --name, the run to go on with")
-        folder = out / name
-        chosen = settings.resume(folder, given)
+        chosen = settings.resume(out / name, given)
     else:
         chosen = settings.complete(given)
-        folder = _new_folder(out, name, chosen)
+        if name is not None:
+            folders.check_new(out / name)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     dataset = _dataset(chosen)
     weights.check_start(chosen, dataset)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"the run's folder {folder} cannot be made ({error.strerror})") from None
-    report.write_json(folder / "config.json", chosen.flat())
-    return Session(chosen, dataset, folder, resume).run()
-
-
-def _new_folder(out: Path, name: str | None, chosen: settings.Settings) -> Path:
-    if name is not None:
-        if (out / name / "config.json").exists():
-            raise UsageError(f"run {out / name} exists: add --resume to go on with it, or choose another --name")
-        return out / name
-    base, number = f"{chosen.data}-{chosen.model}-{chosen.rule}".replace("/", "-"), 1
-    while (out / (f"{base}-{number}" if number > 1 else base)).exists():
-        number += 1
-    return out / (f"{base}-{number}" if number > 1 else base)
+    base = f"{chosen.data}-{chosen.model}-{chosen.rule}".replace("/", "-")
+    with folders.taken(out, name, base, resume) as folder:
+        return Session(chosen, dataset, folder, resume).run()
 
 
 def _dataset(chosen: settings.Settings) -> data.Dataset:
