@@ -21,8 +21,10 @@ def __getattr__(name: str) -> _Any:
         return getattr(_importlib.import_module("lgkernels.nn"), name)
     if name == "plan":
         return _importlib.import_module("lgkernels.training.planner").plan
+    if name == "load_run":
+        return _importlib.import_module("lgkernels.recipes.trained").load_run
     raise AttributeError(f"module 'lgkernels' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES, *_FROM_NN, "plan"})
+    return sorted({*globals(), *_SUBMODULES, *_FROM_NN, "load_run", "plan"})

@@ -26,7 +26,7 @@ def write_atomically(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:  # a full disk's says no file
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

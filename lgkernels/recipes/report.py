@@ -1,6 +1,5 @@
 """What a run leaves behind: metrics.jsonl, curves.png, results.json, and the table on the screen."""
 
-import io
 import json
 
 from . import checkpoint, rules
@@ -20,42 +19,6 @@ def rewrite_metrics(folder, histories):
 
 def write_json(path, content):
     checkpoint.write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def draw_curves(path, title, histories):
-    """Test (solid) and training (dashed) accuracy, and the classifier's training loss, over epochs, for each rule."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for i, (rule, history) in enumerate(histories.items()):
-        epochs = [record["epoch"] for record in history]
-        color = f"C{i}"
-        left.plot(epochs, [100 * r["test_accuracy"] for r in history], color=color, marker=".", label=f"{rule}, test")
-        left.plot(
-            epochs, [100 * r["train_accuracy"] for r in history], color=color, linestyle="--", label=f"{rule}, training"
-        )
-        right.plot(
-            epochs,
-            [r["losses"][-1] if r["losses"][-1] is not None else float("nan") for r in history],
-            color=color,
-            marker=".",
-            label=rule,
-        )
-    left.set(xlabel="epoch", ylabel="accuracy (%)", title=title)
-    right.set(xlabel="epoch", ylabel="training loss of the classifier", yscale="log")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    save_picture(figure, path)
-
-
-def save_picture(figure, path):
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    checkpoint.write_atomically(path, file.getvalue())
 
 
 def _quantity(value):

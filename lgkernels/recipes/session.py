@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core import advice
-from . import checkpoint, instruments, loop, measure, models, optimizers, report, rules, weights
+from . import checkpoint, loop, measure, models, optimizers, pictures, report, rules, weights
 from .data import Dataset
 from .options import UsageError
 from .settings import Settings
@@ -127,6 +127,7 @@ class Session:
             f"{self.title}: {s.epochs} epochs, batch {s.batch_size}, {s.optimizer}, learning rate {', '.join(rates)}, "
             f"{s.device}{threads}"
         )
+        print(*(f"note: {line}" for line in s.notes()), sep="\n", end="\n" if s.notes() else "")
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.amp, torch.float32)
         print(advice.line(s.device, dtype))
         print(f"run folder: {self.folder}", flush=True)
@@ -190,17 +191,21 @@ class Session:
             )
 
     def _draw(self) -> None:
-        report.draw_curves(self.folder / "curves.png", self.title, self.histories)
+        colour = pictures.colours(rule.name for rule in self.settings.rules)
+        pictures.curves(self.folder / "curves.png", self.title, self.histories, colour)
         for rule in self.settings.rules:
             for picture, labels in rule.measures.plots.items() if self.histories.get(rule.name) else ():
                 own = {name: h for name, h in self.histories.items() if picture in rules.get(name).measures.plots}
-                instruments.draw(self.folder / picture, self.title, own, labels)
+                pictures.layers(self.folder / picture, self.title, own, labels, colour)
 
     def _prepare_weights(self, run: loop.Run) -> None:
         """The weights of the epoch, before its checkpoint, beside those of the epoch before."""
-        about = {"rule": run.rule.name, "model": self.settings.model, "epoch": str(run.epoch)}
+        about = {"rule": run.rule.name, "model": self.settings.model, "epoch": run.epoch}
+        about |= {name: getattr(self.dataset, name) for name in ("channels", "classes", "image_size")}
         path = self._path(".model", run.rule.name, ".safetensors.next")
-        checkpoint.write_atomically(path, checkpoint.serialized(run.weights, about))
+        checkpoint.write_atomically(
+            path, checkpoint.serialized(run.weights, {name: str(value) for name, value in about.items()})
+        )
 
     def _settle_weights(self, run: loop.Run) -> None:
         """The weights file is that of the checkpoint's epoch, whenever the run was killed."""

@@ -148,6 +148,17 @@ class Settings(Start):
         """The rule's options."""
         return make(rule.options, self.rule_options)
 
+    def notes(self) -> list[str]:
+        """What the run's rules take that is not usual for them."""
+        lines = []
+        usual = {rule.name: rule.defaults(self).optimizer for rule in self.rules}
+        if usual[self.rule] == self.optimizer and len(self.rules) > 1:
+            lines.append(f"{self.optimizer} is the usual optimizer of {self.rule}, and all rules take it")
+        other = [f"{name}'s is {usual[name]}" for name in usual if usual[name] not in (None, self.optimizer)]
+        if other:
+            lines.append(f"all rules take {self.optimizer}, where {', '.join(other)}: --optimizer sets it for all")
+        return lines
+
     def check(self) -> None:
         """Refuse settings that a rule cannot train with."""
         for rule in self.rules:
@@ -191,8 +202,8 @@ def complete(given: Mapping[str, Any]) -> Settings:
         embedded = settings.data == "fashion-mnist" and settings.data_dir is None
         settings.augment = "none" if embedded else "basic"
     if "optimizer" not in given:
-        wanted = [rule.defaults(settings).optimizer for rule in settings.rules]
-        settings.optimizer = next(filter(None, wanted), settings.optimizer)
+        # the run's own rule decides: one that is merely compared changes nothing of the others
+        settings.optimizer = rules.get(settings.rule).defaults(settings).optimizer or settings.optimizer
     settings.compare = [rule for rule in dict.fromkeys(settings.compare) if rule != settings.rule]
     settings.check()
     return settings

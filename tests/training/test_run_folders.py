@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lgkernels.__main__ as command
-from lgkernels.recipes import checkpoint, data, folders, report, session, train
+from lgkernels.recipes import checkpoint, data, folders, pictures, session, train
 from lgkernels.recipes.options import UsageError
 
 for needed in train.NEEDED:
@@ -103,12 +103,12 @@ class Killed(BaseException):
 def test_killed_between_checkpoint_and_weights_file(tmp_path, one, two_epochs, monkeypatch):
     """The checkpoint has the last epoch: a resume gives the weights file it, too, bit for bit, and the picture."""
 
-    def killed(path, title, histories):
+    def killed(path, title, histories, colour):
         if len(histories["lls"]) == 2:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(report, "draw_curves", killed)
+        patch.setattr(pictures, "curves", killed)
         with pytest.raises(Killed):
             run(tmp_path, "--resume", "--name", "a", "--epochs", "2")
     assert checkpoint.load(one / "checkpoint.safetensors")["epoch"] == 2

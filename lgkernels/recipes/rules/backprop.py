@@ -62,12 +62,9 @@ def _accumulating(blocks: list[nn.Module], optimizer_factory: Any, task: Task, *
 
 
 def _defaults(settings: Any) -> Defaults:
-    """`--bp-lr`, where it is given; a network that is tuned takes `--lr` too, as the rules beside it."""
+    """`--bp-lr`, where it is given; a network that is tuned takes `--lr` too, as the rules beside it. Of all three:
+    they are the same algorithm."""
     return weights.TUNING._replace(lr=("bp_lr", "lr")) if settings.given_start else Defaults(lr=("bp_lr",))
-
-
-def _tuning_defaults(settings: Any) -> Defaults:
-    return weights.TUNING._replace(lr=("bp_lr", "lr"))
 
 
 RULES = (
@@ -78,11 +75,11 @@ RULES = (
         defaults=_defaults,
         measures=Measures(signal_macs=lambda task, image_size: models.gradient_macs(task, image_size)[0]),
     ),
-    Rule("bp-accumulate", build, _accumulating, starts="network", defaults=_tuning_defaults, check=_check_batch),
+    Rule("bp-accumulate", build, _accumulating, starts="network", defaults=_defaults, check=_check_batch),
     Rule(
         "bp-checkpoint",
         lambda task: [Checkpointed(part) for part in task.network],
         starts="network",
-        defaults=_tuning_defaults,
+        defaults=_defaults,
     ),
 )
