@@ -99,10 +99,18 @@ struct SignProducts {
   static int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
   void similarity(const float* x, int64_t count, float* s) const {
     sign_product(x, h.dim, count, h.dim, true, h.signs, round16(h.rows), s, h.rows, h.rows);
+    for (int64_t i = 0; i < count; ++i) {  // column 0 is zero, and zero times inf or nan is nan
+      const float first = x[i * h.dim] * 0.f;
+      for (int64_t r = 0; first != first && r < h.rows; ++r) s[i * h.rows + r] = first;
+    }
   }
   void gradient(const float* g, int64_t count, float* grad) const {
     sign_product(g, h.rows, count, h.rows, false, h.signs + by_row(), round16(h.dim), grad, h.dim, h.dim);
-    for (int64_t i = 0; i < count; ++i) grad[i * h.dim] = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      float first = 0;
+      for (int64_t r = 0; r < h.rows; ++r) first += g[i * h.rows + r] * 0.f;
+      grad[i * h.dim] = first;
+    }
   }
 };
 

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
     sums.a += centred * centred;
   }
   const float norm = sqrtf(block_sums(sums, shared).a);
-  const bool varies = norm > kRounding * length;
+  const bool varies = !(norm <= kRounding * length);  // nan too
   const float inverse = varies ? 1.0f / (kEpsNorm + norm) : 0.0f;
   if (threadIdx.x == 0) norms[blockIdx.x] = varies ? norm : 0.0f;
   for (int64_t k = threadIdx.x; k < features; k += blockDim.x)
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const int64_t label = target[blockIdx.x];
   Sums sums{0.0f, 0.0f, 0.0f};
   for (int64_t j = threadIdx.x; j < batch; j += blockDim.x) {
-    const float error = fminf(fmaxf(row[j], -1.0f), 1.0f) - (target[j] == label ? same : other);
+    const float product = row[j] < -1.0f ? -1.0f : row[j] > 1.0f ? 1.0f : row[j];  // nan stays
+    const float error = product - (target[j] == label ? same : other);
     row[j] = error;
     sums.a += error * error;
   }
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const float along = sums.a * (1.0f + kEpsNorm / norm), inverse = factor / (kEpsNorm + norm);
   const float centre = (sums.b - along * sums.c) / static_cast<float>(features);
   for (int64_t k = threadIdx.x; k < features; k += blockDim.x) {
-    float value = norm > 0.0f ? (grad[first + k] - along * rows[first + k] - centre) * inverse : 0.0f;
+    float value = norm != 0.0f ? (grad[first + k] - along * rows[first + k] - centre) * inverse : 0.0f;
     if (deviation != nullptr) {
       const float std = deviation[first + k];
       value = std <= kRounding * fabsf(mean[first + k]) ? 0.0f : value / (std * (positions - 1.0f));

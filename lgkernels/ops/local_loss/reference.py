@@ -169,7 +169,7 @@ def similarity(x, target, num_classes, use_std, compute_grad, gram=None, var_mea
         mean, features = none, wide(x).flatten(1)
     centred = features - features.mean(1, keepdim=True)
     norm = centred.norm(dim=1, keepdim=True)
-    varies = norm > eps * features.norm(dim=1, keepdim=True)
+    varies = ~(norm <= eps * features.norm(dim=1, keepdim=True))  # nan varies, and stays nan
     inverse = torch.where(varies, 1 / (EPS_NORM + norm), 0)
     rows = centred * inverse
     gram = len(rows) > rows.shape[1] if gram is None else gram

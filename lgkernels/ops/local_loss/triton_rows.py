@@ -92,9 +92,9 @@ def normalize_kernel(x, rows, norms, B, F, BLOCK_B: tl.constexpr, BLOCK_F: tl.co
         centred = tl.where(mask, tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean, 0.0)
         square += centred * centred
     norm = tl.sqrt_rn(tl.sum(square, 1))
-    varies = norm > length * 9.5367431640625e-07
-    tl.store(norms + b, tl.where(varies, norm, 0.0), mask=b < B)
-    inverse = tl.where(varies, 1.0 / (norm + 1e-8), 0.0)[:, None]
+    flat = norm <= length * 9.5367431640625e-07  # not where it is nan
+    tl.store(norms + b, tl.where(flat, 0.0, norm), mask=b < B)
+    inverse = tl.where(flat, 0.0, 1.0 / (norm + 1e-8))[:, None]
     for start in range(0, F, BLOCK_F):
         c, at, mask = row_tile(b, start, B, F, BLOCK_F)
         tl.store(rows + at, (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - mean) * inverse, mask=mask)
@@ -108,7 +108,8 @@ def match_kernel(products, target, losses, B, F, same, other, BLOCK_B: tl.conste
     total = tl.zeros((BLOCK_B, BLOCK_F), tl.float32)
     for start in range(0, F, BLOCK_F):
         c, at, mask = row_tile(b, start, B, F, BLOCK_F)
-        product = tl.minimum(tl.maximum(tl.load(products + at, mask=mask, other=0.0), -1.0), 1.0)
+        product = tl.load(products + at, mask=mask, other=0.0)
+        product = tl.where(product < -1.0, -1.0, tl.where(product > 1.0, 1.0, product))  # nan stays
         equal = tl.load(target + c, mask=c < F, other=0)[None, :] == label
         error = product - tl.where(equal, tl.cast(same, tl.float32), tl.cast(other, tl.float32))
         total += tl.where(mask, error * error, 0.0)
@@ -133,7 +134,7 @@ def rows_grad_kernel(
         along += g * r
         sum_grad += g
         sum_rows += r
-    varies = norm > 0.0
+    varies = norm != 0.0  # nan too
     share = tl.sum(along, 1) * (1.0 + 1e-8 / tl.where(varies, norm, 1.0))
     centre = ((tl.sum(sum_grad, 1) - share * tl.sum(sum_rows, 1)) / F)[:, None]
     inverse = tl.where(varies, tl.cast(factor, tl.float32) / (norm + 1e-8), 0.0)[:, None]
