@@ -210,6 +210,22 @@ def test_a_tangent_of_another_precision_is_rounded_to_that_of_x(function):
     assert all(torch.equal(a, b) and a.dtype == torch.bfloat16 for a, b in zip(got, expected))
 
 
+@pytest.mark.parametrize("moved", [("weight_tangent",), ("bias_tangent",), ("weight_tangent", "bias_tangent")])
+def test_losses_with_tangents_of_the_head_are_the_same_under_autocast(moved):
+    x, y, tangent = (randn(3, 4, 2, 5, seed=s) for s in range(3))
+    head = dict(weight=randn(10, 6), bias=randn(6))
+    given = {name: head[name.removesuffix("_tangent")] for name in moved}
+
+    def both():
+        one = LF.replicated_cross_entropy_dual(x, tangent, *head.values(), torch.arange(3), **given)
+        return one + LF.replicated_nt_xent_dual(x, y, tangent, None, *head.values(), **given)
+
+    expected = both()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = both()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
 def test_layers_under_autocast():
     """As torch's: products in bfloat16, but of float64."""
     x, tangent, weight, bias = (randn(*s) for s in ((2, 3, 4, 5), (2, 3, 4, 5), (4, 6, 5), (4, 6)))

@@ -11,7 +11,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd import forward_ad
 
 from ...core.autograd import apply, first_order_only, settled_dtypes
-from ...core.ops import wide
+from ...core.ops import wide, without_autocast
 from . import op  # noqa: F401  registers the ops
 
 _ops = torch.ops.lgkernels
@@ -44,10 +44,11 @@ def _head_tangent(pooled, delta, weight_tangent, bias_tangent):
     """(N,): <delta, pooled weight_tangent + bias_tangent>, or None."""
     if weight_tangent is None and bias_tangent is None:
         return None
-    if weight_tangent is None:
-        return delta @ wide(bias_tangent)
-    moved = pooled @ wide(weight_tangent)
-    return (delta * (moved if bias_tangent is None else moved + wide(bias_tangent))).sum(1)
+    with without_autocast(delta.device):
+        if weight_tangent is None:
+            return delta @ wide(bias_tangent)
+        moved = pooled @ wide(weight_tangent)
+        return (delta * (moved if bias_tangent is None else moved + wide(bias_tangent))).sum(1)
 
 
 def _losses_tangent(x, x_tangent, teach, head, patches, groups, impl):
