@@ -427,10 +427,28 @@ def test_all_its_backends_are_run(tree):
     assert "toy" in printed.split() and "tests/toy/test_kernels.py" in printed
 
 
-def test_its_trainer_is_found(tree):
-    code = "import lgkernels, torch; from lgkernels.training import planner; print(planner.unit_costs()); "
-    printed = run(tree, "-c", code + "print(lgkernels.plan(torch.nn.Sequential(torch.nn.Linear(4, 4)), (2, 4)))")
+FINDS = """
+import lgkernels, torch
+from bench import gpu_check
+from lgkernels.training import planner
+from tests.static import aot
+print(planner.unit_costs())
+print(lgkernels.plan(torch.nn.Sequential(torch.nn.Linear(4, 4)), (2, 4)))
+print("parts:", *gpu_check.PARTS)
+print("aot:", *aot.FAMILIES)
+aot.FAMILIES = ["toy"]
+aot.main([86])
+"""
+
+
+def test_trainer_parts_and_kernel_are_found(tree):
+    """By the planner, `gpu_check`, and the ahead-of-time gate, which compiles the kernel. In one process: it is torch's
+    import that takes long."""
+    printed = run(tree, "-c", FINDS)
     assert "'toy': (3, 1.5)" in printed and "BP-modified toy, 1 units" in printed
+    named = {line.partition(": ")[0]: line.split()[1:] for line in printed.splitlines()}
+    assert {"test:toy", "bench:toy"} <= set(named["parts"]) and "toy" in named["aot"]
+    assert '"kernel": "toy_kernel"' in printed
 
 
 def test_bench_finds_its_case(tree):
@@ -452,21 +470,9 @@ def test_bench_finds_its_case(tree):
     assert re.search(r"\b3 passed", printed), printed[-1000:]  # our two backends, and the floor
 
 
-def test_gpu_check_finds_its_parts(tree):
-    printed = run(tree, "-c", "from bench import gpu_check; print(*gpu_check.PARTS)")
-    assert {"test:toy", "bench:toy"} <= set(printed.split())
-
-
 def test_the_gpu_tests_are_collected(tree):
     printed = run(tree, "-m", "pytest", "--gpu", "--collect-only", "-q", "tests/toy")
     assert "test_toy[triton]" in printed
-
-
-def test_ahead_of_time_gate_compiles_its_kernel(tree):
-    printed = run(tree, "-c", "from tests.static import aot; print(aot.FAMILIES); print(len(aot.record(86)))")
-    assert "toy" in printed
-    code = "from tests.static import aot; aot.FAMILIES = ['toy']; aot.main([86])"
-    assert '"kernel": "toy_kernel"' in run(tree, "-c", code)
 
 
 def test_train_finds_its_rule(tree, tmp_path):
