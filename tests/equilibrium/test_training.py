@@ -119,6 +119,13 @@ def test_unsettled_nudges_are_reported(unsettled):
     same = all(torch.equal(w.detach(), before[k]) for k, w in model.named_weights().items())
     assert same == (unsettled != "leave_out")
     assert all(w.isfinite().all() for w in model.weights.values())
+    if unsettled == "leave_out":
+        _, gradients, report = trainer.gradients(x, target)
+        good = sorted(set(range(len(x))) - {sample for part in report for sample in part.samples})
+        _, alone, rest = trainer.gradients(x[good], target[good])
+        assert report and not rest
+        for key in ("l1-l2/kernel", "in-l1/kernel"):
+            torch.testing.assert_close(gradients[key] * len(x), alone[key] * len(good), rtol=1e-4, atol=1e-5)
 
 
 def test_divergence_is_no_number_and_no_update():
