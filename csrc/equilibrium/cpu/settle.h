@@ -47,9 +47,8 @@ struct Settlement {
 };
 
 struct Chunk {
-  int64_t begin, rows, real;  // its first row; its rows, of which the first `real` ones are real
-  float *u[3], *r[2], *moved, *nudge;
-  int64_t* settled;  // of its samples, in the report
+  int64_t begin, rows, real;           // its first row; its rows, of which the first `real` ones are real
+  float *u[3], *r[2], *moved, *nudge;  // moved: sums of squares, of a pair in its first row
   Operand* operands;
   int current[2];  // which r the even and odd layers have
   int64_t taken;
@@ -174,11 +173,7 @@ inline bool judge(const Settlement& s, const Chunk& c) {
   for (int64_t i = 0; i < c.rows; i += i < c.real ? 1 : 2) {
     const int64_t item = s.phase_and_sample(c.begin + i);
     float norms[2];
-    for (int k = 0; k < 2; ++k) {
-      vf squares = load(c.moved + (i * 2 + k) * V);
-      if (i >= c.real) squares += load(c.moved + ((i + 1) * 2 + k) * V);
-      norms[k] = std::sqrt(sum(squares));
-    }
+    for (int k = 0; k < 2; ++k) norms[k] = std::sqrt(sum(load(c.moved + (i * 2 + k) * V)));
     if (c.taken < 2) norms[1] = INFINITY;
     s.report.residual[item] = norms[0], s.report.orbit[item] = norms[1];
     const bool settled = norms[0] <= tolerance || norms[1] <= tolerance;
@@ -310,6 +305,7 @@ inline int settle_rows(const Settlement& s, int threads) {
   int64_t work = 0;
   for (int layer = 0; layer < s.net.layer_count; ++layer)
     work += s.rows * (s.placed[layer].depth + 1) * s.net.layers[layer].units;
+  work *= smaller(s.options.steps, 1024) + 1;
   for (int64_t least = -1;;) {
     parallel(chunks, work, threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
