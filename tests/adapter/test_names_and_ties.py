@@ -93,7 +93,8 @@ def adapted(model):
         ("layers.1*.fc1", ["layers.1.fc1", "layers.10.fc1", "layers.11.fc1"]),
         ("block[0]", ["block[0]"]),
         (["layers.3.fc1", "lock0"], ["layers.3.fc1", "block0"]),
-        ("s.2", ["layers.2.fc1", "layers.2.fc2"]),
+        ("s.1", ["layers.1.fc1", "layers.1.fc2"]),
+        ("0.fc2", ["layers.0.fc2"]),
     ],
 )
 def test_names(target, expected):
@@ -126,6 +127,10 @@ class NormFreeBlock(nn.Sequential):
     pass
 
 
+class NormGate(nn.Sequential):
+    """Of a layer whose weight has the shape of a scale."""
+
+
 class NormalizedScale(nn.Module):
     def __init__(self):
         super().__init__()
@@ -145,6 +150,7 @@ def test_train_norm():
         {
             "pre": PreNorm(nn.Linear(8, 8)),
             "free": NormFreeBlock(nn.Linear(8, 8)),
+            "gate": NormGate(nn.Linear(8, 1)),
             "scaled": NormalizedScale(),
             "rms": ChannelRMSNorm(),
             "act": BatchNormAct2d(8),
@@ -153,7 +159,7 @@ def test_train_norm():
     )
     lnn.adapt(model, "lora", train_norm=True, verbose=False)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    adapters = {f"{layer}.{factor}" for layer in ("pre.fn", "free.0") for factor in "ab"}
+    adapters = {f"{layer}.{factor}" for layer in ("pre.fn", "free.0", "gate.0") for factor in "ab"}
     norms = {f"{layer}.{p}" for layer in ("pre.norm", "act", "group") for p in ("weight", "bias")}
     assert learning == adapters | norms | {"rms.scale"}
 

@@ -103,6 +103,8 @@ def test_the_wrapper_passes_on_what_only_the_optimizer_has():
     assert not torch.equal(*outputs[1][:2])
 
     class Warm(torch.optim.SGD):
+        _step_supports_amp_scaling = True  # a promise that the wrapper's step does not keep
+
         def warm_up(self, factor):
             self.param_groups[0]["lr"] *= factor
             return self
