@@ -98,9 +98,9 @@ class Session:
 
     def run(self) -> int:
         """Train by every rule, or what is left of it, and compare them. Returns the command's exit code."""
-        self._announce()
         if not self.resume:
-            self._keep_settings()
+            self._keep_settings()  # first of all: from here on there is something to go on with
+        self._announce()
         self.start = self._start()
         runs = [self._run(rule.name) for rule in self.settings.rules]
         self._keep_settings()  # of a resumed run once its checkpoints have been accepted
