@@ -168,6 +168,7 @@ def test_a_state_goes_on():
         trainer.step(x, target)
     for a, b in zip(one.model.parameters(), two.model.parameters()):
         assert torch.equal(a, b)
+    assert one.noise.state[2] == two.noise.state[2] == 2  # other noise at every step
 
 
 def test_squared_error():
