@@ -99,7 +99,7 @@ def test_former_names_load_nothing_by_themselves():
 def test_the_package_shows_its_own_names():
     names = {name for name in dir(lgkernels) if not name.startswith("_")}
     inner = {"core", "ops", "recipes"}  # once something has loaded them
-    expected = {*lgkernels._SUBMODULES, *lgkernels._FROM_NN, "plan"}
+    expected = {*lgkernels._SUBMODULES, *lgkernels._FROM_NN, "load_run", "plan"}
     assert names - inner == expected
     assert len(dir(lgkernels)) == len(set(dir(lgkernels)))
     assert all(hasattr(lgkernels, name) for name in expected)
