@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .core import checks, native, philox_cuda, philox_numpy
-from .core.carried import Carried, verified
+from .core.carried import Carried, own_write, verified
 from .core.random_checks import check_dtype, check_state
 
 __all__ = [
@@ -372,7 +372,8 @@ class RandomFeedback(Carried):
             checks.tensor("skipped", skipped)
             if skipped.numel() != 1:
                 raise ValueError(f"skipped must hold one number, got shape {checks.shape_of(skipped)}")
-        self.state[2].add_(1 if skipped is None else (skipped == 0).to(self.state).sum())
+        with own_write(self):  # a look at every step would wait for the device
+            self.state[2].add_(1 if skipped is None else (skipped == 0).to(self.state).sum())
 
     def extra_repr(self) -> str:
         low = "" if self.low is None else f", low={self.low:g}"

@@ -5,6 +5,8 @@ or made anew from what the module knows, or stays on the meta device, where its 
 buffers (``AveragedModel(model, use_buffers=True)``) rounds integers as float32 does: :func:`verified` undoes that.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,6 +45,19 @@ def verified(feedback: Any) -> torch.Tensor:
             _verify(feedback, state)
             feedback._looked_at = id(state), state._version
     return state
+
+
+@contextlib.contextmanager
+def own_write(feedback: Any) -> Iterator[None]:
+    """Inside, the module itself writes to its state: no look is needed after it, where none was before."""
+    state = feedback.state
+    if torch.compiler.is_compiling() or type(state) is not torch.Tensor or state.is_inference():
+        yield
+        return
+    seen = (id(state), state._version) == getattr(feedback, "_looked_at", None)
+    yield
+    if seen:
+        feedback._looked_at = id(state), state._version
 
 
 def _verify(feedback: Any, state: torch.Tensor) -> None:

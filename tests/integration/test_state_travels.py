@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lgkernels.nn as lnn
+from lgkernels.core import carried
 from lgkernels.random import RandomFeedback
 
 SEED = 2**40 + 12345  # float32 does not hold it
@@ -116,3 +117,18 @@ def test_a_state_of_another_seed_raises():
         feedback.materialize((2, 3))
     feedback.set_state(7, 6, 0)
     assert torch.equal(feedback.materialize((2, 3)), RandomFeedback(7, 6).materialize((2, 3)))
+
+
+def test_a_feedbacks_own_steps_need_no_look(monkeypatch):
+    """A look waits for the device: one at the first use, none after `advance`, one after anybody else has written."""
+    looks = []
+    monkeypatch.setattr(carried, "_verify", lambda feedback, state: looks.append(state.tolist()))
+    feedback = RandomFeedback(7)
+    for _ in range(3):
+        feedback.materialize((2, 2))
+        feedback.advance()
+    assert looks == [[7, 0, 0]]
+    feedback.state.add_(0)
+    feedback.advance()
+    feedback.materialize((2, 2))
+    assert looks == [[7, 0, 0], [7, 0, 4]]
