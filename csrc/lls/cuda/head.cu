@@ -94,6 +94,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
           for (int r = 0; r < SAMPLES; ++r) dot[r] += flip_sign(row[r][j], sign);
         }
+#pragma unroll
+        for (int r = 0; r < SAMPLES; ++r)  // column 0: zero times inf is nan
+          if (lane == 0) dot[r] = fmaf(row[r][0], 0.0f, dot[r]);
       } else {
 #pragma unroll kUnroll
         for (int j = lane; j < p.dim; j += 32) {
@@ -173,6 +176,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
           for (int r = 0; r < SAMPLES; ++r) g[r] += flip_sign(grad_s[r * p.rows + k], sign);
         }
+      } else {
+        for (int k = 0; k < p.rows; ++k)
+          for (int r = 0; r < SAMPLES; ++r) g[r] = fmaf(grad_s[r * p.rows + k], 0.0f, g[r]);
       }
 #pragma unroll
       for (int r = 0; r < SAMPLES; ++r) {
