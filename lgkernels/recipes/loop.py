@@ -102,7 +102,7 @@ class Run:
         self.trainer.load_state_dict(state["trainer"])
         if not all(isinstance(record, dict) for record in state["history"]) or len(state["history"]) != state["epoch"]:
             raise ValueError(f"its history is not one of {state['epoch']} epochs")
-        if not 0 <= state["batch"] < max(self.batches, 1):
+        if not 0 <= state["batch"] <= self.batches:  # all of them: stopped before the epoch's record
             raise ValueError(f"its batch {state['batch']} is not one of {self.batches}")
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         self.losses, self.correct = (t if t is None else t.to(self.device) for t in (state["losses"], state["correct"]))
