@@ -21,7 +21,8 @@ LGK_DEVICE Moments merge(const Moments& a, const Moments& b) {
 LGK_DEVICE Moments moments(float count, float origin, float pivot, float sum, float square) {
   if (count == 0.0f) return Moments{0.0f, 0.0f, 0.0f};
   const float shift = sum / count;
-  return Moments{count, (pivot - origin) + shift, fmaxf(square - sum * shift, 0.0f)};
+  const float m2 = square - sum * shift;
+  return Moments{count, (pivot - origin) + shift, m2 < 0.0f ? 0.0f : m2};  // nan stays
 }
 
 // Mean of the first four of a channel's `count` values, `stride` apart, cut to twelve bits: the difference of a half
