@@ -149,7 +149,7 @@ def test_train_says_what_runs(is_there, monkeypatch, capsys):
     if not is_there:
         monkeypatch.setattr(native, "_load", lambda: (None, "there was no compiler"))
     settings = SimpleNamespace(
-        model="vgg8", epochs=1, batch_size=2, optimizer="adam", rules=[], device="cpu", amp="bf16"
+        model="vgg8", epochs=1, batch_size=2, optimizer="adam", rules=[], device="cpu", amp="bf16", notes=list
     )
     Session(settings, SimpleNamespace(title="images"), Path("runs"), resume=False)._announce()
     (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("kernels: ")]
