@@ -62,7 +62,7 @@ def only_line(capsys):
     return err
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", "/tmp/x", "a\\b", "a\nb"])
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", "/x", "a\\b", "a\nb"])
 @pytest.mark.parametrize("more", [[], ["--resume"]], ids=["new", "resume"])
 def test_names_stay_in_out(tmp_path, capsys, name, more):
     (tmp_path / "out").mkdir()
