@@ -10,6 +10,8 @@ import lgkernels.nn as lnn
 
 from . import common
 from .common import Contestant, Problem
+from .hopfield_step import Case as StepCase
+from .hopfield_step import HopfieldStep
 
 
 @dataclass(frozen=True)
@@ -280,6 +282,7 @@ CASES = {
         Case(ToResidual, 3, 16, features=12, steps=400, residual=1e-3),
         Case(Errors, 3, 16, **SMALL, rule="3points", points=3),
         Case(Homeostasis, 3, 16, **SMALL),
+        StepCase(HopfieldStep, 2, 16, steps=4, nudge_steps=2),
     ],
     "cpu": [
         _free(),
@@ -287,6 +290,7 @@ CASES = {
         Case(ToResidual, 50, 256, angle=0, **RESIDUAL),
         *(Case(Errors, 50, 256, steps=20, rule=f"{n}points", points=n) for n in (0, 2, 6)),
         Case(Homeostasis, 50, 256),
+        *(StepCase(HopfieldStep, 4, 128, schedule=s) for s in ("asynchronous", "synchronous")),
     ],
     "gpu": [
         _free(),
@@ -294,5 +298,6 @@ CASES = {
         Case(ToResidual, 50, 256, **RESIDUAL),
         Case(Errors, 50, 256, steps=20, rule="6points", points=6),
         Case(Homeostasis, 50, 256),
+        StepCase(HopfieldStep, 128, 128),
     ],
 }

@@ -10,6 +10,7 @@ from .direct import *
 from .equilibrium import *
 from .feedback import *
 from .forward_gradient import *
+from .hopfield import *
 from .lls import *
 from .local_loss import *
 from .local_loss_infopro import *

@@ -1,7 +1,7 @@
-"""Equilibrium propagation without weight symmetry: a trainer for nets that settle."""
+"""Equilibrium propagation, with and without weight symmetry: a trainer for nets that settle."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,8 +18,11 @@ from ..functional.equilibrium import (
     recurrent_backprop_error,
 )
 from ..nn.equilibrium import EquilibriumConvNet, EquilibriumMLP
+from ..nn.hopfield import HopfieldNet
+from ..ops.equilibrium.energy import VARIANTS
 from ..ops.equilibrium.options import circle
 from ..random import RandomFeedback
+from .hopfield import Phases, gradients_through_time
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer
 
 __all__ = ["EquilibriumTrainer"]
@@ -71,16 +74,22 @@ class EquilibriumTrainer(Trainer):
                              gradient of the equilibrium, which needs the transposed weights
     =======================  =====================================================================================
 
+    A :class:`lgkernels.nn.HopfieldNet` has tied weights and an energy E, and is nudged to E + beta L, L the loss: its
+    gradient is (dE/dw(beta_2) - dE/dw(beta_1)) / (beta_2 - beta_1), both phases of `nudge_steps` steps from the free
+    state. `variant`: ``"positive"`` (0, beta), ``"negative"`` (-beta, 0), ``"centered"`` (-beta, beta), whose error is
+    of order beta^2. Of it ``"recurrent_backprop"`` goes back through `nudge_steps` steps from the free state.
+
     The gradients of all weights are in ``.grad`` when the optimizers step, and that of the homeostatic loss is added,
     `homeostasis` times. A nudge that diverges or moves by more than `limit` in its last step is reported: a warning
     says which samples, which phase and which residual, and ``.report`` keeps it.
 
     Args:
-        model (EquilibriumMLP or EquilibriumConvNet): the net.
+        model (EquilibriumMLP, EquilibriumConvNet or HopfieldNet): the net.
         optimizer_factory (callable): parameters of one learning rate -> their optimizer.
         method (str): as above.
         points (int): N. beta (float): greater than 0. nudge_steps (int): steps of a nudge.
         plateaus (int): of ``"continuous"``.
+        variant (str): of a HopfieldNet; points, plateaus and homeostasis are not for it.
         homeostasis (float): coefficient of the homeostatic loss; published: 1 or 0.1 (dense), 10 or 15 (conv).
         estimator (str): of :func:`lgkernels.functional.homeostatic_loss`. probes (int): its noise, made by formula.
         rates (dict, optional): edge, as ``"in-conv1"`` or ``"readout/Dense_0"`` -> what its learning rate is multiplied
@@ -97,7 +106,7 @@ class EquilibriumTrainer(Trainer):
     Raises: ValueError, TypeError naming the argument; UnsettledError.
 
     Source: Laborieux & Zenke, "Improving equilibrium propagation without weight symmetry through Jacobian homeostasis"
-    (ICLR 2024).
+    (ICLR 2024). Energies: Scellier & Bengio (2017); Laborieux et al. (2021); Scellier et al. (NeurIPS 2023).
 
     Example:
         >>> import torch, lgkernels.nn as lnn
@@ -115,7 +124,7 @@ class EquilibriumTrainer(Trainer):
 
     def __init__(
         self,
-        model: EquilibriumMLP | EquilibriumConvNet,
+        model: EquilibriumMLP | EquilibriumConvNet | HopfieldNet,
         optimizer_factory: OptimizerFactory,
         *,
         method: Literal["holomorphic", "continuous", "recurrent_backprop"] = "holomorphic",
@@ -123,6 +132,7 @@ class EquilibriumTrainer(Trainer):
         beta: float = 0.5,
         nudge_steps: int = 20,
         plateaus: int = 20,
+        variant: Literal["positive", "negative", "centered"] = "centered",
         homeostasis: float = 0.0,
         estimator: Literal["paper", "symmetric", "exact"] = "paper",
         probes: int = 5,
@@ -134,9 +144,11 @@ class EquilibriumTrainer(Trainer):
         accumulation_steps: int = 1,
         clip_grad_norm: float | None = None,
     ) -> None:
-        kinds = EquilibriumMLP, EquilibriumConvNet
-        constructors.instance("model", model, kinds, "a lgkernels.nn.EquilibriumMLP or EquilibriumConvNet")
+        kinds = EquilibriumMLP, EquilibriumConvNet, HopfieldNet
+        constructors.instance("model", model, kinds, "a lgkernels.nn.EquilibriumMLP, EquilibriumConvNet or HopfieldNet")
         checks.choice("method", method, METHODS)
+        checks.choice("variant", variant, VARIANTS)
+        self.variant = variant
         points = checks.integer_between("points", points, 0, 1025)
         if method == "continuous" and points < 1:
             raise ValueError(f"points must be at least 1 for method='continuous', got {points}")
@@ -145,6 +157,13 @@ class EquilibriumTrainer(Trainer):
         self.plateaus = checks.positive_integer("plateaus", plateaus, 2**20)
         constructors.not_negative("homeostasis", homeostasis)
         self.homeostasis = float(checks.item(homeostasis))
+        if isinstance(model, HopfieldNet):
+            if method == "continuous":
+                raise ValueError(
+                    f"method must be 'holomorphic' or 'recurrent_backprop' for a HopfieldNet, got {method!r}"
+                )
+            if self.homeostasis:
+                raise ValueError(f"homeostasis must be 0 for a HopfieldNet, whose weights are tied, got {homeostasis}")
         checks.choice("estimator", estimator, ("paper", "symmetric", "exact"))
         self.estimator, self.probes = estimator, checks.positive_integer("probes", probes, 2**20)
         checks.choice("unsettled", unsettled, CHOICES)
@@ -217,25 +236,60 @@ class EquilibriumTrainer(Trainer):
 
     def _pass(self, x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Unsettled]]:
         model = self.model
-        x, weights = model.input_of(x), {k: w.detach() for k, w in model.named_weights().items()}
-        checks.class_targets("target", target, x, "x")
-        words = dict(activation=model.activation, loss=model.loss)
-        state, e, report = self._error(weights, x, target, words)
+        if isinstance(model, HopfieldNet):
+            return self._energy_pass(model, x, target)
+        state, e, report = self.error(x, target)
         out = model.readout(state).detach()
         self.output = out
         if self.unsettled == "leave_out" and report:
-            bad = sorted({sample for part in report for sample in part.samples})
             for v in e.values():
-                v[bad] = 0
-        gradients = ep_gradients(weights, x, target, state, e, **words)
+                v[_samples(report)] = 0
+        weights = {k: w.detach() for k, w in model.named_weights().items()}
+        words: dict[str, Any] = dict(activation=model.activation, loss=model.loss)
+        gradients = ep_gradients(weights, model.input_of(x), target, state, e, **words)
         losses = [self._loss(out, target)]
         if self.homeostasis:
             losses.insert(0, self._homeostasis(weights, state, gradients))
         return torch.stack(losses), gradients, report
 
-    def _error(self, weights: Any, x: Tensor, target: Tensor, words: dict[str, Any]) -> Any:
-        """`(free state, e, report)`."""
+    def _energy_pass(
+        self, model: HopfieldNet, x: Tensor, target: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], list[Unsettled]]:
+        _check_targets(model, x, target)
+        if self.method == "recurrent_backprop":
+            state, self.residual = model.settle_report(x)
+            gradients = gradients_through_time(model, x, target, state, self.nudge_steps)
+            report: list[Unsettled] = []
+        else:
+            phases = self._phases(model, x, target)
+            state, report = phases.free, self._judged(phases.error(), phases.residual, phases.betas)
+            if self.unsettled == "leave_out" and report:
+                phases.leave_out(_samples(report))
+            gradients = phases.gradients()
+        self.output = model.readout(state).detach()
+        return self._loss(self.output, target).unsqueeze(0), gradients, report
+
+    def _phases(self, model: HopfieldNet, x: Tensor, target: Tensor) -> Phases:
+        phases = Phases(model, x, target, self.variant, self.beta, self.nudge_steps)
+        self.residual = phases.free_residual
+        return phases
+
+    def error(self, x: Tensor, target: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Unsettled]]:
+        """How the net answers to its nudges, as a step would find it; nothing is learned.
+
+        Args: x (Tensor): the batch. target (Tensor): class indices (B,).
+
+        Returns: the free state, layer -> u (s of a HopfieldNet); its error, layer -> e (ds / d beta of a HopfieldNet,
+        by its nudges whatever the method); and a list of :class:`Unsettled`. ``.residual`` is the free phase's.
+        """
         model = self.model
+        _check_targets(model, x, target)
+        if isinstance(model, HopfieldNet):
+            phases = self._phases(model, x, target)
+            e = phases.error()
+            return phases.free, e, self._judged(e, phases.residual, phases.betas)
+        x, weights = model.input_of(x), {k: w.detach() for k, w in model.named_weights().items()}
+        words: dict[str, Any] = dict(activation=model.activation, loss=model.loss)
         nudge: dict[str, Any] = dict(beta=self.beta, points=self.points, steps=self.nudge_steps)
         if self.method == "continuous":
             state, e = continuous_ep_error(
@@ -248,9 +302,9 @@ class EquilibriumTrainer(Trainer):
             e = recurrent_backprop_error(weights, x, target, state, steps=self.nudge_steps, **words)
             return state, e, self._judged(e, None)
         e, residual = error_report(weights, x, target, state, **nudge, **words, impl=model.impl)
-        return state, e, self._judged(e, residual)
+        return state, e, self._judged(e, residual, circle(self.beta, self.points).betas if self.points else [0j])
 
-    def _judged(self, e: dict[str, Tensor], residual: Tensor | None) -> list[Unsettled]:
+    def _judged(self, e: dict[str, Tensor], residual: Tensor | None, betas: Sequence[complex] = ()) -> list[Unsettled]:
         wrong = torch.stack([~v.flatten(1).isfinite().all(1) for v in e.values()]).any(0)
         bad = wrong if residual is None else torch.cat((wrong.unsqueeze(0), ~(residual <= self.limit)))
         if not bool(bad.any()):  # the only look at the device
@@ -259,7 +313,6 @@ class EquilibriumTrainer(Trainer):
         for phase, row in enumerate(() if residual is None else residual):
             samples = (~(row <= self.limit)).nonzero().flatten()
             if len(samples):
-                betas = circle(self.beta, self.points).betas if self.points else [0j]
                 beta = betas[phase] if betas[phase].imag else betas[phase].real
                 report.append(Unsettled(f"beta={beta:.3g}", samples.tolist(), row[samples].tolist()))
         seen = {sample for part in report for sample in part.samples}
@@ -274,6 +327,7 @@ class EquilibriumTrainer(Trainer):
     def _homeostasis(self, weights: Any, state: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
         learning = [k for k in weights if not k.startswith(("in-", "readout/"))]
         leaves = {k: w.detach().requires_grad_(k in learning) for k, w in weights.items()}
+        assert not isinstance(self.model, HopfieldNet)
         r, impl = self.model.activities(state), self.model.impl
         with torch.enable_grad():
             loss = homeostatic_loss(
@@ -283,6 +337,14 @@ class EquilibriumTrainer(Trainer):
         for key, gradient in zip(learning, found):
             gradients[key] = gradients[key] + self.homeostasis * gradient
         return loss.detach()
+
+
+def _check_targets(model: Any, x: Tensor, target: Tensor) -> None:
+    checks.class_targets("target", target, model.input_of(x), "x")
+
+
+def _samples(report: list[Unsettled]) -> list[int]:
+    return sorted({sample for part in report for sample in part.samples})
 
 
 def _factors(model: Any, rates: Any) -> list[tuple[nn.Parameter, float]]:

@@ -40,6 +40,7 @@ CALLS = {
 MODULES = {
     "EquilibriumMLP": Call(dict(in_features=4, hidden=(5,), out_features=3, num_classes=2, steps=3)),
     "EquilibriumConvNet": Call(dict(in_channels=1, channels=(2, 3), num_classes=2, steps=3)),
+    "HopfieldNet": Call(dict(input_shape=(4,), layers=(5, 3), steps=3)),
     "EquilibriumTrainer": Call(
         dict(
             model=lnn.EquilibriumMLP(4, (5,), 3, steps=3),
@@ -54,5 +55,10 @@ APPLIED = {
         lambda: lnn.EquilibriumConvNet(1, (2, 3), num_classes=2, steps=2, angle=45),
         (randn(2, 1, 8, 8),),
         ("ep_settle",),
+    ),
+    "HopfieldNet": (
+        lambda: lnn.HopfieldNet((1, 6, 6), [dict(channels=2, pool="max"), 3], steps=2),
+        (randn(2, 1, 6, 6),),
+        ("HopfieldNet",),
     ),
 }

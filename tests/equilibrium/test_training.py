@@ -203,15 +203,20 @@ def test_command(tmp_path):
         assert shares == sorted(shares) and all(0 <= share <= 1 for share in shares)
 
 
-@pytest.mark.parametrize("model, size", [("eq-mlp", 4), ("eq-loop", 4), ("eq-conv", 32)])
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_every_rule(rule, model, size):
+SIZES = {"eq-conv": 32, "hopfield-conv": 16}
+
+
+@pytest.mark.parametrize(
+    "rule, model", [(rule, model) for rule in RULES for model in rule.models], ids=lambda v: getattr(v, "name", v)
+)
+def test_every_rule(rule, model):
+    size = SIZES.get(model, 4)
     if model == "eq-conv":
         with torch.device("meta"):
             (made,) = rule.build(rules.Task(rule, rule.options(), model=model, image_size=size, in_channels=3))
         assert [w.shape[0] for k, w in made.weights.items() if w.dim() == 4][-1] == 512
         return
-    options = rule.options(free_steps=40, nudge_steps=4, plateaus=4)
+    options = rule.options(free_steps=40, nudge_steps=4)
     task = rules.Task(rule, options, model=model, image_size=size)
     (made,) = rule.build(task)
     trainer = rule.trainer([made], sgd, task)

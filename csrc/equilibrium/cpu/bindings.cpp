@@ -10,6 +10,7 @@ LGK_TUPLE(lgk::cpu::StateEdge, 3)
 LGK_TUPLE(lgk::cpu::StateReadout, 4)
 LGK_TUPLE(lgk::cpu::StatePhases, 5)
 LGK_TUPLE(lgk::cpu::StateReport, 3)
+LGK_TUPLE(lgk::cpu::PooledEdge, 6)
 
 namespace lgk::cpu {
 
@@ -21,7 +22,26 @@ static int settle_net(const std::vector<StateLayer>& layers, const std::vector<S
   return LGK_OF_LEVEL(equilibrium).settle(net, phases, options, report, threads);
 }
 
-static void bind(py::module_& m) { define_kernel(m, "equilibrium_settle", settle_net); }
+static int pack_pooled(const PooledEdge& edge, const float* weights, float* up, float* down, int threads) {
+  return LGK_OF_LEVEL(equilibrium).pack_pooled(edge, weights, up, down, threads);
+}
+
+static int pooled_up(const PooledEdge& edge, const float* image, const float* panels, float* value, int32_t* place,
+                     float* points, int threads) {
+  return LGK_OF_LEVEL(equilibrium).pooled_up(edge, image, panels, value, place, points, threads);
+}
+
+static int pooled_down(const PooledEdge& edge, const float* value, const int32_t* place, const float* panels,
+                       float* image, float* points, int threads) {
+  return LGK_OF_LEVEL(equilibrium).pooled_down(edge, value, place, panels, image, points, threads);
+}
+
+static void bind(py::module_& m) {
+  define_kernel(m, "equilibrium_settle", settle_net);
+  define_kernel(m, "equilibrium_pack_pooled", pack_pooled);
+  define_kernel(m, "equilibrium_pooled_up", pooled_up);
+  define_kernel(m, "equilibrium_pooled_down", pooled_down);
+}
 
 static const Registration registration(Processor::kCpu, bind);
 

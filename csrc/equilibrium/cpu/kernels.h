@@ -46,8 +46,21 @@ struct StateNet {
   StateReadout readout;
 };
 
+// A 3x3 convolution of stride 1 from a layer of `low` channels and height x width pixels to one of `high` channels, and
+// a 2x2 max pool. Channels are multiples of 16.
+struct PooledEdge {
+  int64_t samples, height, width, low, high, padding;
+};
+
 struct EquilibriumKernels {
   int (*settle)(const StateNet&, const StatePhases&, const Settling&, const StateReport&, int threads);
+  // weights (16, low, high), transformed -> panels, 16 * low * high each
+  int (*pack_pooled)(const PooledEdge&, const float* weights, float* up, float* down, int threads);
+  // points: room for (16, windows, low) and (16, windows, high)
+  int (*pooled_up)(const PooledEdge&, const float* image, const float* panels, float* value, int32_t* place,
+                   float* points, int threads);
+  int (*pooled_down)(const PooledEdge&, const float* value, const int32_t* place, const float* panels, float* image,
+                     float* points, int threads);
 };
 
 LGK_LEVELS(EquilibriumKernels, equilibrium)

@@ -1,0 +1,66 @@
+"""What a training step of an energy net is made of: a free phase, two nudged phases, and the gradients between."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.ops import class_indices, without_autocast
+from ..nn.hopfield import HopfieldNet
+from ..ops.equilibrium.energy import nudges, readout_gradients, through_time
+
+
+class Phases:
+    """Of one batch. states: of each layer the rows of both phases; residual: (2, B), of their last steps."""
+
+    @torch.no_grad()
+    def __init__(self, model: HopfieldNet, x: Tensor, target: Tensor, variant: str, beta: float, steps: int) -> None:
+        self.model, self.x = model, model.input_of(x)
+        self.target = one_hot(model, target, self.x)
+        self.betas = nudges(variant, beta)
+        with without_autocast(x.device):
+            run, own = model.functions(self.x), (model.net, model.tensors(), self.x)
+            ready = run.prepare(*own)
+            start = [self.x.new_zeros(len(x), *shape) for shape in model.net.shapes[1:]]
+            free, residual = run.settle(*own, start, None, (0.0,), model.steps, model.schedule, ready)
+            rows = [s.repeat(2, *[1] * (s.dim() - 1)) for s in free]
+            self.states, self.residual = run.settle(*own, rows, self.target, self.betas, steps, model.schedule, ready)
+        self.free, self.free_residual = dict(zip(model.layers, free)), residual[0]
+
+    def error(self) -> dict[str, Tensor]:
+        """Layer -> how its states answer to the nudge, ds / d beta."""
+        parts = ((s[: len(self.x)], s[len(self.x) :]) for s in self.states)
+        width = self.betas[1] - self.betas[0]
+        return {layer: (second - first) / width for layer, (first, second) in zip(self.model.layers, parts)}
+
+    def leave_out(self, samples: list[int]) -> None:
+        """Make these samples' phases the same: they teach nothing."""
+        rows = [*samples, *(sample + len(self.x) for sample in samples)]
+        for s in self.states:
+            s[rows] = 0
+
+    @torch.no_grad()
+    def gradients(self) -> dict[str, Tensor]:
+        """Of the mean loss, by key of the weights; the readout's at the free state."""
+        model = self.model
+        with without_autocast(self.x.device):
+            weights = model.tensors()
+            kernels, biases = model.functions(self.x).gradients(model.net, weights, self.x, self.states, self.betas)
+            out = self.free[model.layers[-1]]
+            return model.by_key(kernels, biases, readout_gradients(model.net, weights, out, self.target))
+
+
+def one_hot(model: HopfieldNet, target: Tensor, x: Tensor) -> Tensor:
+    """(B, C)."""
+    index = class_indices("target", target, model.num_classes)
+    return torch.nn.functional.one_hot(index, model.num_classes).to(x.dtype)
+
+
+def gradients_through_time(
+    model: HopfieldNet, x: Tensor, target: Tensor, free: dict[str, Tensor], steps: int
+) -> dict[str, Tensor]:
+    """What back-propagation through `steps` more steps from the free state gives, by key of the weights."""
+    x = model.input_of(x)
+    rest: Any = list(free.values()), steps, model.schedule, model.functions(x).settle
+    with without_autocast(x.device):
+        return model.by_key(*through_time(model.net, model.tensors(), x, one_hot(model, target, x), *rest))
