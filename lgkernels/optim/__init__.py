@@ -11,5 +11,7 @@ from .manhattan import *
 from .offset import *
 from .offset_refresh import *
 from .offset_wrapper import *
+from .zeroth_order import *
+from .zeroth_order_log import *
 
 __all__ = sorted(name for name, value in vars().items() if name[0] != "_" and not isinstance(value, _Module))

@@ -1,0 +1,97 @@
+"""A two-sided zeroth-order step of a linear layer, beside the usual way and two plain forwards."""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+import lgkernels.functional as LF
+from lgkernels.random import RandomFeedback
+
+from .common import Case, Contestant, Problem
+
+EPS, RATE = 1e-3, 1e-8  # a rate that leaves the weights as they are, for the next round
+
+
+class Step(Problem):
+    """`batch`: rows of x on each side; `rule`: the law of the noise."""
+
+    op = "zeroth_order_step"
+    registered_op = "perturbed_linear"
+    title = "A two-sided zeroth-order step of a linear layer: both perturbed forwards, and the update"
+    baseline = "two forwards"
+
+    def __init__(self, case, device):
+        super().__init__(case, device)
+        self.bytes = 2 * self.footprint
+        self.flops = 4 * case.batch * case.channels * case.out_channels
+
+    @property
+    def footprint(self):
+        return self.case.channels * self.case.out_channels * torch.finfo(self.case.torch_dtype).bits // 8
+
+    @cached_property
+    def weight(self):
+        generator = torch.Generator().manual_seed(3)
+        weight = torch.randn(self.case.out_channels, self.case.channels, generator=generator)
+        return (weight / self.case.channels**0.5).to(self.device, self.case.torch_dtype)
+
+    @cached_property
+    def noise(self):
+        return RandomFeedback(1, law=self.case.rule).to(self.device)
+
+    def contestants(self):
+        return [
+            *self.ours(self.library),
+            Contestant("torch.normal over the weights, three times", "eager", self.usual),
+            Contestant("two forwards", "floor", self.forwards),
+        ]
+
+    def library(self, impl):
+        x = self.input.expand(2, *self.shape).contiguous()
+        sides = torch.tensor([EPS, -EPS], device=self.device)
+
+        def run():
+            y = LF.perturbed_linear(x, self.weight, noise=self.noise, coefficients=sides, impl=impl)
+            LF.formula_update_(self.weight, self.noise, RATE, impl=impl)
+            return {"y": y}
+
+        return run
+
+    def usual(self):
+        """The weights are moved there, across, and back with the step, by noise from a seed that is drawn anew."""
+        weight, x = self.weight, self.input
+        generator = torch.Generator(self.device)
+
+        def move(by):
+            generator.manual_seed(1)
+            weight.add_(torch.normal(0.0, 1.0, weight.shape, generator=generator, device=self.device), alpha=by)
+
+        def run():
+            move(EPS)
+            up = F.linear(x, weight)
+            move(-2 * EPS)
+            down = F.linear(x, weight)
+            move(EPS - RATE)
+            return {"sides": torch.stack((up, down))}
+
+        return run
+
+    def forwards(self):
+        return lambda: {"sides": torch.stack([F.linear(self.input, self.weight) for _ in range(2)])}
+
+    def truth(self):
+        x = self.input.expand(2, *self.shape).double()
+        z = self.noise.materialize(self.weight.shape, dtype=torch.float64)
+        return {"y": torch.stack([F.linear(x[m], self.weight.double() + c * z) for m, c in enumerate((EPS, -EPS))])}
+
+
+def _step(rows, law="sign", size=2048, **more):
+    return Case(Step, rows, size, size, rule=law, **more)
+
+
+CASES = {
+    "smoke": [_step(3, size=40), _step(3, "normal", size=40)],
+    "cpu": [_step(8), _step(64), _step(512), _step(8, "uniform8"), _step(8, "normal"), _step(512, "normal")],
+    "gpu": [_step(rows, law, 4096, dtype="bfloat16") for rows in (16, 2048) for law in ("sign", "normal")],
+}

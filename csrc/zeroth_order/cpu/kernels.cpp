@@ -1,0 +1,2 @@
+#define LGK_ISA base
+#include "zeroth_order/cpu/table.h"

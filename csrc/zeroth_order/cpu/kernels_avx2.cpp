@@ -1,0 +1,2 @@
+#define LGK_ISA avx2
+#include "zeroth_order/cpu/table.h"

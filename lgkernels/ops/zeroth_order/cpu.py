@@ -1,0 +1,74 @@
+"""Zeroth-order optimisation on the CPU: the functions of `reference.py` over the C++ kernels of `lgkernels._C`
+(csrc/zeroth_order/cpu). float32 arithmetic, sums in an order that no number of threads changes."""
+
+import torch
+
+from ...core.native import cpu_entries
+from ..common.cpu import code, dense_rows
+from ..common.cpu import matrix as describe
+
+_C = cpu_entries()
+
+# Up to this many rows a member the kernel that perturbs the weight in the cache and multiplies there is the faster;
+# above it rows of the perturbed weights, four megabytes at a time, are written for the library's product, which packs
+# x anew for each such part (a megabyte at a time: a third slower at 64 rows).
+ROWS_OF_KERNEL = 32
+_WRITTEN = 1 << 20  # elements
+_MEMBERS_AT_ONCE = 4
+
+
+def _noise(noise, coefficients):
+    """The kernels' description, and what keeps its memory alive."""
+    own = coefficients.float().contiguous(), noise.states.contiguous()
+    return (own[1].data_ptr(), len(own[1]), noise.law, noise.law_scale, noise.low, own[0].data_ptr()), own
+
+
+def _by_library(x, weight, bias, coefficients, noise, out):
+    """Products with rows of the perturbed weights, which the second-level cache holds."""
+    (members, rows, inputs), outputs, threads = x.shape, len(weight), torch.get_num_threads()
+    described, kept = _noise(noise, coefficients)
+    size = max(_WRITTEN // max(inputs * members, 1), 16)
+    buffer = torch.empty(members * min(size, outputs) * inputs, dtype=torch.float32)
+    shape = members, rows, outputs, inputs
+    for first in range(0, outputs, size):
+        count = min(size, outputs - first)
+        _C.zeroth_order_perturbed(described, shape, describe(weight), first, count, buffer.data_ptr(), threads)
+        perturbed = buffer[: members * count * inputs].view(members, count, inputs)
+        for m in range(members):
+            into = out[m].narrow(1, first, count)
+            if bias is None:
+                torch.mm(x[m], perturbed[m].t(), out=into)
+            else:
+                torch.addmm(bias[first : first + count], x[m], perturbed[m].t(), out=into)
+    del kept
+
+
+def perturbed_linear(x, weight, bias, coefficients, noise):
+    (members, rows, inputs), outputs = x.shape, len(weight)
+    code(x.dtype)
+    weight = dense_rows(weight)
+    out = torch.empty(members, rows, outputs, dtype=torch.float32)
+    bias = None if bias is None else bias.float()
+    if not out.numel():
+        return out.to(x.dtype)
+    if rows > ROWS_OF_KERNEL:
+        x_ = x.float()
+        for i in range(0, members, _MEMBERS_AT_ONCE):
+            some = slice(i, i + _MEMBERS_AT_ONCE)
+            states = noise.states if len(noise.states) == 1 else noise.states[some]
+            _by_library(x_[some], weight, bias, coefficients[some], noise._replace(states=states), out[some])
+        return out.to(x.dtype)
+    x_ = dense_rows(x.reshape(members * rows, inputs))
+    described, kept = _noise(noise, coefficients)
+    shape = members, rows, outputs, inputs
+    _C.zeroth_order_product(described, shape, describe(weight), describe(x_), out.data_ptr(), torch.get_num_threads())
+    del kept
+    return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+
+def formula_update_(weight, coefficients, noise, keep):
+    own, (described, kept) = dense_rows(weight), _noise(noise, coefficients)
+    _C.zeroth_order_update(described, describe(own), *weight.shape, keep, torch.get_num_threads())
+    del kept
+    if own is not weight:
+        weight.copy_(own)

@@ -1,0 +1,47 @@
+"""Tiny cases of the family's ops for `python -m lgkernels info --selftest`: `CASES[op](impl, device, dtype)`."""
+
+import torch
+
+from ..common.selftest import ROWS, Ordinary, arranged, values
+from . import op  # noqa: F401  registers the ops
+
+_ops = torch.ops.lgkernels
+
+
+def _noise(device, law, members):
+    states = torch.tensor([[5, 3, step] for step in range(members)], device=device)
+    return None, states, law, 1.0, None
+
+
+def linear(impl, device, dtype, sizes=(2, 3, 20, 150), layout="contiguous", law="sign"):
+    members, rows, outputs, inputs = sizes
+    given = dict(device=device, dtype=dtype)
+    x, weight = values(members, rows, inputs, **given), arranged(values(outputs, inputs, scale=0.1, **given), layout)
+    coefficients = torch.tensor([0.25, -0.25] * members, device=device)[:members]
+    bias = values(outputs, **given)
+    return [_ops.perturbed_linear(x, weight, bias, coefficients, *_noise(device, law, 1), impl)]
+
+
+def update(impl, device, dtype, sizes=(20, 150), layout="contiguous", law="uniform8"):
+    weight = arranged(values(*sizes, device=device, dtype=dtype), layout)
+    coefficients = torch.tensor([0.25, -0.125, 0.5], device=device)
+    _ops.formula_update_(weight, coefficients, *_noise(device, law, 3), 0.5, impl)
+    return [weight]
+
+
+def _case(function, sizes, *law):
+    return lambda impl, device, dtype, layout: function(impl, device, dtype, sizes, layout, *law)
+
+
+CASES = {"perturbed_linear": linear, "formula_update_": update}
+ORDINARY = {
+    "perturbed_linear": {
+        "8 rows a side": Ordinary(ROWS, _case(linear, (2, 8, 512, 768))),
+        "128 rows a side": Ordinary(ROWS, _case(linear, (2, 128, 512, 768))),
+        "normal noise": Ordinary(ROWS, _case(linear, (2, 8, 512, 768), "normal")),
+    },
+    "formula_update_": {
+        "three members": Ordinary(ROWS, _case(update, (512, 768))),
+        "signs": Ordinary(ROWS, _case(update, (512, 768), "sign")),
+    },
+}

@@ -1,0 +1,107 @@
+"""Triton kernels of zeroth-order optimisation: noise by formula is made in registers, where its tile is."""
+
+import triton
+import triton.language as tl
+
+from ..common import philox
+from ..common.addressing import indices, load_tile, offset, program_id, store_tile, within
+from ..common.dot import dot
+from ..common.rounding import product, rounded
+
+
+@triton.jit(do_not_specialize=["R", "P"])
+def linear_kernel(
+    x,
+    out,
+    weight,
+    bias,
+    coefficients,
+    states,
+    law_scale,
+    span,
+    low,
+    R,
+    P,
+    N,
+    K,
+    weight_row,
+    weight_column,
+    state_row,
+    LAW: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    SUMMED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of out = x (W + c Z)^T + b for the P rows of a group, which share a matrix Z; R rows a member. SUMMED:
+    the group is one member, and float32 operands hold W + c Z; else x W^T and c (x Z^T) are two sums, so that half
+    operands lose nothing of a small c."""
+    pid = program_id(0)
+    n_blocks, m_blocks = tl.cdiv(N, BLOCK_N), tl.cdiv(P, BLOCK_M)
+    n, rest = indices(pid % n_blocks, BLOCK_N), pid // n_blocks
+    m, group = indices(rest % m_blocks, BLOCK_M), rest // m_blocks
+    seed, stream, step = philox.load_state(states + offset(group, state_row))
+    x += offset(offset(group, P), K)
+    plain = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    along = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(tl.cdiv(K, BLOCK_K)):
+        k = indices(block, BLOCK_K)
+        rows = load_tile(x, m, k, P, K)
+        w = tl.load(
+            weight + offset(n, weight_row)[:, None] + offset(k, weight_column)[None, :],
+            mask=within(n, N, k, K),
+            other=0.0,
+        )
+        z = philox.panel(seed, stream, step, n[:, None], block, law_scale, span, low, LAW, HAS_LOW, BLOCK_N, BLOCK_K)
+        if SUMMED:
+            c = tl.load(coefficients + group)
+            plain = dot(rows, tl.trans(w.to(tl.float32) + c * z), plain, PRECISION)
+        else:
+            plain = dot(rows, tl.trans(w), plain, PRECISION)
+            along = dot(rows, tl.trans(z), along, PRECISION)
+    if not SUMMED:
+        row = offset(group, P) + m
+        plain += tl.load(coefficients + row // R, mask=m < P, other=0.0)[:, None] * along
+    total = plain
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    store_tile(out + offset(offset(group, P), N), rounded(total, out.dtype.element_ty), m, n, P, N)
+
+
+@triton.jit(do_not_specialize=["count", "N"])
+def update_kernel(
+    weight,
+    coefficients,
+    states,
+    keep,
+    law_scale,
+    span,
+    low,
+    count,
+    N,
+    K,
+    weight_row,
+    weight_column,
+    LAW: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of W <- keep W + sum_i c_i Z_i, each product rounded by itself."""
+    pid = program_id(0)
+    blocks = tl.cdiv(K, BLOCK_K)
+    n, block = indices(pid // blocks, BLOCK_N), pid % blocks
+    k = indices(block, BLOCK_K)
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for i in range(count):
+        seed, stream, step = philox.load_state(states + offset(i, 3))
+        z = philox.panel(seed, stream, step, n[:, None], block, law_scale, span, low, LAW, HAS_LOW, BLOCK_N, BLOCK_K)
+        moved = product(z, tl.zeros_like(z) + tl.load(coefficients + i))
+        total = tl.where(i == 0, moved, total + moved)  # 0 + (-0) is another zero
+    at = weight + offset(n, weight_row)[:, None] + offset(k, weight_column)[None, :]
+    inside = within(n, N, k, K)
+    w = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    kept = product(w, tl.zeros_like(w) + tl.cast(keep, tl.float32))
+    tl.store(at, rounded(kept + total, weight.dtype.element_ty), mask=inside)
