@@ -42,7 +42,7 @@ def test_a_call_leaves_what_one_forward_leaves(perturb, draws):
     model = CNN(nn.BatchNorm2d(2)).double()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(1)
-    loss = losses_of(model, "mean")(image(), TARGET)
+    loss = losses_of(model)(image(), TARGET).mean()
     after, random = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
     model.load_state_dict(before)
     torch.manual_seed(1)
