@@ -6,7 +6,7 @@ from lgkernels.training import DirectTrainer
 
 from . import common
 from .common import Contestant
-from .training_step import TrainingStep
+from .training_step import TrainingStep, small
 
 
 @dataclass(frozen=True)
@@ -25,4 +25,4 @@ class DFAStep(TrainingStep):
         return self.step(DirectTrainer(self.layers("dfa"), self.optimizer, rule="dfa"))
 
 
-CASES = {"smoke": [Case(DFAStep, 2, 3, size=16, rule="dfa")], "cpu": [Case(DFAStep, 32, 3, size=32, rule="dfa")]}
+CASES = {"smoke": [Case(small(DFAStep), 2, 3, size=16, rule="dfa")], "cpu": [Case(DFAStep, 32, 3, size=32, rule="dfa")]}

@@ -15,7 +15,7 @@ from . import common
 from .common import Contestant
 from .rivals import lls as rivals
 from .rivals.lls import SLOPE, TEMPERATURE
-from .training_step import TrainingStep
+from .training_step import TrainingStep, small
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Case(common.Case):
         return [f"pool{self.pool}", f"{self.classes}classes", *more]
 
     def notes(self):
-        sizes = [] if self.problem is VGG8Step else [f"P={self.pool}", f"{self.classes} classes"]
+        sizes = [] if issubclass(self.problem, VGG8Step) else [f"P={self.pool}", f"{self.classes} classes"]
         return sizes + [self.modulation] * bool(self.modulation) + ["max-pool"] * self.max_pool
 
 
@@ -370,7 +370,7 @@ CASES = {
         block(4, 3, 8, 8, 4, 10),
         Case(NormActPool, 4, 8, size=8, pool=2, max_pool=True),
         Case(GradPreactivation, 4, 8, size=8, pool=2),
-        Case(VGG8Step, 4, 3, size=16),
+        Case(small(VGG8Step), 4, 3, size=16),
         CALL,
     ],
     "cpu": [

@@ -110,10 +110,12 @@ def timer(functions, device):
 
 def interleaved(timers, seconds, min_rounds=3, max_rounds=200):
     """{name: [seconds a call, one a round]}: rounds A B C, B C A, ..., so that drift meets all alike."""
-    start = time.perf_counter()
-    for one in timers.values():
-        one()
-    rounds = int(seconds / (time.perf_counter() - start))
+    rounds = 0
+    if seconds:
+        start = time.perf_counter()
+        for one in timers.values():
+            one()
+        rounds = int(seconds / (time.perf_counter() - start))
     samples, names = {name: [] for name in timers}, list(timers)
     collecting = gc.isenabled()
     gc.disable()

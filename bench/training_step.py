@@ -11,6 +11,7 @@ from .common import Contestant, Problem
 
 class TrainingStep(Problem):
     baseline = "bp"
+    network = "vgg8"
 
     @property
     def footprint(self):
@@ -21,7 +22,7 @@ class TrainingStep(Problem):
         """VGG8 for a rule; `wrap` makes another layer of each block."""
         torch.manual_seed(5)
         layout = torch.channels_last if self.case.channels_last else torch.contiguous_format
-        layers = build("vgg8", rule, in_channels=self.case.channels, num_classes=self.case.classes, **options)
+        layers = build(self.network, rule, in_channels=self.case.channels, num_classes=self.case.classes, **options)
         layers = [layer.to(self.device, memory_format=layout) for layer in layers]
         return [wrap(layer) if wrap and hasattr(layer, "pool_size") else layer for layer in layers]
 
@@ -50,3 +51,8 @@ class TrainingStep(Problem):
             return self.step(trainer, parts, result="back-propagated")
 
         return Contestant(name, "bp", make)
+
+
+def small(problem):
+    """The same with a network that takes milliseconds: for the smoke preset."""
+    return type(problem.__name__, (problem,), {"network": "smallconv"})

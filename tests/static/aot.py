@@ -138,6 +138,11 @@ def retarget(made, of, arch, options):
     return made | {"ptx": ptx, "cubin": backend.make_cubin(ptx, {}, backend.parse_options(dict(options)), arch)}
 
 
+def shares_ptx(made, of):
+    """Whether other architectures may take the PTX that was made for `of`."""
+    return of != 100 or not ("tt.dot" in made["ttir"] or "redux" in made["ptx"])
+
+
 def judged(made, directory, count):
     """What the tests ask of the stages; with `count` the machine code itself, to be counted."""
     found = MATRIX_INSTRUCTION.search(made["ptx"])
@@ -155,8 +160,9 @@ def judged(made, directory, count):
 
 
 # What two architectures share is compiled once. sm_89 has sm_86's instructions, registers and shared memory. sm_80 has
-# its PTX, as far as Triton knows; ptxas runs for both, and each kernel's first specialisation shows that it is so.
-SAME, SAME_PTX = ({}, {}) if os.environ.get("LGKERNELS_TEST_ALL") == "1" else ({89: 86}, {80: 86})
+# its PTX, as far as Triton knows, and sm_120 that of sm_100 but for matrix products and sm_100's maximum over lanes;
+# ptxas runs for both, and each kernel's first specialisation shows that it is so.
+SAME, SAME_PTX = ({}, {}) if os.environ.get("LGKERNELS_TEST_ALL") == "1" else ({89: 86}, {80: 86, 120: 100})
 _recorded = {}  # key: (launch, its architectures); kernels cannot be pickled, so forked workers inherit them
 
 
@@ -169,10 +175,11 @@ def _compile(job):
         if SAME.get(arch) in archs:
             continue
         of = SAME_PTX.get(arch)
+        shared = of in made and shares_ptx(made[of], of)
         try:
-            made[arch] = retarget(made[of], of, arch, options) if of in made else stages(arch, source, options)
+            made[arch] = retarget(made[of], of, arch, options) if shared else stages(arch, source, options)
             results[arch] = describe(arch, launch) | judged(made[arch], directory, arch in counted)
-            if of in made and compare:
+            if shared and compare:
                 own = stages(arch, source, options)
                 assert own["ptx"] == made[arch]["ptx"], f"the PTX of sm_{arch} is no longer that of sm_{of}"
         except Exception as error:  # reported as a failed line

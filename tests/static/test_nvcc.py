@@ -11,11 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc").glob("*/cuda/*.cu"))
 WHEELS = re.search(r'^CUDA_ARCHS = "([\da;]+)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)[1].split(";")
-# Without LGKERNELS_TEST_ALL=1: sm_89 has sm_86's instructions, registers and shared memory, and is left out; sm_86 is
-# assembled from the code of compute_80, which is its own, since no source asks for the architecture.
+# Without LGKERNELS_TEST_ALL=1: sm_89 has sm_86's instructions, registers and shared memory, and is left out; sm_86 and
+# sm_90a are assembled from the code of compute_80, sm_120 from that of compute_100, which is their own, since no source
+# asks for the architecture.
 ALL = os.environ.get("LGKERNELS_TEST_ALL") == "1"
 ARCHITECTURES = [a for a in WHEELS if a != "89" or ALL]
-VIRTUAL = {} if ALL else {"86": "80"}
+VIRTUAL = {} if ALL else {"86": "80", "90a": "80", "120": "100"}
 SHARED_LIMIT = 48 * 1024  # static and dynamic together; the dynamic part: tests/lls/test_launches.py
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 
@@ -81,6 +82,20 @@ def test_no_source_asks_for_the_architecture():
     files = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
     texts = {path: path.read_text().replace("defined(__CUDA_ARCH__)", "") for path in files}
     assert len(texts) > 50 and not [path for path, text in texts.items() if "__CUDA_ARCH__" in text]
+
+
+def test_architectures_share_their_code():
+    """What VIRTUAL rests on, in a source that takes every dtype and multiplies."""
+
+    def code(architecture):
+        command = [NVCC, "-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", "-ptx", "-o", "-"]
+        source = [f"-arch=compute_{architecture}", str(ROOT / "csrc/feedback/cuda/product.cu")]
+        made = subprocess.run([*command, *source], capture_output=True, text=True, check=True)
+        return [line for line in made.stdout.splitlines() if line and not line.startswith((".target", "//"))]
+
+    made = {architecture: code(architecture) for architecture in ("75", "80", "86", "90a", "100", "120")}
+    assert made["80"] == made["86"] == made["90a"] and made["100"] == made["120"]
+    assert made["75"] != made["80"] != made["100"] and len(made["80"]) > 1000
 
 
 def test_a_spill_is_seen(tmp_path):
