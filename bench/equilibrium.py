@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
+import torch.nn.functional as F
 
 import lgkernels.functional as LF
 import lgkernels.nn as lnn
@@ -34,7 +35,9 @@ class Case(common.Case):
     def notes(self):
         weights = {0: "symmetric weights", 90: "independent feedback"}[self.angle]
         stop = f"to a residual of {self.residual:g}" if self.residual else f"{self.steps} steps"
-        return [*super().words(), f"{self.features}-{self.channels}-{self.channels}-10", weights, self.schedule, stop]
+        layers = (1, 2, 4, 4) if self.size else (1, 1)
+        sizes = "-".join(str(n) for n in (self.features, *(n * self.channels for n in layers)))
+        return [*super().words(), sizes if self.size else f"{sizes}-10", weights, self.schedule, stop]
 
 
 class Net(Problem):
@@ -270,6 +273,57 @@ class Homeostasis(Net):
         return {**self.result(LF.homeostatic_loss(leaves, r, eps=eps), leaves), **others}
 
 
+class ConvSteps(Net):
+    """channels: of the first of three layers; features: of the input's images."""
+
+    op = "ep_settle_conv"
+    registered_op = "equilibrium_settle"
+    title = "Settling steps of a convolutional net"
+    baseline = "convolutions alone"
+
+    def __init__(self, case, device):
+        super().__init__(case, device)
+        self.shape = case.batch, case.features, case.size, case.size
+
+    @cached_property
+    def weights(self):
+        torch.manual_seed(3)
+        c = self.case.channels
+        net = lnn.EquilibriumConvNet(self.case.features, (c, 2 * c, 4 * c, 4 * c), num_classes=self.case.classes)
+        return {k: w.detach().to(self.device) for k, w in net.named_weights().items()}
+
+    def contestants(self):
+        return [*self.ours(self.library, reference=False), Contestant("convolutions alone", "floor", self.floor)]
+
+    def library(self, impl):
+        x, w, steps = self.input, self.weights, self.case.steps
+        return lambda: LF.ep_settle(w, x, steps=steps, activation="dsilu", impl=impl)
+
+    def floor(self):
+        """Those of all steps: forward and feedback kernels at once, and back through the feedback's."""
+        x, w, steps, half = self.input, self.weights, self.case.steps, self.case.size // 2
+        names = ["conv1", "conv2", "conv3", "out"]
+        layers = []
+        for i, (a, b) in enumerate(zip(names, names[1:])):
+            up, down = w[f"{a}-{b}/kernel"], w[f"{b}-{a}/kernel"]
+            r = x.new_zeros(len(x), down.shape[1], half >> i, half >> i)
+            layers.append((r, torch.cat((up, down)), down, 0 if b == "out" else 1))
+
+        def run():
+            F.conv2d(x, w["in-conv1/kernel"], padding=1)
+            for _ in range(steps):
+                for r, both, down, padding in layers:
+                    z = F.conv2d(r, both, padding=padding)[:, : down.shape[0]]
+                    F.conv_transpose2d(z, down, padding=padding)
+            return {}
+
+        return run
+
+    def truth(self):
+        own = dict(steps=self.case.steps, activation="dsilu")
+        return LF.ep_settle(self.double(self.weights), self.input.double(), **own)
+
+
 def _free(**more):
     return Case(FreePhase, 50, 256, **more)
 
@@ -283,6 +337,7 @@ CASES = {
         Case(Errors, 3, 16, **SMALL, rule="3points", points=3),
         Case(Homeostasis, 3, 16, **SMALL),
         StepCase(HopfieldStep, 2, 16, steps=4, nudge_steps=2),
+        Case(ConvSteps, 2, 2, size=32, features=3, steps=1),
     ],
     "cpu": [
         _free(),
@@ -299,5 +354,6 @@ CASES = {
         Case(Errors, 50, 256, steps=20, rule="6points", points=6),
         Case(Homeostasis, 50, 256),
         StepCase(HopfieldStep, 128, 128),
+        Case(ConvSteps, 256, 128, size=32, features=3, steps=2),
     ],
 }

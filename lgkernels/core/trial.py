@@ -202,6 +202,7 @@ def _copies(arguments: dict, wide: bool = False) -> dict:
 def _results(function: Callable, pack: Callable, kernels: ModuleType, arguments: dict, trial: Trial) -> list[Tensor]:
     result = function(kernels, *pack(tuple(arguments.values())))
     results = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+    results = [tensor for one in results for tensor in _tensors(one)]
     return results + [tensor for name in trial.mutates for tensor in _tensors(arguments.get(name))]
 
 

@@ -10,6 +10,7 @@ from lgkernels.ops.equilibrium.field import Net
 from lgkernels.ops.equilibrium.options import Phases, Settling, circle, one_phase
 from tests.conftest import backend_module
 from tests.equilibrium.test_invariants import ACTIVATIONS
+from tests.support.problems import place
 from tests.support.tolerances import assert_accurate
 
 CHAIN = [0, 1, 1, 0, 1, 2, 2, 1]
@@ -39,20 +40,29 @@ def problem(sizes, samples, phases, options, edges=CHAIN, classes=7, gain=0.5):
     return state, drive, net, target, phases, options
 
 
-def cast(value, dtype):
+def mapped(value, function):
+    """With `function` of every tensor."""
     if isinstance(value, torch.Tensor):
-        return value.to(dtype)
+        return function(value)
     if isinstance(value, Net):
-        return Net(*(cast(v, dtype) for v in value))
-    if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
-        return [v.to(dtype) for v in value]
-    return value
+        return Net(*(mapped(v, function) for v in value))
+    return [mapped(v, function) for v in value] if type(value) in (list, tuple) else value
+
+
+def run(module, args, function="settle"):
+    """Where the backend runs; the results on the CPU."""
+    result = getattr(module, function)(*(mapped(v, place) for v in args))
+    return mapped(result, torch.Tensor.cpu)
+
+
+def cast(value, dtype):
+    return mapped(value, lambda v: v.to(dtype))
 
 
 def check(module, args, function="settle", length=64):
     single = [cast(v, torch.float32) for v in args]
     truth = getattr(reference, function)(*args)
-    plain, got = getattr(reference, function)(*single), getattr(module, function)(*single)
+    plain, got = getattr(reference, function)(*single), run(module, single, function)
     for layer, (a, b, c) in enumerate(zip(got[0], plain[0], truth[0])):
         assert_accurate(f"layer {layer}", a, b, c, length, magnitude=torch.full_like(c, 4.0))
     for a, b in zip(got[1:], truth[1:]):
@@ -77,6 +87,14 @@ def test_schedules_losses_and_phases(module, activation, schedule):
         options = Settling(activation, loss, schedule, 5, None)
         classes = 7 if edges is CHAIN else None
         check(module, problem((9, 20, 5), 4, nudges, options, edges, classes))
+
+
+@pytest.mark.parametrize("schedule", ["synchronous", "asynchronous"])
+def test_edges_between_layers_of_one_turn(module, schedule):
+    """From odd layers to odd ones, which move together: by what they were."""
+    options = Settling("sigmoid", "cross_entropy", schedule, 4, None)
+    for phases in (one_phase(0.3), one_phase(0.2 + 0.1j)):
+        check(module, problem((9, 20, 5, 4), 3, phases, options, [0, 1, 1, 3, 3, 1, 1, 2, 2, 0, 2, 3]))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -120,7 +138,7 @@ def test_layouts_and_halves(module):
     """Strided tensors, and weights that are views of one another, are read as they are; nothing is written to."""
     options = Settling("dsilu", "cross_entropy", "synchronous", 3, None)
     args = [cast(v, torch.float32) for v in problem((9, 20, 5), 3, MIXED, options)]
-    expected = module.settle(*args)
+    expected = run(module, args)
 
     def strided(v):
         return v.repeat_interleave(2, -1)[..., ::2]
@@ -128,7 +146,7 @@ def test_layouts_and_halves(module):
     net = args[2]._replace(weights=[w.t().contiguous().t() for w in args[2].weights], readout=strided(args[2].readout))
     own = [[strided(v) for v in args[0]], [strided(v) for v in args[1]], net, strided(args[3])]
     kept = [v.clone() for v in (*own[0], *own[1], own[3])]
-    for got, value in zip(module.settle(*own, *args[4:])[0], expected[0]):
+    for got, value in zip(run(module, (*own, *args[4:]))[0], expected[0]):
         torch.testing.assert_close(got, value, rtol=1e-6, atol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip((*own[0], *own[1], own[3]), kept))
 
@@ -152,7 +170,7 @@ def test_large_states(module):
     options = Settling("clipped_relu", "mse", "synchronous", 2, None)
     state, *rest = problem((9, 20, 5), 3, one_phase(0.1), options)
     state[0][1, 2] = torch.nan
-    got = module.settle(*(cast(v, torch.float32) for v in (state, *rest)))
+    got = run(module, [cast(v, torch.float32) for v in (state, *rest)])
     assert got[0][0][1].isnan().all() and got[2][0].isnan().tolist() == [False, True, False]
 
 

@@ -1,10 +1,7 @@
 #include "common/cpu/bindings.h"
 #include "equilibrium/cpu/kernels.h"
+#include "equilibrium/options_bindings.h"
 
-LGK_WORDS(lgk::StateActivation, "sigmoid", "dsilu", "hard_sigmoid", "clipped_relu")
-LGK_WORDS(lgk::StateLoss, "cross_entropy", "mse")
-LGK_WORDS(lgk::StateSchedule, "synchronous", "asynchronous")
-LGK_TUPLE(lgk::Settling, 5)
 LGK_TUPLE(lgk::cpu::StateLayer, 4)
 LGK_TUPLE(lgk::cpu::StateEdge, 3)
 LGK_TUPLE(lgk::cpu::StateReadout, 4)

@@ -68,7 +68,7 @@ def sign(bit, scale):
 
 
 @triton.jit
-def _cosine_sine(angle):
+def cosine_sine(angle):
     """(cos, sin) of angles in [0, 2 pi), within one ulp: both from one reduction to [-pi/4, pi/4], with its rounding
     error carried along. The built-in functions reduce any angle, in a buffer on the stack."""
     quadrant = (angle * 0.6366197466850281 + 0.5).to(tl.int32)
@@ -92,7 +92,7 @@ def _cosine_sine(angle):
 def normal(word0, word1, scale):
     """Box-Muller: the pair of values of two words."""
     radius = tl.sqrt_rn(-2.0 * tl.log(unit(word0)))
-    cosine, sine = _cosine_sine(unit(word1) * 6.283185307179586)
+    cosine, sine = cosine_sine(unit(word1) * 6.283185307179586)
     return (radius * cosine) * scale, (radius * sine) * scale
 
 

@@ -1,0 +1,16 @@
+#include "equilibrium/cuda/kernels.h"
+#include "equilibrium/options_bindings.h"
+
+LGK_TUPLE(lgk::cuda::SettledLayer, 4)
+LGK_TUPLE(lgk::cuda::SettledEdge, 3)
+LGK_TUPLE(lgk::cuda::SettledReadout, 4)
+LGK_TUPLE(lgk::cuda::SettledPhases, 5)
+LGK_TUPLE(lgk::cuda::SettledReport, 3)
+
+namespace lgk::cuda {
+
+static void bind(py::module_& m) { define(m, "equilibrium_settle", &equilibrium_settle); }
+
+static const Registration registration(Processor::kCuda, bind);
+
+}  // namespace lgk::cuda

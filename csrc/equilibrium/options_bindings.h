@@ -1,0 +1,9 @@
+// What describes settling as arguments of entries, for both processors.
+#pragma once
+#include "common/bindings.h"
+#include "equilibrium/options.h"
+
+LGK_WORDS(lgk::StateActivation, "sigmoid", "dsilu", "hard_sigmoid", "clipped_relu")
+LGK_WORDS(lgk::StateLoss, "cross_entropy", "mse")
+LGK_WORDS(lgk::StateSchedule, "synchronous", "asynchronous")
+LGK_TUPLE(lgk::Settling, 5)
