@@ -1,5 +1,6 @@
-// x[m] (W + c_m Z_m)^T for few rows of x: four rows of W and of Z come into the first-level cache, a segment of columns
-// at a time; each member's perturbed rows are made there and meet its rows of x. W is read once for all members.
+// x[m] (W + c_m Z_m)^T for few rows of x: eight rows of W and of Z come into the first-level cache, a segment of
+// columns at a time; each member's perturbed rows are made there and meet its rows of x, four by four. W is read once
+// for all members.
 #pragma once
 #include "common/cpu/gemm.h"
 #include "common/cpu/parallel.h"
@@ -7,26 +8,27 @@
 
 namespace lgk::cpu::LGK_ISA {
 
-constexpr int64_t kPart = 512;  // columns of a segment: four rows of Z, four of the weight and some of x in 32 KB
-constexpr int kOutputs = 4;     // rows of W that are taken together
+constexpr int64_t kPart = 512;  // columns of a segment: eight rows of perturbed weights and four of x in 24 KB
+constexpr int kOutputs = 8;     // rows of W that are taken together
+constexpr int kTogether = 4;    // of these in a register tile
 
-// sums (M, kOutputs) += a (M, depth) @ b (kOutputs, depth)^T, each a vector whose lanes are added up at the end; depth
-// is whole vectors
+// sums (M, kTogether) += a (M, depth) @ b (kTogether, depth)^T, each a vector whose lanes are added up at the end;
+// depth is whole vectors. Rows of `sums` are kOutputs vectors apart.
 template <int M>
 inline void add_dots(const float* a, int64_t lda, const float* b, int64_t depth, float* sums) {
-  vf acc[M][kOutputs];
+  vf acc[M][kTogether];
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < kOutputs; ++n) acc[m][n] = load(sums + (m * kOutputs + n) * V);
+    for (int n = 0; n < kTogether; ++n) acc[m][n] = load(sums + (m * kOutputs + n) * V);
   for (int64_t j = 0; j < depth; j += V) {
-    vf right[kOutputs];
-    for (int n = 0; n < kOutputs; ++n) right[n] = load(b + n * kPart + j);
+    vf right[kTogether];
+    for (int n = 0; n < kTogether; ++n) right[n] = load(b + n * kPart + j);
     for (int m = 0; m < M; ++m) {
       const vf left = load(a + m * lda + j);
-      for (int n = 0; n < kOutputs; ++n) acc[m][n] += left * right[n];
+      for (int n = 0; n < kTogether; ++n) acc[m][n] += left * right[n];
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < kOutputs; ++n) store(sums + (m * kOutputs + n) * V, acc[m][n]);
+    for (int n = 0; n < kTogether; ++n) store(sums + (m * kOutputs + n) * V, acc[m][n]);
 }
 
 template <class T>
@@ -53,9 +55,11 @@ inline int product_of(const FormulaNoise& noise, const Members& shape, const Mat
           const int64_t depth = (n + V - 1) / V * V;
           int64_t i = 0;
           for (; i + kRowBlock <= shape.rows; i += kRowBlock)
-            add_dots<kRowBlock>(rows + i * width, width, perturbed[0], depth, into + i * kOutputs * V);
+            for (int r = 0; r < outputs; r += kTogether)
+              add_dots<kRowBlock>(rows + i * width, width, perturbed[r], depth, into + (i * kOutputs + r) * V);
           for (; i < shape.rows; ++i)
-            add_dots<1>(rows + i * width, width, perturbed[0], depth, into + i * kOutputs * V);
+            for (int r = 0; r < outputs; r += kTogether)
+              add_dots<1>(rows + i * width, width, perturbed[r], depth, into + (i * kOutputs + r) * V);
         }
       }
       for (int64_t i = 0; i < all; ++i)
@@ -70,13 +74,16 @@ inline int product_of(const FormulaNoise& noise, const Members& shape, const Mat
 // other in `x`.
 inline int perturbed_product(const FormulaNoise& noise, const Members& shape, const Matrix& weight, const Matrix& x,
                              float* out, int threads) {
-  const int64_t width = (shape.inputs + V - 1) / V * V, all = shape.members * shape.rows;
+  // one vector more: rows a power of two apart would share a few sets of the caches
+  const int64_t width = (shape.inputs + V - 1) / V * V + V, all = shape.members * shape.rows;
   Scratch packed(all * width, 1);
   if (!packed) return 1;
   const int status = for_dtype(x.dtype, [&](auto type) {
     for (int64_t i = 0; i < all; ++i)
-      for (int64_t j = 0; j < width; j += V)
-        store(packed.of(0) + i * width + j, load_some(at<decltype(type)>(x, i, j), smaller(shape.inputs - j, V)));
+      for (int64_t j = 0; j < width; j += V) {
+        const int64_t left = smaller(shape.inputs - j, V);
+        store(packed.of(0) + i * width + j, left > 0 ? load_some(at<decltype(type)>(x, i, j), left) : vf{});
+      }
     return 0;
   });
   if (status) return status;

@@ -81,6 +81,6 @@ RULES = (
         trainer,
         ZerothOrderOptions,
         starts="network",
-        defaults=lambda settings: weights.TUNING._replace(rates={"sgd": 1e-3}),
+        defaults=lambda settings: weights.TUNING,
     ),
 )
