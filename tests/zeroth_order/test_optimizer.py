@@ -10,6 +10,7 @@ from torch import nn
 
 from lgkernels.optim import ZerothOrder, ZerothOrderLog, replay
 from lgkernels.random import RandomFeedback
+from lgkernels.recipes import measure
 from tests.support.problems import randn, targets
 from tests.support.tolerances import assert_bit_equal
 
@@ -238,6 +239,22 @@ def test_weights_that_others_use_are_perturbed_there(estimator):
     torch.testing.assert_close(torch.stack(seen), torch.stack(expected), rtol=1e-9, atol=0)
     for p, q in zip(model.parameters(), other.parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-25)
+
+
+def test_a_step_holds_what_inference_holds():
+    """And 5 % at most: the weights are 40 times as large as the activations here."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10))
+    x = randn(32, 2048)
+    optimizer = ZerothOrder(model, lr=1e-6, law="sign")
+
+    @torch.no_grad()
+    def loss():
+        return model(x).square().mean()
+
+    inference = measure.peak_memory(loss, x.device)
+    optimizer.step(loss)
+    assert 0 < measure.peak_memory(lambda: optimizer.step(loss), x.device) <= 1.05 * inference
 
 
 def test_a_closure_that_fails_leaves_the_weights():
