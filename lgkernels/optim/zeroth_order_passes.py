@@ -23,6 +23,17 @@ _ASK = frozenset(
     "is_tensor is_nonzero _is_view is_pinned is_set_to is_distributed".split()
 )
 
+# Functions that are computed in float32 where a half parameter is perturbed, which could not hold the perturbation (a
+# normalisation's weight of 1 and an epsilon of 1e-3). None of them writes to an argument.
+_WIDE = frozenset(
+    [F.layer_norm, F.rms_norm, F.group_norm, torch.layer_norm, torch.rms_norm, torch.group_norm]
+    + [getattr(torch, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)]
+    + [getattr(torch, name) for name in ("addmm", "matmul", "mm", "mul", "add")]
+    + [getattr(Tensor, name) for name in ("matmul", "__matmul__", "__rmatmul__", "mm", "mul", "__mul__", "__rmul__")]
+    + [getattr(Tensor, name) for name in ("add", "__add__", "__radd__")]
+)
+_HALVES = (torch.bfloat16, torch.float16)
+
 
 class Perturbed(TorchFunctionMode):
     """Inside, tuned parameters are W + coefficient * Z; with `tangents` dual numbers W with the tangent Z.
@@ -58,6 +69,13 @@ class Perturbed(TorchFunctionMode):
             done = self._linear(*args, **kwargs)
             if done is not None:
                 return done
+        if func in _WIDE and not self.tangents and all(t.dtype in _HALVES for t in used):
+            own = {id(t): t.float() for t in _tensors(args, kwargs) if t.dtype in _HALVES}
+            own |= {id(t): self._copy(t, torch.float32) for t in used}
+            wide = {k: _replaced((v,), own)[0] for k, v in kwargs.items()}
+            result = func(*_replaced(args, own), **wide)
+            dtypes = {t.dtype for t in _tensors(args, kwargs) if t.is_floating_point()}
+            return result.to(used[0].dtype) if len(dtypes) == 1 else result
         perturbed = {id(t): self._copy(t) for t in used}
         return func(*_replaced(args, perturbed), **{k: _replaced((v,), perturbed)[0] for k, v in kwargs.items()})
 
@@ -71,14 +89,14 @@ class Perturbed(TorchFunctionMode):
     def _state(self, parameter: Tensor) -> Tensor:
         return self.states[id(parameter)][self.member : self.member + 1]
 
-    def _copy(self, parameter: Tensor) -> Tensor:
-        """The parameter as it counts here, in memory of its own."""
+    def _copy(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The parameter as it counts here, in memory of its own, in its dtype or another."""
         if self.tangents:
             tangent = torch.zeros_like(parameter)
             one = torch.ones_like(self._factor(parameter))
             update_(tangent, one, self._state(parameter), self.law, 1.0, self.impl)
             return forward_ad.make_dual(parameter.detach(), tangent)
-        copy = parameter.detach().clone()
+        copy = parameter.detach().to(dtype or parameter.dtype, copy=True)
         update_(copy, self._factor(parameter), self._state(parameter), self.law, 1.0, self.impl)
         return copy
 

@@ -193,6 +193,31 @@ def test_frozen_half_weights(dtype):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_weights_that_could_not_hold_the_perturbation(dtype):
+    """A normalisation's weights of 1, a convolution's, a factor: as in float32, rounded once."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"norm": nn.LayerNorm(64), "conv": nn.Conv1d(4, 4, 1, bias=False)}).to(dtype)
+    model.factor = nn.Parameter(torch.ones(64, dtype=dtype))
+    x, seen = randn(2, 4, 64).to(dtype), []
+
+    def loss():
+        seen.append((model["norm"](x), model["conv"](x), model.factor * x))
+        return sum(y.float().square().mean() for y in seen[-1])
+
+    optimizer = ZerothOrder(model, lr=1e-6, eps=1e-4, law="sign")
+    before, z = copy.deepcopy(model).float(), noise_of(optimizer, 0)
+    optimizer.step(loss)
+    with torch.no_grad():
+        for name, p in before.named_parameters():
+            p.add_(z[name].float(), alpha=1e-4)
+    wide = before["norm"](x.float()), before["conv"](x.float()), before.factor * x.float()
+    for name, got, other, expected in zip(("norm", "conv", "factor"), *seen, wide):
+        assert got.dtype == dtype and (got - expected.to(dtype)).abs().max() <= torch.finfo(dtype).eps * 4, name
+        assert (got == expected.to(dtype)).float().mean() > 0.99, name
+        assert not torch.equal(got, other), name
+
+
 class Everything(nn.Module):
     """Weights used by others than their layer: tied, attention's, a recurrent net's, a bare parameter, views."""
 
