@@ -7,7 +7,7 @@ import functools
 
 import pytest
 
-from lgkernels.ops.equilibrium.options import Phases, Settling, circle
+from lgkernels.ops.equilibrium.options import Phases, Settling, circle, one_phase
 from tests.equilibrium.sanitized import CHAIN, LOOP, dense
 from tests.simt import executor
 from tests.simt.orders import in_every_order
@@ -41,3 +41,20 @@ def test_tangents_and_a_tolerance():
         options = Settling(activation, "cross_entropy", "synchronous", 4, 1e-3)
         run(lambda kernels, args=args, options=options: flat(kernels.error(*args[:4], 0.1, 0, options)))
         run(lambda kernels, args=args, options=options: flat(kernels.settle(*args, options)))
+
+
+@pytest.mark.parametrize("schedule", ["synchronous", "asynchronous"])
+def test_free_steps_wait_for_one_another(schedule):
+    """The widest layer comes last in a step, has no parts of sums, and no nudge follows."""
+    state, drive, net, *_ = dense("cpu", (3, 600), 3, one_phase(0.0), CHAIN[:4], 7)
+    options = Settling("sigmoid", "mse", schedule, 4, None)
+    run(lambda kernels: flat(kernels.settle(state, drive, net, None, one_phase(0.0), options)))
+
+
+@pytest.mark.parametrize("units, launches", [(2816, [[1, 512, 48 * 1024]]), (2817, [])])
+def test_nets_up_to_the_shared_memory_run_on_the_kernel(units, launches):
+    state, drive, net, *_ = dense("cpu", (units - 9, 9), 1, one_phase(0.0), [0, 1], 7)
+    simt, options = executor.module(), Settling("sigmoid", "mse", "synchronous", 1, None)
+    simt.launches()
+    executor.backend("equilibrium").settle(state, drive, net, None, one_phase(0.0), options)
+    assert simt.launches() == launches
