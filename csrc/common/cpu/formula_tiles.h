@@ -45,13 +45,19 @@ inline void pack_grad(const Matrix& grad, int64_t m, int64_t count, int64_t begi
   for (int64_t b = 0; b < count; b += kBlock) {
     const int64_t rows = block_rows(count - b), real = smaller(count - b, rows);
     float* block = out + b * depth;
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t n = begin; n < end; n += V) {
-        const int64_t left = i < real && n < columns ? smaller(columns - n, V) : 0;
-        const vf v = left ? load_some(at<T>(grad, m + b + i, n), left) : vf{};
-        const int64_t stop = smaller(end - n, V);
-        for (int64_t l = 0; l < stop; ++l) block[(n + l) * rows + i] = v[l];
+    for (int64_t n = begin; n < end; n += V) {
+      vf row[kBlock] = {};
+      for (int64_t i = 0; i < real; ++i)
+        if (n < columns) row[i] = load_some(at<T>(grad, m + b + i, n), smaller(columns - n, V));
+      float* target = block + n * rows;
+      if (rows == kBlock && end - n >= V) {
+        store_in_turn<kBlock>(row, target);
+        continue;
       }
+      const int64_t stop = smaller(end - n, V);
+      for (int64_t l = 0; l < stop; ++l)
+        for (int64_t i = 0; i < rows; ++i) target[l * rows + i] = row[i][l];
+    }
   }
 }
 

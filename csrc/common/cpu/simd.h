@@ -180,6 +180,10 @@ template <int S>
 struct LowerRight {
   static constexpr int lane(int l) { return l & S ? V + l : l + S; }
 };
+template <int FROM>
+struct InTurn {  // of a and of b, from lane FROM on
+  static constexpr int lane(int l) { return l % 2 * V + FROM + l / 2; }
+};
 struct Even {
   static constexpr int lane(int l) { return 2 * l; }
 };
@@ -197,6 +201,21 @@ LGK_INLINE void transpose(vf* row) {
       row[i + S] = shuffle<LowerRight<S>>(a, b);
     }
   if constexpr (S > 1) transpose<S / 2>(row);
+}
+
+// Writes the first lanes of all R rows, then their second lanes, ...
+template <int R>
+LGK_INLINE void store_in_turn(const vf* row, float* out) {
+  vf from[R], to[R];
+  std::memcpy(from, row, sizeof from);
+  for (int step = 1; step < R; step *= 2) {  // a perfect shuffle of the two halves each
+    for (int i = 0; i < R / 2; ++i) {
+      to[2 * i] = shuffle<InTurn<0>>(from[i], from[i + R / 2]);
+      to[2 * i + 1] = shuffle<InTurn<V / 2>>(from[i], from[i + R / 2]);
+    }
+    std::memcpy(from, to, sizeof from);
+  }
+  for (int i = 0; i < R; ++i) store(out + i * V, from[i]);
 }
 
 // Any lanes of one vector.

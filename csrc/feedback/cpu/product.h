@@ -13,6 +13,7 @@ namespace lgk::cpu::LGK_ISA {
 constexpr int64_t kBatch = 512;        // rows of grad for which F is made once
 constexpr int64_t kSums = 192 * 1024;  // floats of the output that stay in the second-level cache meanwhile
 constexpr int64_t kPacked = 1 << 22;   // floats of grad packed at a time
+constexpr int64_t kDeep = 2 * kDepth;  // rows of F made together for many rows of grad: half as often through the sums
 
 // Panels of columns: whole groups, about as many for every thread, and wide rather than narrow, as far as the sums of
 // `batch` rows allow.
@@ -114,7 +115,13 @@ inline int product(const Formula& f, const Matrix& grad, int64_t batch, void* ou
   const int64_t fitting = kPacked / (depth > 0 ? depth : 1) / kBatch * kBatch, round = fitting > 0 ? fitting : kBatch;
   const int64_t rows_held = rounded(smaller(batch, round), kBlock);
   Scratch packed(rows_held * depth, 1), sums(smaller(rows_held, kBatch) * width, threads);
-  Scratch values(kDepth * width, threads), columns(width, threads);
+  Scratch values(kDeep * width, threads), columns(width, threads);
+#ifdef __AVX512F__
+  const bool by_signs = f.weight.data && !f.magnitude.data && !f.state;
+#else
+  const bool by_signs = false;
+#endif
+  const int64_t step = by_signs || batch < 64 ? kDepth : kDeep;
   if (!packed || !sums || !values || !columns) return 1;
   const int status = for_dtype(grad.dtype, [](auto) { return 0; }) | for_dtype(dtype, [](auto) { return 0; });
   if (status) return status;
@@ -135,19 +142,19 @@ inline int product(const Formula& f, const Matrix& grad, int64_t batch, void* ou
         const int64_t m = start + i % chunks * kBatch, count = smaller(start + together - m, kBatch);
         const float* a = packed.of(0) + (m - start) * depth;
         std::memset(c, 0, rounded(count, kBlock) * width * sizeof(float));
-        for (int64_t row = 0; row < f.rows; row += kDepth) {
-          const int64_t mine = smaller(f.rows - row, kDepth);
+        for (int64_t row = 0; row < f.rows; row += step) {
+          const int64_t mine = smaller(f.rows - row, step);
           Next next;
           if (f.weight.data && f.weight.dtype != kPackedSigns) {
             next.element = f.weight.dtype == kFloat32 ? 4 : 2;
             next.stride = f.weight.stride * next.element;
             next.data = static_cast<const char*>(f.weight.data) + col * next.element;
-            next.data += row + kDepth < f.rows ? (row + kDepth) * next.stride : width * next.element;
+            next.data += row + step < f.rows ? (row + step) * next.stride : width * next.element;
           }
           uint32_t by_values = ~0u;  // the groups that go by the first way
 #ifdef __AVX512F__
           uint32_t* words = reinterpret_cast<uint32_t*>(columns.of(thread));
-          if (f.weight.data && !f.magnitude.data && !f.state) {
+          if (by_signs) {
             if (f.weight.dtype == kPackedSigns)
               by_values = pack_columns_of_bits(f.weight, row, col, mine, n, width, words);
             else
