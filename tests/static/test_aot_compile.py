@@ -32,7 +32,9 @@ def test_compiles_within_the_limits(compiled):
 
 def test_matrix_products_use_matrix_instructions(compiled):
     arch, results = compiled
-    wanted = set().union(*(family.MATRIX_KERNELS for family in _families()))
+    # a kernel whose table is empty for an architecture is not used there
+    unused = {name for family in _families() for name, (table, _) in family.TABLES.items() if not table(arch)}
+    wanted = set().union(*(family.MATRIX_KERNELS for family in _families())) - unused
     assert wanted <= {r["kernel"] for r in results if r["dot"]}
     used = arch >= tiles.MATRIX_INSTRUCTIONS_FROM
     assert not _offenders(results, lambda r: r["dot"] and bool(r["matrix_instruction"]) != used)
