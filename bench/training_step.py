@@ -55,4 +55,5 @@ class TrainingStep(Problem):
 
 def small(problem):
     """The same with a network that takes milliseconds: for the smoke preset."""
-    return type(problem.__name__, (problem,), {"network": "smallconv"})
+    title = problem.title.replace("VGG8", "SmallConv")
+    return type(problem.__name__, (problem,), {"network": "smallconv", "title": title})

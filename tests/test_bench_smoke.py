@@ -128,7 +128,7 @@ def test_report(results):
 
     assert report.main([str(results)]) == 0
     text = results.with_suffix(".md").read_text()
-    assert "VGG8 training step" in text and "## Where we lose" in text and "| floor |" in text
+    assert "SmallConv training step" in text and "## Where we lose" in text and "| floor |" in text
     assert "## Cost of a call of `lls_loss`, forward and backward" in text
     assert results.with_suffix(".svg").read_text().startswith("<?xml")
 

@@ -44,8 +44,8 @@ def perturbed_linear(
         impl (str): ``"auto"``, ``"reference"``, ``"torch"``, ``"cpu"``, ``"triton"``.
 
     Returns:
-        Tensor: (M, ..., out) in x's dtype, or autocast's. Computed in float32: a perturbation that a half weight could
-        not hold still counts. There is no gradient.
+        Tensor: (M, ..., out) in x's dtype, or autocast's. A perturbation that a half weight could not hold still
+        counts: kernels compute in float32, ``"torch"`` adds two products in x's dtype. There is no gradient.
 
     Raises: ValueError, TypeError naming the argument. NotImplementedError inside of torch.func transforms.
 

@@ -34,7 +34,7 @@ class HopfieldNet(nn.Module):
     P is a product with a matrix, or a convolution and a 2x2 pool. A step replaces the states by
     :math:`s_l \leftarrow \phi(u_l)`, :math:`u_l = b_l + \sum_a P_{al}(s_a) + \sum_b f_{lb} DP_{lb}(s_l)^T s_b`, where
     :math:`f_{lb} = c_b / c_l` is the edge's `feedback`. Trained by :class:`lgkernels.training.EquilibriumTrainer` with
-    one-sided, other-sided or centred nudges.
+    nudges of one sign (``variant="positive"`` or ``"negative"``) or of both (``"centered"``).
 
     Args:
         input_shape (sequence of int): of a sample, (n,) or (C, H, W).
@@ -54,7 +54,8 @@ class HopfieldNet(nn.Module):
         gain (float): weights are uniform in :math:`\pm gain / \sqrt{fan\_in}`, biases with 0.5 for the gain.
         schedule (str): ``"asynchronous"``: the first, third, ... layer and then the others; ``"synchronous"``.
         steps (int): of the free phase.
-        impl (str): ``"auto"``, or a backend: ``"reference"`` is autograd of the energy, the others closed forms of it.
+        impl (str): ``"auto"``, or a backend: ``"reference"`` is autograd of the energy, ``"torch"`` and
+            ``"cpu"`` are closed forms of it.
             device, dtype: of the parameters.
 
     ``HopfieldNet((3, 32, 32), HopfieldNet.conv32(10))`` is the 32x32 net of Scellier et al.,
@@ -105,6 +106,10 @@ class HopfieldNet(nn.Module):
         checks.boolean("linear_output", linear_output)
         steps = checks.integer_between("steps", steps, 0, 2**31)
         checks.impl(impl)
+        if impl in ("triton", "cuda"):
+            raise ValueError(
+                f"impl must be 'auto', 'reference', 'torch' or 'cpu', got {impl!r}: no kernel of energies there"
+            )
         factory = constructors.factory(device, dtype)
         first = tuple(_sizes("input_shape", input_shape))
         if len(first) not in (1, 3):

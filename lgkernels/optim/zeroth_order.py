@@ -57,7 +57,8 @@ class ZerothOrder(torch.optim.Optimizer):
 
     :meth:`step` calls ``closure()`` for each evaluation; it runs the model and returns the loss, a number or a tensor
     of one. Every evaluation of a step sees the same random numbers (dropout). A loss that is not finite changes
-    nothing. ``log`` holds what was done, a few bytes a step (:func:`replay`).
+    no weight. Buffers move with each evaluation, as in a forward pass: keep batch norms in evaluation mode.
+    ``log`` holds what was done, a few bytes a step (:func:`replay`).
 
     Raises: ValueError, TypeError naming the argument.
 
@@ -162,7 +163,7 @@ class ZerothOrder(torch.optim.Optimizer):
             raise ValueError(
                 f"include must pick parameters that the closure uses in functions of torch, got {unused[0]!r}"
                 f"{f' and {len(unused) - 1} more' if len(unused) > 1 else ''}, which it does not use (or inside of "
-                "TorchScript, which nobody can look into)"
+                "TorchScript, whose code cannot be replaced)"
             )
 
     @torch.no_grad()

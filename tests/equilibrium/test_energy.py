@@ -424,3 +424,21 @@ def test_a_net_by_kernels(schedule):
     for key, expected in exact.gradients().items():
         missed = [(g[key].double() - expected).norm() / expected.norm() for g in (gradients, plain)]
         assert missed[0] < 2 * missed[1] + 1e-4, (key, missed)  # the difference of states that are near each other
+
+
+@pytest.mark.unpoisoned
+def test_a_compiled_net_runs_the_kernels():
+    """Channels of whole vectors: where the native module is there, its kernels, whose buffers must outlive the call."""
+    layers = [dict(channels=16, padding=1, pool="max"), dict(channels=16, padding=1, pool="max"), 4]
+    model = lnn.HopfieldNet((3, 16, 16), layers, steps=3).requires_grad_(False)
+    x = torch.rand(2, 3, 16, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(5):
+        same([compiled(x)], [model(x)], 1e-6)
+
+
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_a_backend_without_kernels_is_refused(impl):
+    with pytest.raises(ValueError, match=f"impl must be .*, got '{impl}'"):
+        lnn.HopfieldNet((6,), [5, 4], impl=impl)

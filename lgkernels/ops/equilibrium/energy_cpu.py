@@ -80,10 +80,12 @@ def _by_kernel(weights, x):
     return x.dtype == torch.float32 and len(x) and not learning
 
 
+@torch.compiler.disable  # as below
 def prepare(net, weights, x):
     return lean.prepare(net, weights, x, kernel_of) if _by_kernel(weights, x) else lean.prepare(net, weights, x)
 
 
+@torch.compiler.disable  # its calls of the native module take addresses, of which Dynamo would keep no tensor alive
 def settle(net, weights, x, states, target, betas, steps, schedule, ready=None):
     """As energy.settle."""
     ready = prepare(net, weights, x) if ready is None else ready
