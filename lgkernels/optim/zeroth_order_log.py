@@ -31,7 +31,8 @@ class ZerothOrderRecord(NamedTuple):
 
 class ZerothOrderLog(Sequence):
     """What a :class:`ZerothOrder` has done: a sequence of named tuples (seed, step, scalars, keep), one for each step
-    W <- keep W + sum_m scalars[m] Z_m, from which :func:`replay` makes the weights again. In bytes it takes 8 a step and 4 a member, beside the names of the parameters.
+    W <- keep W + sum_m scalars[m] Z_m, from which :func:`replay` makes the weights again.
+    In bytes it takes 8 a step and 4 a member, beside the names of the parameters.
 
     Args:
         seed (int): of the noise. law (str): its law. members (int): of each step.
