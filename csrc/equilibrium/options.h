@@ -16,4 +16,25 @@ struct Settling {
   float tolerance;  // negative: none
 };
 
+// A net of dense layers, float32 and contiguous, on the processor of the kernels.
+struct StateLayer {
+  int64_t units;
+  const float* drive;  // (samples, units), or null: 0
+  const float* start;  // (rows, units); of a tangent (samples, units)
+  float* result;       // the same: the states, or the error
+};
+
+struct StateEdge {
+  int source, target;
+  const float* weight;  // (units of source, units of target)
+};
+
+// The force on the last layer. No goal: none; no weight: the activities are the logits.
+struct StateReadout {
+  int64_t classes;
+  const float* weight;  // (units, classes)
+  const float* bias;
+  const float* goal;  // (samples, classes)
+};
+
 }  // namespace lgk

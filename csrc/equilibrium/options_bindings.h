@@ -7,3 +7,6 @@ LGK_WORDS(lgk::StateActivation, "sigmoid", "dsilu", "hard_sigmoid", "clipped_rel
 LGK_WORDS(lgk::StateLoss, "cross_entropy", "mse")
 LGK_WORDS(lgk::StateSchedule, "synchronous", "asynchronous")
 LGK_TUPLE(lgk::Settling, 5)
+LGK_TUPLE(lgk::StateLayer, 4)
+LGK_TUPLE(lgk::StateEdge, 3)
+LGK_TUPLE(lgk::StateReadout, 4)

@@ -2,9 +2,6 @@
 #include "equilibrium/cpu/kernels.h"
 #include "equilibrium/options_bindings.h"
 
-LGK_TUPLE(lgk::cpu::StateLayer, 4)
-LGK_TUPLE(lgk::cpu::StateEdge, 3)
-LGK_TUPLE(lgk::cpu::StateReadout, 4)
 LGK_TUPLE(lgk::cpu::StatePhases, 5)
 LGK_TUPLE(lgk::cpu::StateReport, 3)
 LGK_TUPLE(lgk::cpu::PooledEdge, 6)

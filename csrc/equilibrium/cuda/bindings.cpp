@@ -1,9 +1,6 @@
 #include "equilibrium/cuda/kernels.h"
 #include "equilibrium/options_bindings.h"
 
-LGK_TUPLE(lgk::cuda::SettledLayer, 4)
-LGK_TUPLE(lgk::cuda::SettledEdge, 3)
-LGK_TUPLE(lgk::cuda::SettledReadout, 4)
 LGK_TUPLE(lgk::cuda::SettledPhases, 5)
 LGK_TUPLE(lgk::cuda::SettledReport, 3)
 

@@ -13,11 +13,11 @@ constexpr size_t kShared = 48 * 1024;
 enum class Kind { kReal, kComplex, kTangent };
 
 struct Problem {
-  SettledLayer layers[kMostLayers];
+  StateLayer layers[kMostLayers];
   int column[kMostLayers];  // where its units lie in a row
-  SettledEdge edges[kMostEdges];
+  StateEdge edges[kMostEdges];
   float beta[kMostPhases][2];
-  SettledReadout readout;
+  StateReadout readout;
   SettledReport report;
   Settling options;
   int64_t samples, items, real, rows;         // items: of all phases, the first `real` ones real; rows of the scratch

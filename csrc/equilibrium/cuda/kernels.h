@@ -11,26 +11,6 @@ namespace lgk::cuda {
 
 constexpr int kMostLayers = 8, kMostEdges = 16, kMostPhases = 16;
 
-struct SettledLayer {
-  int64_t units;
-  const float* drive;  // (samples, units), or null: 0
-  const float* start;  // (rows, units); of a tangent (samples, units)
-  float* result;       // the same: the states, or the error
-};
-
-struct SettledEdge {
-  int source, target;
-  const float* weight;  // (units of source, units of target)
-};
-
-// The force on the last layer. No goal: none; no weight: the activities are the logits.
-struct SettledReadout {
-  int64_t classes;
-  const float* weight;  // (units, classes)
-  const float* bias;
-  const float* goal;  // (samples, classes)
-};
-
 // The rows of a state: [phase][sample] of the real phases, then [phase][Re, Im][sample]. `tangent`: one phase, rows of
 // samples, and the derivative of its activities by beta at 0 is wanted.
 struct SettledPhases {
@@ -45,8 +25,8 @@ struct SettledReport {
 };
 
 // options.steps steps; the tolerance is the caller's, who then takes step by step.
-int equilibrium_settle(const std::vector<SettledLayer>& layers, const std::vector<SettledEdge>& edges,
-                       const SettledReadout& readout, const SettledPhases& phases, const Settling& options,
+int equilibrium_settle(const std::vector<StateLayer>& layers, const std::vector<StateEdge>& edges,
+                       const StateReadout& readout, const SettledPhases& phases, const Settling& options,
                        const SettledReport& report, void* stream);
 
 }  // namespace lgk::cuda

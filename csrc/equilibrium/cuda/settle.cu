@@ -36,7 +36,7 @@ LGK_DEVICE float state_after(const Problem& p, const Own& own, int layer, int un
 template <int R>
 LGK_DEVICE void step_layer(const Problem& p, const Own& own, const Memory<R>& m, int layer, int even, int odd,
                            int64_t t, float (&moves)[2][R]) {
-  const SettledLayer& layer_of = p.layers[layer];
+  const StateLayer& layer_of = p.layers[layer];
   const int units = static_cast<int>(layer_of.units);
   const bool nudged = p.nudge > 0 && layer == p.layer_count - 1, final = t == p.options.steps;
   Rows<R>* out = m.r + (1 - (layer % 2 == 0 ? even : odd)) * p.units + p.column[layer];
@@ -44,7 +44,7 @@ LGK_DEVICE void step_layer(const Problem& p, const Own& own, const Memory<R>& m,
       units, m.partial,
       [&](int unit, int part, int parts, float (&sum)[R]) {
         for (int e = 0; e < p.edge_count; ++e) {
-          const SettledEdge& edge = p.edges[e];
+          const StateEdge& edge = p.edges[e];
           if (edge.target != layer) continue;
           const int depth = static_cast<int>(p.layers[edge.source].units);
           multiply<R>(m.r + (edge.source % 2 == 0 ? even : odd) * p.units + p.column[edge.source], edge.weight + unit,
@@ -172,8 +172,8 @@ int launch(Problem& p, void* stream) {
 
 }  // namespace settling
 
-int equilibrium_settle(const std::vector<SettledLayer>& layers, const std::vector<SettledEdge>& edges,
-                       const SettledReadout& readout, const SettledPhases& phases, const Settling& options,
+int equilibrium_settle(const std::vector<StateLayer>& layers, const std::vector<StateEdge>& edges,
+                       const StateReadout& readout, const SettledPhases& phases, const Settling& options,
                        const SettledReport& report, void* stream) {
   using namespace settling;
   Problem p{};

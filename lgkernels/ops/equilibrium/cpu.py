@@ -10,6 +10,7 @@ from ...core.native import cpu_entries
 from ..common.cpu import address
 from . import reference
 from . import torch as lean
+from .dense_net import dense_net
 from .torch import by_phase, homeostasis
 
 __all__ = ["error", "homeostasis", "settle"]
@@ -21,34 +22,24 @@ def _by_kernel(state):
     return state[0].dim() == 2 and all(v.numel() for v in state)
 
 
-def _floats(tensor):
-    return None if tensor is None else tensor.detach().float().contiguous()
-
-
 def _run(state, drive, net, target, phases, options):
     """`(results, steps, residual, orbit)`; phases: `(samples, phases, real ones, beta (phases, 2), tangent)`."""
     samples, many, *_ = phases
-    starts, drives, weights = ([_floats(v) for v in part] for part in (state, drive, net.weights))
-    readout, bias, goal = map(_floats, (net.readout, net.readout_bias, target))
-    results = [torch.empty_like(v) for v in starts]
-    drives += [None] * (len(starts) - len(drives))
-    layers = [(v.shape[1], *map(address, (d, v, out))) for v, d, out in zip(starts, drives, results)]
-    edges = [(a, b, address(w)) for a, b, w in zip(net.edges[::2], net.edges[1::2], weights)]
-    classes = starts[-1].shape[1] if readout is None else readout.shape[1]
+    dense = dense_net(state, drive, net, target)
     steps = torch.empty(many, samples, dtype=torch.int64)
     residual, orbit = (torch.empty(many, samples) for _ in range(2))
     tolerance = -1.0 if options.tolerance is None else options.tolerance
     _C.equilibrium_settle(
-        layers,
-        edges,
-        (classes, *map(address, (readout, bias, goal))),
+        dense.layers,
+        dense.edges,
+        dense.readout,
         (samples, many, phases[2], address(phases[3]), phases[4]),
         (*options[:4], tolerance),
         tuple(map(address, (steps, residual, orbit))),
         torch.get_num_threads(),
     )
     dtype = state[0].dtype
-    return [v.to(u.dtype) for v, u in zip(results, state)], steps, residual.to(dtype), orbit.to(dtype)
+    return [v.to(u.dtype) for v, u in zip(dense.results, state)], steps, residual.to(dtype), orbit.to(dtype)
 
 
 def settle(state, drive, net, target, phases, options):

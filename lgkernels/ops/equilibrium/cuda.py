@@ -10,6 +10,7 @@ import torch
 from ..common.cuda import address, call
 from . import reference
 from . import torch as lean
+from .dense_net import dense_net
 from .loop import repeated
 from .torch import by_phase, homeostasis
 
@@ -28,35 +29,25 @@ def _by_kernel(state, net, target, many):
     return counts and 4 * floats <= _SHARED
 
 
-def _floats(tensor):
-    return None if tensor is None else tensor.detach().float().contiguous()
-
-
 def _run(state, drive, net, target, phases, options):
     """`(results, residual, orbit)`; phases: `(samples, real ones, Re of beta, Im of beta, tangent)`."""
     samples, real, betas, _, tangent = phases
-    starts, drives, weights = ([_floats(v) for v in part] for part in (state, drive, net.weights))
-    readout, bias, goal = map(_floats, (net.readout, net.readout_bias, target))
-    results = [torch.empty_like(v) for v in starts]
-    drives += [None] * (len(starts) - len(drives))
-    layers = [(v.shape[1], *map(address, (d, v, out))) for v, d, out in zip(starts, drives, results)]
-    edges = [(a, b, address(w)) for a, b, w in zip(net.edges[::2], net.edges[1::2], weights)]
-    classes = starts[-1].shape[1] if readout is None else readout.shape[1]
-    like, many = starts[0], len(betas)
+    dense = dense_net(state, drive, net, target)
+    like, many = dense.results[0], len(betas)
     residual, orbit = (like.new_empty(many, samples) for _ in range(2))
     rows = samples * (2 * many - (0 if tangent else real))
-    scratch = like.new_empty(2 if options.steps > 1 else 0, rows, sum(v.shape[1] for v in starts))
+    scratch = like.new_empty(2 if options.steps > 1 else 0, rows, sum(v.shape[1] for v in dense.results))
     call(
         "equilibrium_settle",
         like.device,
-        layers,
-        edges,
-        (classes, *map(address, (readout, bias, goal))),
+        dense.layers,
+        dense.edges,
+        dense.readout,
         phases,
         (*options[:4], -1.0),
         tuple(map(address, (residual, orbit, scratch))),
     )
-    return results, residual, orbit
+    return dense.results, residual, orbit
 
 
 def _step_by_step(state, drive, net, target, phases, options):
