@@ -8,22 +8,10 @@ from lgkernels.ops.equilibrium import op, trials  # noqa: F401  registers the op
 from lgkernels.ops.equilibrium import triton as kernels
 from tests.equilibrium import test_conv_settling, test_settling
 from tests.equilibrium.test_settling import Settling, cast, circle
+from tests.integration.test_trust import stand_in  # noqa: F401  the CPU counts as a GPU
 
 pytestmark = pytest.mark.skipif(not dispatch.interpreting(), reason="the kernels run on CPU tensors")
 OPTIONS = Settling("sigmoid", "cross_entropy", "synchronous", 4, None)
-
-
-@pytest.fixture(autouse=True)
-def stand_in(monkeypatch, tmp_path):
-    """The CPU counts as a GPU, and verdicts lie in a folder of the test's own."""
-    monkeypatch.setenv("LGKERNELS_CACHE_DIR", str(tmp_path))
-    monkeypatch.delenv("LGKERNELS_TRUST", raising=False)
-    monkeypatch.setattr(trust, "DEVICE_TYPES", {"cpu"})
-    trust.forget_all()
-    dispatch._chosen.cache_clear()
-    yield
-    trust.forget_all()
-    dispatch._chosen.cache_clear()
 
 
 def settling(problem):
