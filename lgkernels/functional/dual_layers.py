@@ -32,6 +32,7 @@ def dual_linear(
     *,
     weight_tangent: Tensor | RandomFeedback | None = None,
     bias_tangent: Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     r"""A linear layer and its derivative along tangents.
 
@@ -45,6 +46,7 @@ def dual_linear(
         weight (Tensor): (out, in), torch's layout. bias (Tensor, optional): (out,).
         weight_tangent (Tensor or RandomFeedback, optional): shaped like weight; a formula is written out some rows at
             a time. bias_tangent (Tensor, optional): shaped like bias.
+        impl (str): ``"auto"`` or a backend; each takes torch's products.
 
     Returns:
         (Tensor, Tensor): y and its tangent, (..., out). No graph is recorded.
@@ -59,6 +61,7 @@ def dual_linear(
         (tensor([[5.]]), tensor([[2.]]))
     """
     checks.linear(x, weight, bias)
+    checks.impl(impl)
     given = weight_tangent
     if isinstance(given, RandomFeedback):
         checks.same_device(weight=weight, weight_tangent=given.state)
@@ -69,7 +72,7 @@ def dual_linear(
 
 
 def dual_group_linear(
-    x: Tensor, x_tangent: Tensor | None, weight: Tensor, bias: Tensor | None = None
+    x: Tensor, x_tangent: Tensor | None, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     r"""A linear layer of each group of channels, and its derivative along the tangent of x.
 
@@ -78,6 +81,7 @@ def dual_group_linear(
     Args:
         x (Tensor): (..., G, C). x_tangent (Tensor, optional): shaped like x; None: zero.
         weight (Tensor): (G, C_out, C). bias (Tensor, optional): (G, C_out).
+        impl (str): ``"auto"`` or a backend; each takes torch's products.
 
     Returns:
         (Tensor, Tensor): y and its tangent, (..., G, C_out). No graph is recorded.
@@ -108,6 +112,7 @@ def dual_group_linear(
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != x.dtype:
             raise TypeError(f"{name} must have x's dtype {checks.dtype_of(x)}, got {checks.dtype_of(value)}")
+    checks.impl(impl)
     checks.same_device(x=x, weight=weight, bias=bias)
     tangents(x_tangent=(x_tangent, x))
     refuse_duals("dual_group_linear", x, x_tangent, weight, bias)
