@@ -18,12 +18,6 @@ RESULTS = Path(__file__).parent / "results"
 MARKS = "<!-- bench: begin -->\n", "<!-- bench: end -->"
 FASTER = ROOT / "lgkernels" / "core" / "faster.json"
 RIVALS = "lean", "compiled", "eager", "peer", "bp"  # roles of those that we can lose to
-COLUMNS = {  # of the README's table, beside ours: the first contestant of these roles
-    "lean torch": ("lean",),
-    "torch.compile": ("compiled",),
-    "eager, BioTorch": ("eager", "peer"),
-    "BP": ("bp",),
-}
 
 
 # -- files ------------------------------------------------------------
@@ -163,35 +157,51 @@ def markdown(data):
 # -- README's table ------------------------------------------------------------
 
 
-def summary_line(contestants):
-    """One case: our fastest contestant, and the ratios of its rivals to the baseline. None where we have none."""
-    ours = in_roles(contestants, ["ours"])
-    if not ours:
-        return None
-    best = min(ours, key=lambda row: row["median_ms"])
-    rivals = {column: next(iter(in_roles(contestants, roles)), None) for column, roles in COLUMNS.items()}
-    memory = [row for row in (best, rivals["eager, BioTorch"], rivals["BP"]) if row]
+def fastest(contestants, roles):
+    return min(in_roles(contestants, roles), key=lambda row: row["ratio"], default=None)
+
+
+def summary_cells(contestants):
+    """Of one case on one device: our fastest contestant and the fastest rival, the faster of both in bold."""
+    ours, rival = fastest(contestants, ["ours"]), fastest(contestants, RIVALS)
+    if ours is None:
+        return ["", ""]
+    won = rival is None or ours["ratio"] <= rival["ratio"]
+    own = f"{ours['ratio']:.2f}"
+    other = f"{rival['ratio']:.2f}" if rival else ""
     return [
-        f"{short_title(best)} {best['label']}",
-        best["baseline"],
-        f"**{best['ratio']:.2f}** ({milliseconds(best)})",
-        *(f"{row['ratio']:.2f}" if row else "" for row in rivals.values()),
-        ", ".join(number(row["peak_bytes"] / 1e6) for row in memory),
+        f"**{own}** ({milliseconds(ours)})" if won else f"{own} ({milliseconds(ours)})",
+        f"{other if won else f'**{other}**'} {rival['provider']}" if rival else "",
     ]
 
 
-def summary(data):
-    header = ["case", "baseline", "lgkernels", *COLUMNS, "MB: lgkernels, eager, BP"]
-    plain = cases(row for row in data["rows"] if not row["huge_pages"])
-    lines = filter(None, (summary_line(contestants) for contestants in plain.values()))
-    about = f"{data['environment']['device']}, torch {data['environment']['torch']}. Time / baseline:"
-    return "\n".join([about, "", *table(header, lines)]) + "\n"
+def summary(all_results):
+    """One table for all devices, side by side: a line for every case that one of them has."""
+    by_device = [cases(row for row in data["rows"] if not row["huge_pages"]) for data in all_results]
+    environments = [data["environment"] for data in all_results]
+    header = ["case", "baseline"]
+    for environment in environments:
+        header += [environment["device"], "fastest rival there"]
+    lines = []
+    for case in dict.fromkeys(case for of_device in by_device for case in of_device):
+        found = [of_device.get(case, {}) for of_device in by_device]
+        ours = next(filter(None, (fastest(contestants, ["ours"]) for contestants in found)), None)
+        if ours is None:
+            continue
+        contestants = next(c for c in found if ours in c.values())
+        memory = [ours, *filter(None, (fastest(contestants, roles) for roles in (["eager", "peer"], ["bp"])))]
+        cells = [cell for contestants in found for cell in summary_cells(contestants)]
+        megabytes_each = ", ".join(number(row["peak_bytes"] / 1e6) for row in memory)
+        lines.append([f"{short_title(ours)} {ours['label']}", ours["baseline"], *cells, megabytes_each])
+    torches = "; ".join(f"{e['device']}: torch {e['torch']}" for e in environments)
+    about = f"Time / baseline, the faster in bold. {torches}."
+    return "\n".join([about, "", *table([*header, "MB: lgkernels, eager, BP"], lines)]) + "\n"
 
 
-def put_into_readme(tables):
+def put_into_readme(text):
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(MARKS[0])
-    readme.write_text(before + MARKS[0] + "\n".join(tables) + MARKS[1] + rest.split(MARKS[1], 1)[1])
+    readme.write_text(before + MARKS[0] + text + MARKS[1] + rest.split(MARKS[1], 1)[1])
 
 
 # -- plots ------------------------------------------------------------
@@ -271,7 +281,7 @@ def main(arguments=None):
     if not paths:
         print(f"no results in {RESULTS}: run python -m pytest bench -q --save", file=sys.stderr)
         return 1
-    tables, all_results = [], [read(path) for path in paths]
+    all_results = [read(path) for path in paths]
     for path, data in zip(paths, all_results):
         text = markdown(data)
         if not options.no_plots:
@@ -280,11 +290,10 @@ def main(arguments=None):
         path.with_suffix(".md").write_text(text)
         if not options.quiet:
             print(text)
-        tables.append(summary(data))
     if options.faster:
         write_faster(all_results)
     if options.readme:
-        put_into_readme(tables)
+        put_into_readme(summary(all_results))
     return 0
 
 

@@ -164,7 +164,7 @@ def test_report_names_every_loss():
     assert losses(rows) == ["`lls_loss`, forward and backward, (1, 2): theirs takes 0.0009 MB, mine 0.001 MB."]
 
 
-def test_columns_go_by_role():
+def test_devices_stand_side_by_side():
     from bench.report import summary
 
     rows = [
@@ -177,9 +177,19 @@ def test_columns_go_by_role():
         row("g", "compiled", 7.0),
         row("h", "floor", 1.0),
     ]
-    text = summary({"environment": {"device": "D", "torch": "2"}, "rows": rows})
-    line = "| `lls_loss` (1, 2) | floor | **2.00** (2 ms) |  | 7.00 | 4.00 | 6.00 | 0.001, 0.002, 0.003 |"
-    assert text.splitlines()[-1] == line
+    faster = [row("b", "ours", 2.0), row("g", "compiled", 1.5), row("g, half", "compiled", 1.0, variant=True)]
+    other = [row("b", "ours", 4.0, case="b", label="(3, 4)"), row("i", "floor", 1.0, case="c")]
+    one, two = (
+        {"environment": {"device": d, "torch": "2"}, "rows": r} for d, r in (("D", rows), ("E", faster + other))
+    )
+    assert summary([one, two]).splitlines() == [
+        "Time / baseline, the faster in bold. D: torch 2; E: torch 2.",
+        "",
+        "| case | baseline | D | fastest rival there | E | fastest rival there | MB: lgkernels, eager, BP |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| `lls_loss` (1, 2) | floor | **2.00** (2 ms) | 4.00 d | 2.00 (2 ms) | **1.50** g | 0.001, 0.002, 0.003 |",
+        "| `lls_loss` (3, 4) | floor |  |  | **4.00** (4 ms) |  | 0.001 |",
+    ]
 
 
 def test_rows_of_an_older_bench_are_refused(tmp_path):
