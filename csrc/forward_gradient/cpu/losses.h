@@ -150,6 +150,32 @@ struct TeachRows {
   }
 };
 
+template <int N>
+struct PackedRow {  // of V / N rows in each of N vectors, the lane that `sum_of_lanes` leaves for a row
+  static constexpr int lane(int row) { return row % (V / N) * N + row / (V / N); }
+};
+
+// (V) <v, teach> of V rows of N < V channels, V / N in a vector, the first of group g: `plain_tangents` to the bit
+template <int N>
+inline vf packed_tangents(const float* v, const float* teach, int64_t g, int64_t groups) {
+  vf t[N];
+  for (int q = 0; q < N; ++q) {
+    t[q] = load(v + q * V) * load(teach + g * N);
+    if ((g += V / N) == groups) g = 0;
+  }
+  const vf sums = sum_of_lanes<N>(t);
+  return shuffle<PackedRow<N>>(sums, sums);
+}
+
+// packed_tangents of this number of channels, where no vector's rows go beyond the last group
+inline auto packed_by(int64_t channels, int64_t groups) {
+  using Packed = vf (*)(const float*, const float*, int64_t, int64_t);
+  if (channels >= V || V % channels || groups % (V / channels)) return Packed{};
+  if (channels == 8) return Packed{packed_tangents<(V > 8 ? 8 : 1)>};
+  if (channels == 4) return Packed{packed_tangents<(V > 4 ? 4 : 1)>};
+  return channels == 2 ? Packed{packed_tangents<2>} : Packed{packed_tangents<1>};
+}
+
 // (V) <v, teach> of each row; with x, <LN'(x; v), teach>
 inline vf plain_tangents(const float* v, const TeachRows& teach, int64_t rows, int64_t channels) {
   vf total;
@@ -189,6 +215,7 @@ inline int tangent(const FeatureShape& s, const Array& x, const Array& x_tangent
                    float* out, int threads) {
   const int64_t rows = s.patches * s.groups, c = s.channels, room = rows_at_once(c, kRead) * c + 2 * V;
   const float share = 1 / static_cast<float>(s.patches);
+  const auto packed = packed_by(c, s.groups);
   Scratch own(2 * room, threads);
   if (!own) return 1;
   return for_stretches(s, teach, x.data, threads,
@@ -201,9 +228,14 @@ inline int tangent(const FeatureShape& s, const Array& x, const Array& x_tangent
                            const int64_t some = smaller(V, count - i);
                            ask_for(v + i * c, some * c, kAhead);
                            if (z) ask_for(z + i * c, some * c, kAhead);
-                           const TeachRows t(teach_of_sample, row + i, s.groups, c);
-                           const vf dots = z ? norm_tangents(z + i * c, v + i * c, t, some, c)
-                                             : plain_tangents(v + i * c, t, some, c);
+                           vf dots;
+                           if (packed && !z && some == V) {
+                             dots = packed(v + i * c, teach_of_sample, (row + i) % s.groups, s.groups);
+                           } else {
+                             const TeachRows t(teach_of_sample, row + i, s.groups, c);
+                             dots = z ? norm_tangents(z + i * c, v + i * c, t, some, c)
+                                      : plain_tangents(v + i * c, t, some, c);
+                           }
                            store_some(out + start + i, dots * share + added, some);
                          }
                        });

@@ -94,7 +94,19 @@ LGK_INLINE void lane_sums(int64_t n, const Term& term, vf* out) {
   for (int k = 0; k < K; ++k) out[k] = total[0][k] + total[1][k];
 }
 
-// Lane i of out[k] = the sum of t[k] over row i < rows <= V; term(i, j, count, t). Lanes are added as vectors.
+// Halves N vectors log2(N) times: each lane pairs with the one N/2, N/4, ... 1 away, and so do the vectors. Lane l of
+// the one that is left is the sum of the N lanes of vector l % N around l.
+template <int N>
+LGK_INLINE vf sum_of_lanes(vf* t) {
+  if constexpr (N > 1) {
+    constexpr int S = N / 2;
+    for (int i = 0; i < S; ++i) t[i] = shuffle<UpperLeft<S>>(t[i], t[i + S]) + shuffle<LowerRight<S>>(t[i], t[i + S]);
+    sum_of_lanes<S>(t);
+  }
+  return t[0];
+}
+
+// Lane i of out[k] = the sum of t[k] over row i < rows <= V; term(i, j, count, t).
 template <int K, class Term>
 LGK_INLINE void row_sums(int64_t rows, int64_t n, const Term& term, vf* out) {
   vf part[K][V] = {};
@@ -103,16 +115,7 @@ LGK_INLINE void row_sums(int64_t rows, int64_t n, const Term& term, vf* out) {
     lane_sums<K>(n, [&](int64_t j, int64_t count, vf* t) LGK_INLINE_LAMBDA { term(i, j, count, t); }, lanes);
     for (int k = 0; k < K; ++k) part[k][i] = lanes[k];
   }
-  for (int k = 0; k < K; ++k) {
-    if (rows == 1) {
-      out[k] = splat(sum(part[k][0]));
-      continue;
-    }
-    transpose(part[k]);
-    for (int width = V / 2; width; width /= 2)
-      for (int i = 0; i < width; ++i) part[k][i] += part[k][i + width];
-    out[k] = part[k][0];
-  }
+  for (int k = 0; k < K; ++k) out[k] = rows == 1 ? splat(sum(part[k][0])) : sum_of_lanes<V>(part[k]);
 }
 
 constexpr int kRowsAdded = 8;  // one after the other, before they join the total
