@@ -14,6 +14,7 @@ from .hopfield import *
 from .lls import *
 from .local_loss import *
 from .local_loss_infopro import *
+from .local_loss_unlabelled import *
 from .random_state import *
 
 __all__ = sorted(name for name, value in vars().items() if name[0] != "_" and not isinstance(value, _Module))

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..core import checks, constructors, names
 from ..random import RandomFeedback
+from . import direct_units, lls_convert
 from .bypassed import watch, weight_alone_is_read
 from .feedback import FeedbackAlignmentConv2d, FeedbackAlignmentLinear, SignSymmetricConv2d, SignSymmetricLinear
 from .feedback_layer import SIGN_SYMMETRIC_RULES, FeedbackLayer
@@ -55,6 +56,8 @@ def convert(
 ) -> nn.Module:
     """Put every ``nn.Linear`` and ``nn.Conv2d`` of a model under a feedback rule, in place, and back.
 
+    Or, with the rule ``"dfa"``, its units under direct feedback alignment, see below.
+
     Each layer changes its class: the module, its parameters (bit for bit, but for signs="formula" below, and the same
     objects, so an optimizer goes on), hooks, device and dtype stay, as do shared modules and the ``state_dict``. A
     layer that is already converted changes its rule. The rest of the model (normalisation, attention's ``in_proj`` and
@@ -65,7 +68,7 @@ def convert(
         rule (str): ``"bp"`` (back to torch's own class), ``"fa"``, ``"usf"``, ``"frsf"``, ``"brsf"`` (add
             :func:`redraw_after`), ``"signed_init"`` (needs the option ``signs``: ``"formula"``, for a network not yet
             trained, changes the signs of the weights to those of F, a formula; ``"weight"`` leaves the weights as they
-            are and stores their signs, one bit a weight).
+            are and stores their signs, one bit a weight), ``"dfa"``, ``"lls"``.
         last_layer (str): ``"bp"`` gives the last Linear or Conv2d of the model, in order of registration, its exact
             gradient (worth 1.4 points for sign-symmetry, 5.5 for FA on CIFAR-10, by the reproduction of Xiao et al.);
             ``"convert"`` takes it too. A single layer as model is converted in any case. A model with several
@@ -78,8 +81,31 @@ def convert(
         **options: of the rule's class, e.g. ``scale``, ``law``, ``sign_zero``, ``packed_signs``, ``impl``, or for FA
             ``feedback_init``.
 
+    **Direct feedback alignment.** ``convert(model, "dfa", units=..., path=..., output=..., init=..., law=...)``: the
+    model's list of layers is cut into units, and in a plain ``loss.backward()`` the output h of each unit but the last
+    receives :math:`e B` in place of its gradient, with e the gradient of the loss at the model's output, (B, C) or
+    (B, T, C) for tokens; then the unit's own backward runs, and ends at its input. The first unit has what comes before
+    the layers with it, the last what comes behind, and the true gradient. B is a formula: nothing is stored. Layers
+    keep a feedback rule of their own.
+
+    - units (int or list of ints): how many, or the layers at which units but the first begin. Default: each layer.
+    - path (str, or several): the list of layers ("transformer.h"); by default the largest, or a Sequential's children.
+    - output (str): the module whose output the error is taken at. Default: the head of a model of ``transformers``
+      (which may compute its loss inside), else the model.
+    - init, law, impl: of :class:`DirectFeedback`.
+
+    **LLS.** ``convert(model, "lls", num_classes=..., pool_size=..., temperature=..., ...)`` returns an
+    ``nn.Sequential`` of blocks for :class:`lgkernels.training.BlockwiseTrainer`, made of the model's own layers (which
+    must be applied one after the other): :class:`LLSConvBlock` or :class:`LLSLinearBlock` of each layer with the norm,
+    activation and 2x2 max-pool behind it, :class:`LLSHead` around a residual block, :class:`ClassifierBlock` of the
+    last layer. Options are those of the blocks' heads; ``pool_size`` is that of the authors' tables by default: the
+    largest power of two with at most 2,048 latents.
+
+    Source: Nokland 2016; Launay, Poli, Boniface, Krzakala, "Direct feedback alignment scales to modern deep learning
+    tasks and architectures", NeurIPS 2020.
+
     Returns:
-        nn.Module: `model` itself.
+        nn.Module: `model` itself; with "lls" its blocks.
 
     Raises:
         ValueError, TypeError: naming the argument; the model is then as before.
@@ -92,20 +118,42 @@ def convert(
           0  SignSymmetricLinear(in_features=4, out_features=8, bias=True, rule='usf', scale='xavier')
         left alone
           2  Linear: the last layer (last_layer='bp')
+        >>> layers = [torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(4)]
+        >>> model = lnn.convert(torch.nn.Sequential(*layers, torch.nn.Linear(8, 2)), "dfa", units=[2])
+        dfa: 2 units, the error is that of the model's output
+          0 to 1  init='nokland', law='uniform'
+          2 to 4  its own gradient
+        >>> torch.nn.functional.cross_entropy(model(torch.ones(3, 8)), torch.tensor([0, 1, 1])).backward()
     """
     constructors.module("model", model)
-    checks.choice("rule", rule, ("bp", *FEEDBACK_RULES))
+    checks.choice("rule", rule, ("bp", "dfa", "lls", *FEEDBACK_RULES))
     checks.choice("last_layer", last_layer, ("bp", "convert"))
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     RandomFeedback(seed)  # checks it, also where nothing is converted
     checks.boolean("verbose", verbose)
     _check_options(rule, options)
+    if rule in ("dfa", "lls"):
+        if included is not None or excluded is not None or last_layer != "bp":
+            raise ValueError(
+                f"include, exclude and last_layer must be left out with rule={rule!r}, got one of them: it takes the "
+                "model whole, and its last layer has its own gradient"
+            )
+        if rule == "dfa":
+            said, result = direct_units.convert_units(model, seed, **options), model
+        else:
+            result = lls_convert.convert_lls(model, **options)
+            said = lls_convert.summary(result)
+        if verbose:
+            print(said)
+        return result
     pick = _Picks(model, included, excluded)
     layers = _choose(model, pick, spare_last=last_layer == "bp" and rule != "bp")
     pick.check(layers)
     if rule != "bp":
         _try(_RULES[rule], layers.chosen, seed, options)  # nothing has changed yet
 
+    if rule == "bp" and included is None and excluded is None:
+        direct_units.remove(model)
     for module in layers.back:
         _change(module, "bp", {})
     for name, module in layers.chosen:
@@ -123,7 +171,8 @@ def _check_options(rule: str, options: dict[str, Any]) -> None:
         if options:
             raise TypeError(f"options must be empty with rule='bp', got {sorted(options)}")
         return
-    known = _RULES[rule].options
+    whole = {"dfa": direct_units.OPTIONS, "lls": lls_convert.OPTIONS}
+    known = whole[rule] if rule in whole else _RULES[rule].options
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(

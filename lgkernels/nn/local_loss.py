@@ -20,12 +20,20 @@ Normalize = Literal["l2", "rms", "none"]
 
 
 class LocalHead(nn.Module):
-    """Wraps `block`: in training with a target, the detached output and the loss; else the output with its graph."""
+    """Wraps `block`: in training with a target, the detached output and the loss; else the output with its graph.
 
-    def __init__(self, block: nn.Module) -> None:
+    `aux`: modules between the block's output and the head, which learn with it and are not part of the network.
+    """
+
+    auxiliary: nn.Module | None
+
+    def __init__(self, block: nn.Module, aux: nn.Module | None = None) -> None:
         constructors.module("block", block)
+        if aux is not None:
+            constructors.module("aux", aux)
         super().__init__()
         self.block = block
+        self.auxiliary = aux
 
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
         if target is None or not self.training:
@@ -33,7 +41,8 @@ class LocalHead(nn.Module):
         checks.tensor("x", x)
         target = self.checked(target)  # before the block's running statistics move
         out = self.block(x.detach())
-        return out.detach(), self.loss(out, target)
+        aux = self._modules.get("auxiliary")  # one that was saved whole may have none
+        return out.detach(), self.loss(out if aux is None else aux(out), target)
 
     def checked(self, target: torch.Tensor) -> torch.Tensor:
         """The target that the head can take."""
@@ -44,16 +53,26 @@ class LocalHead(nn.Module):
         raise NotImplementedError
 
 
-def _pooled(out: torch.Tensor) -> torch.Tensor:
+def pooled(out: torch.Tensor) -> torch.Tensor:
     return out.mean((2, 3)) if out.dim() == 4 else out.mean(1) if out.dim() == 3 else out
+
+
+def per_token(h: torch.Tensor, target: torch.Tensor, shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (N, C) of h (B, T, C) and their targets (N,) of (B, T); with `shift` that of the next token."""
+    checks.shape("target", target, h.shape[:2], "one class index per token")
+    if shift:
+        h, target = h[:, :-1], target[:, 1:]
+    return h.flatten(0, 1), target.flatten()
 
 
 class ClassifierBlock(nn.Module):
     """Wraps the final classifier: ordinary cross entropy on a detached input.
 
     Args:
-        module (nn.Module): maps (B, ...) to logits (B, C), usually an ``nn.Linear``.
+        module (nn.Module): maps (B, ...) to logits (B, C), usually an ``nn.Linear``; or to (B, T, C), for one class a
+            token, with a target (B, T).
         label_smoothing (float): of the cross entropy. Default: 0.
+        shift (bool): for tokens: those at t predict the target at t + 1, so that the target is the text itself.
 
     ``forward(x, target)`` returns ``(logits.detach(), loss)``; without target, or in evaluation, the logits with
     their ordinary graph.
@@ -66,11 +85,14 @@ class ClassifierBlock(nn.Module):
         (torch.Size([2, 3]), True)
     """
 
-    def __init__(self, module: nn.Module, *, label_smoothing: float = 0.0) -> None:
+    shift = False
+
+    def __init__(self, module: nn.Module, *, label_smoothing: float = 0.0, shift: bool = False) -> None:
         constructors.module("module", module)
         checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
+        checks.boolean("shift", shift)
         super().__init__()
-        self.module = module
+        self.module, self.shift = module, shift
         self.label_smoothing = checks.item(label_smoothing)
 
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
@@ -80,6 +102,10 @@ class ClassifierBlock(nn.Module):
         checks.integer("target", target)
         logits = self.module(x.detach())
         wide = logits if logits.dtype == torch.float64 else logits.float()
+        if wide.dim() == 3 and target.dim() == 2:
+            wide, target = per_token(wide, target, self.shift)
+            target = class_indices("target", target, wide.shape[1], -100)
+            return logits.detach(), F.cross_entropy(wide, target, label_smoothing=self.label_smoothing)
         target = class_indices("target", target, logits.shape[1 if logits.dim() > 1 else 0], -100)
         return logits.detach(), F.cross_entropy(wide, target, label_smoothing=self.label_smoothing)
 
@@ -91,6 +117,10 @@ class LocalClassifier(LocalHead):
         block (nn.Module): gives (B, C, H, W), (B, T, C) or (B, C).
         channels (int): C. num_classes (int). bias (bool): of the classifier.
         label_smoothing (float): in [0, 1].
+        shift (bool): with a target (B, T), one class for each token, which is then not pooled over T (-100: ignored):
+            those at t predict the target at t + 1, so that a language model's unit takes the text itself as target.
+        aux (nn.Module): between the block and the classifier, copies of the next layers say
+            (:func:`lgkernels.training.auxiliary_nets`); they learn with it.
 
     Example:
         >>> import torch, lgkernels.nn as lnn
@@ -100,10 +130,22 @@ class LocalClassifier(LocalHead):
         (False, True)
     """
 
+    shift = False
+
     def __init__(
-        self, block: nn.Module, channels: int, num_classes: int, *, bias: bool = True, label_smoothing: float = 0.0
+        self,
+        block: nn.Module,
+        channels: int,
+        num_classes: int,
+        *,
+        bias: bool = True,
+        label_smoothing: float = 0.0,
+        shift: bool = False,
+        aux: nn.Module | None = None,
     ) -> None:
-        super().__init__(block)
+        super().__init__(block, aux)
+        checks.boolean("shift", shift)
+        self.shift = shift
         channels, num_classes = constructors.size("channels", channels), constructors.size("num_classes", num_classes)
         checks.boolean("bias", bias)
         checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -112,12 +154,24 @@ class LocalClassifier(LocalHead):
 
     def checked(self, target: torch.Tensor) -> torch.Tensor:
         checks.integer("target", target)
-        return class_indices("target", target, self.head.out_features)
+        return class_indices("target", target, self.head.out_features, -100 if target.dim() == 2 else None)
 
     def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return LF.local_cross_entropy(
-            out, self.head.weight, self.head.bias, target, label_smoothing=self.label_smoothing
+        if target.dim() != 2:
+            return LF.local_cross_entropy(
+                out, self.head.weight, self.head.bias, target, label_smoothing=self.label_smoothing
+            )
+        out, target = per_token(out, target, self.shift)
+        kept = target != -100
+        losses = LF.local_cross_entropy(
+            out,
+            self.head.weight,
+            self.head.bias,
+            target.masked_fill(~kept, 0),
+            label_smoothing=self.label_smoothing,
+            reduction="none",
         )
+        return (losses * kept).sum() / kept.sum()
 
 
 class ForwardForwardLayer(nn.Module):
@@ -288,7 +342,7 @@ class ContrastiveHead(LocalHead):
         channels (int): C. hidden (int), dim (int): sizes of the projection's two layers; hidden 0: one layer.
         loss (str): ``"nt_xent"``: rows i and i + B/2 are two views of a sample, the target is not used; ``"supcon"``:
             rows of the same class are positives.
-        temperature (float).
+        temperature (float). aux (nn.Module): as :class:`LocalClassifier`.
 
     Example:
         >>> import torch, lgkernels.nn as lnn
@@ -307,8 +361,9 @@ class ContrastiveHead(LocalHead):
         dim: int = 128,
         loss: Literal["nt_xent", "supcon"] = "nt_xent",
         temperature: float = 0.1,
+        aux: nn.Module | None = None,
     ) -> None:
-        super().__init__(block)
+        super().__init__(block, aux)
         checks.choice("loss", loss, ("nt_xent", "supcon"))
         checks.positive("temperature", temperature)
         channels, dim = constructors.size("channels", channels), constructors.size("dim", dim)
@@ -326,7 +381,7 @@ class ContrastiveHead(LocalHead):
         return target
 
     def loss(self, out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        z = self.projection(_pooled(out))
+        z = self.projection(pooled(out))
         if self.kind == "nt_xent":
             return LF.nt_xent_loss(z, temperature=self.temperature)
         return LF.supcon_loss(z, target, temperature=self.temperature)

@@ -1,13 +1,15 @@
 """`python -m lgkernels plan`: which ways of training a model fit into a given memory."""
 
 import argparse
+import contextlib
+import os
 from typing import Any
 
 import torch
 
 from ..core import optional
 from ..training.attention import KINDS
-from ..training.planner import parse_memory, plan, plot
+from ..training.planner import Plan, parse_memory, plan, plot
 from . import weights
 
 # torchvision's names of networks that are among our own
@@ -17,8 +19,12 @@ OWN = {"resnet50": "resnet50", "vit_b_16": "vit-b-16"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the command ``plan``."""
     parser.add_argument(
-        "--model", required=True, help=f"name of a torchvision model: a ResNet or a ViT ({', '.join(OWN)} without it)"
+        "--model",
+        required=True,
+        help=f"name of a torchvision model: a ResNet or a ViT ({', '.join(OWN)} without it); with --seq a kind of "
+        "model of transformers (gpt2, llama, bert, ...) in its usual sizes, or a folder with a config.json",
     )
+    parser.add_argument("--seq", type=int, help="tokens of a sample: a language model of transformers")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--image", type=int, default=224, help="height and width")
@@ -31,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """The command ``plan``. Returns the exit code."""
     name = arguments.model
+    if arguments.seq is not None:
+        return _of_tokens(arguments)
     try:
         models: Any = optional.torchvision().models
     except ImportError as error:
@@ -48,15 +56,8 @@ def main(arguments: argparse.Namespace) -> int:
     if models and not (name.startswith(kinds) and callable(getattr(models, name, None))):
         print(f"--model must be a ResNet or vision transformer of torchvision, got {name!r}")
         return 2
-    for key, least in (("classes", 1), ("batch", 1), ("image", 1), ("optimizer_state", 0)):
-        value = getattr(arguments, key)
-        if value < least:
-            print(f"--{key.replace('_', '-')} must be at least {least}, got {value}")
-            return 2
-    try:
-        memory = parse_memory(arguments.memory)
-    except ValueError as error:
-        print(f"--{error}")
+    memory = _memory(arguments, (("classes", 1), ("batch", 1), ("image", 1), ("optimizer_state", 0)))
+    if memory is None:
         return 2
     try:
         with torch.device("meta"):
@@ -75,11 +76,65 @@ def main(arguments: argparse.Namespace) -> int:
     except (ValueError, AssertionError, RuntimeError) as error:  # torch's, of sizes
         print(f"--model {name} cannot take --image {arguments.image} with --batch {arguments.batch}: {error}")
         return 2
+    return _shown(table, arguments.plot)
+
+
+def _memory(arguments: argparse.Namespace, least: tuple[tuple[str, int], ...]) -> float | None:
+    """Bytes; None, with a line, where an option is wrong."""
+    for key, low in least:
+        value = getattr(arguments, key)
+        if value < low:
+            print(f"--{key.replace('_', '-')} must be at least {low}, got {value}")
+            return None
+    try:
+        return parse_memory(arguments.memory)
+    except ValueError as error:
+        print(f"--{error}")
+        return None
+
+
+def _shown(table: Plan, chart: str | None) -> int:
     print(table)
-    if arguments.plot:
+    if chart:
         try:
-            plot(table, arguments.plot)
+            plot(table, chart)
         except (ImportError, OSError, ValueError) as error:
-            print(f"--plot {arguments.plot} cannot be written: {error}")
+            print(f"--plot {chart} cannot be written: {error}")
             return 2
     return 0
+
+
+def _of_tokens(arguments: argparse.Namespace) -> int:
+    """`--seq`: a causal language model, or the masked one where there is no such, without weights."""
+    try:
+        with contextlib.suppress(ImportError):
+            optional.torchvision()  # transformers imports it where it is
+        import transformers
+    except ImportError as error:
+        print(
+            f"plan --seq needs transformers, which is not here ({error}); from Python, lgkernels.plan takes any model"
+        )
+        return 1
+    memory = _memory(arguments, (("seq", 1), ("batch", 1), ("optimizer_state", 0)))
+    if memory is None:
+        return 2
+    name = arguments.model
+    try:
+        configs = transformers.AutoConfig
+        config = configs.from_pretrained(name) if os.path.isdir(name) else configs.for_model(name)
+        kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM)
+        kind = next((k for k in kinds if type(config) in k._model_mapping), None)
+        if kind is None:
+            raise ValueError(f"no language model has the config {type(config).__name__}")
+        with torch.device("meta"):
+            model = kind.from_config(config)
+    except (ValueError, OSError, KeyError) as error:
+        print(f"--model must be a kind of language model of transformers, or a folder with one, got {name!r}: {error}")
+        return 2
+    x = torch.zeros((arguments.batch, arguments.seq), dtype=torch.long, device="meta")
+    try:
+        table = plan(model, x, memory, optimizer_state=arguments.optimizer_state, attention=arguments.attention)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        print(f"--model {name} cannot take --seq {arguments.seq} with --batch {arguments.batch}: {error}")
+        return 2
+    return _shown(table, arguments.plot)

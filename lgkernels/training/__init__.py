@@ -6,6 +6,7 @@ A trainer is one line here, and its public names are the `__all__` of its file.
 
 from types import ModuleType as _Module
 
+from .auxiliary import *
 from .backprop import *
 from .blockwise import *
 from .direct import *

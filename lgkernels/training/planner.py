@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..core import checks, constructors
-from . import partition
+from . import partition, recognition
 from .attention import KINDS, counted_attention
 
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "B": 1}
@@ -84,6 +84,11 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def _loss_bytes(output: torch.Tensor) -> int:
+    """Of the cross entropy of tokens (B, T, classes), which is no small part: log-probabilities and their gradient."""
+    return 2 * output.numel() * max(output.element_size(), 4) if output.dim() == 3 else 0
+
+
 def _counts(name: str, value: Iterable[int | None]) -> list[int | None]:
     """Numbers of units; None where a model's own number is meant."""
     counts = constructors.several(name, value, (int, np.integer, type(None)), "ints or Nones", 0)
@@ -100,22 +105,27 @@ def plan(
     offset_batch: int = 320,
     period_samples: int = 50_000,
     attention: Literal["flash", "eager"] = "flash",
+    path: str | Sequence[str] | None = None,
 ) -> Plan:
     """Peak memory of the ways to train `model` on `input`: back-propagation, with accumulation, with checkpointing, and
     local units by the rules of the trainers (:func:`unit_costs`), plain and BP-modified.
 
     Counts saved bytes (distinct storages that autograd keeps, without weights), weights, gradients, optimizer state and
     offsets. Not counted: workspaces of libraries, the allocator's slack, short-lived temporaries, the local losses'
-    auxiliary heads, and masks of a dropout inside attention.
+    auxiliary heads, masks of a dropout inside attention, and a cache of keys and values (``use_cache``). Of a model of
+    tokens, whose output is (B, T, classes), the cross entropy counts too: as many log-probabilities, and their
+    gradient, with the output of every local unit.
 
     Args:
         model (nn.Module): what :func:`lgkernels.training.split_blocks` takes; may lie on the meta device.
-        input (Tensor, or shape): the batch; only shape and dtype count.
+        input (Tensor, or shape): the batch; only shape and dtype count. A shape is one of token ids for a model of
+            ``transformers`` that takes them, else of float32 numbers.
         memory (float or str): what there is: bytes, "8GB", "24GiB".
         optimizer_state (int): values kept per trained parameter: SGD with momentum 1, Adam 2, plain SGD 0.
         units (sequence): numbers of local units to try, balanced by memory; None: as many as there are parts.
         offset_batch, period_samples (int): samples of a refresh of the BP-modified loss, and between two of them.
         attention (str): ``"flash"`` or ``"eager"``: what attention keeps.
+        path (str, or several): the list of layers, as :func:`lgkernels.training.split_blocks` takes it.
 
     Returns:
         Plan: ``rows`` (name, peak, activations, compute, exactness, fits); ``print`` shows a table. A mini-batch that
@@ -142,24 +152,26 @@ def plan(
         x = input.detach().to("meta")
     else:
         constructors.instance("input", input, (tuple, list), "a tensor, or the sizes of one")
-        x = torch.empty(checks.sizes("input", input, "a tensor, or the sizes of one"), device="meta")
+        dtype = torch.long if getattr(model, "main_input_name", None) == "input_ids" else torch.float32
+        x = torch.empty(checks.sizes("input", input, "a tensor, or the sizes of one"), dtype=dtype, device="meta")
     if not x.dim() or not len(x):
         raise ValueError(f"input must be a batch of at least one sample, got shape {checks.shape_of(x)}")
-    partition.chain(model, x)  # refuses what is another network than its parts
+    make = recognition.maker(model, x, path)  # refuses what is another network than its parts
     model = partition.to_meta(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("model must have a parameter that requires a gradient, got none: there is nothing to train")
     weights, gradient = _bytes(model.parameters()) + _bytes(model.buffers()), _bytes(trained)
     fixed = weights + gradient * optimizer_state
-    parts, batch = partition.parts_of(model), len(x)
+    parts, batch = make(model), len(x)
     norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     result = Plan(memory)
 
     def kept_by(size: int) -> int | None:
         """Bytes that back-propagation keeps of so many samples; None where batch normalisation refuses them."""
         try:
-            return partition.saved_bytes(parts, torch.empty_like(x[:size]))[0]
+            kept, out = partition.saved_bytes(parts, torch.empty_like(x[:size]))
+            return kept + _loss_bytes(out)
         except ValueError:
             if norm and size < batch:
                 return None
@@ -170,7 +182,9 @@ def plan(
         result.rows.append(Row(name, peak, activations, compute, exactness, peak <= memory))
 
     with counted_attention(attention):
-        total = partition.saved_bytes(parts, x)[0]
+        total, out = partition.saved_bytes(parts, x)
+        loss = _loss_bytes(out)
+        total += loss
         add("BP", total, fixed + gradient, 1.0, "exact")
         for micro in sorted({batch // 2, batch // 8, 1} - {0}, reverse=True):
             kept = kept_by(micro) if micro < batch else None
@@ -189,11 +203,12 @@ def plan(
             outputs.append(_bytes([y]))
             y = partition.saved_bytes([part], y)[1]
         # a part's own input is among the checkpoints already
+        each[-1] += loss
         kept = sum(outputs) + max(a - b for a, b in zip(each, outputs))
         add("BP, checkpointed", kept, fixed + gradient, 4 / 3, "exact")
         for count in dict.fromkeys(min(u or len(parts), len(parts)) for u in units):
             blocks = partition.cut(parts, count, input=x)
-            unit = max(partition.unit_bytes(blocks, x))
+            unit = max(partition.unit_bytes(blocks, x)) + loss
             own = max(_bytes(p for p in block.parameters() if p.requires_grad) for block in blocks)
             for rule, (rows, work) in unit_costs().items():
                 largest = rows * unit

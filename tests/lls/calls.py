@@ -22,9 +22,12 @@ CALLS = {
     ),
 }
 
-HEAD = dict(num_classes=3, pool_size=2)
+HEAD = dict(num_classes=3, pool_size=2, basis=randn(3, 16), loss="hard_sigmoid_mse")
+SIGNED = ("negative_slope", "basis_scale")
 MODULES = {
-    "LLSConvBlock": Call(dict(HEAD, in_channels=2, out_channels=4, kernel_size=3), any_sign=("negative_slope",)),
-    "LLSLinearBlock": Call(dict(HEAD, in_features=2, out_features=4), any_sign=("negative_slope",)),
-    "LLSHead": Call(dict(HEAD, block=torch.nn.Linear(2, 4))),
+    "LLSConvBlock": Call(
+        dict(HEAD, in_channels=2, out_channels=4, kernel_size=3), any_sign=("negative_slope", "basis_scale")
+    ),
+    "LLSLinearBlock": Call(dict(HEAD, in_features=2, out_features=4), any_sign=("negative_slope", "basis_scale")),
+    "LLSHead": Call(dict(HEAD, block=torch.nn.Linear(2, 4)), any_sign=("basis_scale",)),
 }

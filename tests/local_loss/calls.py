@@ -49,6 +49,8 @@ MODULES = {
     "LocalClassifier": Call(dict(block=torch.nn.Linear(4, 3), channels=3, num_classes=2)),
     "ForwardForwardLayer": Call(dict(layer=torch.nn.Linear(4, 3)), any_sign=("threshold",)),
     "PredSimHead": Call(dict(block=torch.nn.Linear(4, 3), shape=(3,), num_classes=2)),
+    "BarlowTwinsHead": Call(dict(block=torch.nn.Linear(4, 3), channels=3)),
+    "ReconstructionHead": Call(dict(block=torch.nn.Linear(4, 3), channels=3, in_channels=4)),
     "ContrastiveHead": Call(dict(block=torch.nn.Linear(4, 3), channels=3)),
     "InfoProUnit": Call(
         dict(block=torch.nn.Conv2d(3, 4, 3), channels=4, num_classes=2, image_channels=3), any_sign=("mean", "std")

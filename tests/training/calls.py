@@ -26,6 +26,7 @@ MODULES = {
     "BackpropTrainer": Call(BLOCKS),
     "BlockwiseTrainer": Call(BLOCKS),
     "DirectTrainer": Call(BLOCKS, any_sign=("seed",)),
+    "auxiliary_nets": Call(dict(units=[nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))])),
     "split_blocks": Call(dict(model=CHAIN, units=2, input=torch.ones(2, 4))),
     "plan": Call(dict(model=CHAIN, input=(2, 4), units=(1, 2))),
     "refresh_trainer": Call(dict(trainer=TRAINER, data=(torch.ones(4, 4), torch.tensor([0, 1, 2, 0])))),

@@ -315,12 +315,6 @@ def test_units_are_timms_model(models, name, options):
             assert torch.equal(*outs)
 
 
-def test_a_timm_model_of_another_kind(models):
-    timm = pytest.importorskip("timm", reason="timm is not installed").models
-    with pytest.raises(TypeError, match="got Eva: write it as an nn.Sequential"):
-        split_blocks(timm.eva.Eva(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2), 2, balance="parts")
-
-
 def sequential():
     return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 4))
 
@@ -453,8 +447,8 @@ def test_saved_bytes_of_a_real_backward():
         (
             dict(model=nn.Linear(2, 2)),
             TypeError,
-            "model must be an nn.Sequential, or a ResNet or vision transformer of torchvision or timm, got Linear: "
-            "write it as an nn.Sequential of its parts",
+            "model must be an nn.Sequential, a ResNet or vision transformer of torchvision or timm, or have a list of "
+            "layers (path), got Linear: write it as an nn.Sequential of its parts",
         ),
     ],
 )
