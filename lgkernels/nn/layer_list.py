@@ -46,6 +46,8 @@ def _paths(model: nn.Module, path: Any) -> list[str]:
         return [""] if isinstance(model, nn.Sequential) else _found(model)
     paths = list(constructors.texts("path", path))
     modules = dict(model.named_modules())
+    if not paths:
+        raise ValueError(f"path must name a list of layers of the model, got none: those are {_found(model)}")
     for name in paths:
         if name not in modules:
             near = names.near(name, modules) or f"its lists of layers are {', '.join(_found(model)) or 'none'}"

@@ -135,6 +135,7 @@ def split_blocks(
         >>> [len(unit) for unit in split_blocks(model, 3, input=torch.zeros(4, 8))]
         [2, 2, 2]
     """
+    constructors.module("model", model)
     checks.choice("balance", balance, ("memory", "parts"))
     overlap_blocks = constructors.size("overlap_blocks", overlap_blocks, 0)
     if input is not None:
@@ -152,6 +153,8 @@ def cut(
     overlap_blocks: int = 0,
 ) -> list[nn.Sequential]:
     """:func:`split_blocks` of the parts of a model."""
+    if not isinstance(units, (list, tuple)):
+        units = constructors.size("units", units)
     starts = starts_of(units, len(parts), "parts")
     if balance == "memory" and not isinstance(units, (list, tuple)):
         if input is None:
