@@ -47,7 +47,7 @@ def _paths(model: nn.Module, path: Any) -> list[str]:
     paths = list(constructors.texts("path", path))
     modules = dict(model.named_modules())
     if not paths:
-        raise ValueError(f"path must name a list of layers of the model, got none: those are {_found(model)}")
+        raise ValueError(f"path must name lists of layers of the model ({_found(model)}), got {checks.got(path)}")
     for name in paths:
         if name not in modules:
             near = names.near(name, modules) or f"its lists of layers are {', '.join(_found(model)) or 'none'}"
