@@ -106,6 +106,15 @@ def not_empty(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must have no empty dimension but the first, got shape {shape_of(value)}")
 
 
+def no_overlap(name: str, value: Tensor) -> None:
+    """Of a tensor that is written to in place: no two elements in one place of memory, as torch asks for too."""
+    if 0 in value.stride() and any(n > 1 and not s for n, s in zip(value.shape, value.stride())):
+        raise ValueError(
+            f"{name} must have memory of its own for each element, as it is written to in place, got shape "
+            f"{shape_of(value)} with strides {tuple(value.stride())}; use .contiguous()"
+        )
+
+
 def same_device(**tensors: Tensor | None) -> None:
     """All given tensors (None allowed) on one device."""
     first = None
@@ -127,7 +136,9 @@ def class_targets(name: str, value: Any, rows: Tensor, of: str) -> None:
         shape(name, value, rows.shape[:1], f"one class index per row of {of}")
 
 
-def class_indices(name: str, value: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
+def class_indices(
+    name: str, value: Tensor, num_classes: int, ignore_index: int | None = None, what: str = "class indices"
+) -> None:
     """Range check of class indices (`ignore_index` allowed, where there is one).
 
     It reads the tensor, so callers run it on CPU tensors, or under LGKERNELS_CHECK=1.
@@ -143,7 +154,7 @@ def class_indices(name: str, value: Tensor, num_classes: int, ignore_index: int 
     wrong = values[wrong if ignore_index is None else wrong & (values != ignore_index)]
     if len(wrong):
         ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
-        raise ValueError(f"{name} must hold class indices in [0, {num_classes - 1}]{ignored}, got {int(wrong[0])}")
+        raise ValueError(f"{name} must hold {what} in [0, {num_classes - 1}]{ignored}, got {int(wrong[0])}")
 
 
 # -- numbers, flags, names --------------------------------------------------------------------------------------------

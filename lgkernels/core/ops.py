@@ -11,8 +11,8 @@ registers `torch.ops.lgkernels.lls_loss_forward(activation, <the fields of HeadO
 - `kernels` is the backend's module, chosen by `impl`, device and dtype inside of the op, so that a compiled graph
   holds one opaque call and no look-ups of the environment.
 - The op is a door: what native code will trust is checked here, whoever calls. Every tensor is dense, lies on one
-  device, has memory and one of its `dtypes`, and is no wrapper (a DTensor, say) whose address means nothing; sizes,
-  and words such as the name of a law, are for `check(*arguments)`.
+  device, has memory and one of its `dtypes`, and is no wrapper (a DTensor, say) whose address means nothing; one that
+  is written to does not overlap itself; sizes, and words such as the name of a law, are for `check(*arguments)`.
 - An ambient autocast is switched off: inside of an op the dtypes are settled.
 
 `define`/`impl` of `torch.library` instead of `custom_op`: a third of the call's cost.
@@ -39,14 +39,16 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if autocasts(device) else contextlib.nullcontext()
 
 
-def class_indices(name: str, target: torch.Tensor, num_classes: int, ignore_index: int | None = None) -> torch.Tensor:
+def class_indices(
+    name: str, target: torch.Tensor, num_classes: int, ignore_index: int | None = None, what: str = "class indices"
+) -> torch.Tensor:
     """Contiguous int64; range-checked where looking at them costs no synchronisation, or when LGKERNELS_CHECK=1.
 
     While a graph is being traced, and inside of torch.func's transforms, there are no values to look at.
     """
     given = target
     if target.dtype != torch.int64:
-        checks.integer(name, target)
+        checks.integer(name, target, f"{what} are expected")
         target = target.long()
     if (
         not torch.compiler.is_compiling()
@@ -54,7 +56,8 @@ def class_indices(name: str, target: torch.Tensor, num_classes: int, ignore_inde
         and (target.device.type == "cpu" or environment.value("LGKERNELS_CHECK", "0") == "1")
     ):
         # uint64 above 2**63 would wrap around to what another class, or ignore_index, is
-        checks.class_indices(name, given.cpu() if given.dtype == torch.uint64 else target, num_classes, ignore_index)
+        values = given.cpu() if given.dtype == torch.uint64 else target
+        checks.class_indices(name, values, num_classes, ignore_index, what)
     return target.contiguous()
 
 
@@ -116,6 +119,7 @@ def define(
             for i, p in enumerate(flat)
             if "Tensor" in str(p.annotation)
         ]
+        written = [(i, name) for i, name in enumerate(names) if name in mutates]
 
         def implementation(*arguments):
             impl, own = arguments[-1], pack(arguments[:-1])
@@ -133,6 +137,10 @@ def define(
                 for one in tensor if type(tensor) is list else (tensor,):
                     require_memory(name, one, device)
                     _require_dtype(name, one, kinds)
+            for i, name in written:
+                tensor = arguments[i]
+                for one in () if tensor is None else tensor if type(tensor) is list else (tensor,):
+                    checks.no_overlap(name, one)
             if check is not None:
                 check(*own)
             kernels = choose(impl, *own) if choose else dispatch.backend(backends_of, impl, device, dtype)

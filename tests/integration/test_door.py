@@ -188,3 +188,22 @@ def test_a_tensor_subclass(family, op):
         accepted(op, replaced(arguments, place, tensor.clone().as_subclass(Own)))
         tried += 1
     assert tried
+
+
+def _written(op):
+    """Names of the arguments that the op writes to."""
+    schema = getattr(torch.ops.lgkernels, op).default._schema
+    return {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+
+
+@pytest.mark.parametrize("family, op, impl", [key for key in TRIED if _written(key[1])])
+def test_what_is_written_to_does_not_overlap_itself(family, op, impl):
+    """A tensor that `expand` made: torch's own operations in place refuse it."""
+    arguments, tried = DOORS[family, op], 0
+    for place, name, tensor in places(op, arguments):
+        if name not in _written(op) or not tensor.numel() > 1:
+            continue
+        tried += 1
+        with pytest.raises(ValueError, match=rf"\b{name}(\[\d\])? must have memory of its own for each element"):
+            accepted(op, replaced(arguments, place, tensor.flatten()[0].expand(tensor.shape)), impl)
+    assert tried

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...core import dispatch
+from ...core import checks, dispatch
 from ...core.ops import define, require_memory
 from .options import StepOptions
 
@@ -39,8 +39,10 @@ def check(params, grads, momentum_buffers, offsets, momentum):
                     f"{name}[{i}] must have shape {tuple(param.shape)} (that of params[{i}]), got {tuple(tensor.shape)}"
                 )
             require_memory(name, tensor, params[0].device)
-    for param in params:
-        require_memory("params", param, params[0].device)
+    for name, tensors in (("params", params), ("momentum_buffers", momentum_buffers if momentum else [])):
+        for i, tensor in enumerate(tensors):
+            require_memory(name, tensor, params[0].device)
+            checks.no_overlap(f"{name}[{i}]", tensor)
     if momentum:
         for i, (param, buffer) in enumerate(zip(params, momentum_buffers)):
             if buffer.dtype != param.dtype:
