@@ -106,15 +106,6 @@ def not_empty(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must have no empty dimension but the first, got shape {shape_of(value)}")
 
 
-def no_overlap(name: str, value: Tensor) -> None:
-    """Of a tensor that is written to in place: no two elements in one place of memory, as torch asks for too."""
-    if 0 in value.stride() and any(n > 1 and not s for n, s in zip(value.shape, value.stride())):
-        raise ValueError(
-            f"{name} must have memory of its own for each element, as it is written to in place, got shape "
-            f"{shape_of(value)} with strides {tuple(value.stride())}; use .contiguous()"
-        )
-
-
 def same_device(**tensors: Tensor | None) -> None:
     """All given tensors (None allowed) on one device."""
     first = None

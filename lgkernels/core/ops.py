@@ -140,7 +140,7 @@ def define(
             for i, name in written:
                 tensor = arguments[i]
                 for one in () if tensor is None else tensor if type(tensor) is list else (tensor,):
-                    checks.no_overlap(name, one)
+                    require_no_overlap(name, one)
             if check is not None:
                 check(*own)
             kernels = choose(impl, *own) if choose else dispatch.backend(backends_of, impl, device, dtype)
@@ -291,4 +291,13 @@ def require_memory(name: str, tensor: torch.Tensor, device: torch.device) -> Non
     if device.type == "cpu" and not tensor.data_ptr() and tensor.numel():
         raise ValueError(
             f"{name} must have memory, got a tensor of shape {tuple(tensor.shape)} whose storage was freed"
+        )
+
+
+def require_no_overlap(name: str, tensor: torch.Tensor) -> None:
+    """Raise where two elements of a tensor that is written to lie in one place, as torch's operations in place do."""
+    if 0 in tensor.stride() and any(n > 1 and not s for n, s in zip(tensor.shape, tensor.stride())):
+        raise ValueError(
+            f"{name} must have memory of its own for each element, as it is written to in place, got shape "
+            f"{checks.shape_of(tensor)} with strides {tuple(tensor.stride())}; use .contiguous()"
         )

@@ -10,5 +10,6 @@ from .forward_gradient import *
 from .lls import *
 from .local_loss import *
 from .zeroth_order import *
+from .zeroth_order_layers import *
 
 __all__ = sorted(name for name, value in vars().items() if name[0] != "_" and not isinstance(value, _Module))

@@ -9,7 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from ..core import checks
 from ..core.autograd import refuse_transforms
-from ..core.ops import wide_dtype
+from ..core.ops import require_no_overlap, wide_dtype
 from ..ops.zeroth_order import op as _op  # noqa: F401  registers the ops
 from ..random import RandomFeedback
 
@@ -111,6 +111,7 @@ def formula_update_(
     """
     refuse_transforms("formula_update_")
     checks.floating("weight", weight)
+    require_no_overlap("weight", weight)
     if isinstance(noise, Tensor):
         raise TypeError(f"noise must be {_FORMULAS}, got {type(noise).__name__}: add a tensor with weight.add_")
     _, formulas = _noise(noise, weight, None)

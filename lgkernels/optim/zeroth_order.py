@@ -12,10 +12,12 @@ from torch.autograd import forward_ad
 from torch.nn.parameter import is_lazy
 
 from ..core import checks, constructors, names
+from ..core.ops import require_no_overlap
 from ..nn.random_state import name_without_wrappers
 from ..random import VALUES_PER_CALL
 from .zeroth_order_log import ZerothOrderLog, stream_of, update_
 from .zeroth_order_passes import Perturbed
+from .zeroth_order_repeat import Buffers, Place, Randomness
 
 __all__ = ["ZerothOrder"]
 
@@ -31,8 +33,9 @@ class ZerothOrder(torch.optim.Optimizer):
         W \leftarrow (1 - \eta \lambda)\, W - \frac{\eta}{M} \sum_{m=1}^{M} g_m Z_m
 
     The noise Z has mean 0 and variance 1 and is a formula of (seed, parameter's name, step, member): it is made where
-    it is used and never stored. No weight is perturbed in place: linear layers run at the perturbed weight by a kernel
-    of their own, every other function of torch takes a perturbed copy of its parameter while it runs. Weights may be
+    it is used and never stored. No weight is perturbed in place: linear layers, convolutions and embeddings run at the
+    perturbed weight by functions of their own (:func:`lgkernels.functional.perturbed_linear`), every other function of
+    torch takes a perturbed copy of its parameter while it runs. Weights may be
     frozen (``requires_grad=False``) and of half precision; a half weight that is stepped is rounded to the nearest.
 
     A forward pass costs little, but the estimate of a gradient of n numbers by one has a variance n times as large:
@@ -56,9 +59,9 @@ class ZerothOrder(torch.optim.Optimizer):
         impl (str): ``"auto"`` or a backend.
 
     :meth:`step` calls ``closure()`` for each evaluation; it runs the model and returns the loss, a number or a tensor
-    of one. Every evaluation of a step sees the same random numbers (dropout). A loss that is not finite changes
-    no weight. Buffers move with each evaluation, as in a forward pass: keep batch norms in evaluation mode.
-    ``log`` holds what was done, a few bytes a step (:func:`replay`).
+    of one. Every evaluation of a step sees the same random numbers (dropout) and the same buffers of the model: they
+    move with the first one alone, once a step, as in one forward pass. A loss that is not finite changes no weight.
+    ``log`` holds what was done to the weights, a few bytes a step (:func:`replay`); buffers are not in it.
 
     Raises: ValueError, TypeError naming the argument.
 
@@ -110,6 +113,7 @@ class ZerothOrder(torch.optim.Optimizer):
         tuned = _chosen(model, include)
         self.log = ZerothOrderLog(seed, law, members, list(tuned))
         self._taken = 0
+        self._moving: set[Place] | None = None  # buffers that evaluations write to
         self._sums: Tensor | None = None
         self._parts = 0
         super().__init__(list(tuned.values()), dict(lr=lr, eps=eps, weight_decay=float(weight_decay)))
@@ -174,7 +178,7 @@ class ZerothOrder(torch.optim.Optimizer):
         states, eps = self._states(), self.param_groups[0]["eps"]
         sides = {"two-sided": (eps, -eps), "one-sided": (eps,), "forward-gradient": (0.0,)}[self.estimator]
         results: list[Tensor] = []
-        randomness = _Randomness(states)
+        randomness, buffers = Randomness({s.device for s in states.values()}), Buffers(self.model, self._moving)
         with _eagerly():
             if self.estimator == "one-sided":
                 still = self._run(closure, states, 0, 0.0)
@@ -182,7 +186,9 @@ class ZerothOrder(torch.optim.Optimizer):
                 for side in sides:
                     if results or self.estimator == "one-sided":
                         randomness.again()
+                        buffers.again()
                     results.append(self._run(closure, states, m, side))
+        self._moving = buffers.end()
         sums = torch.stack([r.double().cpu() for r in results]).view(self.log.members, -1)
         loss = sums.mean()
         if self.estimator == "one-sided":
@@ -282,6 +288,7 @@ def _chosen(model: nn.Module, include: Any) -> dict[str, nn.Parameter]:
         raise ValueError(f"include must pick parameters of the model, got {checks.got(include)}")
     for name, p in found.items():
         checks.floating(f"model's parameter {name}", p)
+        require_no_overlap(f"model's parameter {name}", p)
     return found
 
 
@@ -306,19 +313,6 @@ def _ranks(losses: Tensor) -> Tensor:
     below, equal = (flat[:, None] > flat).sum(1), (flat[:, None] == flat).sum(1)
     ranks = (below + (equal - 1) / 2) / (len(flat) - 1) - 0.5
     return torch.where(flat.isfinite().all(), ranks, torch.nan).view(losses.shape)
-
-
-class _Randomness:
-    """torch's generators as they were, so that every evaluation draws the same numbers."""
-
-    def __init__(self, states: dict[int, Tensor]) -> None:
-        self.cuda = sorted({s.device.index for s in states.values() if s.is_cuda})
-        self.kept = torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in self.cuda]
-
-    def again(self) -> None:
-        torch.set_rng_state(self.kept[0])
-        for i, state in zip(self.cuda, self.kept[1]):
-            torch.cuda.set_rng_state(state, i)
 
 
 def _eagerly() -> Any:

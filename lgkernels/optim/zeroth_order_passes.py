@@ -1,10 +1,13 @@
 """Forward passes at perturbed weights: every function of torch that takes a tuned parameter gets it perturbed.
 
-A parameter is perturbed where it is used, whoever uses it: a linear layer's product is made by the family's kernel,
-which writes no perturbed weight; any other function takes a perturbed copy, which lives as long as it needs it. The
-parameters themselves are never written to, so there is nothing to restore.
+A parameter is perturbed where it is used, whoever uses it: linear layers, convolutions and embeddings by the family's
+kernels, which write no perturbed weight, or a few rows of it at a time; any other function takes a perturbed copy,
+which lives as long as it needs it. The parameters themselves are never written to, so there is nothing to restore.
+
+What half a weight's digits, or autocast's, cannot hold is kept where the function allows: see _WIDE.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from ..core import checks
+from ..core.ops import without_autocast
 from .zeroth_order_log import UNIT_SCALE, update_
 
 # Functions that ask about a tensor, and not for its values.
@@ -23,15 +27,21 @@ _ASK = frozenset(
     "is_tensor is_nonzero _is_view is_pinned is_set_to is_distributed".split()
 )
 
+# Functions that autocast computes in half precision: of float32 weights too the perturbation is kept.
+_PRODUCTS = frozenset(
+    [getattr(torch, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)]
+    + [getattr(torch, name) for name in ("addmm", "matmul", "mm", "bmm", "baddbmm", "einsum")]
+    + [getattr(Tensor, name) for name in ("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm")]
+)
+
 # Functions that are computed in float32 where a half parameter is perturbed, which could not hold the perturbation (a
 # normalisation's weight of 1 and an epsilon of 1e-3). None of them writes to an argument.
-_WIDE = frozenset(
+_WIDE = _PRODUCTS | frozenset(
     [F.layer_norm, F.rms_norm, F.group_norm, torch.layer_norm, torch.rms_norm, torch.group_norm]
-    + [getattr(torch, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)]
-    + [getattr(torch, name) for name in ("addmm", "matmul", "mm", "mul", "add")]
-    + [getattr(Tensor, name) for name in ("matmul", "__matmul__", "__rmatmul__", "mm", "mul", "__mul__", "__rmul__")]
-    + [getattr(Tensor, name) for name in ("add", "__add__", "__radd__")]
+    + [getattr(torch, name) for name in ("mul", "add")]
+    + [getattr(Tensor, name) for name in ("mul", "__mul__", "__rmul__", "add", "__add__", "__radd__")]
 )
+_NORMS = _WIDE - _PRODUCTS - {torch.mul, torch.add, Tensor.mul, Tensor.add}  # in float32 under CUDA's autocast
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -65,19 +75,44 @@ class Perturbed(TorchFunctionMode):
         elif name == "__set__" or name.endswith("_") and not name.endswith("__") and any(t is args[0] for t in used):
             raise RuntimeError(f"closure must not write to a parameter that is tuned, got a call of {name}")
         self.met.update(map(id, used))
-        if func is F.linear and not self.tangents:
-            done = self._linear(*args, **kwargs)
+        if not self.tangents:
+            own = self._own(func)
+            done = None if own is None else own(*args, **kwargs)
+            if done is None and func in _WIDE:
+                done = self._widely(func, args, kwargs, used)
             if done is not None:
                 return done
-        if func in _WIDE and not self.tangents and all(t.dtype in _HALVES for t in used):
-            own = {id(t): t.float() for t in _tensors(args, kwargs) if t.dtype in _HALVES}
-            own |= {id(t): self._copy(t, torch.float32) for t in used}
-            wide = {k: _replaced((v,), own)[0] for k, v in kwargs.items()}
-            result = func(*_replaced(args, own), **wide)
-            dtypes = {t.dtype for t in _tensors(args, kwargs) if t.is_floating_point()}
-            return result.to(used[0].dtype) if len(dtypes) == 1 else result
         perturbed = {id(t): self._copy(t) for t in used}
         return func(*_replaced(args, perturbed), **{k: _replaced((v,), perturbed)[0] for k, v in kwargs.items()})
+
+    # -- functions of the family's own, and those in float32; None: not this call ------------------------------------
+
+    def _own(self, func: Any) -> Callable | None:
+        if func is F.linear:
+            return self._linear
+        if func is torch.conv2d or func is torch.conv1d:
+            return self._conv2d if func is torch.conv2d else self._conv1d
+        if func is F.embedding:
+            return self._embedding
+        return self._batch_norm if func is F.batch_norm else None
+
+    def _widely(self, func: Any, args: Any, kwargs: dict[str, Any], used: list[Tensor]) -> Any:
+        """In float32, rounded once to the dtype that the function gives; what is not perturbed is rounded first, as
+        autocast does."""
+        given = [t for t in _tensors(args, kwargs) if t.is_floating_point()]
+        device, halves = used[0].device, all(t.dtype in _HALVES for t in used)
+        dtype = given[0].dtype if len({t.dtype for t in given}) == 1 else None
+        casts = func in _PRODUCTS and checks.autocasts(device) and all(t.dtype != torch.float64 for t in given)
+        if casts:
+            dtype = torch.get_autocast_dtype(device.type)
+        elif not halves or dtype is None and func in _PRODUCTS:
+            return None
+        own = {id(t): (t.to(dtype) if casts else t).float() for t in given if t.dtype != torch.float64}
+        own |= {id(t): self._copy(t, torch.float32) for t in used}
+        with without_autocast(device):
+            result = func(*_replaced(args, own), **{k: _replaced((v,), own)[0] for k, v in kwargs.items()})
+        wide = not casts and device.type == "cuda" and checks.autocasts(device) and func in _NORMS
+        return result if dtype is None or wide else result.to(dtype)
 
     def _factor(self, like: Tensor) -> Tensor:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -100,33 +135,131 @@ class Perturbed(TorchFunctionMode):
         update_(copy, self._factor(parameter), self._state(parameter), self.law, 1.0, self.impl)
         return copy
 
+    def _noise(self, weight: Tensor) -> tuple:
+        """As the family's ops take it."""
+        return None, self._state(weight), self.law, UNIT_SCALE[self.law], None
+
+    def _operand(self, input: Any, weight: Any) -> Tensor | None:
+        """The layer's input in the dtype that it is computed with; None where the kernels do not take it."""
+        if id(weight) not in self.states or type(input) is not Tensor or input.device != weight.device:
+            return None
+        if checks.autocasts(input.device) and input.dtype != torch.float64 and weight.dtype != torch.float64:
+            return input.detach().to(torch.get_autocast_dtype(input.device.type))
+        return input.detach() if input.dtype == weight.dtype else None
+
+    def _bias(self, bias: Any) -> Any:
+        return self._copy(bias, _wide(bias)) if bias is not None and id(bias) in self.states else bias
+
     def _linear(self, input: Any, weight: Any, bias: Any = None) -> Any:
-        """The layer by the family's kernel; None where that does not take it."""
-        if id(weight) not in self.states or type(input) is not Tensor or not input.dim():
+        if id(weight) not in self.states:  # its bias alone is tuned
+            y = F.linear(input, weight)
+            return (y + self._bias(bias)).to(y.dtype)
+        x = self._operand(input, weight)
+        if x is None or not x.dim() or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
             return None
-        if weight.dim() != 2 or input.shape[-1] != weight.shape[1] or input.device != weight.device:
-            return None  # for torch to refuse
-        x = input
-        if checks.autocasts(x.device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif x.dtype != weight.dtype:
-            return None
-        if bias is not None and id(bias) in self.states:
-            bias = self._copy(bias)
-        rows = x.shape[:-1].numel()
-        y = torch.ops.lgkernels.perturbed_linear(
-            x.detach().reshape(1, rows, x.shape[-1]),
-            weight,
-            bias,
-            self._factor(x),
-            None,
-            self._state(weight),
-            self.law,
-            UNIT_SCALE[self.law],
-            None,
-            self.impl,
-        )
+        rows = x.reshape(1, x.shape[:-1].numel(), x.shape[-1])
+        factor, noise = self._factor(x), self._noise(weight)
+        y = torch.ops.lgkernels.perturbed_linear(rows, weight, self._bias(bias), factor, *noise, self.impl)
         return y.view(*x.shape[:-1], len(weight))
+
+    def _conv2d(self, input: Any, weight: Any, *others: Any, **more: Any) -> Any:
+        return self._convolution(input, weight, weight, *others, **more)
+
+    def _conv1d(
+        self,
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: Any = 1,
+    ) -> Any:
+        """One of height 1; the noise is the same matrix."""
+        if type(input) is not Tensor or input.dim() not in (2, 3) or weight.dim() != 3:
+            return None
+
+        def two(value: Any, of_the_height: int) -> Any:
+            return (
+                value if isinstance(value, str) else (of_the_height, *(value if isinstance(value, tuple) else (value,)))
+            )
+
+        geometry = two(stride, 1), two(padding, 0), two(dilation, 1), groups
+        y = self._convolution(input.unsqueeze(-2), weight, weight.detach().unsqueeze(2), bias, *geometry)
+        return None if y is None else y.squeeze(-2)
+
+    def _convolution(
+        self,
+        input: Any,
+        parameter: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: Any = 1,
+    ) -> Any:
+        x = self._operand(input, parameter)
+        if x is None or weight.dim() != 4:
+            return None
+        try:
+            x, geometry, batched = checks.conv2d(x, weight, None, stride, padding, dilation, groups)
+        except (ValueError, TypeError):
+            return None  # for torch to refuse
+        factor, noise = self._factor(x), self._noise(parameter)
+        y = torch.ops.lgkernels.perturbed_conv2d(
+            x[None], weight, self._bias(bias), factor, *noise, *geometry, self.impl
+        )
+        return y[0] if batched else y[0, 0]
+
+    def _embedding(
+        self, input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
+    ) -> Any:
+        """The rows that are looked up. A half result holds the perturbation on the average: see _unbiased."""
+        if max_norm is not None or type(input) is not Tensor or id(weight) not in self.states:
+            return None
+        if weight.dim() != 2 or input.device != weight.device or input.dtype not in (torch.int64, torch.int32):
+            return None
+        y = torch.ops.lgkernels.perturbed_rows(
+            weight, input.reshape(1, -1).long(), self._factor(weight), *self._noise(weight), True, self.impl
+        )
+        if y.dtype != weight.dtype:
+            y = _unbiased(y[0], weight.dtype, self._state(weight), self.impl)
+        return y.view(*input.shape, weight.shape[1])
+
+    def _batch_norm(
+        self, input: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None, *others: Any, **more: Any
+    ) -> Any:
+        """Of half parameters: the library's normalisation, then weight and bias in float32."""
+        if type(input) is not Tensor or input.dtype not in _HALVES or input.dim() < 2:
+            return None
+        y = F.batch_norm(input, mean, var, None, None, *others, **more).float()
+        shape = (-1,) + (1,) * (input.dim() - 2)
+        for value, function in ((weight, y.mul_), (bias, y.add_)):
+            if value is not None:
+                own = self._copy(value, torch.float32) if id(value) in self.states else value.float()
+                function(own.view(shape))
+        return y.to(input.dtype)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _unbiased(value: Tensor, dtype: torch.dtype, states: Tensor, impl: str) -> Tensor:
+    """A float32 matrix rounded to one of the two nearest halves, to the nearer with the greater probability: on the
+    average it is `value`. The draw is a formula too, so that both sides of an estimate have the same."""
+    draw, own = torch.zeros_like(value), states.clone()
+    own[:, 0] ^= 0x5851F42D4C957F2D
+    update_(draw, draw.new_ones(1), own, "uniform", 1.0, impl)
+    near = value.to(dtype)
+    error, bits = value - near.float(), near.view(torch.int16)
+    # the other of the two: further from zero, or nearer to it; of zero, the smallest number of the error's sign
+    other = bits + torch.where(error * near.float() > 0, 1, -1).to(torch.int16)
+    smallest = torch.where(error > 0, 1, 1 - 2**15).to(torch.int16)
+    far = torch.where(near == 0, smallest, other).view(dtype)
+    chance = error / (far.float() - near.float())
+    return torch.where((draw / (2 * UNIT_SCALE["uniform"]) + 0.5 < chance) & far.isfinite(), far, near)
 
 
 def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:

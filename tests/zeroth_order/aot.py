@@ -29,6 +29,13 @@ def cases():
     ):
         weight = torch.empty(N, K, dtype=own)
         zeroth_order.perturbed_linear(torch.empty(2, rows, K, dtype=dtype), weight, weight[:, 0], coefficients, noise)
+    index = torch.zeros(2, 5, dtype=torch.int64)
+    for law, dtype in (("sign", torch.float32), ("normal", torch.bfloat16), ("uniform8", torch.float16)):
+        weight = torch.empty(N, K, dtype=dtype)
+        zeroth_order.perturbed_rows(weight, index, coefficients, laws[law], torch.float32)
+    zeroth_order.perturbed_rows(weight, None, coefficients, several, torch.float16)
+    panel = torch.empty(1, 8, K, dtype=torch.bfloat16)  # of a convolution's noise
+    zeroth_order._write_rows(panel, None, None, 8, coefficients[:1], laws["sign"], N)
     for law, dtype in (("sign", torch.float32), ("normal", torch.bfloat16), ("uniform8", torch.float16)):
         zeroth_order.formula_update_(torch.empty(N, K, dtype=dtype), coefficients[:1], laws[law], 1.0)
     zeroth_order.formula_update_(torch.empty(N, K), coefficients, several, 0.5)

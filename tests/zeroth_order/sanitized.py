@@ -17,6 +17,8 @@ def run(kernels, device):
         for law, matrices in itertools.product(("uniform", "normal", "uniform8", "sign"), (1, 2)):
             noise = Noise(None, torch.tensor([[5, 6, 7 + i] for i in range(matrices)], device=device), law, 0.7)
             results.append(kernels.perturbed_linear(x, weight, bias, coefficients, noise))
+            index = torch.tensor([[0, outputs - 1, 1], [2, 2, 0]], device=device)
+            results.append(kernels.perturbed_rows(weight, index, coefficients, noise, dtype))
             kernels.formula_update_(weight, coefficients[:matrices], noise, 0.9)
         results.append(weight)
     return results

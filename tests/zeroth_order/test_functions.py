@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import lgkernels.functional as LF
 from lgkernels.ops.zeroth_order import reference
 from lgkernels.ops.zeroth_order.options import Noise
+from lgkernels.optim import ZerothOrder
 from lgkernels.random import RandomFeedback
 from lgkernels.recipes import measure
 from tests.conftest import backend_module
@@ -251,3 +252,15 @@ def test_the_reference_takes_float64():
     reference.formula_update_(own, torch.tensor([0.5]).double(), noise, 1.0)
     assert own.dtype == torch.float64 and not torch.equal(own, weight)
     assert backend_module("zeroth_order", "reference") is reference
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 6), (4, 3, 2)])
+def test_a_step_needs_a_place_for_each_element(shape):
+    """As torch's operations in place."""
+    weight = torch.zeros(()).expand(shape)
+    with pytest.raises(ValueError, match="weight must have memory of its own for each element"):
+        LF.formula_update_(weight, RandomFeedback(0), 0.5)
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(weight)
+    with pytest.raises(ValueError, match="model's parameter weight must have memory of its own for each element"):
+        ZerothOrder(model, 0.1)

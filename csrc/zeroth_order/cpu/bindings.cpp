@@ -2,8 +2,8 @@
 #include "common/formula_bindings.h"
 #include "zeroth_order/cpu/kernels.h"
 
-LGK_TUPLE(lgk::cpu::FormulaNoise, 6)
-LGK_TUPLE(lgk::cpu::Members, 4)
+LGK_TUPLE(lgk::FormulaNoise, 6)
+LGK_TUPLE(lgk::Members, 4)
 
 namespace lgk::cpu {
 

@@ -79,21 +79,22 @@ LGK_INLINE void perturb(const Matrix& weight, int64_t row, int64_t col, int64_t 
   if (j < n) store(out + j, first(load(w + j, n - j) + c * load(z + j), n - j));
 }
 
-inline int perturbed_rows(const FormulaNoise& noise, const Members& shape, const Matrix& weight, int64_t first_row,
-                          int64_t count, float* out, int threads) {
-  const int64_t columns = shape.inputs;
+inline int perturbed_rows(const FormulaNoise& noise, const Members& shape, const Matrix& weight, const int64_t* index,
+                          int64_t first_row, float* out, int threads) {
+  const int64_t columns = shape.inputs, count = shape.rows;
   return for_dtype(weight.dtype, [&](auto type) {
     using T = decltype(type);
-    parallel(count, count * columns, threads, [&](int64_t begin, int64_t end, int) {
+    parallel(count, shape.members * count * columns, threads, [&](int64_t begin, int64_t end, int) {
       alignas(64) float z[kSegment + 2 * V], sum[kSegment + V];
-      for (int64_t row = begin; row < end; ++row)
+      for (int64_t r = begin; r < end; ++r)
         for (int64_t col = 0; col < columns; col += kSegment) {
           const int64_t n = smaller(columns - col, kSegment);
           for (int64_t m = 0; m < shape.members; ++m) {
-            if (m == 0 || noise.count > 1) law_row(noise.formula(m, 0, 0), first_row + row, col, n, z);
-            float* into = out + (m * count + row) * columns + col;
+            const int64_t row = index ? index[m * count + r] : first_row + r;
+            if (m == 0 || index || noise.count > 1) law_row(noise.formula(m, 0, 0), row, col, n, z);
+            float* into = out + (m * count + r) * columns + col;
             const bool inside = n % V == 0;
-            perturb<T>(weight, first_row + row, col, n, noise.coefficients[m], z, inside ? into : sum);
+            perturb<T>(weight, row, col, n, noise.coefficients[m], z, inside ? into : sum);
             if (!inside) std::memcpy(into, sum, n * sizeof(float));
           }
         }

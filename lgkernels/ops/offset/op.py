@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ...core import checks, dispatch
-from ...core.ops import define, require_memory
+from ...core import dispatch
+from ...core.ops import define, require_memory, require_no_overlap
 from .options import StepOptions
 
 
@@ -42,7 +42,7 @@ def check(params, grads, momentum_buffers, offsets, momentum):
     for name, tensors in (("params", params), ("momentum_buffers", momentum_buffers if momentum else [])):
         for i, tensor in enumerate(tensors):
             require_memory(name, tensor, params[0].device)
-            checks.no_overlap(f"{name}[{i}]", tensor)
+            require_no_overlap(f"{name}[{i}]", tensor)
     if momentum:
         for i, (param, buffer) in enumerate(zip(params, momentum_buffers)):
             if buffer.dtype != param.dtype:

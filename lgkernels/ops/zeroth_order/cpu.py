@@ -6,6 +6,7 @@ import torch
 from ...core.native import cpu_entries
 from ..common.cpu import code, dense_rows
 from ..common.cpu import matrix as describe
+from . import torch as lean
 
 _C = cpu_entries()
 
@@ -25,14 +26,14 @@ def _noise(noise, coefficients):
 
 def _by_library(x, weight, bias, coefficients, noise, out):
     """Products with rows of the perturbed weights, which the second-level cache holds."""
-    (members, rows, inputs), outputs, threads = x.shape, len(weight), torch.get_num_threads()
+    (members, _, inputs), outputs, threads = x.shape, len(weight), torch.get_num_threads()
     described, kept = _noise(noise, coefficients)
     size = max(_WRITTEN // max(inputs * members, 1), 16)
     buffer = torch.empty(members * min(size, outputs) * inputs, dtype=torch.float32)
-    shape = members, rows, outputs, inputs
     for first in range(0, outputs, size):
         count = min(size, outputs - first)
-        _C.zeroth_order_perturbed(described, shape, describe(weight), first, count, buffer.data_ptr(), threads)
+        shape = members, count, outputs, inputs
+        _C.zeroth_order_perturbed(described, shape, describe(weight), 0, first, buffer.data_ptr(), threads)
         perturbed = buffer[: members * count * inputs].view(members, count, inputs)
         for m in range(members):
             into = out[m].narrow(1, first, count)
@@ -64,6 +65,38 @@ def perturbed_linear(x, weight, bias, coefficients, noise):
     _C.zeroth_order_product(described, shape, describe(weight), describe(x_), out.data_ptr(), torch.get_num_threads())
     del kept
     return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+
+def perturbed_rows(weight, x, coefficients, noise, dtype):
+    members, (outputs, inputs) = len(coefficients), weight.shape
+    code(dtype)
+    own, (described, kept) = dense_rows(weight), _noise(noise, coefficients)
+    rows = outputs if x is None else x.shape[1]
+    out, shape = torch.empty(members, rows, inputs, dtype=torch.float32), (members, rows, outputs, inputs)
+    index = 0 if x is None else x.data_ptr()
+    _C.zeroth_order_perturbed(described, shape, describe(own), index, 0, out.data_ptr(), torch.get_num_threads())
+    del kept
+    return out.to(dtype)
+
+
+def perturbed_conv2d(x, weight, bias, coefficients, noise, geometry):
+    """The library's convolutions with rows of the perturbed weights, four megabytes at a time."""
+    code(x.dtype)
+    matrix = dense_rows(weight.reshape(len(weight), -1))
+    buffer = torch.empty(min(_WRITTEN, matrix.numel()) + matrix.shape[1], dtype=torch.float32)
+
+    def write(m, first, count, own, factor, dtype):
+        described, kept = _noise(noise.one(m), coefficients[m : m + 1])
+        shape = 1, count, *matrix.shape
+        _C.zeroth_order_perturbed(
+            described, shape, describe(matrix), 0, first, buffer.data_ptr(), torch.get_num_threads()
+        )
+        del kept
+        return buffer[: count * matrix.shape[1]]
+
+    bias = None if bias is None else bias.float()
+    y = lean.convolutions(x.float(), weight, bias, coefficients, noise, geometry, write, _WRITTEN)
+    return y.to(x.dtype)
 
 
 def formula_update_(weight, coefficients, noise, keep):

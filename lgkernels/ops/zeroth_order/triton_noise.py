@@ -70,6 +70,48 @@ def linear_kernel(
     store_tile(out + offset(offset(group, P), N), rounded(total, out.dtype.element_ty), m, n, P, N)
 
 
+@triton.jit(do_not_specialize=["first", "R", "N"])
+def rows_kernel(
+    weight,
+    out,
+    index,
+    coefficients,
+    states,
+    law_scale,
+    span,
+    low,
+    first,
+    R,
+    N,
+    K,
+    weight_row,
+    weight_column,
+    state_row,
+    LAW: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of a member's R rows of W + c Z (without a weight c Z): first + r, or index[r]; nan where none is."""
+    pid = program_id(0)
+    blocks, r_blocks = tl.cdiv(K, BLOCK_K), tl.cdiv(R, BLOCK_N)
+    block, rest = pid % blocks, pid // blocks
+    r, member = indices(rest % r_blocks, BLOCK_N), rest // r_blocks
+    k = indices(block, BLOCK_K)
+    row = first + r
+    if index is not None:
+        row = tl.load(index + offset(member, R) + r, mask=r < R, other=0)
+    there = (row >= 0) & (row < N)
+    seed, stream, step = philox.load_state(states + offset(member, state_row))
+    z = philox.panel(seed, stream, step, row[:, None], block, law_scale, span, low, LAW, HAS_LOW, BLOCK_N, BLOCK_K)
+    total = z * tl.load(coefficients + member)
+    if weight is not None:
+        at = weight + offset(row, weight_row)[:, None] + offset(k, weight_column)[None, :]
+        total += tl.load(at, mask=there[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+    total = tl.where(there[:, None], total, float("nan"))
+    store_tile(out + offset(offset(member, R), K), rounded(total, out.dtype.element_ty), r, k, R, K)
+
+
 @triton.jit(do_not_specialize=["count", "N"])
 def update_kernel(
     weight,
