@@ -168,7 +168,7 @@ def perturbed_layer_norm(
         tensor([[-2.,  2.],
                 [ 0.,  0.]])
     """
-    shape = checks.sizes("normalized_shape", normalized_shape, "sizes of the last dimensions")
+    shape = _last_sizes(normalized_shape)
     return _normalised(
         "perturbed_layer_norm",
         (x, weight, bias),
@@ -213,7 +213,7 @@ def perturbed_rms_norm(
         tensor([[-2.,  2.],
                 [-1.,  1.]])
     """
-    shape = checks.sizes("normalized_shape", normalized_shape, "sizes of the last dimensions")
+    shape = _last_sizes(normalized_shape)
     checks.floating("x", x)
     own_eps = torch.finfo(x.dtype).eps if eps is None else _epsilon(eps)
     return _normalised(
@@ -271,6 +271,12 @@ def perturbed_group_norm(
         _epsilon(eps),
         lambda own, w, b, e: F.group_norm(own, groups, w, b, e),
     )
+
+
+def _last_sizes(value: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"normalized_shape must be a tuple or list of the last sizes of x, got {type(value).__name__}")
+    return checks.sizes("normalized_shape", value, "the last sizes of x")
 
 
 def _epsilon(value: float) -> float:

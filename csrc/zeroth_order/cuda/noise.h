@@ -43,7 +43,7 @@ struct WarpPlace {
   int64_t row, column;
 };
 
-LGK_DEVICE WarpPlace warp_place(int64_t column_tiles, int rows) {
+LGK_DEVICE WarpPlace place_of_warp(int64_t column_tiles, int rows) {
   const int64_t tile = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   return WarpPlace{tile / column_tiles * rows, tile % column_tiles * kWarpColumns};
 }

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     write_rows(Noise noise, Rows rows, Matrix weight, char* __restrict__ out, int dtype) {
   LGK_DYNAMIC_SHARED(uint32_t, shared);  // (warps, kTile)
   const Formula law = law_of(noise);
-  const WarpPlace place = warp_place(rows.column_tiles, kWarpRows);
+  const WarpPlace place = place_of_warp(rows.column_tiles, kWarpRows);
   if (place.row >= rows.count) return;  // the whole warp
   uint32_t* const tile = shared + threadIdx.x / 32 * kTile;
   const int lane = threadIdx.x % 32;

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     update(Noise noise, int64_t count, Matrix weight, int64_t column_tiles, float keep) {
   LGK_DYNAMIC_SHARED(uint32_t, shared);  // (warps, kTile)
   const Formula law = law_of(noise);
-  const WarpPlace place = warp_place(column_tiles, kWarpRows);
+  const WarpPlace place = place_of_warp(column_tiles, kWarpRows);
   if (place.row >= law.rows) return;  // the whole warp
   uint32_t* const tile = shared + threadIdx.x / 32 * kTile;
   const int lane = threadIdx.x % 32, rows = static_cast<int>(min(law.rows - place.row, int64_t{kWarpRows}));
