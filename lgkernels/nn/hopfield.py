@@ -8,15 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import checks, constructors, dispatch
+from ..core import checks, constructors
 from ..core.autograd import refuse_transforms
-from ..core.ops import wide, without_autocast
-from ..ops.equilibrium import energy as _definition
-from ..ops.equilibrium import energy_torch as _lean
-from ..ops.equilibrium import op as _op  # noqa: F401  registers what chooses the backend
-from ..ops.equilibrium.energy import ENERGY_ACTIVATIONS, POOLS, Edge, EnergyNet, Weights
+from ..core.ops import wide
+from ..ops.equilibrium import energy_entry as _entry
+from ..ops.equilibrium.energy import Edge, EnergyNet, Weights
 from ..ops.equilibrium.network import READOUT
-from ..ops.equilibrium.options import LOSSES, SCHEDULES
+from ..ops.equilibrium.options import ENERGY_ACTIVATIONS, LOSSES, POOLS, SCHEDULES, EnergyPhases
 
 __all__ = ["HopfieldNet"]
 
@@ -185,15 +183,6 @@ class HopfieldNet(nn.Module):
         made |= {f"{READOUT}/{part}": g for part, g in zip(("kernel", "bias"), readout)}
         return {key: made[key].to(value.dtype) for key, value in self.weights.items()}
 
-    def functions(self, x: Tensor) -> Any:
-        """The module with `settle` and `gradients`."""
-        chosen = dispatch.choose("equilibrium_settle", self.impl, x.device, x.dtype)
-        if chosen == "cpu":  # where it is, the native module is
-            from ..ops.equilibrium import energy_cpu
-
-            return energy_cpu
-        return _definition if chosen == "reference" and not dispatch.is_auto(self.impl) else _lean
-
     def input_of(self, x: Tensor) -> Tensor:
         """x, checked, in the shape and dtype that is computed in."""
         checks.floating("x", x)
@@ -225,11 +214,9 @@ class HopfieldNet(nn.Module):
         """:meth:`settle`, and the norm of the last step of each sample, (B,)."""
         refuse_transforms("HopfieldNet")
         x = self.input_of(x)
-        start = self._start(x, state)
-        with without_autocast(x.device):
-            run = self.functions(x).settle
-            states, residual = run(self.net, self.tensors(), x, start, None, (0.0,), self.steps, self.schedule)
-        return dict(zip(self.layers, states)), residual[0]
+        free = EnergyPhases(self.schedule, self.steps, 0, [])
+        states, residual, *_ = _entry.phases(self.net, self.tensors(), x, self._start(x, state), None, free, self.impl)
+        return dict(zip(self.layers, states)), residual
 
     def settle(self, x: Tensor, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The free state: layer -> s, after `steps` steps from zero or from `state`. No graph is recorded."""
@@ -240,8 +227,7 @@ class HopfieldNet(nn.Module):
         """E of each sample, (B,)."""
         refuse_transforms("HopfieldNet")
         x = self.input_of(x)
-        with without_autocast(x.device):
-            return _definition.energy(self.net, self.tensors(), x, self._start(x, state))
+        return _entry.energy(self.net, self.tensors(), x, self._start(x, state))
 
     def readout(self, state: Mapping[str, Tensor]) -> Tensor:
         """Logits (B, C): the readout of the last layer, or its states."""

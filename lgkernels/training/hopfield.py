@@ -1,13 +1,13 @@
 """What a training step of an energy net is made of: a free phase, two nudged phases, and the gradients between."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..core.ops import class_indices, without_autocast
+from ..core.ops import class_indices
 from ..nn.hopfield import HopfieldNet
-from ..ops.equilibrium.energy import nudges, readout_gradients, through_time
+from ..ops.equilibrium import energy_entry as _entry
+from ..ops.equilibrium.energy import nudges
+from ..ops.equilibrium.options import EnergyPhases
 
 
 class Phases:
@@ -18,14 +18,11 @@ class Phases:
         self.model, self.x = model, model.input_of(x)
         self.target = one_hot(model, target, self.x)
         self.betas = nudges(variant, beta)
-        with without_autocast(x.device):
-            run, own = model.functions(self.x), (model.net, model.tensors(), self.x)
-            ready = run.prepare(*own)
-            start = [self.x.new_zeros(len(x), *shape) for shape in model.net.shapes[1:]]
-            free, residual = run.settle(*own, start, None, (0.0,), model.steps, model.schedule, ready)
-            rows = [s.repeat(2, *[1] * (s.dim() - 1)) for s in free]
-            self.states, self.residual = run.settle(*own, rows, self.target, self.betas, steps, model.schedule, ready)
-        self.free, self.free_residual = dict(zip(model.layers, free)), residual[0]
+        start = [self.x.new_zeros(len(x), *shape) for shape in model.net.shapes[1:]]
+        own = model.net, model.tensors(), self.x, start, self.target
+        phases = EnergyPhases(model.schedule, model.steps, steps, list(self.betas))
+        free, residual, self.states, self.residual = _entry.phases(*own, phases, model.impl)
+        self.free, self.free_residual = dict(zip(model.layers, free)), residual
 
     def error(self) -> dict[str, Tensor]:
         """Layer -> how its states answer to the nudge, ds / d beta."""
@@ -42,12 +39,10 @@ class Phases:
     @torch.no_grad()
     def gradients(self) -> dict[str, Tensor]:
         """Of the mean loss, by key of the weights; the readout's at the free state."""
-        model = self.model
-        with without_autocast(self.x.device):
-            weights = model.tensors()
-            kernels, biases = model.functions(self.x).gradients(model.net, weights, self.x, self.states, self.betas)
-            out = self.free[model.layers[-1]]
-            return model.by_key(kernels, biases, readout_gradients(model.net, weights, out, self.target))
+        model, weights = self.model, self.model.tensors()
+        kernels, biases = _entry.gradients(model.net, weights, self.x, self.states, self.betas, model.impl)
+        out = self.free[model.layers[-1]]
+        return model.by_key(kernels, biases, _entry.readout_gradients(model.net, weights, out, self.target))
 
 
 def one_hot(model: HopfieldNet, target: Tensor, x: Tensor) -> Tensor:
@@ -61,6 +56,5 @@ def gradients_through_time(
 ) -> dict[str, Tensor]:
     """What back-propagation through `steps` more steps from the free state gives, by key of the weights."""
     x = model.input_of(x)
-    rest: Any = list(free.values()), steps, model.schedule, model.functions(x).settle
-    with without_autocast(x.device):
-        return model.by_key(*through_time(model.net, model.tensors(), x, one_hot(model, target, x), *rest))
+    own = model.net, model.tensors(), x, one_hot(model, target, x), list(free.values())
+    return model.by_key(*_entry.through_time(*own, steps, model.schedule, model.impl))

@@ -12,6 +12,7 @@ CHAIN = [0, 1, 1, 0, 1, 2, 2, 1]
 TWO = Phases([0.3, -0.3], [0.0, 0.0], 2)
 # the layers' shapes: each half of the one before, of the last one's border
 EVEN, ODD = [(3, 8, 8), (4, 4, 4), (5, 1, 1)], [(2, 11, 9), (3, 5, 4), (2, 1, 1)]
+VECTORS = [(16, 9, 8), (32, 4, 4), (16, 1, 1)]  # channels as the C++ kernels take them
 
 
 @pytest.fixture
@@ -43,18 +44,25 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("shapes, schedule", [(EVEN, "asynchronous"), (ODD, "synchronous")], ids=["even", "odd"])
+@pytest.mark.parametrize(
+    "shapes, schedule",
+    [(EVEN, "asynchronous"), (ODD, "synchronous"), (VECTORS, "synchronous"), (VECTORS, "asynchronous")],
+    ids=["even", "odd", "vectors", "vectors in turn"],
+)
 def test_phases(module, shapes, schedule):
     for phases, activation, loss, classes in CASES:
         options = Settling(activation, loss, schedule, 3, None)
-        check(module, problem(shapes, 2, phases, options, classes=classes), length=300)
+        check(
+            module, problem(shapes, 2, phases, options, classes=classes), length=300 if shapes is not VECTORS else 900
+        )
 
 
+@pytest.mark.parametrize("shapes", [ODD, VECTORS], ids=["odd", "vectors"])
 @pytest.mark.parametrize("edges", [[0, 1, 1, 2], [0, 1, 1, 0, 1, 2], [1, 0, 0, 1, 2, 1, 1, 2]], ids=str)
-def test_edges(module, edges):
+def test_edges(module, edges, shapes):
     for phases in (one_phase(0.2), one_phase(0.1 + 0.1j)):
         options = Settling("dsilu", "cross_entropy", "synchronous", 2, None)
-        check(module, problem(ODD, 2, phases, options, edges, bias=False), length=300)
+        check(module, problem(shapes, 2, phases, options, edges, bias=False), length=300 if shapes is ODD else 600)
 
 
 def test_tolerance_and_clipped_activations(module):

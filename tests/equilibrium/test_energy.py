@@ -7,6 +7,7 @@ import torch
 
 import lgkernels.nn as lnn
 from lgkernels.ops.equilibrium import energy, energy_torch
+from lgkernels.ops.equilibrium.options import ENERGY_ACTIVATIONS
 from lgkernels.training import EquilibriumTrainer
 from lgkernels.training.equilibrium import UnsettledError
 from lgkernels.training.hopfield import Phases, gradients_through_time
@@ -113,7 +114,7 @@ def test_the_energy_is_the_written_one():
         same(after, [u[0].clamp(0, 1), u[1].clamp(0, 1), u[2]])
 
 
-@pytest.mark.parametrize("activation", energy.ENERGY_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ENERGY_ACTIVATIONS)
 def test_states_are_where_the_energy_is_stationary(activation):
     """E's own part has the activation's inverse for its slope: at a settled state inside of the range dE/ds = 0."""
     model = net(activation=activation, steps=400, gain=0.3, linear_output=False)
@@ -350,92 +351,7 @@ def test_what_the_trainer_refuses():
         model.settle(x, {"l1": x})
 
 
-# -- the C++ kernels --------------------------------------------------------------------------------------------------
-
-
-def pooled_kernels(channels, kernel, padding, threads=2):
-    cpu = pytest.importorskip("lgkernels.ops.equilibrium.energy_cpu")
-    if cpu._C is None:
-        pytest.skip("built without the native module")
-    edge = energy.Edge(1, 2, 1, padding, "max")
-    made = cpu.kernel_of(edge, kernel)
-    assert isinstance(made, cpu.Panels)
-    return cpu.CpuSteps, edge, made
-
-
-@pytest.mark.parametrize(
-    "samples, size, channels, padding",
-    [(1, (16, 16), (16, 32), 1), (3, (9, 7), (48, 16), 0), (13, (4, 4), (32, 80), 1), (2, (2, 5), (16, 16), 2)],
-)
-def test_pooled_convolutions(samples, size, channels, padding):
-    """Against float64, within what torch's own float32 convolution misses and a few roundings."""
-    low, high = channels
-    generator = torch.Generator().manual_seed(3)
-    kernel = torch.randn(high, low, 3, 3, generator=generator) / (9 * low) ** 0.5
-    s = torch.rand(samples, low, *size, generator=generator).contiguous(memory_format=torch.channels_last)
-    steps, edge, made = pooled_kernels(channels, kernel, padding)
-    value, place = steps.up(edge, made, s)
-    exact = torch.nn.functional.conv2d(s.double(), kernel.double(), padding=padding)
-    expected, index = torch.nn.functional.max_pool2d(exact, 2, return_indices=True)
-    assert value.shape == expected.shape and (value - expected).abs().max() < 4e-6
-    width = exact.shape[3]
-    where = (index // width % 2) * 2 + index % width % 2
-    assert (place == where).double().mean() > 0.999
-    cotangent = torch.randn(value.shape, generator=generator).contiguous(memory_format=torch.channels_last)
-    back = steps.down(edge, made, place, s, cotangent)
-    spread = torch.nn.functional.max_unpool2d(cotangent.double(), index, 2, output_size=exact.shape[2:])
-    down = torch.nn.functional.conv_transpose2d(spread, kernel.double(), padding=padding)
-    agree = (place == where).all()
-    assert back.shape == s.shape and (not agree or (back - down).abs().max() < 2e-5)
-    assert agree or samples == 13
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        again = steps.up(edge, made, s), steps.down(edge, made, place, s, cotangent)
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(again[0][0], value) and torch.equal(again[0][1], place) and torch.equal(again[1], back)
-
-
-def test_a_pool_keeps_nan():
-    kernel = torch.ones(16, 16, 3, 3)
-    steps, edge, made = pooled_kernels((16, 16), kernel, 1)
-    s = torch.zeros(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
-    s[0, 3, 4, 4] = torch.nan
-    value, _ = steps.up(edge, made, s)
-    assert (
-        value[0, :, 1:3, 1:3].isnan().all() and value[0, :, 0].isfinite().all() and value[0, :, 3, 0].isfinite().all()
-    )
-
-
-@pytest.mark.parametrize("schedule", ["synchronous", "asynchronous"])
-def test_a_net_by_kernels(schedule):
-    """Float32 states of a net whose middle edges the kernels take, against float64 ones."""
-    torch.manual_seed(0)
-    layers = lnn.HopfieldNet.conv32(10, (16, 32, 16, 16))
-    model = lnn.HopfieldNet((3, 32, 32), layers, steps=12, schedule=schedule, gain=0.6)
-    x, target = torch.randn(3, 3, 32, 32), torch.arange(3)
-    phases = Phases(model, x, target, "centered", 0.25, 6)
-    gradients, model.impl = phases.gradients(), "torch"
-    plain, model.impl = Phases(model, x, target, "centered", 0.25, 6).gradients(), "auto"
-    exact = Phases(model.double(), x.double(), target, "centered", 0.25, 6)
-    for got, expected in zip(phases.states, exact.states):
-        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
-    for key, expected in exact.gradients().items():
-        missed = [(g[key].double() - expected).norm() / expected.norm() for g in (gradients, plain)]
-        assert missed[0] < 2 * missed[1] + 1e-4, (key, missed)  # the difference of states that are near each other
-
-
-@pytest.mark.unpoisoned
-def test_a_compiled_net_runs_the_kernels():
-    """Channels of whole vectors: where the native module is there, its kernels, whose buffers must outlive the call."""
-    layers = [dict(channels=16, padding=1, pool="max"), dict(channels=16, padding=1, pool="max"), 4]
-    model = lnn.HopfieldNet((3, 16, 16), layers, steps=3).requires_grad_(False)
-    x = torch.rand(2, 3, 16, 16)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    for _ in range(5):
-        same([compiled(x)], [model(x)], 1e-6)
+# -- backends --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("impl", ["triton", "cuda"])

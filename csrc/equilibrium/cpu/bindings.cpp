@@ -4,7 +4,9 @@
 
 LGK_TUPLE(lgk::cpu::StatePhases, 5)
 LGK_TUPLE(lgk::cpu::StateReport, 3)
-LGK_TUPLE(lgk::cpu::PooledEdge, 6)
+LGK_WORDS(lgk::cpu::StatePool, "max", "softmax")
+LGK_TUPLE(lgk::cpu::PooledEdge, 7)
+LGK_TUPLE(lgk::cpu::PoolKept, 2)
 
 namespace lgk::cpu {
 
@@ -20,14 +22,14 @@ static int pack_pooled(const PooledEdge& edge, const float* weights, float* up, 
   return LGK_OF_LEVEL(equilibrium).pack_pooled(edge, weights, up, down, threads);
 }
 
-static int pooled_up(const PooledEdge& edge, const float* image, const float* panels, float* value, int32_t* place,
-                     float* points, int threads) {
-  return LGK_OF_LEVEL(equilibrium).pooled_up(edge, image, panels, value, place, points, threads);
+static int pooled_up(const PooledEdge& edge, const float* image, const float* panels, float* value,
+                     const PoolKept& kept, float* points, int threads) {
+  return LGK_OF_LEVEL(equilibrium).pooled_up(edge, image, panels, value, kept, points, threads);
 }
 
-static int pooled_down(const PooledEdge& edge, const float* value, const int32_t* place, const float* panels,
+static int pooled_down(const PooledEdge& edge, const float* value, const PoolKept& kept, const float* panels,
                        float* image, float* points, int threads) {
-  return LGK_OF_LEVEL(equilibrium).pooled_down(edge, value, place, panels, image, points, threads);
+  return LGK_OF_LEVEL(equilibrium).pooled_down(edge, value, kept, panels, image, points, threads);
 }
 
 static void bind(py::module_& m) {

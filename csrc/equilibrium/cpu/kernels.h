@@ -26,10 +26,20 @@ struct StateNet {
   StateReadout readout;
 };
 
+enum class StatePool : int { kMax, kSoftmax };
+
 // A 3x3 convolution of stride 1 from a layer of `low` channels and height x width pixels to one of `high` channels, and
-// a 2x2 max pool. Channels are multiples of 16.
+// a 2x2 pool. Channels are multiples of 16.
 struct PooledEdge {
   int64_t samples, height, width, low, high, padding;
+  StatePool pool;
+};
+
+// What a pool's derivative is made of: the place of the maximum (windows, high), or the slopes of a softmax pool
+// (windows, 4, high); the other is null.
+struct PoolKept {
+  int32_t* place;
+  float* slopes;
 };
 
 struct EquilibriumKernels {
@@ -37,9 +47,9 @@ struct EquilibriumKernels {
   // weights (16, low, high), transformed -> panels, 16 * low * high each
   int (*pack_pooled)(const PooledEdge&, const float* weights, float* up, float* down, int threads);
   // points: room for (16, windows, low) and (16, windows, high)
-  int (*pooled_up)(const PooledEdge&, const float* image, const float* panels, float* value, int32_t* place,
+  int (*pooled_up)(const PooledEdge&, const float* image, const float* panels, float* value, const PoolKept&,
                    float* points, int threads);
-  int (*pooled_down)(const PooledEdge&, const float* value, const int32_t* place, const float* panels, float* image,
+  int (*pooled_down)(const PooledEdge&, const float* value, const PoolKept&, const float* panels, float* image,
                      float* points, int threads);
 };
 

@@ -1,9 +1,14 @@
-// A 3x3 convolution of stride 1 with a 2x2 max pool, and its transpose, by Winograd's F(2x2, 3x3): a tile of 4x4 pixels
-// of the lower layer makes just one window of the pool, by 16 products where the convolution has 36. Images are
+// A 3x3 convolution of stride 1 with a 2x2 pool, and its transpose, by Winograd's F(2x2, 3x3): a tile of 4x4 pixels of
+// the lower layer makes just one window of the pool, by 16 products where the convolution has 36. Images are
 // (samples, height, width, channels); channels come in whole vectors.
 //
-//   up    Y = A^T [ (G g G^T) . (B^T d B) ] A,  value = max Y, place = where it is
-//   down  the transpose: B [ (G g G^T) . (A y A^T) ] B^T is added to the tile, y = value at its place, 0 elsewhere
+//   up    Y = A^T [ (G g G^T) . (B^T d B) ] A
+//         max      value = max Y, place = where it is
+//         softmax  value = sum_i Y_i p_i, p = softmax(Y), slopes_i = p_i (1 + Y_i - value)
+//   down  the transpose: B [ (G g G^T) . (A y A^T) ] B^T is added to the tile, y_i = slope_i value; of a max pool value
+//         at its place, 0 elsewhere
+//
+// A mean needs no such kernel: convolution and mean are one convolution of 4x4 pixels, 16 products a window as well.
 //
 // Lavin & Gray, "Fast algorithms for convolutional neural networks" (CVPR 2016).
 #pragma once
@@ -86,7 +91,30 @@ inline int pack_pooled(const PooledEdge& e, const float* weights, float* up, flo
   return 0;
 }
 
-inline int pooled_up(const PooledEdge& e, const float* image, const float* panels, float* value, int32_t* place,
+// Of a window's entries: the pool's value, and what is kept of it (4 rows of slopes, `apart` floats each).
+LGK_INLINE vf largest_entry(const vf* entries, int32_t* place) {
+  vf best = entries[0];
+  vi where = {};
+  for (int k = 1; k < 4; ++k) {
+    const vi more = (entries[k] > best) | (entries[k] != entries[k]);  // nan stays
+    best = more ? entries[k] : best;
+    where = more ? vi{} + k : where;
+  }
+  std::memcpy(place, &where, sizeof where);
+  return best;
+}
+
+LGK_INLINE vf softmax_entry(const vf* entries, float* slopes, int64_t apart) {
+  vf highest = entries[0], p[4], mass = {}, value = {};
+  for (int k = 1; k < 4; ++k) highest = entries[k] > highest ? entries[k] : highest;
+  for (int k = 0; k < 4; ++k) mass += p[k] = exp_negative(entries[k] - highest);
+  const vf inverse = 1.f / mass;
+  for (int k = 0; k < 4; ++k) value += entries[k] * (p[k] *= inverse);
+  for (int k = 0; k < 4; ++k) store(slopes + k * apart, p[k] * (1.f + entries[k] - value));
+  return value;
+}
+
+inline int pooled_up(const PooledEdge& e, const float* image, const float* panels, float* value, const PoolKept& kept,
                      float* points, int threads) {
   const PoolTiles tiles = tiles_of(e);
   parallel(tiles.all, tiles.all * e.low * kPoints, threads, [&](int64_t begin, int64_t end, int) {
@@ -117,33 +145,31 @@ inline int pooled_up(const PooledEdge& e, const float* image, const float* panel
         for (int64_t p = 0; p < kPoints; ++p) m[p] = load(y + (p * rows * vectors + i) * V);
         for (int k = 0; k < 4; ++k) line_out<4>(m + k, half + k, 4);
         for (int k = 0; k < 2; ++k) line_out<1>(half + 4 * k, out + 2 * k, 1);
-        vf best = out[0];
-        vi where = {};
-        for (int k = 1; k < 4; ++k) {
-          const vi more = (out[k] > best) | (out[k] != out[k]);  // nan stays
-          best = more ? out[k] : best;
-          where = more ? vi{} + k : where;
-        }
-        const int64_t at = (row + i / vectors) * e.high + j + i % vectors * V;
-        store(value + at, best);
-        std::memcpy(place + at, &where, sizeof where);
+        const int64_t window = row + i / vectors, column = j + i % vectors * V, at = window * e.high + column;
+        store(value + at, e.pool == StatePool::kMax
+                              ? largest_entry(out, kept.place + at)
+                              : softmax_entry(out, kept.slopes + 4 * window * e.high + column, e.high));
       }
     }
   });
   return 0;
 }
 
-inline int pooled_down(const PooledEdge& e, const float* value, const int32_t* place, const float* panels, float* image,
+inline int pooled_down(const PooledEdge& e, const float* value, const PoolKept& kept, const float* panels, float* image,
                        float* points, int threads) {
   const PoolTiles tiles = tiles_of(e);
   parallel(tiles.all, tiles.all * e.high * kPoints, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t c = 0; c < e.high; c += V) {
         const vf v = load(value + t * e.high + c);
-        vi where;
-        std::memcpy(&where, place + t * e.high + c, sizeof where);
         vf y[4], half[8], z[kPoints];
-        for (int k = 0; k < 4; ++k) y[k] = where == k ? v : vf{};
+        if (e.pool == StatePool::kMax) {
+          vi where;
+          std::memcpy(&where, kept.place + t * e.high + c, sizeof where);
+          for (int k = 0; k < 4; ++k) y[k] = where == k ? v : vf{};
+        } else {
+          for (int k = 0; k < 4; ++k) y[k] = load(kept.slopes + (4 * t + k) * e.high + c) * v;
+        }
         for (int k = 0; k < 2; ++k) line_spread(y[k], y[2 + k], half + k, 2);
         for (int k = 0; k < 4; ++k) line_spread(half[2 * k], half[2 * k + 1], z + 4 * k, 1);
         for (int64_t p = 0; p < kPoints; ++p) store(points + (p * tiles.all + t) * e.high + c, z[p]);

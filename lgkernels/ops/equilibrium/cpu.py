@@ -1,19 +1,24 @@
-"""Dense nets over the C++ kernels in csrc/equilibrium/cpu: the functions of `reference.py`, float32.
+"""Nets over the C++ kernels in csrc/equilibrium/cpu: the functions of `reference.py`, float32.
 
-Convolutional nets, the homeostatic loss and empty batches are plain torch's. A row's result depends neither on the rows
-beside it nor on the number of threads.
+Dense nets settle in them; of convolutional nets (conv_cpu.py) and energies (energy_cpu.py) they make the pooled
+convolutions of real phases. The homeostatic loss and empty batches are plain torch's. A row's result depends neither on
+the rows beside it nor on the number of threads.
 """
+
+from functools import partial
 
 import torch
 
 from ...core.native import cpu_entries
 from ..common.cpu import address
-from . import reference
+from . import conv_cpu, energy, energy_cpu, reference
 from . import torch as lean
 from .dense_net import dense_net
-from .torch import by_phase, homeostasis
+from .torch import by_phase, energy_gradients, homeostasis
 
-__all__ = ["error", "homeostasis", "settle"]
+__all__ = ["energy_gradients", "energy_phases", "error", "homeostasis", "settle"]
+
+energy_phases = partial(energy.phases, settle=energy_cpu.settle, prepare=energy_cpu.prepare)
 
 _C = cpu_entries()
 
@@ -43,10 +48,12 @@ def _run(state, drive, net, target, phases, options):
 
 
 def settle(state, drive, net, target, phases, options):
-    if not _by_kernel(state):
-        return lean.settle(state, drive, net, target, phases, options)
     if options.tolerance is not None and phases.many > 1:
         return by_phase(settle, state, drive, net, target, phases, options)
+    if state[0].dim() == 4 and conv_cpu.takes(state, drive, net, phases):
+        return conv_cpu.settle(state, drive, net, target, phases, options)
+    if not _by_kernel(state):
+        return lean.settle(state, drive, net, target, phases, options)
     beta = torch.tensor([phases.beta_real, phases.beta_imag], dtype=torch.float32).t().contiguous()
     samples = len(state[0]) // phases.rows
     return _run(state, drive, net, target, (samples, phases.many, phases.real_phases, beta, False), options)

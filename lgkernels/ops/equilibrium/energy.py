@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import activity
+from .options import POOLS, EnergyForm
 from .pool import pooled
 
-POOLS = ("none", "avg", "max", "softmax")
-ENERGY_ACTIVATIONS = ("clipped_relu", "hard_sigmoid", "sigmoid")  # those that have an inverse
 VARIANTS = ("positive", "negative", "centered")
 
 
@@ -63,9 +62,20 @@ class EnergyNet(NamedTuple):
         both = [range(self.layers)] if schedule == "synchronous" else [range(k, self.layers, 2) for k in (0, 1)]
         return [part for part in both if len(part)]
 
+    def form(self) -> EnergyForm:
+        edges = [n for e in self.edges for n in (*e[:4], POOLS.index(e.pool))]
+        return EnergyForm(edges, list(self.scales), *self[3:])
+
+    @classmethod
+    def of(cls, form: EnergyForm, x: Tensor, states: list[Tensor]) -> "EnergyNet":
+        """The net of such a form with layers of these sizes."""
+        rows = [form.edges[i : i + 5] for i in range(0, len(form.edges), 5)]
+        edges = tuple(Edge(a, b, stride, padding, POOLS[pool]) for a, b, stride, padding, pool in rows)
+        return cls(tuple(tuple(s.shape[1:]) for s in (x, *states)), edges, tuple(form.scales), *form[2:])
+
 
 class Weights(NamedTuple):
-    """kernels: one for each edge. biases: one for each layer, (units,) or (channels,)."""
+    """kernels: one for each edge. biases: one for each layer, (units,) or (channels,). readout: (units, classes)."""
 
     kernels: list[Tensor]
     biases: list[Tensor]
@@ -184,6 +194,19 @@ def settle(net, weights, x, states, target, betas, steps, schedule, ready=None):
         ended.append(s)
         residuals.append(moved if steps else torch.full_like(moved, torch.inf))
     return [torch.cat(parts) for parts in zip(*ended)], torch.stack(residuals)
+
+
+def phases(net, weights, x, states, target, options, settle=settle, prepare=prepare):
+    """`(states, residual (B,))` of a free phase that starts at `states`, and `(states, residual (P, B))` of the nudged
+    ones, whose rows are [phase][B]."""
+    ready = prepare(net, weights, x)
+    free, residual = settle(net, weights, x, states, None, (0.0,), options.free_steps, options.schedule, ready)
+    many = len(options.betas)
+    if not many:
+        return free, residual[0], [s[:0] for s in free], residual[:0]
+    rows = [s.repeat(many, *[1] * (s.dim() - 1)) for s in free]
+    rest = options.nudge_steps, options.schedule, ready
+    return free, residual[0], *settle(net, weights, x, rows, target, tuple(options.betas), *rest)
 
 
 def gradients(net, weights, x, states, betas):

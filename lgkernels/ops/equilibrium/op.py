@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...core import checks
 from ...core.ops import define
+from . import energy_op  # noqa: F401  registers those of nets with an energy
 from .field import Net
 from .options import ACTIVATIONS, ESTIMATORS, HOLOMORPHIC, LOSSES, SCHEDULES, Phases, Settling, circle
 

@@ -8,6 +8,8 @@ HOLOMORPHIC = ("sigmoid", "dsilu")
 LOSSES = ("cross_entropy", "mse")
 SCHEDULES = ("synchronous", "asynchronous")
 ESTIMATORS = ("paper", "symmetric", "exact")
+ENERGY_ACTIVATIONS = ("clipped_relu", "hard_sigmoid", "sigmoid")  # those that have an inverse
+POOLS = ("none", "avg", "max", "softmax")
 
 
 class Phases(NamedTuple):
@@ -43,6 +45,27 @@ class Settling(NamedTuple):
     schedule: str
     steps: int
     tolerance: float | None
+
+
+class EnergyForm(NamedTuple):
+    """An energy net (energy.EnergyNet) without the sizes of its layers. edges: five numbers each, source, target,
+    stride, padding and the place of its pool in POOLS."""
+
+    edges: list[int]
+    scales: list[float]
+    activation: str
+    ceiling: float
+    linear_output: bool
+    loss: str
+
+
+class EnergyPhases(NamedTuple):
+    """A free phase, and one with the net nudged by each of `betas`, which all start where it ends."""
+
+    schedule: str
+    free_steps: int
+    nudge_steps: int
+    betas: list[float]
 
 
 def one_phase(beta: complex) -> Phases:

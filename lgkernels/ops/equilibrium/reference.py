@@ -1,17 +1,20 @@
 """The definition of the family: generalised holomorphic equilibrium propagation (Laborieux & Zenke, ICLR 2024).
 
 Plain torch, phase after phase, complex numbers as complex numbers. A backend has the functions `settle`, `error` and
-`homeostasis`, with these arguments and results; `field.py` says what a net is and how it moves.
+`homeostasis`, with these arguments and results; `field.py` says what a net is and how it moves. Nets with an energy,
+whose `energy_phases` and `energy_gradients` plain torch and the CPU have, are defined in `energy.py`.
 """
 
 import torch
 
 from .activations import activity, slope
+from .energy import gradients as energy_gradients
+from .energy import phases as energy_phases
 from .field import Arithmetic, Packed, field, field_tangent, force
 from .field import settle as run
 from .options import circle
 
-__all__ = ["error", "homeostasis", "settle"]
+__all__ = ["energy_gradients", "energy_phases", "error", "homeostasis", "settle"]
 
 
 def settle(state, drive, net, target, phases, options):

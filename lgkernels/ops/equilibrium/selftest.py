@@ -49,7 +49,30 @@ def _homeostasis(impl, device, dtype):
     return results
 
 
-CASES = {"equilibrium_settle": _settle, "equilibrium_homeostasis": _homeostasis}
+def _energy(impl, device, dtype):
+    """Images through each kind of pool, layers of whole vectors, dense ones, a skip."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    shapes = [(2, 16, 2, 2), (2, 16, 1, 1), (2, 6), (2, 5)]
+    kernels, biases = [(16, 16, 3, 3), (16, 16, 3, 3), (16, 6), (6, 5), (16, 5)], [(16,), (16,), (6,), (5,)]
+    own = dict(device=device, dtype=dtype)
+    x, target, results = values(2, 16, 5, 5, **own), values(2, 5, **own), []
+    weights = [[values(*s, scale=0.1, **own) for s in part] for part in (kernels, biases)]
+    for first, second in ((2, 3), (1, 0)):
+        edges = [0, 1, 1, 1, first, 1, 2, 1, 1 if second else 0, second, 2, 3, 0, 0, 0, 3, 4, 0, 0, 0, 2, 4, 0, 0, 0]
+        if not second:
+            weights[0][1] = values(16, 16, 2, 2, scale=0.1, **own)
+        form = edges, [1.0, 1.0, 2.0, 1.0], "sigmoid", 1.0, False, "mse"
+        states = [values(*s, **own).sigmoid() for s in shapes]
+        phases = "asynchronous", 2, 2, [-0.2, 0.2]
+        free, settled, nudged, residual = _ops.equilibrium_energy_phases(
+            states, x, *weights, None, None, target, *form, *phases, impl
+        )
+        made = _ops.equilibrium_energy_gradients(nudged, x, *weights, *form, [-0.2, 0.2], impl)
+        results += [*free, settled, *nudged, residual, *made[0], *made[1]]
+    return results
+
+
+CASES = {"equilibrium_settle": _settle, "equilibrium_homeostasis": _homeostasis, "equilibrium_energy": _energy}
 
 
 # -- ordinary sizes ---------------------------------------------------------------------------------------------------

@@ -3,12 +3,19 @@
 A complex state times a real weight is one product of stacked rows, real and imaginary; the input's part is copied in.
 """
 
+from functools import partial
+
 import torch
 
-from . import reference
+from . import energy, energy_torch, reference
+from .energy_torch import gradients as energy_gradients
 from .field import Packed, force
 from .field import settle as run
 from .options import one_phase
+
+__all__ = ["by_phase", "energy_gradients", "energy_phases", "error", "homeostasis", "settle"]
+
+energy_phases = partial(energy.phases, settle=energy_torch.settle, prepare=energy_torch.prepare)
 
 
 def settle(state, drive, net, target, phases, options):
