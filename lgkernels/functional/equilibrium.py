@@ -21,10 +21,11 @@ from .equilibrium_arguments import (
     refuse_compiled,
     targets,
 )
-from .equilibrium_errors import continuous_ep_error, recurrent_backprop_error
+from .equilibrium_errors import bptt_gradients, continuous_ep_error, recurrent_backprop_error
 from .equilibrium_homeostasis import homeostatic_loss, jacobian_symmetry, softmax_pool2d, weight_angle
 
 __all__ = [
+    "bptt_gradients",
     "continuous_ep_error",
     "ep_gradients",
     "ep_residual",

@@ -1,4 +1,5 @@
-"""Other ways to the error of an equilibrium: in continuous time, and by recurrent back-propagation."""
+"""Other ways to the error of an equilibrium, or to its gradients: in continuous time, by recurrent back-propagation, by
+back-propagation through time."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -10,7 +11,7 @@ from ..core import checks
 from ..core.ops import wide
 from ..ops.equilibrium import autograd as _entry
 from ..ops.equilibrium.activations import activity
-from ..ops.equilibrium.options import Phases, Settling
+from ..ops.equilibrium.options import SCHEDULES, Phases, Settling
 from .equilibrium_arguments import activation_and_loss, holomorphic, layers, net_and_input, refuse_compiled, targets
 
 
@@ -125,3 +126,54 @@ def recurrent_backprop_error(
     steps = checks.integer_between("steps", steps, 0, 2**31)
     delta, _ = _entry.recurrent(weights, net.found, x, free, goal, steps, method, activation, loss)
     return dict(zip(net.found.names, delta))
+
+
+def bptt_gradients(
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    target: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    steps: int,
+    activation: Literal["sigmoid", "dsilu", "hard_sigmoid", "clipped_relu"] = "sigmoid",
+    loss: Literal["cross_entropy", "mse"] = "cross_entropy",
+    schedule: Literal["synchronous", "asynchronous"] = "synchronous",
+) -> dict[str, Tensor]:
+    r"""Gradients of all weights by back-propagation through time: through `steps` more free steps from a state.
+
+    .. math:: g_\theta = \frac1B \sum_b \frac{d L(u_T)}{d \theta}, \qquad u_{t+1} = H_\theta(\phi(u_t)),
+
+    :math:`u_0` the free state, which counts as a constant. There it is :func:`ep_gradients` of `steps` Neumann terms of
+    :func:`recurrent_backprop_error`. All steps are kept until their way back: memory grows with `steps`.
+
+    Args:
+        weights, x, target, activation, loss, schedule: as :func:`ep_settle`.
+        state (dict): the free state, layer -> u.
+        steps (int): T.
+
+    Returns:
+        dict: as `weights`, of the mean loss of the batch, in the weights' dtypes. No graph is recorded.
+
+    Raises: as :func:`ep_settle`.
+
+    Source: the "BP" of the code of Laborieux & Zenke (ICLR 2024), whose steps are synchronous; Ernoult et al. (NeurIPS
+    2019).
+
+    Example:
+        >>> import torch, lgkernels.functional as LF
+        >>> weights, x = {"in-out/kernel": torch.eye(2)}, torch.tensor([[0.5, 0.25]])
+        >>> state = LF.ep_settle(weights, x, steps=5)
+        >>> exact = LF.bptt_gradients(weights, x, torch.tensor([0]), state, steps=3)
+        >>> delta = LF.recurrent_backprop_error(weights, x, torch.tensor([0]), state, steps=3)
+        >>> by_errors = LF.ep_gradients(weights, x, torch.tensor([0]), state, delta)
+        >>> torch.allclose(exact["in-out/kernel"], by_errors["in-out/kernel"])
+        True
+    """
+    refuse_compiled("bptt_gradients")
+    net = net_and_input("bptt_gradients", weights, x)
+    activation_and_loss(activation, loss)
+    checks.choice("schedule", schedule, SCHEDULES)
+    free, goal = layers("state", state, net, x), targets(target, net, x, loss)
+    steps = checks.integer_between("steps", steps, 0, 2**31)
+    options = Settling(activation, loss, schedule, steps, None)
+    return _entry.through_time(weights, net.found, x, [v.detach() for v in free], goal, options)

@@ -31,6 +31,7 @@ CALLS = {
     "ep_gradients": Call(dict(**LEARN, error=STATE)),
     "continuous_ep_error": Call(dict(**NET, target=TARGET, beta=0.1, points=4, plateaus=4, steps=3), compiles=False),
     "recurrent_backprop_error": Call(dict(**LEARN, steps=3), compiles=False),
+    "bptt_gradients": Call(dict(**LEARN, steps=3), compiles=False),
     "homeostatic_loss": Call(dict(weights=WEIGHTS, activities=STATE, noise=NOISE)),
     "jacobian_symmetry": Call(dict(weights=WEIGHTS, activities=STATE, noise=NOISE), compiles=False),
     "weight_angle": Call(dict(weights=WEIGHTS), compiles=False),

@@ -88,6 +88,15 @@ def test_recurrent_backprop(data):
         close("rbp_delta_converged", delta, data.group("rbp_delta_converged"))
 
 
+def test_back_propagation_through_time(data):
+    if data.has("bptt_grad_T2"):
+        own = dict(steps=data.meta["T2"], activation=data.activation)
+        grads = LF.bptt_gradients(data.weights, data.x, data.y, data.group("u_free"), **own)
+        close("bptt_grad_T2", grads, data.group("bptt_grad_T2"))
+    else:
+        assert data.conv
+
+
 @pytest.mark.parametrize("name", DENSE)
 def test_continuous_time(name):
     data = golden(name)

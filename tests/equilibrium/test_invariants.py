@@ -66,6 +66,53 @@ def test_the_error_is_the_true_one_through_the_jacobian(name):
     close("e", {"e": e}, {"e": through}, 1e-9)
 
 
+def written_out_loss(w, x, target, state, steps, schedule, loss):
+    """Of the net in calls.py after some steps, by hand: one hidden layer, sigmoid units."""
+    h, out = state["h"], state["out"]
+    for _ in range(steps):
+        r = torch.sigmoid(4 * out - 2)
+        new = x @ w["in-h/kernel"] + w["in-h/bias"] + r @ w["out-h/kernel"]
+        below = new if schedule == "asynchronous" else h
+        out = torch.sigmoid(4 * below - 2) @ w["h-out/kernel"] + w["h-out/bias"]
+        h = new
+    r = torch.sigmoid(4 * out - 2)
+    if loss == "mse":
+        return (r - target).square().sum(1).mean() / 2
+    z = r @ w["readout/Dense_0/kernel"] + w["readout/Dense_0/bias"]
+    return torch.nn.functional.cross_entropy(z, target)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("schedule", ["synchronous", "asynchronous"])
+def test_back_propagation_through_time_is_autograd_of_the_loop(schedule, loss):
+    """From any state, settled or not; nothing flows into the state itself."""
+    x, state = X.double(), {k: u.double() for k, u in STATE.items()}
+    target = TARGET if loss == "cross_entropy" else torch.tensor([0, 2, 1])
+    leaves = {k: w.clone().requires_grad_() for k, w in DOUBLE.items()}
+    goal = target if loss == "cross_entropy" else torch.eye(3).double()[target]
+    for steps in (0, 1, 5):
+        expected_loss = written_out_loss(leaves, x, goal, state, steps, schedule, loss)
+        if expected_loss.requires_grad:  # without a step a squared error has met no weight
+            expected_loss.backward()
+        got = LF.bptt_gradients(DOUBLE, x, target, state, steps=steps, schedule=schedule, loss=loss)
+        expected = {k: torch.zeros_like(w) if w.grad is None else w.grad for k, w in leaves.items()}
+        close("bptt", got, expected, 1e-12)
+        leaves = {k: w.clone().requires_grad_() for k, w in DOUBLE.items()}
+
+
+@pytest.mark.parametrize("name", ["mlp_a30_f64", "loop_f64", CONV])
+def test_at_a_fixed_point_steps_are_terms_of_the_neumann_series(name):
+    data = golden(name)
+    own = dict(activation=data.activation)
+    free = LF.ep_settle(data.weights, data.x, steps=600, tolerance=1e-14, **own)
+    for steps in (1, 4):
+        delta = LF.recurrent_backprop_error(data.weights, data.x, data.y, free, steps=steps, method="neumann", **own)
+        expected = LF.ep_gradients(data.weights, data.x, data.y, free, delta, **own)
+        got = LF.bptt_gradients(data.weights, data.x, data.y, free, steps=steps, **own)
+        largest_ = max(v.abs().max().item() for v in expected.values())
+        close("bptt", got, expected, 1e-9, dict.fromkeys(expected, largest_))
+
+
 def packed_case(net, activation, loss, schedule="synchronous", dtype=torch.float64):
     torch.manual_seed(1)
     samples, phases = 3, circle(0.3, 5)

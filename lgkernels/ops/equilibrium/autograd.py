@@ -12,7 +12,8 @@ from ...random import random_matrix
 from . import op  # noqa: F401  registers the ops
 from .activations import activity, slope
 from .conv_homeostasis import probe_loss
-from .field import Arithmetic, Net, field, field_cotangent, field_tangent, force
+from .field import Arithmetic, Net, cost, field, field_cotangent, field_tangent, force
+from .field import settle as run
 from .network import READOUT, Network
 from .options import Phases, Settling
 from .pool import pooled
@@ -114,6 +115,18 @@ def recurrent(weights, found, x, state, target, steps, method, activation, loss)
                 after = [s + a * b for s, a, b in zip(source, d, field_cotangent(net, r, total))]
                 total, moved = after, [a - b for a, b in zip(after, total)]
         return total, Arithmetic().squares(moved)[0].sqrt()
+
+
+def through_time(weights, found, x, state, target, options):
+    """A dict as `weights`: the gradient of the mean loss after `options.steps` free steps from `state`, a constant."""
+    leaves = {key: wide(w).detach().requires_grad_() for key, w in weights.items()}
+    with _settled(x), torch.enable_grad():
+        drive, net = drive_of(leaves, found, wide(x.detach())), net_of(leaves, found)
+        u, *_ = run(net, drive, [wide(v) for v in state], None, options, Arithmetic())
+        r = activity(u[-1], options.activation).flatten(1)
+        loss = cost(net, r, target, options.loss).sum() / max(len(x), 1)
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return {key: g.to(w.dtype) for (key, w), g in zip(weights.items(), grads)}
 
 
 # -- the homeostatic loss ---------------------------------------------------------------------------------------------

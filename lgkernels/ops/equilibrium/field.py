@@ -177,6 +177,15 @@ def force(net, r, target, loss):
     return (g if net.readout is None else g @ net.readout.t().to(r.dtype)).view(r.shape)
 
 
+def cost(net, r, target, loss):
+    """L of each sample, (B,), of the last layer's real activities (B, n): `force` is its derivative."""
+    if loss == "mse":
+        return (r - target).square().sum(1) / 2
+    z = r if net.readout is None else r @ net.readout
+    z = z if net.readout_bias is None else z + net.readout_bias
+    return torch.logsumexp(z, 1) - (target * z).sum(1)
+
+
 def field(net, drive, r, target, loss, values, layers=None):
     """H(r): the next states of the layers."""
     layers, edges, states = range(net.layers) if layers is None else layers, net.routes(), []
