@@ -143,6 +143,8 @@ def _direct(trainer: Any, x: Tensor, target: Tensor, finished: Finished) -> Tens
         for direct, (_, module), out in zip(noise.of_block(noise.direct, b), block.stages(), activities[b]):
             matrix = direct.materialize((error.shape[1], out.shape[1:].numel()), error.device, error.dtype)
             own = [p for p in module.parameters() if p.requires_grad]
+            if not own:
+                continue
             signal = (error @ matrix).view(out.shape)
             found.update(zip(own, torch.autograd.grad(out, own, signal)))
         _take(trainer, b, found, finished)

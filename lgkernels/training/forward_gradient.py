@@ -185,6 +185,7 @@ class ForwardGradientTrainer(Trainer):
         self.model = model
         self.mixer_blocks: list[Any] = list(model.blocks)
         groups = [[p for p in part.parameters() if p.requires_grad] for part in (*model.blocks, model.readout)]
+        perturbation.refuse_tied(model, groups)
         super().__init__(
             [model],
             optimizer_factory,
@@ -250,6 +251,7 @@ class ForwardGradientTrainer(Trainer):
             raise ValueError(f"x must have at least one sample, got shape {checks.shape_of(views[0])}")
         checks.class_targets("target", target, patches[0], "x")
         checks.class_indices("target", target, self.model.num_classes)
+        perturbation.refuse_mixed(self.model, views)
         for view in patches[1:]:
             checks.shape("x", view, patches[0].shape, "two views of the same images")
         return patches
@@ -300,10 +302,13 @@ class ForwardGradientTrainer(Trainer):
         losses = []
         for b, block in enumerate(self.mixer_blocks):
             total: Gradients = {}
+            made: Any = None
             for draw in range(self.draws):
                 if draw:
                     self.noise.advance()
-                outputs, result = self._local_draw(block, xs, self._draw(b, given), target, total)
+                made = None  # its outputs do not stay while the next draw makes the same ones
+                made = self._local_draw(block, xs, self._draw(b, given), target, total)
+            outputs, result = made
             for parameter, gradient in ((block.head.weight, result.weight), (block.head.bias, result.bias)):
                 if parameter.requires_grad:
                     total[parameter] = gradient * self.factors[0]
@@ -331,32 +336,37 @@ class ForwardGradientTrainer(Trainer):
 
     def _global(self, x: Tensor, target: Tensor, finished: Any, given: Any) -> Tensor:
         """One loss behind the last block."""
-        blocks = len(self.model.blocks)
-        totals: list[Gradients] = [{} for _ in range(blocks)]
+        totals: list[Gradients] = [{} for _ in self.mixer_blocks]
+        features: Any = None
         for draw in range(self.draws):
             if draw:
                 self.noise.advance()
-            noises = [self._draw(b, given) for b in range(blocks)]
-            forward = self.derivative == "forward"
-            y, tangent, moved, tapes = x, None, x, []
-            for block, noise in zip(self.mixer_blocks, noises):
-                perturb = self.kind.perturb if forward else "nothing"
-                y, tangent, tape = perturbation.dual_block(block, y, tangent, noise, perturb, self.impl)
-                tapes.append(tape)
-                last = y
-                y, tangent = y.flatten(-2), None if tangent is None else tangent.flatten(-2)
-                if not forward:
-                    moved = perturbation.moved_block(block, moved, noise, self.kind.perturb, self.step_size)
-                    moved = moved.flatten(-2)
-            rows = perturbation.readout_derivatives(
-                self.model, last, tangent if forward else None, None if forward else moved, self.step_size, target
-            )
-            (derivative,) = perturbation.of_all_patches(rows, 1)
-            for tape, total in zip(tapes, totals):
-                self._stage_gradients(tape, derivative, 1 / self.draws, total)
+            features = None
+            features = self._global_draw(x, [self._draw(b, given) for b in range(len(totals))], target, totals)
         for b, total in enumerate(totals):
             finished(b, total)
-        return self._read_out(last, target, [], finished)
+        return self._read_out(features, target, [], finished)
+
+    def _global_draw(self, x: Tensor, noises: list[Any], target: Tensor, totals: list[Gradients]) -> Tensor:
+        """The last block's output; adds one draw's gradients of all layers. Nothing else of it stays alive."""
+        forward = self.derivative == "forward"
+        y, tangent, moved, tapes = x, None, x, []
+        for block, noise in zip(self.mixer_blocks, noises):
+            perturb = self.kind.perturb if forward else "nothing"
+            y, tangent, tape = perturbation.dual_block(block, y, tangent, noise, perturb, self.impl)
+            tapes.append(tape)
+            last = y
+            y, tangent = y.flatten(-2), None if tangent is None else tangent.flatten(-2)
+            if not forward:
+                moved = perturbation.moved_block(block, moved, noise, self.kind.perturb, self.step_size)
+                moved = moved.flatten(-2)
+        rows = perturbation.readout_derivatives(
+            self.model, last, tangent if forward else None, None if forward else moved, self.step_size, target
+        )
+        (derivative,) = perturbation.of_all_patches(rows, 1)
+        for tape, total in zip(tapes, totals):
+            self._stage_gradients(tape, derivative, 1 / self.draws, total)
+        return last
 
     @torch.no_grad()
     def _read_out(self, features: Tensor, target: Tensor, losses: list[Tensor], finished: Any) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core import checks
 from ..functional.dual_layers import as_noise
 from ..nn.forward_gradient import EPS, LocalMixer, LocalMixerBlock, linear
 from ..ops.forward_gradient import autograd, layers
@@ -203,3 +204,31 @@ def head_losses(
     count = len(rows)
     split = [d / (count // len(outputs)) for d in derivatives.chunk(len(outputs))]
     return Losses(rows.mean(), rows, split, delta.t() @ pooled / count, delta.sum(0) / count)
+
+
+# -- what a step refuses ----------------------------------------------------------------------------------------------
+
+
+def refuse_tied(model: LocalMixer, groups: Sequence[Sequence[Any]]) -> None:
+    """Blocks are updated one after the other, each by an optimizer of its own."""
+    seen: set[Any] = set()
+    for group in groups:
+        for p in group:
+            if p in seen:
+                names = " and ".join(n for n, q in model.named_parameters(remove_duplicate=False) if q is p)
+                raise ValueError(f"model's blocks and read-out must not share parameters, got one as {names}")
+        seen.update(group)
+
+
+def refuse_mixed(model: LocalMixer, views: Sequence[Tensor]) -> None:
+    """The model is of one dtype, and x too, but where autocast is there to cast."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("step() takes gradients, which torch.inference_mode() has not: call it outside")
+    names = {p.dtype: name for name, p in reversed(list(model.named_parameters()))}
+    if len(names) > 1:
+        found = " and ".join(f"{str(dtype)[6:]} ({name})" for dtype, name in names.items())
+        raise TypeError(f"model's parameters must be of one dtype, got {found}: convert the whole model, .to(dtype)")
+    for view in views:
+        if view.dtype not in names and not checks.autocasts(view.device):
+            expected = checks.dtype_of(next(model.parameters()))
+            raise TypeError(f"x must be {expected} like the model's parameters, got {checks.dtype_of(view)}")

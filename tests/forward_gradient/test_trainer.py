@@ -231,6 +231,21 @@ def test_checkpoint_goes_on_bit_for_bit(estimator):
         assert torch.equal(trainer.step(*data), other.step(*data))
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_frozen_parameters_change_nothing_for_the_others(estimator):
+    full = gradients(estimator)[1]
+    model = model_of()
+    model.blocks[0].requires_grad_(False)
+    model.blocks[1].channel.weight.requires_grad_(False)
+    model.blocks[1].head.bias.requires_grad_(False)
+    found = gradients(estimator, model)[1]
+    assert_same(found, {n: g for n, g in full.items() if model.get_parameter(n).requires_grad})
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer_of(model, estimator).step(*batch())
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p.detach(), before[n])}
+    assert moved and all(model.get_parameter(n).requires_grad for n in moved)
+
+
 def test_accumulation_adds_up():
     model, (x, target) = model_of(), batch(4)
     trainer = trainer_of(model, "LG-BP", accumulation_steps=2)
@@ -250,6 +265,10 @@ def test_bad_arguments():
         trainer_of(torch.nn.Linear(2, 2), "BP")
     with pytest.raises(ValueError, match="contrastive"):
         trainer_of(model_of(head="contrastive"), "FG-A")
+    tied = model_of()
+    tied.blocks[2].channel.weight = tied.blocks[1].channel.weight
+    with pytest.raises(ValueError, match=r"share parameters, got one as blocks.1.channel.weight and blocks.2.chan"):
+        trainer_of(tied, "BP")
     trainer = trainer_of(model, "LG-FG-A")
     with pytest.raises(ValueError, match="x must have shape"):
         trainer.step(torch.zeros(2, 3, 4, 4, dtype=torch.float64), torch.zeros(2, dtype=torch.long))
@@ -259,6 +278,15 @@ def test_bad_arguments():
         trainer.step((batch()[0], batch()[0]), batch()[1])
     with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
         trainer_of(model_of(head="contrastive"), "LG-FG-A").step((batch()[0], [1.0]), batch()[1])
+    with pytest.raises(TypeError, match="x must be float64 like the model's parameters, got float32"):
+        trainer.step(batch(dtype=torch.float32)[0], batch()[1])
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="step.. takes gradients"):
+        trainer.step(*batch())
+    model.blocks[1].float()
+    mixed = r"model's parameters must be of one dtype, got float\d\d \(.*\) and float\d\d \(.*\): convert the whole"
+    with pytest.raises(TypeError, match=mixed):
+        trainer.step(*batch())
+    model.double()
     with pytest.raises(ValueError, match="x must have at least one sample"):  # the mean of no losses is no number
         trainer.step(batch()[0][:0], batch()[1][:0])
 
@@ -317,6 +345,19 @@ def test_a_step_keeps_the_primals_of_one_block_and_of_weights_nothing(estimator,
     trainer = trainer_of(model, estimator)
     activity = 4 * len(x) * 16 * 32
     assert peak_memory(lambda: trainer.step(x, target), x.device) <= most * activity
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("estimator", ["LG-FG-A", "FG-A", "FG-W"])
+@pytest.mark.parametrize("derivative", ["forward", "finite_difference"])
+def test_draws_come_one_after_the_other(estimator, derivative):
+    """A second draw needs the room of the first one and the sums of their gradients."""
+    (x, target), model = batch(256, torch.float32), model_of(dtype=torch.float32, width=32, blocks=2)
+    peaks = []
+    for draws in (1, 2):
+        trainer = trainer_of(model, estimator, draws=draws, derivative=derivative)
+        peaks.append(peak_memory(lambda trainer=trainer: trainer.step(x, target), x.device))
+    assert peaks[1] < peaks[0] + 4 * len(x) * 16 * 32 / 8  # an eighth of an activity
 
 
 # -- the modules ------------------------------------------------------------------------------------------------------
