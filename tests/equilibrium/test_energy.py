@@ -186,6 +186,8 @@ def test_no_step_and_no_sample():
     for module in (energy, energy_torch):
         states, residual = module.settle(model.net, model.tensors(), x, start, None, (0.0,), 0, "asynchronous")
         assert all(torch.equal(a, b) for a, b in zip(states, start)) and residual.isinf().all()
+    gradients = gradients_through_time(model, x, torch.arange(3), model.settle(x), 0)
+    assert sorted(gradients) == sorted(model.named_weights()) and not any(g.any() for g in gradients.values())
     assert model(x[:0]).shape == (0, 4)
 
 

@@ -125,6 +125,8 @@ def through_time(weights, found, x, state, target, options):
         u, *_ = run(net, drive, [wide(v) for v in state], None, options, Arithmetic())
         r = activity(u[-1], options.activation).flatten(1)
         loss = cost(net, r, target, options.loss).sum() / max(len(x), 1)
+        if not loss.requires_grad:  # no step, no readout
+            return {key: torch.zeros_like(w) for key, w in weights.items()}
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return {key: g.to(w.dtype) for (key, w), g in zip(weights.items(), grads)}
 

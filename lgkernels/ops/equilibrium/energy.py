@@ -232,7 +232,10 @@ def through_time(net, weights, x, target, states, steps, schedule, settle=settle
     with torch.enable_grad():
         ended, _ = settle(net, own_, x, states, target, (0.0,), steps, schedule)
         loss = cost(net, own_, ended[-1], target).sum() / max(len(x), 1)
-    made = list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+    if loss.requires_grad:
+        made = list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+    else:  # no step, no readout
+        made = [torch.zeros_like(leaf) for leaf in leaves]
     return made[:many], made[many : many + net.layers], made[many + net.layers :]
 
 
