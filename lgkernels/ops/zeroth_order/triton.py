@@ -73,7 +73,7 @@ def _write_rows(out, weight, index, first, coefficients, noise, N):
     config = configuration(TILES["update"], (rows, K, values_per_call(noise.law)), out)
     strides = (0, 0) if weight is None else weight.stride()
     launch(
-        triton_noise.rows_kernel,
+        triton_noise.perturbed_rows_kernel,
         members * block_count(rows, config["BLOCK_N"]) * block_count(K, config["BLOCK_K"]),
         out.device,
         weight,

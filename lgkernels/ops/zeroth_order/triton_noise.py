@@ -71,7 +71,7 @@ def linear_kernel(
 
 
 @triton.jit(do_not_specialize=["first", "R", "N"])
-def rows_kernel(
+def perturbed_rows_kernel(
     weight,
     out,
     index,
