@@ -60,6 +60,8 @@ HEADS = list(
         waveform=("cosine", "user"),
     )
 )
+# more products than Triton takes in one launch
+HEADS += [dict(B=20, classes=100, d=1029, kind=k, waveform="square") for k in ("none", "vector", "matrix")]
 
 
 @pytest.mark.parametrize("case", HEADS, ids=label)

@@ -1,4 +1,6 @@
-"""Ahead-of-time compilation of the Triton kernels, with no GPU: `python -m tests.static.aot [--table] [ARCH ...]`.
+"""Ahead-of-time compilation of the Triton kernels, with no GPU:
+
+    python -m tests.static.aot [--table] [ARCH ...] [KERNEL ...]
 
 The backends' own functions run over cases that reach every row of the configuration tables; instead of a launch, the
 kernel, its arguments and its blocks are recorded, and each distinct specialisation is compiled as Triton would at that
@@ -187,11 +189,13 @@ def _compile(job):
     return [results.get(arch) or results[SAME[arch]] | {"arch": arch} for arch in archs]
 
 
-def compile_all(archs, counted):
-    """The results of all launches on `archs`, as they come; with counts on the architectures `counted`, at the end."""
+def compile_all(archs, counted, kernels=()):
+    """The results of all launches (of these kernels, where some are named) on `archs`, as they come; with counts on the
+    architectures `counted`, at the end."""
     for arch in archs:
         for key, launch in record(arch).items():
-            _recorded.setdefault(key, (launch, []))[1].append(arch)
+            if not kernels or launch[0].fn.__name__ in kernels:
+                _recorded.setdefault(key, (launch, []))[1].append(arch)
     shared = [key for key, (_, on) in _recorded.items() if any({*pair} <= {*on} for pair in SAME_PTX.items())]
     compared = {_recorded[key][0][0].fn.__name__: key for key in reversed(shared)}.values()  # each kernel's first
     triton_key()  # kept in memory: workers need not hash Triton's files again
@@ -211,12 +215,13 @@ def compile_all(archs, counted):
 
 
 def main(arguments):
-    archs = [int(word) for word in arguments if word != "--table"] or list(tiles.SHARED_MEMORY)
+    archs = [int(word) for word in arguments if word.isdigit()] or list(tiles.SHARED_MEMORY)
+    kernels = [word for word in arguments if word.endswith("_kernel")]
     if "--table" in arguments:
         print(f"Triton {triton.__version__}; counts of all variants together, the largest of their resources\n")
-        print(sass.table(compile_all(archs, set(archs))))
+        print(sass.table(compile_all(archs, set(archs), kernels)))
     else:
-        for result in compile_all(archs, DISASSEMBLED):
+        for result in compile_all(archs, DISASSEMBLED, kernels):
             print(json.dumps(result), flush=True)
 
 

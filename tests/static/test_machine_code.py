@@ -1,6 +1,7 @@
 """What the compiled Triton kernels execute: no double precision, and sums over lanes whose halves agree."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,23 @@ def test_reductions_of_the_local_losses_have_loads_in_flight(compiled):
 
 @needs_triton
 @pytest.mark.parametrize("compiled", [86], indirect=True, ids=lambda arch: f"sm_{arch}")
+def test_a_head_of_many_classes_takes_few_instructions(compiled):
+    """100 classes at batch 128: at most two a product and thread, on matrix instructions. Plain arithmetic takes 13 and
+    24 (the loops of wide_head_kernel)."""
+    from lgkernels.ops.lls.triton_fused_head import fused_kernel
+
+    assert fused_kernel(128, 2048, 100, 100) is None and fused_kernel(16, 512, 100, 100) == "wide_head"
+    _, results = compiled
+    blocks = ("BLOCK_M", "BLOCK_K", "BLOCK_D")
+    for kernel, tile in (("similarity_kernel", (16, 64, 32)), ("latent_grad_kernel", (16, 32, 64))):
+        found = [r for r in results if r["kernel"] == kernel and tuple(map(r["constants"].get, blocks)) == tile]
+        assert {r["constants"]["PACKED"] for r in found} == {True, False}
+        for r in found:
+            assert r["matrix"] and r["loop"] * 32 * r["options"]["num_warps"] <= 2 * math.prod(tile)
+
+
+@needs_triton
+@pytest.mark.parametrize("compiled", [86], indirect=True, ids=lambda arch: f"sm_{arch}")
 def test_the_committed_table_is_of_these_kernels(compiled):
     """Made anew by `python -m tests.static.aot --table 75 86 90 120`, with the Triton of constraints.txt."""
     import triton
@@ -107,3 +125,20 @@ IN_FLIGHT = [
 def test_loads_in_flight_are_counted(first, second, third, fourth, expected):
     lines = [f"/*{i:04x}*/ {text} ;" for i, text in enumerate((first, second, third, fourth))]
     assert sass.loads_in_flight(sass.parse("\n".join(lines))) == expected
+
+
+LOOPS = """
+        /*0000*/                   LDG.E R4, [R2.64] ;
+        /*0010*/                   FFMA R0, R4, R4, R0 ;
+        /*0020*/               @P0 BRA 0x10 ;
+        /*0030*/                   HMMA.1688.F32.TF32 R4, R8, R9, R4 ;
+        /*0040*/               @P1 BRA 0x0 ;
+        /*0050*/                   BRA 0x50 ;
+"""
+
+
+def test_loops_and_matrix_instructions_are_counted():
+    listing = sass.parse(LOOPS)
+    assert sass.loops(listing) == [(1, 2)]
+    row = sass.counts(listing)
+    assert row["loop"] == 2 and row["matrix"] == 1

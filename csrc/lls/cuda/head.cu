@@ -6,7 +6,8 @@
 //   dL/dx = (g - x / |x| <g_s, s>) / |x|;  g / eps or 0 where |x| < eps
 //
 // Phi is a float table, or the sign bits of the square wave: bit j % 32 of word j / 32 is 1 where the entry is -1, and
-// column 0 is zero. A block keeps its samples' latents in shared memory where they fit.
+// column 0 is zero. A block keeps its samples' latents in shared memory where they fit. Four columns are taken at a
+// time: an element of Phi is made, or loaded, once for all samples of the block, and a latent once for two rows of Phi.
 #include "common/cuda/cross_entropy.h"
 #include "lls/cuda/finish.h"
 
@@ -18,9 +19,27 @@ struct Head : HeadOptions, HeadShape {};
 constexpr int kManySamples = 4;  // samples of a block when there are enough of them to fill the GPU
 constexpr int64_t kManyRows = 1024;
 constexpr int64_t kMaxBlocks = 1024;
+constexpr int kWarpRows = 2;  // rows of Phi that a warp multiplies at a time
+constexpr int kQuad = 4;      // columns that a thread takes at a time
 
-LGK_DEVICE float flip_sign(float value, uint32_t sign_bit) {
-  return __uint_as_float(__float_as_uint(value) ^ (sign_bit & 0x80000000u));
+using Quad = Pack<float, kQuad>;
+
+LGK_DEVICE int padded(int columns) { return ceil_div(columns, kQuad) * kQuad; }
+
+// Phi[k, j] to Phi[k, j + 3], j a multiple of four; finite past the last column.
+template <bool PACKED>
+LGK_DEVICE Quad basis_quad(const Head& p, const void* basis, bool vectors, int k, int j) {
+  if constexpr (PACKED) {
+    const uint32_t* const words = static_cast<const uint32_t*>(basis) + int64_t{k} * ceil_div(p.dim, 32);
+    const uint32_t signs = words[j / 32] << (28 - j % 32);  // of the last column in bit 31
+    Quad phi;
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) phi.element[c] = __uint_as_float((signs << (3 - c) & 0x80000000u) | 0x3f800000u);
+    if (j == 0) phi.element[0] = 0.0f;
+    return phi;
+  } else {
+    return load<float, kQuad>(static_cast<const float*>(basis) + int64_t{k} * p.dim + j, p.dim - j, vectors);
+  }
 }
 
 // One warp: the loss of one sample from its logits z, and g_z in their place.
@@ -43,74 +62,77 @@ LGK_DEVICE float sample_loss(const Head& p, int64_t target, float divisor, float
   return valid ? loss : 0.0f;
 }
 
-// SAMPLES rows a block; the basis is read once for all of them. `workspace` holds what does not fit into shared memory.
-template <int SAMPLES, bool PACKED>
+// SAMPLES rows a block; the basis is read once for all of them. Where they do not fit into shared memory (not SHARED),
+// latents are read again and s, z and g_s lie in `workspace`. `vectors`: all rows of `dim` are aligned to 16 bytes.
+template <int SAMPLES, bool PACKED, bool SHARED>
 __global__ void __launch_bounds__(kThreads, 2)
-    head(Head p, bool stage_x, const float* __restrict__ x, const int64_t* __restrict__ target,
+    head(Head p, bool vectors, const float* __restrict__ x, const int64_t* __restrict__ target,
          const float* __restrict__ modulation, const void* __restrict__ basis, HeadOutputs out, float* workspace) {
-  [[maybe_unused]] constexpr int kUnroll = SAMPLES == 1 ? 4 : 1;
-  LGK_DYNAMIC_SHARED(float, shared);  // reduce (kWarps); s, z, g_s of each sample unless in `workspace`; x if staged
+  [[maybe_unused]] constexpr int kUnroll = SAMPLES > 1 ? 1 : SHARED ? 4 : 2;
+  LGK_DYNAMIC_SHARED(float, shared);  // reduce (kWarps); if SHARED x, then s, z, g_s of each sample
   float* const reduce = shared;
+  float* const staged = shared + kWarps;  // (SAMPLES, padded(dim)), zeros past the last column
   const int sample_floats = 2 * p.rows + p.num_classes;
   float* const work =
-      workspace == nullptr ? shared + kWarps : workspace + int64_t{blockIdx.x} * SAMPLES * sample_floats;
-  float* const staged = shared + kWarps + (workspace == nullptr ? SAMPLES * sample_floats : 0);
+      SHARED ? staged + SAMPLES * padded(p.dim) : workspace + int64_t{blockIdx.x} * SAMPLES * sample_floats;
   float* const s = work;                          // (SAMPLES, rows)
   float* const grad_s = work + SAMPLES * p.rows;  // (SAMPLES, rows)
   float* const z = grad_s + SAMPLES * p.rows;     // (SAMPLES, classes)
-  const float* const table = static_cast<const float*>(basis);
-  const uint32_t* const signs = static_cast<const uint32_t*>(basis);
-  const int words = (p.dim + 31) / 32, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float divisor = p.reduction == kMean ? valid_rows(p.batch, p.ignore_index, target, reduce) : 1.0f;
 
   for (int64_t first = int64_t{blockIdx.x} * SAMPLES; first < p.batch; first += int64_t{gridDim.x} * SAMPLES) {
     // Samples beyond the batch repeat its last row and are not stored.
     const int samples = static_cast<int>(min(int64_t{SAMPLES}, p.batch - first));
-    const float* row[SAMPLES];
+    const auto from_memory = [&](int r, int j) {
+      return load<float, kQuad>(x + (first + min(r, samples - 1)) * p.dim + j, p.dim - j, vectors);
+    };
+    const auto latents = [&](int r, int j) {
+      if constexpr (SHARED) {
+        return *reinterpret_cast<const Quad*>(staged + r * padded(p.dim) + j);
+      } else {
+        return from_memory(r, j);
+      }
+    };
     float norm[SAMPLES], inverse[SAMPLES];
 #pragma unroll
     for (int r = 0; r < SAMPLES; ++r) {
-      const float* const source = x + (first + min(r, samples - 1)) * p.dim;
-      row[r] = stage_x ? staged + int64_t{r} * p.dim : source;
       float square = 0.0f;
-      for (int j = threadIdx.x; j < p.dim; j += kThreads) {
-        const float value = source[j];
-        if (stage_x) staged[int64_t{r} * p.dim + j] = value;
-        square += value * value;
+      for (int j = kQuad * threadIdx.x; j < p.dim; j += kQuad * kThreads) {
+        const Quad value = from_memory(r, j);
+        if constexpr (SHARED) *reinterpret_cast<Quad*>(staged + r * padded(p.dim) + j) = value;
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) square += value.element[c] * value.element[c];
       }
       norm[r] = sqrtf(block_sum(square, reduce));
       inverse[r] = p.normalize ? 1.0f / fmaxf(norm[r], p.eps) : 1.0f;
     }
     __syncthreads();
 
-    for (int k = warp; k < p.rows; k += kWarps) {
-      float dot[SAMPLES] = {};
-      if (PACKED) {
+    for (int k = warp * kWarpRows; k < p.rows; k += kWarps * kWarpRows) {
+      float dot[kWarpRows][SAMPLES] = {};
 #pragma unroll kUnroll
-        for (int word = 0; word < words; ++word) {
-          const int j = word * 32 + lane;
-          const uint32_t sign = signs[int64_t{k} * words + word] << (31 - lane);
-          if (j == 0 || j >= p.dim) continue;
+      for (int j = kQuad * lane; j < p.dim; j += kQuad * 32) {
+        Quad phi[kWarpRows];
 #pragma unroll
-          for (int r = 0; r < SAMPLES; ++r) dot[r] += flip_sign(row[r][j], sign);
-        }
+        for (int i = 0; i < kWarpRows; ++i) phi[i] = basis_quad<PACKED>(p, basis, vectors, min(k + i, p.rows - 1), j);
 #pragma unroll
-        for (int r = 0; r < SAMPLES; ++r)  // column 0: zero times inf is nan
-          if (lane == 0) dot[r] = fmaf(row[r][0], 0.0f, dot[r]);
-      } else {
-#pragma unroll kUnroll
-        for (int j = lane; j < p.dim; j += 32) {
-          const float phi = table[int64_t{k} * p.dim + j];
+        for (int r = 0; r < SAMPLES; ++r) {
+          const Quad value = latents(r, j);
 #pragma unroll
-          for (int r = 0; r < SAMPLES; ++r) dot[r] = fmaf(row[r][j], phi, dot[r]);
+          for (int i = 0; i < kWarpRows; ++i)
+#pragma unroll
+            for (int c = 0; c < kQuad; ++c) dot[i][r] = fmaf(value.element[c], phi[i].element[c], dot[i][r]);
         }
       }
 #pragma unroll
-      for (int r = 0; r < SAMPLES; ++r) {
-        const float value = warp_sum(dot[r]) * inverse[r] * p.basis_scale;
-        if (lane == 0) {
-          s[r * p.rows + k] = value;
-          if (r < samples) out.similarity[(first + r) * p.rows + k] = value;
+      for (int i = 0; i < kWarpRows; ++i) {
+#pragma unroll
+        for (int r = 0; r < SAMPLES; ++r) {
+          const float value = warp_sum(dot[i][r]) * inverse[r] * p.basis_scale;
+          if (lane != 0 || k + i >= p.rows) continue;
+          s[r * p.rows + k + i] = value;
+          if (r < samples) out.similarity[(first + r) * p.rows + k + i] = value;
         }
       }
     }
@@ -160,34 +182,29 @@ __global__ void __launch_bounds__(kThreads, 2)
         partial = fmaf(grad_s[r * p.rows + k], s[r * p.rows + k], partial);
       rho[r] = block_sum(partial, reduce);
     }
-    for (int j = threadIdx.x; j < p.dim; j += kThreads) {
-      float g[SAMPLES] = {};
-      if (!PACKED) {
+    for (int j = kQuad * threadIdx.x; j < p.dim; j += kQuad * kThreads) {
+      float g[SAMPLES][kQuad] = {};
 #pragma unroll kUnroll
-        for (int k = 0; k < p.rows; ++k) {
-          const float phi = table[int64_t{k} * p.dim + j];
+      for (int k = 0; k < p.rows; ++k) {
+        const Quad phi = basis_quad<PACKED>(p, basis, vectors, k, j);
 #pragma unroll
-          for (int r = 0; r < SAMPLES; ++r) g[r] = fmaf(grad_s[r * p.rows + k], phi, g[r]);
-        }
-      } else if (j > 0) {
-#pragma unroll kUnroll
-        for (int k = 0; k < p.rows; ++k) {
-          const uint32_t sign = signs[int64_t{k} * words + j / 32] << (31 - j % 32);
+        for (int r = 0; r < SAMPLES; ++r)
 #pragma unroll
-          for (int r = 0; r < SAMPLES; ++r) g[r] += flip_sign(grad_s[r * p.rows + k], sign);
-        }
-      } else {
-        for (int k = 0; k < p.rows; ++k)
-          for (int r = 0; r < SAMPLES; ++r) g[r] = fmaf(grad_s[r * p.rows + k], 0.0f, g[r]);
+          for (int c = 0; c < kQuad; ++c) g[r][c] = fmaf(grad_s[r * p.rows + k], phi.element[c], g[r][c]);
       }
 #pragma unroll
       for (int r = 0; r < SAMPLES; ++r) {
         if (r >= samples) continue;
-        const float grad = g[r] * p.basis_scale;
-        float value = grad;
-        if (p.normalize)
-          value = norm[r] >= p.eps ? (grad - row[r][j] * inverse[r] * rho[r]) * inverse[r] : p.below_eps(grad);
-        out.grad_latents[(first + r) * p.dim + j] = value;
+        const Quad value = latents(r, j);
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) {
+          const float grad = g[r][c] * p.basis_scale;
+          g[r][c] = grad;
+          if (p.normalize)
+            g[r][c] =
+                norm[r] >= p.eps ? (grad - value.element[c] * inverse[r] * rho[r]) * inverse[r] : p.below_eps(grad);
+        }
+        store<float, kQuad>(out.grad_latents + (first + r) * p.dim + j, g[r], p.dim - j, vectors);
       }
     }
     __syncthreads();  // shared memory is free for the next samples
@@ -202,24 +219,27 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 struct Plan {
   int samples;
-  bool stage_x, work_in_shared;
+  bool in_shared;
   int64_t blocks, shared_bytes, work_floats;
 };
 
 Plan plan(const Head& p) {
-  Plan best{};
   for (int samples : {kManySamples, 1}) {
-    if (samples > 1 && p.batch < kManyRows) continue;
-    const int64_t work = int64_t{samples} * (2 * int64_t{p.rows} + p.num_classes), staged = int64_t{samples} * p.dim;
-    const int64_t room = kMaxShared / static_cast<int64_t>(sizeof(float)) - kWarps;
-    const bool work_in_shared = work <= room, stage_x = (work_in_shared ? work : 0) + staged <= room;
-    if (samples > 1 && !(work_in_shared && stage_x)) continue;
+    const int64_t work = 2 * int64_t{p.rows} + p.num_classes, latents = ceil_div<int64_t>(p.dim, kQuad) * kQuad;
+    const int64_t floats = kWarps + samples * (work + latents);
+    const bool in_shared = floats * static_cast<int64_t>(sizeof(float)) <= kMaxShared;
+    if (samples > 1 && (p.batch < kManyRows || !in_shared)) continue;
     const int64_t blocks = std::min(ceil_div<int64_t>(p.batch, samples), kMaxBlocks);
-    const int64_t floats = kWarps + (work_in_shared ? work : 0) + (stage_x ? staged : 0);
-    best = Plan{samples, stage_x, work_in_shared, blocks, floats * static_cast<int64_t>(sizeof(float)), work * blocks};
-    break;
+    const int64_t bytes = (in_shared ? floats : kWarps) * static_cast<int64_t>(sizeof(float));
+    return Plan{samples, in_shared, blocks, bytes, in_shared ? 0 : work * blocks};
   }
-  return best;
+  return Plan{};
+}
+
+template <bool PACKED>
+auto kernel_of(const Plan& chosen) {
+  if (!chosen.in_shared) return head<1, PACKED, false>;
+  return chosen.samples == 1 ? head<1, PACKED, true> : head<kManySamples, PACKED, true>;
 }
 
 __global__ void __launch_bounds__(kThreads, 2) modulation_grad(ModulationGrad problem) {
@@ -230,8 +250,7 @@ __global__ void __launch_bounds__(kThreads, 2) modulation_grad(ModulationGrad pr
 }  // namespace
 
 int64_t lls_head_scratch(const HeadOptions& options, const HeadShape& shape) {
-  const Plan chosen = plan(Head{options, shape});
-  return chosen.work_in_shared ? 0 : chosen.work_floats;
+  return plan(Head{options, shape}).work_floats;
 }
 
 int lls_head(const HeadOptions& options, const HeadShape& shape, const HeadInputs& inputs, const HeadOutputs& outputs,
@@ -240,12 +259,12 @@ int lls_head(const HeadOptions& options, const HeadShape& shape, const HeadInput
   const bool keep_rows = outputs.value == nullptr;
   if (p.batch > 0) {
     const Plan chosen = plan(p);
-    float* const workspace = chosen.work_in_shared ? nullptr : scratch;
-    const dim3 grid(chosen.blocks), block(kThreads);
-    const auto kernel = chosen.samples == 1 ? (p.packed_basis ? head<1, true> : head<1, false>)
-                                            : (p.packed_basis ? head<kManySamples, true> : head<kManySamples, false>);
-    LGK_LAUNCH(kernel, grid, block, chosen.shared_bytes, stream, p, chosen.stage_x, inputs.x, inputs.target,
-               inputs.modulation, inputs.basis, outputs, workspace);
+    const bool vectors = p.dim % kQuad == 0 && is_aligned(inputs.x, sizeof(Quad)) &&
+                         is_aligned(outputs.grad_latents, sizeof(Quad)) &&
+                         (p.packed_basis || is_aligned(inputs.basis, sizeof(Quad)));
+    const auto kernel = p.packed_basis ? kernel_of<true>(chosen) : kernel_of<false>(chosen);
+    LGK_LAUNCH(kernel, dim3(chosen.blocks), dim3(kThreads), chosen.shared_bytes, stream, p, vectors, inputs.x,
+               inputs.target, inputs.modulation, inputs.basis, outputs, scratch);
     const int status = launch_status();
     if (status != 0 || keep_rows) return status;
   }

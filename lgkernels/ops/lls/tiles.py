@@ -10,6 +10,12 @@ LATENT_GRAD = ((16, 32, 64, 4, 3), (16, 16, 64, 4, 3))
 PRODUCT = ((16, 64, 32, 4, 3), (16, 16, 16, 4, 3))
 MODULATION_GRAD = ((32, 64, 64, 4, 3), (32, 32, 32, 4, 3), (32, 16, 16, 4, 3))
 
+# Samples times latents times basis rows up to which a head of 33 to 256 classes is one launch, which saves two (four
+# with a matrix). It multiplies with plain arithmetic, 13 instructions of sm_86 a product on the way to s and 24 on the
+# way back; three launches multiply on the tensor cores with 1.7. Chosen by counting (so many products are 1.2 million
+# instructions of warps, some ten microseconds of a small card), not measured on a GPU yet.
+FEW_PRODUCTS = 1 << 20
+
 
 def _tile(sizes, dtype, arch):
     """Tile (positions, planes) with at least 256 bytes along the contiguous axis where the tensor has them."""

@@ -3,8 +3,8 @@
     s = x Phi^T / |x|     z = s, s * m or s M     loss and dL/dz of a row     dL/dx = (dL/ds Phi - xhat * rho) / |x|
 
 `head`: all basis rows and classes of a sample in registers (K, C up to 32, d up to 4096). `wide_head`: up to 256 of
-them and few samples; the classes are in registers, the basis rows go by in tiles. Its barriers make what a program has
-stored visible to all of its own threads.
+them and few products (`FEW_PRODUCTS`); the classes are in registers, the basis rows go by in tiles. Its barriers make
+what a program has stored visible to all of its own threads. Both multiply with plain arithmetic.
 """
 
 import torch
@@ -14,14 +14,9 @@ import triton.language as tl
 from ..common.addressing import indices, load_tile, offset, program_id, store_tile, within
 from ..common.launch import block_count, configuration, launch
 from ..common.rounding import product
-from .tiles import TILES
+from .tiles import FEW_PRODUCTS, TILES
 from .triton_finish import reduce_loss
 from .triton_steps import basis_tile, constants, head_loss, latent_tile, norm_and_factor, store_latent_grad, valid_rows
-
-# Products of a head up to which a layer saves two launches (four with a matrix); larger ones take three, on the tensor
-# cores. Chosen by counting operations (some fifty microseconds of a GPU's plain arithmetic, beside a layer's
-# convolutions of milliseconds at that batch), not measured.
-_FEW_PRODUCTS = 1 << 28
 
 
 @triton.jit
@@ -274,7 +269,7 @@ def fused_kernel(batch, dim, rows, classes):
     """Name of the kernel that computes the whole head of a sample in one program; None: it takes several launches."""
     if max(rows, classes) <= 32 and dim <= 4096:
         return "head"
-    if max(rows, classes) <= 256 and batch * dim * rows <= _FEW_PRODUCTS:
+    if max(rows, classes) <= 256 and batch * dim * rows <= FEW_PRODUCTS:
         return "wide_head"
     return None
 
