@@ -1,73 +1,39 @@
 """Every CUDA source compiles for every architecture of the wheels, without spills, within the shared memory limits."""
 
-import os
-import re
-import shutil
+import importlib.util
+import json
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SOURCES = sorted((ROOT / "csrc").glob("*/cuda/*.cu"))
-WHEELS = re.search(r'^CUDA_ARCHS = "([\da;]+)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)[1].split(";")
-# Without LGKERNELS_TEST_ALL=1: sm_89 has sm_86's instructions, registers and shared memory, and is left out; sm_86 and
-# sm_90a are assembled from the code of compute_80, sm_120 from that of compute_100, which is their own, since no source
-# asks for the architecture.
-ALL = os.environ.get("LGKERNELS_TEST_ALL") == "1"
-ARCHITECTURES = [a for a in WHEELS if a != "89" or ALL]
-VIRTUAL = {} if ALL else {"86": "80", "90a": "80", "120": "100"}
+from tests.support.once import made_once
+
+from . import sass
+from .nvcc import ARCHITECTURES, MORE, NVCC, ROOT, SOURCES, compile_source, generic, rows, version
+
 SHARED_LIMIT = 48 * 1024  # static and dynamic together; the dynamic part: tests/lls/test_launches.py
-NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
+TABLE = ROOT / "bench/results/cuda-machine-code-after.txt"
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 
-def compile_report(source, out, architectures=ARCHITECTURES):
-    """{(architecture, kernel): {"stack", "spill", "shared", "registers"}} from the assembler's own report."""
-    targets = [f"-gencode=arch=compute_{VIRTUAL.get(a, a)},code=sm_{a}" for a in architectures]
-    result = subprocess.run(
-        [
-            NVCC,
-            "-std=c++17",
-            "-O3",
-            "--expt-relaxed-constexpr",
-            "-Werror",
-            "all-warnings",
-            f"-I{ROOT / 'csrc'}",
-            *targets,
-            "--threads",
-            str(min(2, os.cpu_count())),
-            "-Xptxas",
-            "-v",
-            "-c",
-            str(source),
-            "-o",
-            str(out),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    report = {}
-    for part in re.split(r"Compiling entry function ", result.stdout + result.stderr)[1:]:
-        kernel, architecture = re.match(r"'(\w+)' for 'sm_(\w+)'", part).groups()
-        stack, stores, loads = map(
-            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
-        )
-        shared = re.search(r"(\d+) bytes smem", part)
-        report[architecture, kernel] = dict(
-            stack=stack,
-            spill=stores + loads,
-            shared=int(shared[1]) if shared else 0,
-            registers=int(re.search(r"Used (\d+) registers", part)[1]),
-        )
-    return report
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def compiled(request, tmp_path_factory):
+    """A source, its report by (architecture, kernel), and the folder with its PTX and machine code."""
+    source = request.param
+
+    def compile_into(folder):
+        folder.mkdir()
+        report = [(*key, use) for key, use in compile_source(source, folder).items()]
+        (folder / "report.json").write_text(json.dumps(report))
+
+    folder = made_once(tmp_path_factory, f"{source.parts[-3]}-{source.stem}", compile_into)
+    report = json.loads((folder / "report.json").read_text())
+    return source, {(architecture, kernel): use for architecture, kernel, use in report}, folder
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
-def test_compiles_for_every_architecture(source, tmp_path):
-    report = compile_report(source, tmp_path / "object.o")
+def test_compiles_for_every_architecture(compiled):
+    _, report, _ = compiled
     kernels = {kernel for _, kernel in report}
     assert kernels and {a for a, _ in report} == set(ARCHITECTURES)
     assert len(report) == len(kernels) * len(ARCHITECTURES)
@@ -76,6 +42,29 @@ def test_compiles_for_every_architecture(source, tmp_path):
         assert use["spill"] == 0 and use["stack"] == 0, f"spills: {where}"
         assert use["shared"] <= SHARED_LIMIT, f"static shared memory: {where}"
         assert use["registers"] <= 128, f"fewer than two blocks of 256 threads fit a multiprocessor: {where}"
+
+
+def test_every_load_and_store_names_its_memory(compiled):
+    """Global or shared: one that could be either is slower, and its address takes the cache of neither."""
+    _, _, folder = compiled
+    files = list(folder.glob("*.ptx"))
+    assert len(files) >= 3
+    for file in files:
+        assert not generic(file.read_text()), file.name
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton, which has nvdisasm, is not installed")
+def test_the_committed_table_is_of_these_kernels(compiled):
+    """Made anew by `python -m tests.static.nvcc`, with the nvcc that its first line names."""
+    source, report, folder = compiled
+    found = rows(source, report, folder)
+    assert not [row["kernel"] for row in found if row["double"] or row["generic"]]
+    title, _, _, *kept = TABLE.read_text().splitlines()
+    _, *lines = sass.table(found, MORE).splitlines()
+    names = {line.split()[0] for line in lines}
+    assert names and names <= {line.split()[0] for line in kept}
+    if title.startswith(f"nvcc {version()};"):
+        assert [line.split() for line in lines] == [line.split() for line in kept if line.split()[0] in names]
 
 
 def test_no_source_asks_for_the_architecture():
@@ -110,5 +99,21 @@ def test_a_spill_is_seen(tmp_path):
         #pragma unroll
           for (int i = 0; i < 128; ++i) x[i * 1024 + threadIdx.x] = v[127 - i] * v[i];
         }""")
-    (use,) = compile_report(source, tmp_path / "object.o", ["86"]).values()
+    (use,) = compile_source(source, tmp_path, ["86"]).values()
     assert use["spill"] > 0
+
+
+def test_a_generic_load_is_seen(tmp_path):
+    """A pointer to what may be shared memory, or global."""
+    source = tmp_path / "generic.cu"
+    source.write_text("""
+        __global__ void either(float* x, float* y, bool shared) {
+          __shared__ float own[32];
+          own[threadIdx.x] = x[threadIdx.x];
+          __syncthreads();
+          const float* from = shared ? own : x;
+          y[threadIdx.x] = from[31 - threadIdx.x];
+        }""")
+    (symbol,) = {kernel for _, kernel in compile_source(source, tmp_path, ["86"])}
+    (ptx,) = tmp_path.glob("*.ptx")
+    assert "either" in symbol and generic(ptx.read_text()) == ["ld.f32"]

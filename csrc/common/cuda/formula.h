@@ -24,11 +24,13 @@ LGK_DEVICE float load_element(const StridedMatrix& tensor, int64_t row, int64_t 
   return to_float(static_cast<const f16*>(tensor.data)[k]);
 }
 
-// A lane's four columns in each row of a dense matrix, as bytes, so that one address serves every dtype.
+// A lane's four columns in each row of a dense matrix, as bytes, so that one address serves every dtype. That address
+// is the matrix's plus a number, also where nothing is to be read: with a null of its own the compiler could no longer
+// tell that it is one of global memory.
 struct RowReader {
   const char* data;  // at the lane's first column of row 0
   int64_t stride;    // bytes from row to row
-  int count;         // columns within the matrix, of four
+  int count;         // columns within the matrix, of four; 0 too where there is no matrix
   bool vectors;      // all four, and every row aligned to their size
 };
 
@@ -41,10 +43,10 @@ LGK_DEVICE int element_size(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 // Columns from `column` on (a multiple of 4), rows from `row` on.
 LGK_DEVICE RowReader row_reader(const void* data, int dtype, int64_t stride, int64_t row, int64_t column,
                                 int64_t columns) {
-  const int count = lane_count(columns, column), size = element_size(dtype);
-  if (count == 0) return RowReader{nullptr, 0, 0, false};
+  const int count = data == nullptr ? 0 : lane_count(columns, column), size = element_size(dtype);
   const uintptr_t address = reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(stride * size);
-  return RowReader{static_cast<const char*>(data) + (row * stride + column) * size, stride * size, count,
+  const int64_t from = count == 0 ? 0 : (row * stride + column) * size;
+  return RowReader{static_cast<const char*>(data) + from, stride * size, count,
                    count == kLaneColumns && address % (kLaneColumns * size) == 0};
 }
 
@@ -91,24 +93,18 @@ LGK_DEVICE void store_lane(const RowReader& place, int dtype, int64_t row, const
 
 // A lane's columns of F in `rows` rows from first_row on; the kernels count rows from there.
 struct LaneSource {
-  RowReader weight, magnitude;
+  RowReader weight, magnitude;  // of packed signs the word that has the lane's bits
   int rows;
+  int bit;  // the lane's first in that word
 };
 
 LGK_DEVICE LaneSource lane_source(const Formula& f, int64_t first_row, int64_t end, int64_t column) {
-  LaneSource lane{};
-  lane.rows = static_cast<int>(end - first_row);
-  if (f.weight.dtype == kPackedSigns && column < f.columns) {
-    const uint32_t* const words =
-        static_cast<const uint32_t*>(f.weight.data) + first_row * f.weight.stride + (column >> 5);
-    lane.weight =
-        RowReader{reinterpret_cast<const char*>(words), f.weight.stride * 4, static_cast<int>(column & 31), false};
-  } else if (f.weight.dtype != kNoMatrix) {
-    lane.weight = row_reader(f.weight.data, f.weight.dtype, f.weight.stride, first_row, column, f.columns);
-  }
-  if (f.value == kMagnitude)
-    lane.magnitude = row_reader(f.magnitude.data, f.magnitude.dtype, f.magnitude.stride, first_row, column, f.columns);
-  return lane;
+  const bool packed = f.weight.dtype == kPackedSigns;
+  const int64_t from = packed ? column >> 5 : column, columns = packed ? ceil_div<int64_t>(f.columns, 32) : f.columns;
+  return LaneSource{
+      row_reader(f.weight.data, packed ? kFloat32 : f.weight.dtype, f.weight.stride, first_row, from, columns),
+      row_reader(f.magnitude.data, f.magnitude.dtype, f.magnitude.stride, first_row, column, f.columns),
+      static_cast<int>(end - first_row), static_cast<int>(column & 31)};
 }
 
 // Bits of four weights, whatever their dtype: sign in bit 31, zero where the lower 31 are, NaN above `infinity`; zeros
@@ -116,7 +112,7 @@ LGK_DEVICE LaneSource lane_source(const Formula& f, int64_t first_row, int64_t e
 LGK_DEVICE void load_signs(const Formula& f, const LaneSource& lane, int row, uint32_t (&bits)[kLaneColumns]) {
 #pragma unroll
   for (int c = 0; c < kLaneColumns; ++c) bits[c] = 0;
-  if (lane.weight.data == nullptr || row >= lane.rows) return;
+  if (lane.weight.count == 0 || row >= lane.rows) return;
   if (f.weight.dtype == kFloat32) {
     const Pack<float, kLaneColumns> pack = load_row<float>(lane.weight, row);
 #pragma unroll
@@ -125,10 +121,10 @@ LGK_DEVICE void load_signs(const Formula& f, const LaneSource& lane, int row, ui
     const Pack<bf16, kLaneColumns> pack = load_row<bf16>(lane.weight, row);
 #pragma unroll
     for (int c = 0; c < kLaneColumns; ++c) bits[c] = static_cast<uint32_t>(pack.element[c].bits) << 16;
-  } else {  // `count` is the lane's first bit of the word
+  } else {
     const uint32_t word = *reinterpret_cast<const uint32_t*>(lane.weight.data + row * lane.weight.stride);
 #pragma unroll
-    for (int c = 0; c < kLaneColumns; ++c) bits[c] = word >> (lane.weight.count + c) << 31 | 0x3f800000u;
+    for (int c = 0; c < kLaneColumns; ++c) bits[c] = word >> (lane.bit + c) << 31 | 0x3f800000u;
   }
 }
 
@@ -240,7 +236,7 @@ LGK_DEVICE void row_values(const Formula& f, const LaneSource& source, int row, 
 #pragma unroll
   for (int c = 0; c < kLaneColumns; ++c) value[c] = 1.0f;
   if (f.value == kMagnitude) {
-    if (source.magnitude.data != nullptr && row + r < source.rows)
+    if (source.magnitude.count > 0 && row + r < source.rows)
       load_lane(source.magnitude, f.magnitude.dtype, row + r, value);
   } else if (f.value == kRandom && f.law == kUniform8) {
     const uint32_t word = shared[32 * r + lane];

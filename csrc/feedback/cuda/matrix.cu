@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 2) write_matrix(Formula f, const int
       load_signs(f, source, row + kTileRows + r, bits[r]);  // of the next tile
 #pragma unroll
       for (int c = 0; c < kLaneColumns; ++c) value[c] *= f.scale;
-      if (row + r < source.rows && target.data != nullptr) store_lane(target, dtype, row + r, value);
+      if (row + r < source.rows && target.count > 0) store_lane(target, dtype, row + r, value);
     }
   }
 }

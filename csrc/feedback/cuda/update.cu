@@ -64,9 +64,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t row = first_row + own_row;
   const int rows = static_cast<int>(min(n - row, int64_t{kThreadRows}));
   const RowReader weights = row_reader(weight.data, weight.dtype, weight.stride, row, column, k);
-  RowReader buffers{};
-  if (momentum_buffer.data != nullptr)
-    buffers = row_reader(momentum_buffer.data, momentum_buffer.dtype, momentum_buffer.stride, row, column, k);
+  const RowReader buffers =
+      row_reader(momentum_buffer.data, momentum_buffer.dtype, momentum_buffer.stride, row, column, k);
 #pragma unroll
   for (int r = 0; r < kThreadRows; ++r) {
     if (r >= rows) break;
