@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
+    "lgkernels.nn.adapter_layers": ("lgkernels.nn", "lgkernels.nn.adapter_base"),
     "lgkernels.nn.classifier": ("lgkernels.nn",),
     "lgkernels.nn.local": ("lgkernels.nn",),
     "lgkernels.recipes.tuning": ("lgkernels.recipes.units", "lgkernels.recipes.rules.backprop"),

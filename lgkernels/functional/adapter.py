@@ -1,5 +1,6 @@
 """Adapters: check the arguments, then call the family's autograd entry."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -139,6 +140,39 @@ def lokr_conv2d(
         raise ValueError(f"groups must divide the rows of w1, got {groups} and w1 of shape {checks.shape_of(w1)}")
     y = _adapter.lokr_conv2d(x, weight, bias, stride, padding, dilation, groups, w1, a, b, scale, impl)
     return y if batched else y.squeeze(0)
+
+
+# -- the change alone, for layers that checked their factors when they were made -----------------------------------
+
+
+def lora_linear_change(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """What :func:`lora_linear` adds to the base's output."""
+    return _adapter.lora_linear(x, None, None, a, b, scale, "auto")
+
+
+def lokr_linear_change(x: Tensor, w1: Any, w2: Any, scale: float) -> Tensor:
+    """What :func:`lokr_linear` adds to the base's output."""
+    return _adapter.lokr_linear(x, None, None, *_split(w1, w2, ()), scale, "auto")
+
+
+def lokr_conv2d_change(
+    x: Tensor, geometry: Sequence[Any], window: Sequence[int], w1: Any, w2: Any, scale: float
+) -> Tensor:
+    """What :func:`lokr_conv2d` adds to the base's output; `geometry`: stride, padding, dilation (pairs), and groups."""
+    batch = x if x.dim() == 4 else x.unsqueeze(0)
+    stride, padding, dilation, groups = geometry
+    w1, a, b = _split(w1, w2, window)
+    y = _adapter.lokr_conv2d(batch, None, None, stride, padding, dilation, groups, w1, a, b, scale, "auto")
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _split(w1: Any, w2: Any, window: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """w1 as a matrix, w2 as `(a, b)`, or `(None, w2)` where it is full."""
+    w1 = w1[0] @ w1[1] if isinstance(w1, tuple) else w1
+    if not isinstance(w2, tuple):
+        return w1, None, w2
+    a, b = w2
+    return w1, a, b.reshape(len(b), b.shape[1] // math.prod(window), *window) if window else b
 
 
 def _parts(name: str, value: Any, weight: Tensor) -> Sequence[Tensor]:

@@ -188,7 +188,7 @@ def test_a_refused_model_is_unchanged():
         (
             lambda: lnn.adapt(lnn.adapt(network(), "lora"), "lokr"),
             ValueError,
-            "model must not hold adapters yet, got LoRALinear at '5': adapt once, and pick the layers with target",
+            "adapter_name must be one that model has not yet, got 'default', which is a LoRALinear at '5'",
         ),
         (
             lambda: lnn.adapt(network(), "lora", train_head=["fc"]),
@@ -206,7 +206,7 @@ def test_a_refused_model_is_unchanged():
         (
             lambda: lnn.adapt(network(), "lora", "conv"),
             ValueError,
-            "target must pick at least one of the layers that 'lora' adapts (Linear), got none in Sequential with "
+            "target must pick at least one of the layers that 'lora' adapts (Linear, Conv2d), got none in Sequential with "
             "target='conv'",
         ),
         (lambda: lnn.LoRALinear(nn.Linear(2, 2), rank=0), ValueError, "rank must be at least 1, got 0"),

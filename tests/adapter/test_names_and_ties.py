@@ -174,7 +174,7 @@ def test_what_adapt_says(capsys):
     )
     assert said[4:] == [
         "  lm.emb  Embedding: no lora adapter for this kind of layer",
-        "  conv  Conv2d: no lora adapter for this kind of layer",
+        "  conv  Conv2d: not in target",
         "  head  Linear: learns in full (train_head)",
     ]
 

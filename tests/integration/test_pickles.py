@@ -16,6 +16,7 @@ from lgkernels import _moved, functional, optim, training
 # `lgkernels/_moved.py` tells where they are.
 FORMER = {
     "lgkernels.nn.adapter": "LoKrConv2d LoKrLinear LoRALinear adapt merge unmerge",
+    "lgkernels.nn.adapter_layers": "LoKrConv2d LoKrLinear LoRALinear",
     "lgkernels.nn.alignment": "alignment weight_ratio",
     "lgkernels.nn.classifier": "ClassifierBlock",
     "lgkernels.nn.convert": "convert feedback_state load_feedback_state redraw_after",

@@ -126,6 +126,7 @@ MODULES = {  # {public module: (an instance of it, arguments of its forward, the
     "LLSLinearBlock": (lambda: lnn.LLSLinearBlock(6, 8, **LLS), (X, LABELS), ("lls_block",)),
     "LoKrConv2d": (lambda: lnn.LoKrConv2d(torch.nn.Conv2d(3, 4, 3), rank=2), (IMAGES,), ("lokr_conv2d",)),
     "LoKrLinear": (lambda: lnn.LoKrLinear(torch.nn.Linear(6, 4), rank=2), (X,), ("lokr_linear",)),
+    "LoRAConv2d": (lambda: lnn.LoRAConv2d(torch.nn.Conv2d(3, 4, 3), rank=2), (IMAGES,), ("lokr_conv2d",)),
     "LoRALinear": (lambda: lnn.LoRALinear(torch.nn.Linear(6, 4), rank=2), (X,), ("lora_linear",)),
     "LocalClassifier": (lambda: lnn.LocalClassifier(_conv(), 4, 5), (IMAGES, LABELS), ("local_cross_entropy",)),
     "PredSimHead": (

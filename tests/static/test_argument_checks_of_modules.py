@@ -35,6 +35,7 @@ TESTED = {name: PUBLIC[name] for name in CALLS}
 ALSO_TAKEN = {
     ("convert", "include"): lambda v: isinstance(v, (str, tuple)),
     ("convert", "exclude"): lambda v: isinstance(v, (str, tuple)),
+    ("set_adapter", "adapter_name"): lambda v: isinstance(v, tuple) and not v,
     ("adapt", "train_head"): lambda v: isinstance(v, tuple) and not v,
     ("fuse_update", "exclude"): lambda v: isinstance(v, tuple) and not v,
     ("split_blocks", "units"): lambda v: isinstance(v, tuple) and not v,

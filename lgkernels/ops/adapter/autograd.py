@@ -1,4 +1,5 @@
-"""autograd entries of the family adapter: factorised forward and backward; nothing the size of the weight is built."""
+"""autograd entries of the family adapter: factorised forward and backward; nothing the size of the weight is built. A
+weight of None is zero: the change alone."""
 
 import math
 
@@ -42,7 +43,9 @@ class _Adapter(torch.autograd.Function):
         factors, kept = rest[: ctx.count], rest[ctx.count :]
         needs = list(ctx.needs_input_grad[1:])
         detached = [t if t is None else t.detach() for t in (*factors, *kept)]
-        grads = getattr(_ops, f"{name}_backward")(g, x.detach(), weight.detach(), *sizes, *detached, scale, needs, impl)
+        grads = getattr(_ops, f"{name}_backward")(
+            g, x.detach(), weight if weight is None else weight.detach(), *sizes, *detached, scale, needs, impl
+        )
         return (None, *(first_order_only(name, grad, g, x, *factors) if n else None for grad, n in zip(grads, needs)))
 
 
@@ -50,7 +53,7 @@ def _linear(name, x, weight, bias, factors, scale, impl):
     x, weight, bias, *factors = _uniform(x, weight, bias, *factors)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous where a size is 0
     y = apply(_Adapter, name, (name, (), scale, impl), rows, weight, bias, *factors)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return y.reshape(*x.shape[:-1], y.shape[1])
 
 
 def lora_linear(x, weight, bias, a, b, scale, impl):

@@ -1,4 +1,5 @@
-"""Registered ops of the family adapter: shapes, and the call of the chosen backend."""
+"""Registered ops of the family adapter: shapes, and the call of the chosen backend. With a weight of None: the change
+alone."""
 
 from functools import partial
 
@@ -32,19 +33,27 @@ def _grads_fake(*shapes):
 
 
 def _lora_fake(x, weight, bias, a, b, scale):
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+    return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
 
 
 @_define(backends_of="lora_linear", fake=_lora_fake)
 def lora_linear(
-    kernels, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    kernels, x: Tensor, weight: Tensor | None, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     return kernels.lora_linear(x, weight, bias, a, b, scale)
 
 
 @_define(backends_of="lora_linear", fake=_grads_fake(1, 2, -1, 3, 4))
 def lora_linear_backward(
-    kernels, g: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, t: Tensor, scale: float, needs: list[bool]
+    kernels,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    t: Tensor,
+    scale: float,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return kernels.lora_linear_grads(g, x, weight, a, b, t, scale, needs)
 
@@ -55,7 +64,7 @@ def lora_linear_backward(
 def _lokr_fake(x, weight, bias, w1, a, b, scale):
     new, rows, rank = x.new_empty, x.shape[0], b.shape[0]
     return (
-        new(rows, weight.shape[0]),
+        new(rows, w1.shape[0] * (b if a is None else a).shape[0]),
         new(rows, w1.shape[1], rank),
         new(0) if a is None else new(rows, w1.shape[0], rank),
     )
@@ -63,7 +72,14 @@ def _lokr_fake(x, weight, bias, w1, a, b, scale):
 
 @_define(backends_of="lokr_linear", fake=_lokr_fake)
 def lokr_linear(
-    kernels, x: Tensor, weight: Tensor, bias: Tensor | None, w1: Tensor, a: Tensor | None, b: Tensor, scale: float
+    kernels,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    w1: Tensor,
+    a: Tensor | None,
+    b: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return kernels.lokr_linear(x, weight, bias, w1, a, b, scale)
 
@@ -73,7 +89,7 @@ def lokr_linear_backward(
     kernels,
     g: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     w1: Tensor,
     a: Tensor | None,
     b: Tensor,
@@ -87,11 +103,11 @@ def lokr_linear_backward(
 
 def _conv_fake(x, weight, bias, geometry, w1, a, b, scale):
     stride, padding, dilation, groups = geometry
-    dimensions = zip(x.shape[2:], padding, dilation, weight.shape[2:], stride)
+    dimensions = zip(x.shape[2:], padding, dilation, b.shape[2:], stride)
     size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in dimensions]
     new, rows, inner = x.new_empty, x.shape[0], b.shape[0] * size[0] * size[1]
     return (
-        new(rows, weight.shape[0], *size),
+        new(rows, w1.shape[0] * (b if a is None else a).shape[0], *size),
         new(rows, groups, w1.shape[1], inner),
         new(0) if a is None else new(rows, groups, w1.shape[0] // groups, inner),
     )
@@ -101,7 +117,7 @@ def _conv_fake(x, weight, bias, geometry, w1, a, b, scale):
 def lokr_conv2d(
     kernels,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     geometry: Geometry,
     w1: Tensor,
@@ -117,7 +133,7 @@ def lokr_conv2d_backward(
     kernels,
     g: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     geometry: Geometry,
     w1: Tensor,
     a: Tensor | None,

@@ -7,7 +7,8 @@ LoRA: y = base + s (x a^T) b^T. LoKr: x viewed (n, c, d), y viewed (n, a, b), w1
     dT = s w1^T V          dB = dT^T x           dx = G W + dT B
 
 With a full w2, A is the identity: T = x w2^T, y = base + s w1 T. In a convolution B is a k x k convolution with r
-outputs, the same one on each of the c groups of input channels, and w1 and A are 1 x 1.
+outputs, the same one on each of the c groups of input channels, and w1 and A are 1 x 1. A weight that is None is zero:
+the change alone, for a layer that has several, or one with dropout.
 """
 
 import torch
@@ -27,10 +28,18 @@ def _add_product(y, u, m, scale):
     return y.addcmul_(u, m, value=scale) if m.shape[0] == 1 else y.addmm_(u, m, alpha=scale)
 
 
+def _base(x, weight, bias, out):
+    return x.new_zeros(len(x), out) if weight is None else F.linear(x, weight, bias)
+
+
+def _through_base(g, x, weight):
+    return torch.zeros_like(x, memory_format=torch.contiguous_format) if weight is None else g @ weight
+
+
 def lora_linear(x, weight, bias, a, b, scale):
     """`(y (N, out), t (N, r))` for x (N, in)."""
     t = _product(x, a.t())
-    return _add_product(F.linear(x, weight, bias), t, b.t(), scale), t
+    return _add_product(_base(x, weight, bias, len(b)), t, b.t(), scale), t
 
 
 def lora_linear_grads(g, x, weight, a, b, t, scale, needs):
@@ -38,7 +47,7 @@ def lora_linear_grads(g, x, weight, a, b, t, scale, needs):
     none = g.new_empty(0)
     grad_t = _product(g, b).mul_(scale)
     return (
-        _add_product(g @ weight, grad_t, a, 1) if needs[0] else none,
+        _add_product(_through_base(g, x, weight), grad_t, a, 1) if needs[0] else none,
         g.t() @ x if needs[1] else none.clone(),
         g.sum(0) if needs[2] else none.clone(),
         _product(x.t(), grad_t).t().contiguous() if needs[3] else none.clone(),
@@ -62,7 +71,7 @@ def lokr_linear(x, weight, bias, w1, a, b, scale):
     """`(y (N, out), T, U)` for x (N, in); a None: b is the full w2, and U empty."""
     t = _product(x.reshape(-1, b.shape[1]), b.t()).view(len(x), w1.shape[1], b.shape[0])
     u = _mix(w1, t)
-    y = F.linear(x, weight, bias)
+    y = _base(x, weight, bias, len(w1) * len(b if a is None else a))
     if a is None:
         y.view(u.shape).add_(u, alpha=scale)
         return y, t, t.new_empty(0)
@@ -78,7 +87,7 @@ def lokr_linear_grads(g, x, weight, w1, a, b, t, u, scale, needs):
     grad_t = _mix(w1.t(), v).mul_(scale).view(-1, b.shape[0])
     grad_x = none
     if needs[0]:
-        grad_x = g @ weight
+        grad_x = _through_base(g, x, weight)
         _add_product(grad_x.view(-1, b.shape[1]), grad_t, b, 1)
     return (
         grad_x,
@@ -104,8 +113,11 @@ def lokr_conv2d(x, weight, bias, geometry, w1, a, b, scale):
     """`(y, T (B, groups, c, r P), U (B, groups, a / groups, r P))` of P positions; b (r, d, kh, kw), or with a None the
     full w2, and U empty."""
     stride, padding, dilation, groups = geometry
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous()
     t = F.conv2d(_grouped(x, b.shape[1]), b, None, stride, padding, dilation)
+    if weight is None:
+        y = x.new_zeros(len(x), len(w1) * len(b if a is None else a), *t.shape[2:])
+    else:
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous()
     area = y.shape[2] * y.shape[3]
     t = t.reshape(len(x), groups, w1.shape[1], b.shape[0] * area)  # no -1 where x may be empty
     u = _mix_groups(w1, t, groups)
@@ -121,9 +133,12 @@ def lokr_conv2d_grads(g, x, weight, geometry, w1, a, b, t, u, scale, needs):
     """Gradients of x, weight, bias, w1, a, b; those not needed are empty."""
     none, g, area = g.new_empty(0), g.contiguous(), g.shape[2] * g.shape[3]
     stride, padding, dilation, groups = geometry
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        g, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, list(needs[:3])
-    )
+    if weight is None:
+        grad_x = grad_weight = grad_bias = None
+    else:
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            g, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, list(needs[:3])
+        )
     if a is None:
         v, grad_a = g, none.clone()
     else:
@@ -152,5 +167,6 @@ def lokr_conv2d_grads(g, x, weight, geometry, w1, a, b, t, u, scale, needs):
         [needs[0], needs[5], False],
     )
     if needs[0]:
-        grad_x = grad_x.contiguous().add_(through_x.reshape(x.shape))
+        through_x = through_x.reshape(x.shape)
+        grad_x = through_x if grad_x is None else grad_x.contiguous().add_(through_x)
     return tuple(none.clone() if t is None else t for t in (grad_x, grad_weight, grad_bias, grad_w1, grad_a, grad_b))
