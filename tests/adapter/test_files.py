@@ -1,5 +1,5 @@
-"""Adapters in files: their keys, round trips, and files that are refused before the model changes. What the peers make of
-them: test_peers.py."""
+"""Adapters in files: their keys, round trips, and files that are refused before the model changes. What the peers make
+of them: test_peers.py."""
 
 import json
 

@@ -206,8 +206,8 @@ def test_a_refused_model_is_unchanged():
         (
             lambda: lnn.adapt(network(), "lora", "conv"),
             ValueError,
-            "target must pick at least one of the layers that 'lora' adapts (Linear, Conv2d), got none in Sequential with "
-            "target='conv'",
+            "target must pick at least one of the layers that 'lora' adapts (Linear, Conv2d), got none in "
+            "Sequential with target='conv'",
         ),
         (lambda: lnn.LoRALinear(nn.Linear(2, 2), rank=0), ValueError, "rank must be at least 1, got 0"),
         (
