@@ -4,14 +4,10 @@ import torch
 
 from lgkernels.ops.feedback import tiles
 from lgkernels.ops.feedback import triton as feedback
-from lgkernels.ops.feedback.options import SgdOptions
 from tests.feedback.common import made
 
-MATRIX_KERNELS = {"product_kernel", "sgd_update_kernel"}
-TABLES = {
-    "product_kernel": (tiles.product_rows, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
-    "sgd_update_kernel": (tiles.update_rows, ("BLOCK_M", "BLOCK_N", "BLOCK_K")),
-}
+MATRIX_KERNELS = {"product_kernel"}
+TABLES = {"product_kernel": (tiles.product_rows, ("BLOCK_M", "BLOCK_N", "BLOCK_K"))}
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 N, K = 4096, 9216
@@ -56,16 +52,3 @@ def cases():
         feedback.matrix(shape, made(w, magnitude, random, 1.0, w is packed), dtype, state.device)
     feedback.rows(torch.empty(128, dtype=torch.int64), 131072, made(random=uniform), FLOAT)
     feedback.pack_signs(weight)
-    for m, dtype, buffer, manhattan in (
-        (8, FLOAT, weight, False),
-        (128, BF16, weight, False),
-        (128, FLOAT, None, True),
-        (128, HALF, weight, False),
-    ):
-        feedback.sgd_update_(
-            weight,
-            buffer,
-            torch.empty(m, N, dtype=dtype),
-            torch.empty(m, K, dtype=dtype),
-            SgdOptions(0.1, 0.9, nesterov=True, manhattan=manhattan),
-        )

@@ -42,5 +42,4 @@ MODULES = {
     "load_feedback_state": Call(dict(model=BRSF, state=feedback_state(BRSF))),
     "redraw_after": Call(dict(optimizer=SGD, model=BRSF)),
     "BatchManhattan": Call(dict(params=[torch.nn.Parameter(torch.ones(2))], lr=0.1)),
-    "fuse_update": Call(dict(model=MODEL, optimizer=SGD, min_weights=1)),
 }

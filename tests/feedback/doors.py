@@ -2,7 +2,6 @@
 
 import torch
 
-from lgkernels.ops.feedback.options import SgdOptions
 from tests.support.problems import randn
 
 _STATE = torch.tensor([1, 2, 3])
@@ -12,7 +11,6 @@ DOORS = {
     "feedback_rows": (torch.tensor([1, 0]), 40, _STATE, "uniform", 1.0, None, 1.0, torch.float32),
     "feedback_fold": (randn(2 * 12, 5 * 6), [2, 5, 5, 9], [2, 3], [3, 4], [2, 2], [1, 0], [1, 1]),
     "feedback_pack_signs": (randn(6, 40),),
-    "feedback_update_": (randn(6, 40), randn(6, 40), randn(3, 6), randn(3, 40), *SgdOptions(0.1, 0.9)),
     "feedback_matrix": (
         6,
         40,

@@ -4,7 +4,6 @@ import itertools
 
 import torch
 
-from lgkernels.ops.feedback.options import SgdOptions
 from tests.feedback.common import made
 from tests.support.problems import randn
 
@@ -14,10 +13,7 @@ def run(kernels, device):
     results, state = [], torch.tensor([5, 6, 7], device=device)
     index = torch.tensor([2, 0, 2, 5], device=device)
     for (rows, columns), dtype in itertools.product(((3, 1), (33, 70), (65, 300)), (torch.float32, torch.bfloat16)):
-        weight, grad, x, buffer = (
-            randn(*shape, seed=i).to(device, dtype)
-            for i, shape in enumerate(((rows, columns), (9, rows), (9, columns), (rows, columns)))
-        )
+        weight, grad = (randn(*shape, seed=i).to(device, dtype) for i, shape in enumerate(((rows, columns), (9, rows))))
         packed = kernels.pack_signs(weight)
         for signs, law in itertools.product((weight, packed, None), (None, "uniform", "normal", "uniform8", "sign")):
             random = None if law is None else (state, law, 0.7, None)
@@ -26,7 +22,4 @@ def run(kernels, device):
             results.append(kernels.product(grad, columns, formula))
             if law is not None:
                 results.append(kernels.rows(index, columns, made(random=random, scale=0.5), dtype))
-        for velocity, nesterov, manhattan in ((None, False, False), (buffer, True, False), (buffer, False, True)):
-            kernels.sgd_update_(weight, velocity, grad, x, SgdOptions(0.1, 0.9, 0.0, 0.01, nesterov, manhattan))
-        results += [weight, buffer]
     return results

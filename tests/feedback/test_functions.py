@@ -560,8 +560,3 @@ def test_opcheck_of_the_other_ops(impl):
     torch.library.opcheck(
         ops.feedback_product.default, (randn(3, 6), 40, packed, None, None, "uniform", 1.0, None, 0.5, True, impl)
     )
-    for buffer in (None, randn(6, 40, seed=5)):
-        torch.library.opcheck(
-            ops.feedback_update_.default,
-            (randn(6, 40), buffer, randn(3, 6), randn(3, 40), 0.1, 0.9, 0.0, 0.01, False, False, 1.0, impl),
-        )

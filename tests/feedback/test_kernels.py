@@ -7,7 +7,6 @@ import torch
 
 from lgkernels.ops.common.matrix import FeedbackMatrix
 from lgkernels.ops.feedback import reference
-from lgkernels.ops.feedback.options import SgdOptions
 from tests.conftest import backend_module
 from tests.feedback.common import made, randn, weights
 from tests.support import problems
@@ -31,7 +30,6 @@ VALUES = ("one", "tensor", *LAWS)
 SIGNS = ("none", "zero", "plus", "packed")
 RULES = [(value, signs) for value in VALUES for signs in SIGNS]
 STATE = (123456789012345, 7, 3)
-STEP = dict(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.01, nesterov=False, manhattan=False, grad_scale=1.0)
 
 
 @pytest.fixture
@@ -314,92 +312,6 @@ def test_rows(module, law, dtype):
     assert call(module, "rows", index[:0], 7, f, dtype).shape == (0, 7)
 
 
-# -- the fused update ------------------------------------------------------------------------------------------------
-
-
-def check_update(module, case, dtype=torch.float32, layout="dense", grad_dtype=torch.float32, buffer=True, **changes):
-    shape, step = (case["N"], case["K"]), {**STEP, **changes}
-    weight = arrange(randn(*shape, seed=1, dtype=dtype), layout)
-    velocity = arrange(randn(*shape, seed=2, dtype=dtype), layout) if buffer else None
-    if step["manhattan"]:  # sums of whole numbers are exact, so that their signs are
-        grad, x = (
-            torch.randint(-3, 4, (case["M"], n), generator=torch.Generator().manual_seed(n)).to(grad_dtype)
-            for n in shape
-        )
-    else:
-        grad, x = (randn(case["M"], n, seed=n + 3, dtype=grad_dtype) for n in shape)
-    grad, x = (arrange(t, layout) for t in (grad, x))
-
-    def run(source, convert, put=lambda t: t):
-        own = [None if t is None else put(convert(problems._copy(t))) for t in (weight, velocity)]
-        inputs = [put(convert(t)) for t in (grad, x)]
-        before = [t.clone() for t in inputs]
-        assert source.sgd_update_(*own, *inputs, SgdOptions(**step)) is None
-        for t, old in zip(inputs, before):
-            assert_bit_equal("sgd_update_: an input was written to", t, old)
-        return [t.cpu() for t in own if t is not None]
-
-    got, same = run(module, lambda t: t, place), run(reference, lambda t: t)
-    truth = run(reference, lambda t: t.double())
-    for name, *tensors in zip(("weight", "momentum_buffer"), got, same, truth):
-        assert_accurate(name, *tensors, max(case["M"], 1))
-
-
-UPDATES = list(sweep(dict(M=5, N=9, K=70), M=SIZES, N=SIZES, K=SIZES)) + [dict(M=8, N=64, K=4200)]
-
-
-@pytest.mark.parametrize("case", UPDATES, ids=label)
-@pytest.mark.op("feedback_update_")
-def test_update(module, case):
-    check_update(module, case)
-
-
-@pytest.mark.parametrize("manhattan", [False, True])
-@pytest.mark.parametrize(
-    "buffer, momentum, dampening, nesterov",
-    [(True, 0.9, 0.0, False), (True, 0.9, 0.3, False), (True, 0.9, 0.0, True), (False, 0.0, 0.0, False)],
-)
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.op("feedback_update_")
-def test_update_options(module, manhattan, buffer, momentum, dampening, nesterov, weight_decay):
-    check_update(
-        module,
-        dict(M=6, N=11, K=90),
-        buffer=buffer,
-        momentum=momentum,
-        dampening=dampening,
-        nesterov=nesterov,
-        weight_decay=weight_decay,
-        manhattan=manhattan,
-        grad_scale=0.125,
-    )
-
-
-@pytest.mark.parametrize("layout", ["dense", "offset", "sliced", "transposed"])
-@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
-@pytest.mark.op("feedback_update_")
-def test_update_layouts_and_dtypes(module, layout, grad_dtype):
-    check_update(module, dict(M=6, N=11, K=90), layout=layout, grad_dtype=grad_dtype)
-
-
-@pytest.mark.op("feedback_update_")
-def test_update_is_torchs_sgd(module):
-    """Three steps of torch.optim.SGD with the gradient written out; its first step sets v = g."""
-    weight, velocity = randn(13, 40, seed=1), torch.zeros(13, 40)
-    parameter = torch.nn.Parameter(weight.clone())
-    options = dict(lr=0.05, momentum=0.9, dampening=0.2, weight_decay=0.01)
-    optimizer = torch.optim.SGD([parameter], **options)
-    own, velocity = place(weight.clone()), place(velocity)
-    for step in range(3):
-        grad, x = randn(6, 13, seed=20 + step), randn(6, 40, seed=30 + step)
-        parameter.grad = grad.t() @ x
-        optimizer.step()
-        module.sgd_update_(
-            own, velocity, place(grad), place(x), SgdOptions(**{**options, "dampening": 0.2 if step else 0.0})
-        )
-        torch.testing.assert_close(own.cpu(), parameter.detach(), rtol=1e-5, atol=1e-6)
-
-
 # -- repeatability -----------------------------------------------------------------------------------------------------
 
 
@@ -410,9 +322,7 @@ def _everything(module):
         results.append(module.product(grad, 300, _place(formula(case, value, signs))))
     weight = place(torch.where(torch.arange(300) == 200, 0.0, randn(130, 300, seed=8)))  # zeros in some columns alone
     results.append(module.product(grad, 300, made(weight)))
-    weight, velocity = place(randn(130, 300, seed=5)), place(randn(130, 300, seed=6))
-    module.sgd_update_(weight, velocity, grad, place(randn(20, 300, seed=7)), SgdOptions(**STEP))
-    return [*results, weight, velocity]
+    return results
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -461,11 +371,8 @@ FUZZ = random_cases(
 
 
 @pytest.mark.parametrize("case", FUZZ, ids=lambda c: f"{c['M']}x{c['N']}x{c['K']}-{c['value']}-{c['signs']}")
-@pytest.mark.op("feedback_matrix", "feedback_product", "feedback_update_")
+@pytest.mark.op("feedback_matrix", "feedback_product")
 def test_random_cases(module, case):
     f = formula(case, case["value"], case["signs"], case["weight_dtype"], case["layout"], case["scale"])
     check_product(module, case, randn(case["M"], case["N"], seed=1, dtype=case["dtype"]), f)
     check_matrix(module, case, f, case["dtype"])
-    check_update(
-        module, case, layout=case["layout"] if case["layout"] != "expanded" else "dense", grad_dtype=case["dtype"]
-    )

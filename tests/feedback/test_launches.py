@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lgkernels.ops.feedback.options import SgdOptions
 from tests.feedback.common import made
 from tests.simt import executor
 
@@ -55,12 +54,3 @@ def test_products(dry, shape, m, dtype):
     launches = dry.launches()
     check(launches, 1, 2)
     assert launches[0][0] >= 256 or shape[0] * shape[1] < 2**21 or shape[0] <= 10
-
-
-@pytest.mark.parametrize("m", [0, 1, 128])
-@pytest.mark.parametrize("shape", MATRICES[:-2], ids=str)
-def test_updates(dry, shape, m):
-    executor.backend("feedback").sgd_update_(
-        torch.empty(shape), torch.empty(shape), torch.empty(m, shape[0]), torch.empty(m, shape[1]), SgdOptions(0.1, 0.9)
-    )
-    check(dry.launches(), 1)

@@ -5,10 +5,9 @@ import torch
 
 from bench.rivals.feedback import lean_matrix
 from lgkernels.ops.feedback import torch as lean
-from lgkernels.ops.feedback.options import SgdOptions
 from lgkernels.ops.feedback.reference import pack_signs
 from tests.feedback.common import made, randn
-from tests.support.counting import Count, assert_lean, at_most, count
+from tests.support.counting import assert_lean, at_most, count
 
 pytestmark = pytest.mark.unpoisoned  # which writes
 M, N, K, SCALE = 16, 192, 256, 0.25
@@ -67,32 +66,3 @@ def test_signs_from_bits_are_read_as_bits():
     assert packed.bytes <= 1.15 * written and packed.operations <= 10
     with at_most(6):
         lean.pack_signs(weight)
-
-
-STEPS = [
-    dict(lr=0.1),
-    dict(lr=0.1, weight_decay=0.01),
-    dict(lr=0.1, momentum=0.9),
-    dict(lr=0.1, momentum=0.9, weight_decay=0.01),
-    dict(lr=0.1, momentum=0.9, nesterov=True),
-    dict(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
-]
-
-
-@pytest.mark.parametrize("options", STEPS, ids=str)
-def test_update(options):
-    """The gradient and torch's fused step: one pass over it, the weight and the momentum, which are written."""
-    weight, buffer, grad, x = randn(N, K), randn(N, K, seed=1), randn(M, N), randn(M, K, seed=1)
-    buffer = buffer if "momentum" in options else None
-    matrices = 3 if buffer is None else 5
-    small = 4 * (M * N + M * K)
-    fused = Count(2, small + 4 * N * K * (1 + matrices))
-    ours = count(lean.sgd_update_, weight, buffer, grad, x, SgdOptions(**options))
-    # a foreach step of the same: weight decay, momentum, gradient, weight
-    decay, momentum, nesterov = bool(options.get("weight_decay")), buffer is not None, options.get("nesterov", False)
-    foreach = Count(
-        1 + decay + 2 * momentum + nesterov + 1, small + 4 * N * K * (1 + 3 * decay + 5 * momentum + 3 * nesterov + 3)
-    )
-    assert_lean("torch's foreach step", ours, foreach, factor=1.0)
-    if not decay and not nesterov:
-        assert_lean("torch's fused step", ours, fused)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lgkernels.ops.feedback import reference
-from lgkernels.ops.feedback.options import SgdOptions
 from tests.feedback.common import made, randn, weights
 from tests.simt import executor
 from tests.simt.orders import in_every_order
@@ -56,18 +55,6 @@ def test_product_with_several_chunks():
     grad, weight = randn(8192, 261, seed=1), weights(261, 1)
     (got,) = in_every_order("feedback", lambda kernels: kernels.product_in_registers(grad, 1, made(weight)))
     assert_accurate("product", got, grad @ weight.sign(), grad.double() @ weight.sign().double(), 261)
-
-
-@pytest.mark.parametrize("m, n, k", [(40, 70, 140), (3, 5, 7)])
-def test_sgd_update(m, n, k):
-    weight, velocity, grad, x = randn(n, k, seed=1), randn(n, k, seed=2), randn(m, n, seed=3), randn(m, k, seed=4)
-
-    def run(kernels):
-        own = weight.clone(), velocity.clone()
-        kernels.sgd_update_(*own, grad, x, SgdOptions(0.1, 0.9, 0.0, 0.01, nesterov=True))
-        return own
-
-    in_every_order("feedback", run)
 
 
 def test_normal_values_over_many_angles():

@@ -1,7 +1,6 @@
-"""`feedback_projection`, `target_projection`, the fused update's op, and RandomFeedback as a module, every backend."""
+"""`feedback_projection`, `target_projection`, and RandomFeedback as a module, every backend."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 
 import lgkernels.functional as LF
 from tests.feedback.common import LAWS, randn, random_feedback
-from tests.support.cases import DTYPES, label
+from tests.support.cases import DTYPES
 from tests.support.tolerances import assert_accurate, assert_relative
 
 # -- projections --------------------------------------------------------------------------------------------------
@@ -60,44 +59,6 @@ def test_projections_draw_row_by_class_and_column_by_neuron(impl, law):
     random = random_feedback(law)
     eye = LF.feedback_projection(torch.eye(7), random, (2, 9), impl=impl)
     assert_relative("signal", eye, random.materialize((7, 2, 9)), 1e-6)
-
-
-# -- the fused update's op ----------------------------------------------------------------------------------------
-
-UPDATES = [
-    dict(zip(("momentum", "dampening", "weight_decay", "nesterov"), values))
-    for values in itertools.product((0.0, 0.9), (0.0, 0.3), (0.0, 0.05), (False, True))
-    if not (values[3] and (values[0] == 0 or values[1]))
-]
-
-
-@pytest.mark.parametrize("options", UPDATES, ids=label)
-def test_update_is_torchs_sgd(impl, options):
-    start, weight, momentum = randn(6, 40, seed=1), randn(6, 40, seed=1), options["momentum"]
-    parameter = torch.nn.Parameter(start.clone())
-    optimizer = torch.optim.SGD([parameter], lr=0.1, **options)
-    buffer = torch.zeros(6, 40) if momentum else None
-    for step in range(3):
-        grad, x = randn(5, 6, seed=10 + step), randn(5, 40, seed=20 + step)
-        parameter.grad = grad.t() @ x
-        optimizer.step()
-        torch.ops.lgkernels.feedback_update_(
-            weight,
-            buffer,
-            grad,
-            x,
-            0.1,
-            momentum,
-            options["dampening"] if step else 0.0,
-            options["weight_decay"],
-            options["nesterov"],
-            False,
-            1.0,
-            impl,
-        )
-    assert_relative("weight", weight, parameter, 1e-5)
-    if momentum:
-        assert_relative("momentum", buffer, optimizer.state[parameter]["momentum_buffer"], 1e-5)
 
 
 def test_feedback_modules_copy_and_pickle(tmp_path):

@@ -10,12 +10,13 @@ import torch
 
 import lgkernels.functional as LF
 from lgkernels.core import cuts, dispatch, dry, tiles, trial, trust, verdicts
+from lgkernels.ops.fused_update.options import UpdateRule
 from lgkernels.ops.local_loss import triton as kernels
 from tests.integration.test_trust import CPU, OP, REFERENCE, admits, entries, right, stand_in, written  # noqa: F401
 
 HALF = torch.bfloat16
 LAW = "normal", 0.5, None, 1.0, False
-SGD = 0.1, 0.9, 0.0, 0.0, False, False, 1.0
+SGD = UpdateRule("sgd", 0.1)
 
 
 def empty(*shape, dtype=torch.float32, memory_format=torch.contiguous_format):
@@ -60,7 +61,7 @@ LARGE = {
     "matrix": ("feedback_matrix", (64, 1 << 22, None, None, state(), *LAW, torch.float32, CPU), 10),
     "rows": ("feedback_rows", (torch.zeros(64, dtype=torch.int64), 1 << 22, state(), *LAW[:4], torch.float32), 10),
     "signs": ("feedback_pack_signs", (empty(64, 1 << 20),), 10),
-    "update": ("feedback_update_", (empty(4096, 4096), None, empty(128, 4096), empty(128, 4096), *SGD), 10),
+    "update": ("fused_update_", (empty(4096, 4096), None, None, None, empty(128, 4096), empty(128, 4096), *SGD), 10),
     "block": ("lls_block", block(empty(16, 64, 112, 112), empty(64, 64, 3, 3), 2), 150),
     "block, last": ("lls_block", block(last(16, 64, 112, 112, dtype=HALF), last(64, 64, 3, 3, dtype=HALF), 2), 150),
     "block, 512": ("lls_block", block(empty(32, 512, 14, 14), empty(512, 512, 3, 3), 2), 200),

@@ -2,8 +2,6 @@
 #include "common/formula_bindings.h"
 #include "feedback/cpu/kernels.h"
 
-LGK_TUPLE(lgk::SgdOptions, 7)
-LGK_TUPLE(lgk::cpu::UpdateShape, 3)
 LGK_TUPLE(lgk::cpu::Fold, 9)
 
 namespace lgk::cpu {
@@ -15,7 +13,6 @@ static void bind(py::module_& m) {
   define_kernel(m, "feedback_rows", kernels.rows);
   define_kernel(m, "feedback_fold", kernels.fold);
   define_kernel(m, "feedback_pack_signs", kernels.pack_signs);
-  define_kernel(m, "feedback_sgd_update", kernels.sgd_update);
 }
 
 static const Registration registration(Processor::kCpu, bind);

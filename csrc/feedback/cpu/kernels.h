@@ -3,7 +3,6 @@
 #pragma once
 #include "common/cpu/level.h"
 #include "common/formula.h"
-#include "feedback/options.h"
 
 namespace lgk::cpu {
 
@@ -14,10 +13,6 @@ struct Fold {
   int64_t kernel[2], positions[2], stride[2], padding[2], dilation[2];
 };
 
-struct UpdateShape {
-  int64_t rows, columns, batch;
-};
-
 struct FeedbackKernels {
   // the formula's rows and columns from (row, column) on
   int (*matrix)(const Formula&, int64_t row, int64_t column, void* out, int dtype, int threads);
@@ -25,10 +20,6 @@ struct FeedbackKernels {
   int (*rows)(const Formula&, const int64_t* index, int64_t count, void* out, int dtype, int threads);
   int (*fold)(const Fold&, const float* columns, float* out, int threads);
   int (*pack_signs)(const Matrix& weight, int64_t rows, int64_t columns, uint32_t* out, int threads);
-  // weight and momentum_buffer (or none), (rows, columns) of one dtype, a step along grad^T x, which is never stored;
-  // grad (batch, rows), x (batch, columns)
-  int (*sgd_update)(const SgdOptions&, const UpdateShape&, const Matrix& weight, const Matrix& momentum_buffer,
-                    const Matrix& grad, const Matrix& x, int threads);
 };
 
 LGK_LEVELS(FeedbackKernels, feedback)

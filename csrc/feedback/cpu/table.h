@@ -2,10 +2,9 @@
 #include "common/cpu/formula_matrix.h"
 #include "feedback/cpu/fold.h"
 #include "feedback/cpu/product.h"
-#include "feedback/cpu/update.h"
 
 namespace lgk::cpu::LGK_ISA {
 
-extern const FeedbackKernels feedback = {matrix, product, rows, fold, pack_signs, sgd_update};
+extern const FeedbackKernels feedback = {matrix, product, rows, fold, pack_signs};
 
 }  // namespace lgk::cpu::LGK_ISA

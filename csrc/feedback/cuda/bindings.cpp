@@ -2,8 +2,6 @@
 #include "feedback/cuda/kernels.h"
 
 LGK_TUPLE(lgk::StridedMatrix, 4)
-LGK_TUPLE(lgk::SgdOptions, 7)
-LGK_TUPLE(lgk::cuda::UpdateShape, 3)
 
 namespace lgk::cuda {
 
@@ -12,7 +10,6 @@ static void bind(py::module_& m) {
   define(m, "feedback_product_splits", &feedback_product_splits);
   define(m, "feedback_product", &feedback_product);
   define(m, "feedback_pack_signs", &feedback_pack_signs);
-  define(m, "feedback_sgd_update", &feedback_sgd_update);
 }
 
 static const Registration registration(Processor::kCuda, bind);

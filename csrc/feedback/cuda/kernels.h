@@ -2,13 +2,8 @@
 // Device pointers and a stream in, status out: 0, or a CUDA error code. Nothing synchronises.
 #pragma once
 #include "common/formula.h"
-#include "feedback/options.h"
 
 namespace lgk::cuda {
-
-struct UpdateShape {
-  int64_t m, n, k;
-};
 
 // out (rows, columns); row r is row index[r] of the law where `index` is given.
 int feedback_matrix(const Formula& f, const int64_t* index, void* out, int dtype, void* stream);
@@ -21,9 +16,5 @@ int feedback_product(const Formula& f, const StridedMatrix& grad, int64_t m, voi
 
 // out (rows, ceil(columns / 32)): bit j % 32 of word j / 32 is set where the weight is below zero.
 int feedback_pack_signs(const Formula& f, uint32_t* out, void* stream);
-
-// weight (n, k) and momentum_buffer (n, k; or none) one step along grad^T x, grad (m, n), x (m, k).
-int feedback_sgd_update(const SgdOptions& options, const UpdateShape& shape, const StridedMatrix& grad,
-                        const StridedMatrix& x, const Matrix& weight, const Matrix& momentum_buffer, void* stream);
 
 }  // namespace lgk::cuda

@@ -77,15 +77,3 @@ def pack_signs(weight):
     out = torch.empty(rows, (columns + 31) // 32, dtype=torch.int32, device=weight.device)
     _C.feedback_pack_signs(describe(weight), rows, columns, out.data_ptr(), torch.get_num_threads())
     return out
-
-
-def sgd_update_(weight, momentum_buffer, grad, x, options):
-    own = [weight, momentum_buffer]
-    w, v = (t if t is None else dense_rows(t.to(weight.dtype)) for t in own)
-    grad, x = dense_rows(grad), dense_rows(x)
-    _C.feedback_sgd_update(
-        options, (*weight.shape, grad.shape[0]), *map(describe, (w, v, grad, x)), torch.get_num_threads()
-    )
-    for mine, used in zip(own, (w, v)):
-        if used is not mine:
-            mine.copy_(used)

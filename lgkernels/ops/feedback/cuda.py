@@ -82,12 +82,3 @@ def pack_signs(weight):
     out = torch.empty((weight.shape[0], -(-weight.shape[1] // 32)), dtype=torch.int32, device=weight.device)
     call("feedback_pack_signs", out.device, formula, address(out))
     return out
-
-
-def sgd_update_(weight, momentum_buffer, grad, x, options):
-    ours = [_dense_rows(weight), _dense_rows(momentum_buffer)]
-    shape = (grad.shape[0], *weight.shape)
-    call("feedback_sgd_update", weight.device, options, shape, _strided(grad), _strided(x), *map(_rows_of, ours))
-    for theirs, own in zip((weight, momentum_buffer), ours):
-        if theirs is not own:
-            theirs.copy_(own)

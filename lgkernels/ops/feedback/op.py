@@ -12,7 +12,6 @@ from torch import Tensor
 from ...core import checks, dispatch
 from ...core.ops import define
 from ..common.matrix import DTYPES, FeedbackMatrix, check_law, check_state
-from .options import SgdOptions
 
 _define = partial(define, package=__package__)
 
@@ -140,25 +139,3 @@ def feedback_fold(
     dilation: list[int],
 ) -> Tensor:
     return kernels.fold(columns, shape, kernel, positions, stride, padding, dilation)
-
-
-# -- the fused step --------------------------------------------------------------------------------------------------
-
-
-def _check_update(weight, momentum_buffer, grad, x, options):
-    checks.dims("weight", weight, (2,), "(N, K)")
-    if momentum_buffer is not None and momentum_buffer.shape != weight.shape:
-        checks.shape("momentum_buffer", momentum_buffer, weight.shape, "that of weight")
-    if grad.shape != (x.shape[0], weight.shape[0]):
-        checks.shape("grad", grad, (x.shape[0], weight.shape[0]), "rows of x, outputs of weight")
-    if x.shape != (x.shape[0], weight.shape[1]):
-        checks.shape("x", x, (x.shape[0], weight.shape[1]), "samples, inputs of weight")
-
-
-@_define(
-    backends_of="feedback_update_", fake=lambda *_: None, check=_check_update, mutates=("weight", "momentum_buffer")
-)
-def feedback_update_(
-    kernels, weight: Tensor, momentum_buffer: Tensor | None, grad: Tensor, x: Tensor, options: SgdOptions
-) -> None:
-    kernels.sgd_update_(weight, momentum_buffer, grad, x, options)

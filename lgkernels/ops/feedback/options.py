@@ -12,15 +12,3 @@ class Formula(NamedTuple):
     low: float | None = None
     scale: float | str = 1.0
     sign_plus: bool = False
-
-
-class SgdOptions(NamedTuple):
-    """Of torch.optim.SGD's step, or (`manhattan`) Batch Manhattan's, with the gradient grad_scale * grad^T x."""
-
-    lr: float
-    momentum: float = 0.0
-    dampening: float = 0.0
-    weight_decay: float = 0.0
-    nesterov: bool = False
-    manhattan: bool = False
-    grad_scale: float = 1.0

@@ -75,24 +75,3 @@ def rows(index, columns, f, dtype):
     """(B, K) of row index[b] (int64) of scale * law: DRTP's projection of class indices."""
     value = random_rows(f.state, index, columns, f.law, f.law_scale, f.low)
     return (value.to(wide_dtype(dtype)) * f.scale).to(dtype)
-
-
-def sgd_update_(weight, momentum_buffer, grad, x, options):
-    """torch.optim.SGD's step, or Batch Manhattan's (`manhattan`), with the gradient grad_scale * grad^T x, in place.
-
-        g = grad_scale * grad^T x;  manhattan: g = sign(g);  g += weight_decay * W
-        v = momentum * v + (1 - dampening) * g;  W -= lr * (nesterov: g + momentum * v | v)
-
-    weight (N, K), momentum_buffer (N, K) or None (then no v: W -= lr * g), grad (M, N), x (M, K). torch's first step
-    with momentum sets v = g: pass a zero buffer and dampening 0.
-    """
-    dtype = wide_dtype(weight.dtype)
-    g = (grad.to(dtype).t() @ x.to(dtype)) * options.grad_scale
-    if options.manhattan:
-        g = g.sign()
-    g = g + options.weight_decay * weight.to(dtype)
-    if momentum_buffer is not None:
-        v = options.momentum * momentum_buffer.to(dtype) + (1 - options.dampening) * g
-        momentum_buffer.copy_(v)
-        g = g + options.momentum * v if options.nesterov else v
-    weight.copy_(weight.to(dtype) - options.lr * g)

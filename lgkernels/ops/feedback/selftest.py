@@ -50,20 +50,12 @@ def fold(impl, device, dtype):
     return [_ops.feedback_fold(columns, (2, 5, 5, 9), (2, 3), (3, 4), (2, 2), (1, 0), (1, 1), impl)]
 
 
-def update(impl, device, dtype):
-    weight, buffer = (values(n, 40, device=device, dtype=dtype)[:6].clone() for n in (6, 7))
-    grad, x = values(5, 6, device=device, dtype=dtype), values(5, 40, device=device, dtype=dtype)
-    _ops.feedback_update_(weight, buffer, grad, x, 0.1, 0.9, 0.0, 0.01, True, False, 1.0, impl)
-    return [weight, buffer]
-
-
 CASES = {
     "feedback_product": product,
     "feedback_matrix": matrix,
     "feedback_rows": rows,
     "feedback_fold": fold,
     "feedback_pack_signs": pack_signs,
-    "feedback_update_": update,
 }
 
 
@@ -99,15 +91,6 @@ def _pack(rows, columns):
     return Ordinary(ROWS[:1], run)
 
 
-def _update(rows, columns):
-    def run(impl, device, dtype, layout):
-        weight, buffer = (values(rows, columns, device=device, dtype=dtype) for _ in range(2))
-        grad, x = values(128, rows, device=device, dtype=dtype), values(128, columns, device=device, dtype=dtype)
-        _ops.feedback_update_(weight, buffer, grad, x, 0.1, 0.9, 0.0, 0.0, False, False, 1.0, impl)
-
-    return Ordinary(ROWS[:1], run)
-
-
 _LAYERS = {"512 x 1024": (512, 1024), "4096 x 4096": (4096, 4096), "256 x 1152": (256, 128 * 9)}
 
 
@@ -120,5 +103,4 @@ ORDINARY = {
     "feedback_matrix": _each(_matrix),
     "feedback_rows": {"10 x 16384": _rows(16384)},
     "feedback_pack_signs": _each(_pack),
-    "feedback_update_": _each(_update),
 }

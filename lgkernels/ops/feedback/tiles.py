@@ -8,21 +8,14 @@ from ...core.tiles import MATRIX_INSTRUCTIONS_FROM
 # three products take more registers), so each weight is read and made once. The tables were chosen by registers and
 # shared memory, and have not been timed on a GPU yet.
 PRODUCT = ((128, 32, 128, 8, 3), (64, 32, 128, 8, 3), (32, 32, 128, 8, 4), (16, 32, 128, 4, 4))
-UPDATE = ((32, 64, 128, 8, 3), (16, 32, 128, 4, 3))
 
 # Plain arithmetic holds its operands in registers too: smaller tiles.
 PLAIN_PRODUCT = ((32, 16, 64, 4, 2), (16, 16, 64, 4, 2))
-PLAIN_UPDATE = ((16, 32, 64, 4, 2),)
 
 
 def product_rows(arch):
     """The product's table on `arch`."""
     return PRODUCT if arch >= MATRIX_INSTRUCTIONS_FROM else PLAIN_PRODUCT
-
-
-def update_rows(arch):
-    """The update's table on `arch`."""
-    return UPDATE if arch >= MATRIX_INSTRUCTIONS_FROM else PLAIN_UPDATE
 
 
 def _matrix(sizes, dtype, arch):
@@ -54,17 +47,8 @@ def _product(sizes, dtype, arch):
     }
 
 
-def _update(sizes, dtype, arch):
-    """The tile of W (N, K) that a program updates; its sum runs over M."""
-    m, n, k = sizes
-    if arch == "interpret":
-        return {"BLOCK_M": min(m, 128), "BLOCK_N": min(n, 128), "BLOCK_K": min(k, 512), "num_warps": 1}
-    m, n, k, warps, stages = next(row for row in update_rows(arch) if row[0] <= max(m, 16))
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-
-
 def _sum(sizes, dtype, arch):
     return {"BLOCK": min(sizes[0], 1 << 16) if arch == "interpret" else 512, "num_warps": 4}
 
 
-TILES = {"matrix": _matrix, "product": _product, "sum": _sum, "update": _update}
+TILES = {"matrix": _matrix, "product": _product, "sum": _sum}

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from ...core.ops import wide_dtype
 from ...random import random_matrix, random_rows
-from . import reference
 
 
 def _times(a, b, scale):
@@ -83,32 +82,3 @@ def pack_signs(weight):
     bit = torch.bitwise_left_shift(1, torch.arange(8, dtype=torch.uint8, device=device))
     packed = torch.sum(negative.view(rows, 4 * words, 8) * bit, 2, dtype=torch.uint8)
     return packed.flatten().view(torch.int32).view(rows, words)
-
-
-def sgd_update_(weight, momentum_buffer, grad, x, options):
-    lr, momentum, dampening, weight_decay, nesterov, manhattan, grad_scale = options
-    if weight.dtype != wide_dtype(weight.dtype):  # each pass would round
-        return reference.sgd_update_(weight, momentum_buffer, grad, x, options)
-    left, x, rate = grad.to(weight.dtype).t(), x.to(weight.dtype), 1 - dampening
-    if momentum_buffer is None and not manhattan:
-        weight.addmm_(left, x, beta=1 - lr * weight_decay, alpha=-lr * grad_scale)
-        return None
-    if not (manhattan or nesterov):
-        momentum_buffer.addmm_(left, x, beta=momentum, alpha=rate * grad_scale)
-        if weight_decay:
-            momentum_buffer.add_(weight, alpha=rate * weight_decay)
-        weight.add_(momentum_buffer, alpha=-lr)
-        return None
-    if weight_decay and not manhattan:
-        g = torch.addmm(weight, left, x, beta=weight_decay, alpha=grad_scale)
-    else:
-        g = _times(left, x, grad_scale)
-    if manhattan:
-        g.sign_()
-        if weight_decay:
-            g.add_(weight, alpha=weight_decay)
-    if momentum_buffer is not None:
-        momentum_buffer.mul_(momentum).add_(g, alpha=rate)
-        g = g.add_(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
-    weight.add_(g, alpha=-lr)
-    return None

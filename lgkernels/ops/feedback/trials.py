@@ -7,13 +7,6 @@ _STATE = ("state",)
 _COLUMNS = Size((("columns", 0), ("weight", 1), ("magnitude", 1)))
 
 
-def _whole_numbers(a):
-    """Batch Manhattan steps by the gradient's sign: its sums are exact then, so that no rounding turns a sign."""
-    if a["manhattan"]:
-        a["grad"].round_()
-        a["x"].round_()
-
-
 TRIALS = {
     "feedback_product": Trial(
         rows=("grad",),
@@ -32,14 +25,4 @@ TRIALS = {
         length=lambda a: 1,
     ),
     "feedback_pack_signs": Trial(rows=("weight",), sizes=lambda a: (Size((("weight", 1),)),), length=lambda a: 1),
-    "feedback_update_": Trial(
-        rows=("grad", "x"),
-        sizes=lambda a: (
-            Size((("weight", 0), ("momentum_buffer", 0), ("grad", 1))),
-            Size((("weight", 1), ("momentum_buffer", 1), ("x", 1))),
-        ),
-        mutates=("weight", "momentum_buffer"),
-        plant=_whole_numbers,
-        length=lambda a: a["grad"].shape[0],
-    ),
 }

@@ -148,30 +148,3 @@ def pack_signs(weight):
     programs = block_count(N, config["BLOCK_N"]) * block_count(K, config["BLOCK_K"])
     launch(triton_matrix.pack_signs_kernel, programs, weight.device, weight, packed, N, K, *weight.stride(), **config)
     return packed
-
-
-def sgd_update_(weight, momentum_buffer, grad, x, options):
-    (N, K), M = weight.shape, grad.shape[0]
-    dtype = torch.promote_types(grad.dtype, x.dtype)
-    config = configuration(TILES["update"], (M, N, K), weight, dtype)
-    programs = block_count(N, config["BLOCK_N"]) * block_count(K, config["BLOCK_K"])
-    numbers = map(float, (options.lr, options.momentum, options.dampening, options.weight_decay, options.grad_scale))
-    launch(
-        triton_product.sgd_update_kernel,
-        programs,
-        weight.device,
-        weight,
-        momentum_buffer,
-        grad.contiguous(),
-        x.contiguous(),
-        *numbers,
-        M,
-        N,
-        K,
-        *weight.stride(),
-        *_strides(momentum_buffer),
-        NESTEROV=bool(options.nesterov),
-        MANHATTAN=bool(options.manhattan),
-        PRECISION=precision(dtype),
-        **config,
-    )

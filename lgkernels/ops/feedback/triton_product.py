@@ -1,4 +1,4 @@
-"""Triton kernels of the products: dX = grad F with F made in registers, and the fused update W, v <- SGD(grad^T x)."""
+"""Triton kernels of the product dX = grad F, with F made in registers."""
 
 import triton
 import triton.language as tl
@@ -87,55 +87,3 @@ def sum_slices_kernel(partial, out, size, slices, BLOCK: tl.constexpr):
     for slice in range(slices):
         total += tl.load(partial + offset(slice, size) + i, mask=i < size, other=0.0)
     tl.store(out + i, rounded(total, out.dtype.element_ty), mask=i < size)
-
-
-@triton.jit(do_not_specialize=["M"])
-def sgd_update_kernel(
-    weight,
-    momentum_buffer,
-    grad,
-    x,
-    lr,
-    momentum,
-    dampening,
-    weight_decay,
-    grad_scale,
-    M,
-    N,
-    K,
-    weight_row,
-    weight_column,
-    buffer_row,
-    buffer_column,
-    NESTEROV: tl.constexpr,
-    MANHATTAN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One tile of W and v: its whole sum over the samples, then the step of torch.optim.SGD or Batch Manhattan."""
-    pid = program_id(0)
-    blocks = tl.cdiv(K, BLOCK_K)
-    n, k = indices(pid // blocks, BLOCK_N), indices(pid % blocks, BLOCK_K)
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in range(0, M, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        g = load_tile(grad, m, n, M, N)
-        columns = load_tile(x, m, k, M, K)
-        total = dot(tl.trans(g), columns, total, PRECISION)
-    total = total * tl.cast(grad_scale, tl.float32)
-    if MANHATTAN:
-        total = tl.where(total > 0, 1.0, tl.where(total < 0, -1.0, 0.0))
-    inside = within(n, N, k, K)
-    at = weight + offset(n, weight_row)[:, None] + offset(k, weight_column)[None, :]
-    w = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    total += tl.cast(weight_decay, tl.float32) * w
-    if momentum_buffer is not None:
-        mu = tl.cast(momentum, tl.float32)
-        at_buffer = momentum_buffer + offset(n, buffer_row)[:, None] + offset(k, buffer_column)[None, :]
-        v = mu * tl.load(at_buffer, mask=inside, other=0.0).to(tl.float32)
-        v += (1.0 - tl.cast(dampening, tl.float32)) * total
-        tl.store(at_buffer, rounded(v, momentum_buffer.dtype.element_ty), mask=inside)
-        total = total + mu * v if NESTEROV else v
-    tl.store(at, rounded(w - tl.cast(lr, tl.float32) * total, weight.dtype.element_ty), mask=inside)

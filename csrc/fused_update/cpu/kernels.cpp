@@ -1,0 +1,2 @@
+#define LGK_ISA base
+#include "fused_update/cpu/table.h"

@@ -1,0 +1,2 @@
+#define LGK_ISA avx2
+#include "fused_update/cpu/table.h"

@@ -1,0 +1,8 @@
+// The table of one instruction-set level: include with LGK_ISA defined.
+#include "fused_update/cpu/update.h"
+
+namespace lgk::cpu::LGK_ISA {
+
+extern const FusedUpdateKernels fused_update = {update};
+
+}  // namespace lgk::cpu::LGK_ISA

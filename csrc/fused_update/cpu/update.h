@@ -1,0 +1,185 @@
+// The weight gradient grad^T x and the optimizer's step in one pass over the weight: a register tile of dW is summed
+// over the whole batch, then meets its tile of the weight and of its states; dW never reaches memory.
+#pragma once
+#include "common/cpu/formula_tiles.h"
+#include "common/cpu/parallel.h"
+#include "fused_update/cpu/kernels.h"
+
+namespace lgk::cpu::LGK_ISA {
+
+constexpr int kUpdateRows = 4;                // of the weight in a register tile
+constexpr int kUpdateTile = V == 16 ? 4 : 2;  // vectors of columns in it
+constexpr int64_t kPanelBytes = 256 * 1024;   // of x in the cache: (batch, panel) floats
+
+// rows [0, batch) of columns [col, col + n) of x as dense floats with rows of `width`, zero-padded
+inline void pack_panel(const Matrix& x, int64_t batch, int64_t col, int64_t n, int64_t width, float* out) {
+  for_dtype(x.dtype, [&](auto type) {
+    for (int64_t m = 0; m < batch; ++m)
+      for (int64_t j = 0; j < width; j += V)
+        store(out + m * width + j, j < n ? load_some(at<decltype(type)>(x, m, col + j), smaller(n - j, V)) : vf{});
+    return 0;
+  });
+}
+
+// Columns of grad, kUpdateRows at a time: (groups, batch, kUpdateRows), zero-padded.
+class PackedColumns {
+ public:
+  const int64_t groups;
+
+  PackedColumns(const UpdateShape& u, const Matrix& grad, int threads)
+      : groups((u.rows + kUpdateRows - 1) / kUpdateRows), size_(kUpdateRows * u.batch), all_(groups * size_, 1) {
+    if (!all_) return;
+    parallel(groups, u.rows * u.batch, threads, [&](int64_t begin, int64_t end, int) {
+      for_dtype(grad.dtype, [&](auto type) {
+        for (int64_t i = begin; i < end; ++i) {
+          float* out = all_.of(0) + i * size_;
+          const int64_t row = i * kUpdateRows, n = smaller(u.rows - row, kUpdateRows);
+          for (int64_t m = 0; m < u.batch; ++m) {
+            const vf v = load(at<decltype(type)>(grad, m, row), n);
+            for (int r = 0; r < kUpdateRows; ++r) out[m * kUpdateRows + r] = v[r];
+          }
+        }
+        return 0;
+      });
+    });
+  }
+  explicit operator bool() const { return static_cast<bool>(all_); }
+  const float* group(int64_t i) const { return all_.of(0) + i * size_; }
+
+ private:
+  int64_t size_;
+  Scratch all_;
+};
+
+// acc = tile of grad^T x; x (batch, width) and g (batch, kUpdateRows) are packed
+template <int ROWS>
+LGK_INLINE void sum_tile(int64_t batch, const float* g, const float* x, int64_t width, vf (&acc)[ROWS][kUpdateTile]) {
+  for (int r = 0; r < ROWS; ++r)
+    for (int t = 0; t < kUpdateTile; ++t) acc[r][t] = vf{};
+  for (int64_t m = 0; m < batch; ++m) {
+    vf right[kUpdateTile];
+    for (int t = 0; t < kUpdateTile; ++t) right[t] = load(x + m * width + t * V);
+    for (int r = 0; r < ROWS; ++r) {
+      const vf left = splat(g[m * kUpdateRows + r]);
+      for (int t = 0; t < kUpdateTile; ++t) acc[r][t] += left * right[t];
+    }
+  }
+}
+
+LGK_INLINE vf load_of(const Matrix& matrix, int64_t row, int64_t col, int64_t n) {
+  if (matrix.dtype == kFloat32) return load_some(at<float>(matrix, row, col), n);
+  if (matrix.dtype == kBFloat16) return load_some(at<bf16>(matrix, row, col), n);
+  return load_some(at<f16>(matrix, row, col), n);
+}
+
+struct Step {
+  UpdateRule rule;
+  float beta2, fresh2, inverse_root;
+
+  explicit Step(const UpdateRule& r)
+      : rule(r), beta2(static_cast<float>(r.beta2)), fresh2(r.fresh2()), inverse_root(1.f / r.root) {}
+
+  // sum of the gradient -> new weight; the states m (or none) and, of Adam, v are updated
+  template <bool ADAM>
+  LGK_INLINE vf apply(vf sum, vf w, vf* m, vf* v) const {
+    const vf limit = splat(rule.clip_value);
+    vf g = sum * rule.grad_scale;
+    g = g > limit ? limit : g < -limit ? -limit : g;  // NaN stays
+    if (rule.rule == kManhattan) {
+      const vi s = (g < 0.f) - (g > 0.f);
+      g = __builtin_convertvector(s, vf);
+    }
+    g += rule.weight_decay * w;
+    vf step = g;
+    if (m) {
+      *m = rule.momentum * *m + rule.fresh * g;
+      step = rule.nesterov ? g + rule.momentum * *m : *m;
+    }
+    if constexpr (ADAM) {
+      *v = beta2 * *v + fresh2 * g * g;
+      step = *m / (square_root(*v) * inverse_root + rule.eps);
+    }
+    return rule.keep * w - rule.lr * step;
+  }
+};
+
+// What a step reads and writes besides its factors.
+struct Tensors {
+  Matrix weight, first, second, gradient;
+};
+
+template <class T>
+LGK_INLINE T* element_of(const Matrix& matrix, int64_t row, int64_t col) {
+  return static_cast<T*>(matrix.data) + row * matrix.stride + col;
+}
+
+// Tile (ROWS, kUpdateTile * V) of the weight at (row, col), n columns to its end; x (batch, width) and g (batch,
+// kUpdateRows) are packed.
+template <int ROWS, bool ADAM, class T>
+inline void update_tile(const Step& step, const Tensors& tensors, int64_t batch, const float* g, const float* x,
+                        int64_t width, int64_t row, int64_t col, int64_t n) {
+  vf acc[ROWS][kUpdateTile];
+  sum_tile<ROWS>(batch, g, x, width, acc);
+  const bool first = ADAM || tensors.first.data;
+  for (int r = 0; r < ROWS; ++r)
+    for (int t = 0; t < kUpdateTile; ++t) {
+      const int64_t left = smaller(n - t * V, V), column = col + t * V;
+      if (left <= 0) break;
+      T* w = element_of<T>(tensors.weight, row + r, column);
+      T* at_m = first ? element_of<T>(tensors.first, row + r, column) : nullptr;
+      T* at_v = ADAM ? element_of<T>(tensors.second, row + r, column) : nullptr;
+      vf sum = acc[r][t], m = {}, v = {};
+      if (tensors.gradient.data) sum += load_of(tensors.gradient, row + r, column, left);
+      if (first) m = load_some(at_m, left);
+      if (ADAM) v = load_some(at_v, left);
+      store_some(w, step.apply<ADAM>(sum, load_some(w, left), first ? &m : nullptr, &v), left);
+      if (first) store_some(at_m, m, left);
+      if (ADAM) store_some(at_v, v, left);
+    }
+}
+
+template <bool ADAM, class T>
+inline int run_update(const UpdateRule& rule, const UpdateShape& u, const Tensors& tensors, const Matrix& grad,
+                      const Matrix& input, int threads) {
+  constexpr int64_t tile = kUpdateTile * V;
+  const Step step(rule);
+  if (u.rows == 0 || u.columns == 0) return 0;
+  const int64_t fitting = kPanelBytes / 4 / (u.batch > 0 ? u.batch : 1) / tile * tile;
+  const int64_t width = fitting < tile ? tile : smaller(fitting, rounded(u.columns, tile));
+  const PackedColumns packed(u, grad, threads);
+  Scratch inputs(width * u.batch, threads);
+  if (!packed || !inputs) return 1;
+  // A thread owns a range of row groups and walks it once for each panel of x in its cache.
+  parallel(packed.groups, u.rows * u.columns, threads, [&](int64_t begin, int64_t end, int thread) {
+    float* x = inputs.of(thread);
+    for (int64_t first = 0; first < u.columns; first += width) {
+      const int64_t n = smaller(u.columns - first, width);
+      pack_panel(input, u.batch, first, n, width, x);
+      for (int64_t i = begin; i < end; ++i) {
+        const float* g = packed.group(i);
+        const int64_t row = i * kUpdateRows;
+        for (int64_t j = 0; j < n; j += tile) {
+          const int64_t col = first + j;
+          if (row + kUpdateRows <= u.rows)
+            update_tile<kUpdateRows, ADAM, T>(step, tensors, u.batch, g, x + j, width, row, col, n - j);
+          else
+            for (int64_t r = 0; r < u.rows - row; ++r)
+              update_tile<1, ADAM, T>(step, tensors, u.batch, g + r, x + j, width, row + r, col, n - j);
+        }
+      }
+    }
+  });
+  return 0;
+}
+
+inline int update(const UpdateRule& rule, const UpdateShape& shape, const Matrix& weight, const Matrix& first,
+                  const Matrix& second, const Matrix& gradient, const Matrix& grad, const Matrix& x, int threads) {
+  const Tensors tensors{weight, first, second, gradient};
+  return for_dtype(weight.dtype, [&](auto type) {
+    using T = decltype(type);
+    return rule.rule == kAdam ? run_update<true, T>(rule, shape, tensors, grad, x, threads)
+                              : run_update<false, T>(rule, shape, tensors, grad, x, threads);
+  });
+}
+
+}  // namespace lgk::cpu::LGK_ISA

@@ -1,0 +1,89 @@
+"""The Triton kernel of the fused step: a tile of dW in registers meets its tile of W and of W's states."""
+
+import triton
+import triton.language as tl
+
+from ..common.addressing import indices, load_tile, offset, program_id, within
+from ..common.dot import dot
+from ..common.rounding import rounded
+
+
+@triton.jit
+def _place(matrix, n, k, row_stride, column_stride):
+    return matrix + offset(n, row_stride)[:, None] + offset(k, column_stride)[None, :]
+
+
+@triton.jit(do_not_specialize=["M"])
+def fused_update_kernel(
+    weight,
+    first,
+    second,
+    gradient,
+    grad,
+    x,
+    lr,
+    momentum,
+    fresh,
+    weight_decay,
+    keep,
+    beta2,
+    fresh2,
+    eps,
+    root,
+    grad_scale,
+    clip_value,
+    M,
+    N,
+    K,
+    weight_row,
+    weight_column,
+    first_row,
+    first_column,
+    second_row,
+    second_column,
+    gradient_row,
+    gradient_column,
+    NESTEROV: tl.constexpr,
+    MANHATTAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of W, its whole sum over the samples, then the step (reference.py); a `second` makes it Adam's."""
+    pid = program_id(0)
+    blocks = tl.cdiv(K, BLOCK_K)
+    n, k = indices(pid // blocks, BLOCK_N), indices(pid % blocks, BLOCK_K)
+    inside = within(n, N, k, K)
+    g = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, M, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        rows = load_tile(grad, m, n, M, N)
+        columns = load_tile(x, m, k, M, K)
+        g = dot(tl.trans(rows), columns, g, PRECISION)
+    if gradient is not None:
+        at = _place(gradient, n, k, gradient_row, gradient_column)
+        g += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    g *= tl.cast(grad_scale, tl.float32)
+    limit = tl.cast(clip_value, tl.float32)
+    g = tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))  # NaN stays
+    if MANHATTAN:
+        g = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0))
+    at = _place(weight, n, k, weight_row, weight_column)
+    w = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    g += tl.cast(weight_decay, tl.float32) * w
+    step = g
+    if first is not None:
+        mu = tl.cast(momentum, tl.float32)
+        at_first = _place(first, n, k, first_row, first_column)
+        v = mu * tl.load(at_first, mask=inside, other=0.0).to(tl.float32) + tl.cast(fresh, tl.float32) * g
+        tl.store(at_first, rounded(v, first.dtype.element_ty), mask=inside)
+        step = g + mu * v if NESTEROV else v
+        if second is not None:
+            at_second = _place(second, n, k, second_row, second_column)
+            s = tl.cast(beta2, tl.float32) * tl.load(at_second, mask=inside, other=0.0).to(tl.float32)
+            s += tl.cast(fresh2, tl.float32) * g * g
+            tl.store(at_second, rounded(s, second.dtype.element_ty), mask=inside)
+            step = v / (tl.sqrt(s) / tl.cast(root, tl.float32) + tl.cast(eps, tl.float32))
+    w = tl.cast(keep, tl.float32) * w - tl.cast(lr, tl.float32) * step
+    tl.store(at, rounded(w, weight.dtype.element_ty), mask=inside)

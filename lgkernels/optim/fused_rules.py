@@ -1,0 +1,96 @@
+"""Which optimizers the fused step knows, and their step at the moment as numbers of the kernels."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.fused_update.options import UpdateRule
+from .manhattan import BatchManhattan
+
+_ADAM = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def check(optimizer: torch.optim.Optimizer) -> None:
+    """Raises for an optimizer, or an option of one, that has no fused step."""
+    if type(optimizer) not in (torch.optim.SGD, *_ADAM) and not isinstance(optimizer, BatchManhattan):
+        raise TypeError(
+            "optimizer must be torch.optim.SGD, Adam, AdamW or lgkernels.optim.BatchManhattan, got "
+            f"{type(optimizer).__name__}"
+        )
+    for option, why in (
+        ("no_sign_change", "the fused pass does not hold signs"),
+        ("differentiable", "the fused pass has no graph"),
+        ("amsgrad", "the fused pass keeps no maximum of exp_avg_sq"),
+        ("capturable", "the fused pass reads the number of the step on the host"),
+    ):
+        if any(group.get(option) for group in optimizer.param_groups):
+            raise ValueError(f"optimizer must not have {option}=True: {why}")
+
+
+def next_step(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], weight: Tensor, counted: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None, UpdateRule]:
+    """(first, second, rule) of the weight's next step. The states are made where there are none, as the optimizer
+    would, and its count of steps goes on. `counted` is the caller's, for what the count was."""
+    sign = -1.0 if group.get("maximize") else 1.0
+    if type(optimizer) in _ADAM:
+        group = {"decoupled_weight_decay": isinstance(optimizer, torch.optim.AdamW), **group}
+        return _adam(group, optimizer.state[weight], weight, sign, counted)
+    momentum, fresh = float(group["momentum"]), 1.0 - float(group.get("dampening", 0.0))
+    buffer = None
+    if momentum:  # else the optimizer has no entry for the weight
+        state = optimizer.state[weight]
+        buffer = state.get("momentum_buffer")
+        if buffer is None:  # the first step: m = g
+            buffer = state["momentum_buffer"] = torch.zeros_like(weight)
+            fresh = 1.0
+    rule = UpdateRule(
+        "manhattan" if isinstance(optimizer, BatchManhattan) else "sgd",
+        float(group["lr"]),
+        momentum,
+        fresh,
+        float(group["weight_decay"]),
+        nesterov=bool(group.get("nesterov", False)),
+        grad_scale=sign,
+    )
+    return buffer, None, rule
+
+
+def _next_count(step: Tensor, counted: dict[str, Any]) -> float:
+    """step + 1, in place. On another device (fused=True) it is read once, and while nobody else writes to it."""
+    step += 1
+    if step.device.type == "cpu":
+        return float(step)
+    tensor, version, value = counted.get("step", (None, 0, 0.0))
+    known = tensor is step and version == step._version - 1
+    counted["step"] = step, step._version, value + 1.0 if known else float(step)
+    return counted["step"][2]
+
+
+def _adam(
+    group: dict[str, Any], state: dict[str, Any], weight: Tensor, sign: float, counted: dict[str, Any]
+) -> tuple[Tensor, Tensor, UpdateRule]:
+    if not state:
+        fused = group.get("fused")
+        wide = torch.get_default_dtype() == torch.float64 and not fused
+        dtype, device = torch.float64 if wide else torch.float32, weight.device if fused else "cpu"
+        state["step"] = torch.zeros((), dtype=dtype, device=device)
+        state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+    step, lr, decay = _next_count(state["step"], counted), float(group["lr"]), float(group["weight_decay"])
+    (beta1, beta2), decoupled = map(float, group["betas"]), group["decoupled_weight_decay"]
+    rule = UpdateRule(
+        "adam",
+        lr / (1.0 - beta1**step),
+        beta1,
+        1.0 - beta1,
+        0.0 if decoupled else decay,
+        keep=1.0 - lr * decay if decoupled else 1.0,
+        beta2=beta2,
+        eps=float(group["eps"]),
+        root=math.sqrt(1.0 - beta2**step),
+        grad_scale=sign,
+    )
+    return state["exp_avg"], state["exp_avg_sq"], rule
