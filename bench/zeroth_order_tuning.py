@@ -73,7 +73,7 @@ def measured(model, step, steps, tuning, test):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=300, help="of zeroth order; others: a sixth of them")
+    parser.add_argument("--steps", type=int, default=240, help="of zeroth order; others: a sixth of them")
     parser.add_argument("--members", type=int, default=4)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--eps", type=float, default=1e-3)

@@ -35,8 +35,10 @@ class ZerothOrder(torch.optim.Optimizer):
     The noise Z has mean 0 and variance 1 and is a formula of (seed, parameter's name, step, member): it is made where
     it is used and never stored. No weight is perturbed in place: linear layers, convolutions and embeddings run at the
     perturbed weight by functions of their own (:func:`lgkernels.functional.perturbed_linear`), every other function of
-    torch takes a perturbed copy of its parameter while it runs. Weights may be
-    frozen (``requires_grad=False``) and of half precision; a half weight that is stepped is rounded to the nearest.
+    torch takes a perturbed copy of its parameter while it runs. Weights may be frozen (``requires_grad=False``) and of
+    half precision: products and normalisations compute with the perturbed weight in float32, also under autocast, and
+    what an embedding gives is rounded up or down at random, right on the average. A half weight that is stepped is
+    rounded to the nearest.
 
     A forward pass costs little, but the estimate of a gradient of n numbers by one has a variance n times as large:
     where back-propagation fits into the memory it is more accurate and cheaper, with checkpointing too (arXiv
