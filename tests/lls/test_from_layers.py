@@ -305,18 +305,18 @@ def test_pools_are_those_of_the_authors_tables():
     assert {(b.pool_size, b.temperature) for b in blocks if hasattr(b, "pool_size")} == {(3, 2.0)}
 
 
-@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18", "alexnet"])
-def test_torchvisions_models(name):
+def test_torchvisions_resnet():
+    """Its residual blocks are whole, each with a head."""
     try:
         models = optional.torchvision().models
     except ImportError as error:
         pytest.skip(f"torchvision is not installed ({error})")
-    model, x = getattr(models, name)(num_classes=5).eval(), randn(2, 3, 64, 64)
+    model, x = models.resnet18(num_classes=5).eval(), randn(2, 3, 64, 64)
     before = model(x)
     blocks = convert(model, "lls", num_classes=5, verbose=False)
     assert torch.equal(blocks.eval()(x), before)
     losses = BlockwiseTrainer(blocks.train(), lambda p: torch.optim.SGD(p, 0.01)).step(x, TARGET[:2])
-    assert losses.isfinite().all() and len(losses) == {"vgg11_bn": 11, "resnet18": 10, "alexnet": 8}[name]
+    assert losses.isfinite().all() and len(losses) == 10
 
 
 @pytest.mark.parametrize(

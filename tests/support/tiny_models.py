@@ -8,7 +8,8 @@ import torch
 from lgkernels.core import optional
 
 
-def _transformers():
+def transformers():
+    """The package."""
     with contextlib.suppress(ImportError):
         optional.torchvision()  # it imports torchvision where that is, which needs its schemas beside a CPU torch
     return pytest.importorskip("transformers", reason="transformers is not installed")
@@ -29,13 +30,13 @@ _ENCODER = dict(
 
 
 def gpt2(**options):
-    t = _transformers()
+    t = transformers()
     sizes = dict(n_embd=WIDTH, n_layer=LAYERS, n_head=4, vocab_size=VOCABULARY, n_positions=64)
     return t.GPT2LMHeadModel(t.GPT2Config(**sizes | dict(bos_token_id=0, eos_token_id=0) | options))
 
 
 def llama(**options):
-    t = _transformers()
+    t = transformers()
     sizes = dict(
         hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64
     )
@@ -43,12 +44,12 @@ def llama(**options):
 
 
 def bert(**options):
-    t = _transformers()
+    t = transformers()
     return t.BertForSequenceClassification(t.BertConfig(**_ENCODER | dict(vocab_size=VOCABULARY) | options))
 
 
 def vit(**options):
-    t = _transformers()
+    t = transformers()
     return t.ViTForImageClassification(t.ViTConfig(**_ENCODER | dict(image_size=16, patch_size=4) | options))
 
 

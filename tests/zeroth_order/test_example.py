@@ -3,12 +3,12 @@
 import runpy
 from pathlib import Path
 
-import pytest
+from tests.support.tiny_models import transformers
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "zeroth_order_language_model.py"
 
 
 def test_the_model_learns():
-    pytest.importorskip("transformers")
+    transformers()
     before, after = runpy.run_path(str(EXAMPLE))["main"](["--steps", "50", "--pretrain", "60"])
     assert after < before - 0.05
