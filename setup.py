@@ -17,10 +17,20 @@ import zlib
 from functools import lru_cache
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
-from setuptools.command.editable_wheel import editable_wheel
+import setuptools
+
+OLDEST = 77  # it reads this pyproject.toml's license; its bdist_wheel is its own
+if int(setuptools.__version__.partition(".")[0]) < OLDEST:
+    sys.exit(
+        f"lgkernels: building needs setuptools >= {OLDEST}, this is {setuptools.__version__}: run "
+        f"{sys.executable} -m pip install 'setuptools>={OLDEST}', or build by {sys.executable} -m pip wheel --no-deps "
+        "., which fetches what it needs"
+    )
+
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools.command.editable_wheel import editable_wheel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 MODULE = "lgkernels._C"

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import checks, native, philox_cuda, philox_numpy
+from .core import checks, float64, native, philox_cuda, philox_numpy
 from .core.carried import Carried, own_write, verified
 from .core.random_checks import check_dtype, check_state
 
@@ -147,6 +147,9 @@ def _rows(
 ) -> Tensor:
     """`random_rows`, in the fastest way that there is."""
     v, traced = VALUES_PER_CALL[law], _traced(state, index)
+    if (law == "normal" or low) and float64.lacks(state.device):
+        index = index if isinstance(index, range) else index.cpu()
+        return _rows(state.cpu(), index, columns, law, scale, low, dtype).to(state.device)
     if state.device.type == "cpu" and not traced and dtype in _OF_NUMPY:
         rows = np.arange(index.start, index.stop) if isinstance(index, range) else index.numpy()
         made = philox_numpy.rows(state.numpy(), rows, columns, law, v, scale, low, str(dtype)[6:])
@@ -277,7 +280,7 @@ def _native_matrix(
     made = dtype if dtype in _NATIVE_DTYPES else torch.float32
     out = torch.empty(size, dtype=made, device=state.device)  # whatever the default device is
     formula = (*size, None, None, state.data_ptr(), law, scale, low, 1.0, False)
-    kernels.feedback_matrix(formula, *offset, out.data_ptr(), _NATIVE_DTYPES[made], torch.get_num_threads())
+    kernels.feedback_matrix(formula, *offset, out.data_ptr(), _NATIVE_DTYPES[made], native.threads())
     return out.to(dtype)
 
 

@@ -210,8 +210,10 @@ def _chosen(
 
 
 def _choice(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ModuleType]:
-    if impl == "auto":
-        impl = environment.value("LGKERNELS_IMPL", "auto")
+    if impl == "auto" and (given := environment.value("LGKERNELS_IMPL", "auto")) != "auto":
+        if given not in IMPLEMENTATIONS:
+            raise ValueError(f"LGKERNELS_IMPL must be one of {', '.join(IMPLEMENTATIONS)}, got {given!r}")
+        impl = given
     return _chosen(op, impl, device, dtype, (interpreting(), trust.policy(), id(native.cuda_entries())))
 
 

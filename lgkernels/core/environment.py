@@ -23,6 +23,16 @@ def value(name: str, default: str) -> str:
     return os.environ[name] if is_set(name) else default
 
 
+def is_on(name: str) -> bool:
+    """Of a switch: 1 is on, 0 is off."""
+    if not is_set(name):
+        return False
+    given = os.environ[name]
+    if given not in ("0", "1"):
+        raise ValueError(f"{name} must be 0 or 1, got {given!r}")
+    return given == "1"
+
+
 @functools.lru_cache(maxsize=1)
 def triton_fault() -> str | None:
     """Why Triton cannot be used, None if it can; imports it."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -11,14 +12,24 @@ import torch  # before _C, so that both share one OpenMP pool
 _cuda_override = None  # tests put the executor build of the CUDA kernels here: it runs them on CPU tensors
 
 
+LEVELS = ("default", "avx2", "avx512")  # instructions of the CPU kernels
+MOST_THREADS = max(1024, os.cpu_count() or 1)  # the OpenMP runtime ends the process where it can start no more
+
+
 @lru_cache(maxsize=1)
 def _load():
+    level = os.environ.get("LGKERNELS_CPU") or None
+    if level not in (None, *LEVELS):
+        raise ValueError(f"LGKERNELS_CPU must be one of {', '.join(LEVELS)}, got {level!r}")
     try:
         from lgkernels import _C
     except ImportError as error:
         if importlib.util.find_spec("lgkernels._C") is None:
+            _warn_if_elsewhere(Path(__file__).resolve().parents[1], sys.path)
             return None, "built without the native module: there was no compiler, or LGKERNELS_BUILD=none"
         return None, str(error)
+    if level not in (None, found := _C.cpu.cpu_level()):
+        raise ValueError(f"LGKERNELS_CPU must be a level of this processor, which has {found}, got {level!r}")
     _warn_if_outdated(_C, Path(__file__).resolve().parents[2] / "csrc")
     # glibc returns free memory to the system above twice the largest block freed so far. A step's buffers (LLS's
     # pre-activation and output, a convolution's feedback weight) reach that together, and every step then pays
@@ -26,6 +37,19 @@ def _load():
     # never touched, lifts the mark to 64 MiB.
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     return _C, None
+
+
+def _warn_if_elsewhere(package, search_path):
+    """A tree that was not built hides an installed package that was; say so, or its kernels are missed in silence."""
+    for folder in search_path:
+        other = Path(folder).resolve() / "lgkernels"
+        if other != package and any(other.glob("_C.*")):
+            warnings.warn(
+                f"lgkernels is imported from {package.parent}, which has no native module, and hides the one in "
+                f"{other.parent}, which has: build this one with `pip install -e .`, or start Python in another folder",
+                stacklevel=4,
+            )
+            return
 
 
 def _sources(csrc, cuda):
@@ -60,6 +84,14 @@ def cpu_entries():
     """The module that holds the CPU entry points, or None."""
     module = native()
     return module if module is None else module.cpu
+
+
+def threads():
+    """How many threads a CPU kernel may use: torch's number."""
+    count = torch.get_num_threads()
+    if count > MOST_THREADS:
+        raise ValueError(f"the threads of torch must be at most {MOST_THREADS}, got {count}: torch.set_num_threads")
+    return count
 
 
 def cuda_entries():

@@ -53,7 +53,7 @@ def class_indices(
     if (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and (target.device.type == "cpu" or environment.value("LGKERNELS_CHECK", "0") == "1")
+        and (target.device.type == "cpu" or environment.is_on("LGKERNELS_CHECK"))
     ):
         # uint64 above 2**63 would wrap around to what another class, or ignore_index, is
         values = given.cpu() if given.dtype == torch.uint64 else target
@@ -250,7 +250,7 @@ _NOT_DENSE += ["SparseMeta", "SparseCsrMeta", "MkldnnCPU", "AutogradNestedTensor
 _plain_types = dict.fromkeys(_PLAIN, True)
 
 
-def _has_an_address(kind: type) -> bool:
+def has_an_address(kind: type) -> bool:
     """Whether the memory of a tensor of this class is its own: a subclass that intercepts every operation
     (`__torch_dispatch__`) may hold its values elsewhere."""
     if kind not in _plain_types:
@@ -282,7 +282,7 @@ def _require_dtype(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype
 
 def require_memory(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     """Raise unless the tensor's address means what native code will take it for."""
-    if not _has_an_address(type(tensor)):
+    if not has_an_address(type(tensor)):
         raise TypeError(
             f"{name} must be a plain torch.Tensor, got {type(tensor).__name__}, whose values lie elsewhere: pass its "
             "local tensor (DTensor: .to_local(), or .full_tensor())"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..ops.local_loss import autograd as _local
+from ..ops.local_loss.options import ContrastiveOptions
 
 __all__ = ["info_nce_loss", "nt_xent_loss", "supcon_loss"]
 
@@ -49,7 +50,8 @@ def nt_xent_loss(z: Tensor, *, temperature: float = 0.1, normalize: bool = True,
     if z.dim() != 2 or z.shape[0] % 2:
         raise ValueError(f"z must be (2N, D), the second views below the first, got shape {checks.shape_of(z)}")
     labels = torch.arange(z.shape[0] // 2, device=z.device).repeat(2)
-    return _local.contrastive("nt_xent_loss", z, labels, z.shape[0], temperature, 1.0, normalize, impl)
+    options = ContrastiveOptions(z.shape[0], temperature, 1.0, normalize, False)
+    return _local.contrastive("nt_xent_loss", z, labels, options, impl)
 
 
 def supcon_loss(
@@ -59,6 +61,7 @@ def supcon_loss(
     temperature: float = 0.07,
     base_temperature: float | None = None,
     contrast_mode: Literal["all", "one"] = "all",
+    anchors_without_positives: Literal["zero", "exclude"] = "zero",
     normalize: bool = True,
     impl: str = "auto",
 ) -> Tensor:
@@ -67,13 +70,16 @@ def supcon_loss(
     .. math::
         L = \frac{T / T_0}{A} \sum_i \Big(\log \sum_{j \ne i} e^{S_{ij}} - \frac{1}{|P_i|} \sum_{p \in P_i} S_{ip}\Big)
 
-    with :math:`S = q q^T / T`, q the normalised rows. An anchor without positives contributes 0 and stays in the mean.
+    with :math:`S = q q^T / T`, q the normalised rows, A the number of anchors. An anchor without positives (its class
+    has one row in the batch) contributes 0; ``anchors_without_positives`` says whether A counts it.
 
     Args:
         z (Tensor): (B, V, D), V views of each sample, or (B, D).
         target (Tensor, optional): (B,) labels. None: the other views of the same sample are the positives.
         temperature (float): T. base_temperature (float, optional): T_0; None: T / T_0 is 1.
         contrast_mode (str): ``"all"``: every view is an anchor; ``"one"``: the first.
+        anchors_without_positives (str): ``"zero"``: A counts them too, as in InfoPro's code; ``"exclude"``: the mean is
+            over the others, as pytorch-metric-learning's, and 0 where there are none.
         normalize (bool): divide rows by their norm.
         impl (str): ``"auto"`` or ``"reference"``: plain torch is its only backend.
 
@@ -95,6 +101,8 @@ def supcon_loss(
     if base_temperature is not None:
         base_temperature = checks.positive("base_temperature", base_temperature)
     checks.choice("contrast_mode", contrast_mode, ("all", "one"))
+    checks.choice("anchors_without_positives", anchors_without_positives, ("zero", "exclude"))
+    exclude = anchors_without_positives == "exclude"
     if target is None:
         labels = torch.arange(z.shape[0], device=z.device)
     else:
@@ -109,7 +117,8 @@ def supcon_loss(
     factor = 1.0
     if base_temperature is not None:
         factor = checks.number("temperature / base_temperature", temperature / base_temperature)
-    return _local.contrastive("supcon_loss", rows, labels.repeat(views), anchors, temperature, factor, normalize, impl)
+    options = ContrastiveOptions(anchors, temperature, factor, normalize, exclude)
+    return _local.contrastive("supcon_loss", rows, labels.repeat(views), options, impl)
 
 
 def info_nce_loss(

@@ -315,7 +315,7 @@ class Estimate:
         """Where looking at values costs no synchronisation, or when LGKERNELS_CHECK=1."""
         if losses.shape != again.shape:
             raise _different(f"losses {tuple(again.shape)} after {tuple(losses.shape)}")
-        if losses.device.type == "cpu" or environment.value("LGKERNELS_CHECK", "0") == "1":
+        if losses.device.type == "cpu" or environment.is_on("LGKERNELS_CHECK"):
             tolerance = torch.finfo(losses.dtype).eps ** 0.5  # kernels may round in other ways without a tangent
             if not torch.allclose(losses, again, rtol=tolerance, atol=tolerance, equal_nan=True):
                 raise _different("other losses")

@@ -1,11 +1,13 @@
 """Instruments: how far a layer's feedback is from its weight."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..core import constructors
+from ..core.float64 import double
 from .feedback_layer import FeedbackLayer
 
 __all__ = ["alignment", "weight_ratio"]
@@ -18,12 +20,12 @@ def _products(layer: FeedbackLayer) -> list[float]:
     """<W, F>, |W|^2, |F|^2 in float64, over blocks of rows: F exists a block at a time."""
     weight = layer.weight.detach().flatten(1)
     at_once = max(1, _ELEMENTS_AT_ONCE // max(weight.shape[1], 1))
-    total = torch.zeros(3, dtype=torch.float64, device=weight.device)
+    total: Any = 0.0
     for start in range(0, weight.shape[0], at_once):
-        feedback = layer.feedback_rows(start, min(start + at_once, weight.shape[0])).double()
-        w = weight[start : start + at_once].double()
-        total += torch.stack(((w * feedback).sum(), w.square().sum(), feedback.square().sum()))
-    return total.tolist()
+        feedback = double(layer.feedback_rows(start, min(start + at_once, weight.shape[0])))
+        w = double(weight[start : start + at_once])
+        total = total + torch.stack(((w * feedback).sum(), w.square().sum(), feedback.square().sum()))
+    return total.tolist() if len(weight) else [0.0, 0.0, 0.0]
 
 
 def _layers(model: nn.Module) -> list[tuple[str, FeedbackLayer]]:

@@ -50,6 +50,14 @@ def _per_channel(name: str, value: float | Sequence[float], channels: int) -> to
     return torch.as_tensor(value, dtype=torch.float32, device="cpu").reshape(-1, 1, 1)
 
 
+def _widened(widen: float, *sizes: int) -> list[int]:
+    checks.positive("widen", widen)
+    inner = [int(checks.item(widen) * size) for size in sizes]
+    if min(inner) < 1:
+        raise ValueError(f"widen must leave at least 1 of {min(sizes)} channels, got {widen}")
+    return inner
+
+
 class InfoProUnit(Carried, LocalHead):
     r"""A unit of InfoPro: keep what reconstructs the image, and what tells the class.
 
@@ -57,8 +65,9 @@ class InfoProUnit(Carried, LocalHead):
         L = \lambda_1\, \mathrm{BCE}(\mathrm{decoder}(h),\; \mathrm{image}) + \lambda_2\, L_y(\mathrm{aux}(h),\; y)
 
     Decoder: bilinear to the image's size, 3x3 convolution to 12 channels, normalised, ReLU, 3x3 convolution, sigmoid.
-    aux ("1c2f"): 3x3 convolution of stride 2, normalised, ReLU, average pool, linear, ReLU, linear; L_y: the supervised
-    contrastive loss, or cross entropy. Both heads are trained with the unit.
+    aux ("1c2f"): 3x3 convolution, to 2C channels with stride 2 where C is below 64, else to C with stride 1;
+    normalised, ReLU, average pool, linear, ReLU, linear; L_y: the supervised contrastive loss, or cross entropy. Both
+    heads are trained with the unit.
 
     Args:
         block (nn.Module): gives (B, C, H, W).
@@ -66,6 +75,7 @@ class InfoProUnit(Carried, LocalHead):
         weights (pair of float): lambda_1, lambda_2; see :func:`infopro_weights`. A head of weight 0 is left out.
         loss (str): ``"supcon"`` or ``"cross_entropy"``.
         temperature (float): of the contrastive loss. width (int): of the linear layers.
+        widen (float): factor of all channels and features inside of both heads, rounded down.
         first (InfoProUnit, optional): the network's first unit, whose input is the image; None: this is it.
         mean, std (float or sequence): of the image's normalisation: its pixels are ``image * std + mean``, in [0, 1].
 
@@ -94,6 +104,7 @@ class InfoProUnit(Carried, LocalHead):
         loss: Literal["supcon", "cross_entropy"] = "supcon",
         temperature: float = 0.07,
         width: int = 128,
+        widen: float = 1.0,
         first: "InfoProUnit | None" = None,
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
@@ -104,6 +115,7 @@ class InfoProUnit(Carried, LocalHead):
         weights = constructors.numbers("weights", weights, (2,), "a pair of numbers")
         checks.choice("loss", loss, ("supcon", "cross_entropy"))
         checks.positive("temperature", temperature)
+        inner = _widened(widen, 12, 2 * channels if channels < 64 else channels, width)
         if first is not None:
             constructors.instance("first", first, InfoProUnit, "an InfoProUnit")
         if not any(weights):
@@ -121,22 +133,26 @@ class InfoProUnit(Carried, LocalHead):
         self.decoder = self.aux = None
         if weights[0]:
             self.decoder = nn.Sequential(
-                nn.Conv2d(channels, 12, 3, padding=1),
-                nn.BatchNorm2d(12),
+                nn.Conv2d(channels, inner[0], 3, padding=1),
+                nn.BatchNorm2d(inner[0]),
                 nn.ReLU(),
-                nn.Conv2d(12, image_channels, 3, padding=1),
+                nn.Conv2d(inner[0], image_channels, 3, padding=1),
             )
         if weights[1]:
             self.aux = nn.Sequential(
-                nn.Conv2d(channels, channels, 3, 2, 1, bias=False),
-                nn.BatchNorm2d(channels),
+                nn.Conv2d(channels, inner[1], 3, 2 if channels < 64 else 1, 1, bias=False),
+                nn.BatchNorm2d(inner[1]),
                 nn.ReLU(),
                 nn.AdaptiveAvgPool2d(1),
                 nn.Flatten(),
-                nn.Linear(channels, width),
+                nn.Linear(inner[1], inner[2]),
                 nn.ReLU(),
-                nn.Linear(width, width if loss == "supcon" else num_classes),
+                nn.Linear(inner[2], width if loss == "supcon" else num_classes),
             )
+        for head in filter(None, (self.decoder, self.aux)):
+            for layer in head:
+                if isinstance(layer, nn.Conv2d):  # as its code's network
+                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
         if self.decoder is not None:
             (first or self)._last_reader = (self,)  # of those made so far; a tuple: not a submodule

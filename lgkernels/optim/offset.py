@@ -8,6 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..core import checks, constructors
 from ..core.kept import capturing
+from ..core.whole import require_whole
 from ..ops.offset import op as _op
 from ..ops.offset.options import StepOptions
 from .offset_plan import Launch, Member, Plan, States
@@ -95,6 +96,7 @@ class OffsetSGD(Offsets, torch.optim.Optimizer):
         if isinstance(param_group, dict):  # else torch's says so
             check_group(param_group, f"param_groups[{len(self.param_groups)}]: ")
         super().add_param_group(param_group)
+        require_whole("params", self.param_groups[-1]["params"], "OffsetSGD")
 
     def _offset(self, p: torch.Tensor) -> torch.Tensor | None:
         return self.state[p].get("offset") if p in self.state else None

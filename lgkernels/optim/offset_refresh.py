@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ..core import checks, constructors
+from ..core import checks, constructors, float64
 from .untouched import no_float16, untouched
 
 __all__ = ["refresh_due", "refresh_offsets"]
@@ -244,9 +244,10 @@ class Offsets:
                 for p, g in part.items():
                     mean[p] = mean[p].add_(g, alpha=1 / count) if p in mean else g.div_(count)
         if what.average is not None:
-            products = products.to(what.parameters[0].device)
+            device = what.parameters[0].device
+            products = products.to(device, torch.float32 if float64.lacks(device) else torch.float64)
             count *= what.average([products, *bp.values(), *local.values()])
-        return bp, local, products.cpu(), count
+        return bp, local, products.cpu().double(), count
 
     # -- helpers that know the groups --------------------------------------------------------------------------------
 
@@ -262,7 +263,7 @@ class Offsets:
     def _norm(self, params: Iterable[torch.Tensor]) -> float:
         """Of the offsets of `params` together."""
         offsets = [self._offset(p) for p in params]
-        return sum(float(o.double().square().sum()) for o in offsets if o is not None) ** 0.5
+        return sum(float(float64.double(o).square().sum()) for o in offsets if o is not None) ** 0.5
 
     def _drop_grown(self, norms: Iterable[float], max_growth: float) -> None:
         """Drop the offset of each group whose norm is more than `max_growth` times what it was, from `norms`."""
@@ -348,7 +349,7 @@ def _inner_products(a: Gradients, b: Gradients, parameters: Iterable[torch.Tenso
     sums = torch.zeros(3, dtype=torch.float64)
     for p in parameters:
         pairs = [
-            (x[p].double().flatten(), y[p].double().flatten()) if p in x and p in y else None
+            (float64.double(x[p]).flatten(), float64.double(y[p]).flatten()) if p in x and p in y else None
             for x, y in ((a, a), (a, b), (b, b))
         ]
         sums += torch.tensor([0.0 if pair is None else torch.dot(*pair).item() for pair in pairs], dtype=torch.float64)

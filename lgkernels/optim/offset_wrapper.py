@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..core import constructors
+from ..core.whole import require_whole
 from .offset import COEFFICIENTS, check_group
 from .offset_refresh import Group, Offsets
 
@@ -53,6 +54,7 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
         check_group(coefficients)
         for i, group in enumerate(optimizer.param_groups):
             check_group({name: group[name] for name in COEFFICIENTS if name in group}, f"param_groups[{i}]: ")
+            require_whole("optimizer", group["params"], "OffsetOptimizer")
         # Not __init__: groups, state and defaults are the inner optimizer's. This makes the hooks.
         super().__setstate__({"optimizer": optimizer, "_table": {}})
         optimizer.defaults.update(coefficients)  # of groups that are added later
@@ -92,6 +94,7 @@ class OffsetOptimizer(Offsets, torch.optim.Optimizer):
                 f"param_groups[{len(self.param_groups)}]: ",
             )
         self.optimizer.add_param_group(param_group)
+        require_whole("params", self.param_groups[-1]["params"], "OffsetOptimizer")
 
     def _offset(self, p: torch.Tensor) -> torch.Tensor | None:
         return self._table.get(p)

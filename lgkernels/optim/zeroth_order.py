@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..core import checks, constructors, names
 from ..core.ops import require_no_overlap
+from ..core.whole import require_whole
 from ..nn.random_state import name_without_wrappers
 from ..random import VALUES_PER_CALL
 from .zeroth_order_log import ZerothOrderLog, stream_of, update_
@@ -191,10 +192,10 @@ class ZerothOrder(torch.optim.Optimizer):
                         buffers.again()
                     results.append(self._run(closure, states, m, side))
         self._moving = buffers.end()
-        sums = torch.stack([r.double().cpu() for r in results]).view(self.log.members, -1)
+        sums = torch.stack([r.cpu().double() for r in results]).view(self.log.members, -1)
         loss = sums.mean()
         if self.estimator == "one-sided":
-            loss = still.double().cpu()
+            loss = still.cpu().double()
             sums = torch.cat((sums, loss.expand(len(sums), 1)), 1)
         elif self.estimator == "forward-gradient":
             loss = sums[:, 0].mean()
@@ -289,6 +290,7 @@ def _chosen(model: nn.Module, include: Any) -> dict[str, nn.Parameter]:
     if not found:
         raise ValueError(f"include must pick parameters of the model, got {checks.got(include)}")
     for name, p in found.items():
+        require_whole("model", [p], "ZerothOrder")
         checks.floating(f"model's parameter {name}", p)
         require_no_overlap(f"model's parameter {name}", p)
     return found

@@ -30,6 +30,8 @@ class BackpropTrainer(Trainer):
         scheduler_factory, accumulation_steps, clip_grad_norm, grad_scaler, cuda_graph: as `BlockwiseTrainer`.
     """
 
+    takes_sharded = True
+
     def __init__(
         self,
         blocks: Iterable[nn.Module],

@@ -19,7 +19,8 @@ class BlockwiseTrainer(Trainer):
     """Forward a block, its loss, its gradients, its step, free them; the detached output goes on to the next.
 
     So at any time one block's activations and gradients exist. Gradients reach the parameters by
-    ``loss.backward(inputs=...)``: blocks may be wrapped in DistributedDataParallel, one by one.
+    ``loss.backward(inputs=...)``: blocks may be wrapped in DistributedDataParallel, or sharded by ``fully_shard``
+    before the trainer is made, one by one.
 
     Args:
         blocks (iterable of nn.Module): in order. A module with parameters to train is a block: in training
@@ -54,6 +55,8 @@ class BlockwiseTrainer(Trainer):
         >>> losses.shape, bool((losses < first).all())
         (torch.Size([2]), True)
     """
+
+    takes_sharded = True
 
     def __init__(
         self,

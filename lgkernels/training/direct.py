@@ -12,7 +12,7 @@ from torch import nn
 from ..core import checks, constructors
 from ..nn.direct import DirectFeedback, Init
 from ..random import Law
-from . import fused, targets
+from . import fused, sharded, targets
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer, bare, trainable
 
 __all__ = ["CONVENTIONS", "DirectTrainer"]
@@ -76,7 +76,8 @@ class DirectTrainer(Trainer):
             ends where the signal enters: put :class:`lgkernels.nn.DirectFeedback` there, or none at all, and
             every module with parameters to train but the last is a block. So a pool inside such a module lies before
             the signal, one that stands on its own after it. A residual block is one block: the signal replaces the
-            gradient of its output, skip included. Blocks may be wrapped in DistributedDataParallel, one by one.
+            gradient of its output, skip included. Blocks may be wrapped in DistributedDataParallel, or sharded by
+            ``fully_shard`` before the trainer is made, one by one.
         optimizer_factory (callable): a block's list of parameters -> its optimizer.
         rule (str): as above.
         loss (callable): (output, target) -> scalar, for the output block. Default: cross entropy.
@@ -113,6 +114,8 @@ class DirectTrainer(Trainer):
         >>> losses.shape, bool(losses < first)
         (torch.Size([1]), True)
     """
+
+    takes_sharded = True
 
     def __init__(
         self,
@@ -223,7 +226,7 @@ class DirectTrainer(Trainer):
             return
         with torch.autocast(loss.device.type, enabled=False):
             (gradient,) = torch.autograd.grad(self._scaled(loss), leaf)
-            output.backward(gradient, inputs=parameters)
+            sharded.backward(output, gradient, parameters)
         if last:
             self._update(self.optimizers[-1], parameters)
 
@@ -236,7 +239,7 @@ class DirectTrainer(Trainer):
             gradient = self._announce(segment, output, signal)
             if gradient is None:
                 gradient = self._delta(segment.place, output, signal)
-            output.backward(gradient, inputs=segment.parameters)
+            sharded.backward(output, gradient, segment.parameters)
         segment.signal = None
         del output
         if last:

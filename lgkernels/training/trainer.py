@@ -12,8 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core import checks, constructors
 from ..core.unit import unit_gradient
+from ..core.whole import require_whole
 from ..nn.random_state import feedback_state, load_feedback_state
 from ..optim.offset_refresh import Offsets
+from . import sharded
 from .graph import StepGraphs
 
 STATE_VERSION = 1
@@ -49,6 +51,8 @@ def _made(factory: OptimizerFactory, parameters: Parameters) -> Any:
 class Trainer:
     """Base of the trainers; one entry of `optimizers` for each of `parameter_groups`."""
 
+    takes_sharded = False  # whether blocks may be sharded (fully_shard)
+
     def __init__(
         self,
         blocks: list[nn.Module],
@@ -72,6 +76,10 @@ class Trainer:
         checks.boolean("cuda_graph", cuda_graph)
         if not any(parameter_groups):
             raise ValueError("blocks must hold at least one parameter that requires a gradient, got none")
+        if not self.takes_sharded:
+            for group in parameter_groups:
+                require_whole("model", group, type(self).__name__)
+        self._places = sharded.Places(blocks)
         self.blocks = blocks
         self.parameter_groups = parameter_groups
         self.optimizers = [_made(optimizer_factory, group) if group else None for group in parameter_groups]
@@ -106,6 +114,7 @@ class Trainer:
             raise RuntimeError("step() needs training mode: call trainer.train() after an evaluation")
         self._check_batch(x)
         checks.any_tensor("target", target)
+        self._places.require_same()
         last = self.accumulated + 1 == self.accumulation_steps
         losses = self._step(x, target, last) if self.graphs is None else self.graphs.step(x, target)
         self.accumulated = 0 if last else self.accumulated + 1
@@ -151,10 +160,9 @@ class Trainer:
         if self._no_graph(loss, place):
             return
         loss = self._scaled(loss)
-        # Not autograd.grad: DDP's hooks run where gradients reach the parameters. A backward runs in the dtypes that
-        # its forward chose, so the caller's autocast is off here.
+        # A backward runs in the dtypes that its forward chose, so the caller's autocast is off here.
         with torch.autocast(loss.device.type, enabled=False):
-            loss.backward(unit_gradient(loss), inputs=parameters)
+            sharded.backward(loss, unit_gradient(loss), parameters)
 
     def _update(self, optimizer: Any, parameters: Parameters) -> None:
         if optimizer is None:

@@ -14,6 +14,9 @@ pytestmark = pytest.mark.unpoisoned
 
 X, Y = randn(3, 6), targets(3, 4)
 CALLS = all_calls()
+FIRST = {
+    (name, next(filter(lambda own: is_float(call.arguments[own]), call.arguments), "")) for name, call in CALLS.items()
+}
 ARGUMENTS = [(name, own) for name, call in CALLS.items() for own, value in call.arguments.items() if is_float(value)]
 
 
@@ -40,8 +43,13 @@ TRANSFORMS = {
     "jacrev": lambda function, x: torch.func.jacrev(function)(x),
     "jacfwd": lambda function, x: torch.func.jacfwd(function)(x),
     "vmap": lambda function, x: torch.vmap(function)(torch.stack([x, x * 2])),
+    "per sample": lambda function, x: torch.vmap(torch.func.grad(function))(torch.stack([x, x * 2])),
     "compiled": lambda function, x: torch.compile(torch.func.grad(function), backend="eager")(x),
+    "per sample compiled": lambda function, x: torch.compile(torch.vmap(torch.func.grad(function)), backend="eager")(
+        torch.stack([x, x * 2])
+    ),
 }
+COMPILED = [name for name in TRANSFORMS if "compiled" in name]
 
 
 def check(transform, function, x, names, cuts=False):
@@ -56,7 +64,7 @@ def check(transform, function, x, names, cuts=False):
     except (torch._dynamo.exc.InternalTorchDynamoError, AssertionError):
         # Dynamo goes on after the refusal, frame by frame, and in a module meets tensors of torch.func that it has no
         # picture of: torch's own message, but no wrong value.
-        assert cuts and transform == "compiled"
+        assert cuts and transform in COMPILED
         return
     if transform == "vmap":
         assert_relative("value", result, torch.stack([loss, by_autograd(function, x * 2)[0]]), 1e-6)
@@ -64,7 +72,9 @@ def check(transform, function, x, names, cuts=False):
     if gradient is None:
         assert cuts and not result.any(), "a derivative of what has none"
         return
-    if transform == "jvp":
+    if "per sample" in transform:
+        expected = torch.stack([gradient, by_autograd(function, x * 2)[1]])
+    elif transform == "jvp":
         terms = gradient * (x + 1)
         expected, noise = terms.sum(), C * torch.finfo(x.dtype).eps * terms.numel() ** 0.5 * terms.abs().sum()
         if expected.abs() <= noise:  # 0 but for rounding, as along what a layer norm takes out
@@ -81,6 +91,7 @@ def test_every_function_is_here():
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name, own", ARGUMENTS)
+@pytest.mark.only(where=lambda name, own, transform: transform != "per sample compiled" or (name, own) in FIRST)
 def test_functions(name, own, transform):
     """Compiled, Dynamo would drop the rule in silence and give exact back-propagation, or 0."""
     arguments = CALLS[name].arguments
@@ -146,10 +157,12 @@ def test_every_module_is_here():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "compiled"])
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "compiled", "per sample", "per sample compiled"])
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.only(  # torch's own batch norm, which is in that unit, keeps no statistics under vmap
-    where=lambda name, transform, training: (name, transform, training) != ("InfoProUnit", "vmap", True)
+    where=lambda name, transform, training: (
+        name != "InfoProUnit" or not training or transform in ("grad", "jvp", "compiled")
+    )
 )
 def test_modules(name, transform, training):
     """By its parameters and its input."""
@@ -158,7 +171,7 @@ def test_modules(name, transform, training):
     module = make().train(training)
     state = dict(module.named_parameters()) | {"the input": x}
 
-    for own in list(state)[-2 if transform == "compiled" else 0 :]:  # a compilation takes seconds
+    for own in list(state)[{"compiled": -2, "per sample compiled": -1}.get(transform, 0) :]:  # compiling takes seconds
         value = state[own]
 
         def function(tensor, own=own):
@@ -204,3 +217,69 @@ def test_an_export_of_frozen_weights_has_no_seal():
     model = Model().requires_grad_(False)
     exported = torch.export.export(model, (X, Y), strict=False)
     assert "without_backward" not in exported.graph_module.code
+
+
+RULES = ("usf", "frsf", "brsf", "signed_init", "fa")
+
+
+def _converted(rule):
+    torch.manual_seed(0)
+    return lnn.convert(
+        torch.nn.Sequential(
+            torch.nn.Conv2d(2, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Linear(5, 4)
+        ),
+        rule,
+    )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_an_export_of_a_converted_model_in_training(rule, strict):
+    """torch.export keeps the forward alone: its backward would be plain back-propagation."""
+    model, x = _converted(rule), randn(5, 2, 3, 3)
+    exported = torch.export.export(model.train(), (x,), strict=strict).module()
+    out = exported(x)
+    torch.testing.assert_close(out, model(x))
+    with pytest.raises(NotImplementedError, match="an exported graph has no backward pass of"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_gradients_of_samples_of_a_converted_model(rule, compiled):
+    """As torch's tutorial takes them: refused by name, or what backward gives sample by sample."""
+    model, x, y = _converted(rule), randn(5, 2, 3, 3), targets(5, 4)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, x, y):
+        out = torch.func.functional_call(model, parameters, (x.unsqueeze(0),))
+        return torch.nn.functional.cross_entropy(out, y.unsqueeze(0))
+
+    per_sample = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    if compiled:
+        per_sample = torch.compile(per_sample, backend="eager")
+    refusal = r"(feedback|sign_symmetric)_(linear|conv2d) does not support torch.func"
+    with pytest.raises(NotImplementedError, match=refusal):
+        per_sample(parameters, x, y)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_an_export_of_a_module_in_training(name):
+    """It gives the same values, and no gradient but by torch's own layers; or it is refused by name."""
+    make, arguments, functions = MODULES[name]
+    torch.manual_seed(0)
+    module = make().train()
+    buffers = {n: b.clone() for n, b in module.named_buffers()}
+    try:
+        exported = torch.export.export(module, arguments, strict=False).module()
+    except NotImplementedError as refused:
+        assert any(str(refused).startswith(n) for n in (*functions, name))
+        return
+    outputs = exported(*arguments)
+    for n, b in module.named_buffers():
+        b.data.copy_(buffers[n])
+    torch.testing.assert_close(outputs, module(*arguments))
+    loss = weighted(outputs)
+    if functions and loss.requires_grad:
+        with pytest.raises(NotImplementedError, match="an exported graph has no backward pass of"):
+            loss.backward()

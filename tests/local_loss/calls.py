@@ -41,7 +41,10 @@ CALLS = {
     "similarity_matching_loss": Call(
         dict(h=randn(3, 4, 5, 6), target=TARGET, sim_weight=randn(4, 4, 3, 3), num_classes=6), free={"h": (2, 3)}
     ),
-    "supcon_loss": Call(dict(z=randn(3, 2, 4), target=TARGET, base_temperature=0.1), free={"z": (1, 2)}),
+    "supcon_loss": Call(
+        dict(z=randn(3, 2, 4), target=TARGET, base_temperature=0.1, anchors_without_positives="exclude"),
+        free={"z": (1, 2)},
+    ),
 }
 
 MODULES = {

@@ -65,7 +65,16 @@ def prediction_similarity_loss(
     )
 
 
-def supcon_loss(z, target=None, *, temperature=0.07, base_temperature=None, contrast_mode="all", normalize=True):
+def supcon_loss(
+    z,
+    target=None,
+    *,
+    temperature=0.07,
+    base_temperature=None,
+    contrast_mode="all",
+    anchors_without_positives="zero",
+    normalize=True,
+):
     z = wide(z)
     z = z.unsqueeze(1) if z.dim() == 2 else z
     batch, views = z.shape[:2]
@@ -79,6 +88,8 @@ def supcon_loss(z, target=None, *, temperature=0.07, base_temperature=None, cont
     log_p = similarity - similarity.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
     count = positive.sum(1)
     loss = -(log_p.masked_fill(~positive, 0).sum(1) / count.clamp_min(1)).masked_fill(count == 0, 0)
+    if anchors_without_positives == "exclude":
+        loss = loss[count > 0] if bool(count.any()) else loss
     return loss.mean() * (1 if base_temperature is None else temperature / base_temperature)
 
 

@@ -14,6 +14,7 @@ from tests.support.tolerances import assert_accurate, assert_bit_equal, assert_r
 
 Y = targets(6, 5)
 NEGATIVES = torch.tensor([[1, 5, 7], [0, 2, 2], [3, 4, 6], [7, 1, 0], [5, 5, 5], [0, 1, 2]])
+LONE = torch.tensor([3, 1, 3, 0, 2, 3])  # three classes with one row
 POSITIVE = torch.tensor([True, False, True, True, False, False])
 
 
@@ -65,6 +66,11 @@ CASES = {
         [(6, 2, 5)],
     ),
     "supcon-no-positives": (call("supcon_loss", temperature=0.5), [(6, 9)]),
+    "supcon-exclude": (
+        lambda m, z: m.supcon_loss(z, LONE, temperature=0.5, anchors_without_positives="exclude"),
+        [(6, 9)],
+    ),
+    "supcon-exclude-all": (call("supcon_loss", temperature=0.5, anchors_without_positives="exclude"), [(6, 9)]),
     "infonce": (call("info_nce_loss", negatives=NEGATIVES, temperature=0.5), [(6, 9), (8, 9)]),
 }
 ALL = pytest.mark.parametrize("name", CASES)

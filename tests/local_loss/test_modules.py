@@ -201,6 +201,41 @@ def test_infopro():
         lnn.InfoProUnit(conv(), 8, 5, 3, first=lnn.InfoProUnit(conv(), 8, 5, 3))(x, y)
 
 
+@pytest.mark.parametrize("widen", [1, 1.5])
+@pytest.mark.parametrize("channels, out, stride", [(16, 32, 2), (32, 64, 2), (64, 64, 1)])
+def test_infopro_heads_of_its_code(channels, out, stride, widen):
+    """The three widths that its code knows; any other C is treated as its nearest."""
+    unit = lnn.InfoProUnit(nn.Identity(), channels, 10, 3, widen=widen)
+    wide, hidden, decoder = int(out * widen), int(128 * widen), int(12 * widen)
+    first = unit.aux[0]
+    assert (first.in_channels, first.out_channels, first.stride, first.bias) == (channels, wide, (stride,) * 2, None)
+    assert [tuple(p.shape) for p in unit.aux.parameters()] == [
+        (wide, channels, 3, 3),
+        (wide,),
+        (wide,),
+        (hidden, wide),
+        (hidden,),
+        (128, hidden),
+        (128,),
+    ]
+    assert [tuple(p.shape) for p in unit.decoder.parameters()] == [
+        (decoder, channels, 3, 3),
+        (decoder,),
+        (decoder,),
+        (decoder,),
+        (3, decoder, 3, 3),
+        (3,),
+    ]
+    assert abs(float(first.weight.detach().std()) / (2 / (9 * wide)) ** 0.5 - 1) < 0.1
+    assert lnn.InfoProUnit(nn.Identity(), channels, 10, 3, loss="cross_entropy").aux[-1].out_features == 10
+
+
+@pytest.mark.parametrize("channels, out, stride", [(6, 12, 2), (100, 100, 1)])
+def test_infopro_heads_of_other_widths(channels, out, stride):
+    first = lnn.InfoProUnit(nn.Identity(), channels, 10, 3).aux[0]
+    assert (first.out_channels, first.stride) == (out, (stride,) * 2)
+
+
 def test_infopro_keeps_no_batch():
     """It goes with the last unit that reads it, in evaluation, and into no copy; a step may still be run in parts."""
     torch.manual_seed(0)
@@ -222,6 +257,11 @@ def test_infopro_keeps_no_batch():
     alone = lnn.InfoProUnit(conv(), 8, 5, 3)
     alone(torch.rand(4, 3, 9, 9), y)
     assert alone._image is None
+
+
+def test_infopro_refuses_heads_without_channels():
+    with pytest.raises(ValueError, match="widen must leave at least 1 of 12 channels, got 0.01"):
+        lnn.InfoProUnit(conv(), 8, 5, 3, widen=0.01)
 
 
 @pytest.mark.parametrize("std", [0.0, (0.5, 0.0, 0.5), -1.0])

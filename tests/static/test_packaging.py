@@ -109,6 +109,17 @@ def test_explicit_build_that_fails_is_an_error(source, mode):
     assert f"LGKERNELS_BUILD={mode} failed" in done.stderr
 
 
+@pytest.mark.parametrize("version", ["65.5.0", "76.1.0"])
+def test_an_old_setuptools_is_one_line(version, source, tmp_path):
+    """As that of a fresh virtual environment of Python 3.11, which has no bdist_wheel."""
+    (tmp_path / "setuptools").mkdir()
+    (tmp_path / "setuptools/__init__.py").write_text(f"__version__ = {version!r}")
+    done = python("setup.py", "bdist_wheel", cwd=source, PYTHONPATH=str(tmp_path))
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and f"needs setuptools >= 77, this is {version}: run " in line
+    assert "-m pip install 'setuptools>=77'" in line
+
+
 def test_unknown_build_mode_is_an_error(source):
     done = python("setup.py", "build_ext", cwd=source, LGKERNELS_BUILD="gpu")
     assert done.returncode != 0 and "must be one of auto, none, cpu, cuda, got 'gpu'" in done.stderr
@@ -154,6 +165,8 @@ def test_constraints_pin_every_extra_of_the_readme(project):
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     pins = {requirement_name(line) for line in lines}
     assert all("==" in line for line in lines)
+    once = [(requirement_name(line), line.partition(";")[2]) for line in lines]
+    assert len(set(once)) == len(once)
     wanted = {requirement_name(line) for extra in ("demo", "test") for line in project["optional-dependencies"][extra]}
     assert {"torch", "numpy"} | wanted <= pins
 
@@ -231,6 +244,33 @@ def test_an_outdated_native_module_is_reported(cuda, tmp_path):
         read = str(path.relative_to(tmp_path / "csrc")) in (READ + READ_WITH_CUDA if cuda else READ)
         assert [str(w.message)[:38] for w in said] == ["lgkernels._C is older than its sources"] * read, path
         os.utime(path, (1000, 1000))
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_tree_that_hides_a_built_package_is_reported(built, tmp_path):
+    native = pytest.importorskip("lgkernels.core.native")
+    for place in ("tree", "site-packages"):
+        (tmp_path / place / "lgkernels").mkdir(parents=True)
+    if built:
+        (tmp_path / "site-packages/lgkernels/_C.cpython-311.so").touch()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        native._warn_if_elsewhere(
+            tmp_path / "tree/lgkernels", ["", str(tmp_path / "tree"), str(tmp_path / "site-packages")]
+        )
+    assert len(said) == built
+    if built:
+        assert re.search(r"from .*tree, which has no native .* in .*site-packages, which has", str(said[0].message))
+
+
+def test_a_tree_without_a_native_module_beside_a_wheel_with_it(source, tmp_path):
+    """As Python finds them: the tree is the folder where it starts."""
+    installed = tmp_path / "lgkernels"
+    installed.mkdir()
+    (installed / "_C.cpython-311.so").touch()
+    code = "import torch, lgkernels.core.native as n; assert n.native() is None"
+    done = python("-c", code, cwd=source, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0 and "which has no native module, and hides the one in" in done.stderr
 
 
 @pytest.mark.parametrize("cuda", [False, True])

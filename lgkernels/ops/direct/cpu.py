@@ -5,7 +5,7 @@ z is taken as contiguous planes (anything else is copied once); sums in an order
 
 import torch
 
-from ...core.native import cpu_entries
+from ...core.native import cpu_entries, threads
 from ..common.cpu import address, dense_rows, feedback, matrix
 from ..common.matrix import FeedbackMatrix
 
@@ -27,7 +27,7 @@ def direct_forward(z, gamma, beta, running_mean, running_var, norm, activation):
     theirs = [t for t in (running_mean, running_var) if t is not None]
     ours = [t.float().contiguous() for t in theirs]
     addresses = map(address, ours) if ours else (0, 0)
-    _C.direct_forward(block, *addresses, norm.momentum, norm.eps, out.data_ptr(), torch.get_num_threads())
+    _C.direct_forward(block, *addresses, norm.momentum, norm.eps, out.data_ptr(), threads())
     for mine, used in zip(theirs, ours):
         if used is not mine:
             mine.copy_(used)
@@ -41,7 +41,7 @@ def direct_backward_(z, mean, rstd, gamma, beta, delta, error, state, signal, ac
     delta = None if delta is None else delta.float().contiguous()
     law = feedback((0 if error is None else error.shape[1], 0), FeedbackMatrix(None, None, state, *signal))
     _C.direct_backward(
-        block, address(delta), law, matrix(error), grad_gamma.data_ptr(), grad_beta.data_ptr(), torch.get_num_threads()
+        block, address(delta), law, matrix(error), grad_gamma.data_ptr(), grad_beta.data_ptr(), threads()
     )
     if held[0] is not z:
         z.copy_(held[0])

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from ...core.native import cpu_entries
+from ...core.native import cpu_entries, threads
 from ..common.cpu import code, dense_rows, feedback
 from ..common.cpu import matrix as describe
 
@@ -38,7 +38,7 @@ def _dense(f):
 def matrix(shape, f, dtype, device):
     f = _dense(f)
     out = torch.empty(shape, dtype=dtype, device=device)
-    _C.feedback_matrix(feedback(shape, f), 0, 0, out.data_ptr(), code(dtype), torch.get_num_threads())
+    _C.feedback_matrix(feedback(shape, f), 0, 0, out.data_ptr(), code(dtype), threads())
     return out
 
 
@@ -49,7 +49,7 @@ def product(grad, columns, f):
     grad, f = dense_rows(grad), _dense(f)
     out = torch.empty(batch, columns, dtype=grad.dtype, device=grad.device)
     _C.feedback_product(
-        feedback((rows, columns), f), describe(grad), batch, out.data_ptr(), code(grad.dtype), torch.get_num_threads()
+        feedback((rows, columns), f), describe(grad), batch, out.data_ptr(), code(grad.dtype), threads()
     )
     return out
 
@@ -58,7 +58,7 @@ def rows(index, columns, f, dtype):
     index = index.contiguous()
     out = torch.empty(index.shape[0], columns, dtype=dtype, device=index.device)
     f = feedback((0, columns), f)
-    _C.feedback_rows(f, index.data_ptr(), index.shape[0], out.data_ptr(), code(dtype), torch.get_num_threads())
+    _C.feedback_rows(f, index.data_ptr(), index.shape[0], out.data_ptr(), code(dtype), threads())
     return out
 
 
@@ -68,12 +68,12 @@ def fold(columns, shape, kernel, positions, stride, padding, dilation):
         raise ValueError(f"columns must be {wanted}, got {tuple(columns.shape)}")
     own, out = columns.float().contiguous(), columns.new_empty(shape, dtype=torch.float32)
     windows = (*shape, kernel, positions, stride, padding, dilation)
-    _C.feedback_fold(windows, own.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    _C.feedback_fold(windows, own.data_ptr(), out.data_ptr(), threads())
     return out.to(columns.dtype)
 
 
 def pack_signs(weight):
     weight, (rows, columns) = dense_rows(weight), weight.shape
     out = torch.empty(rows, (columns + 31) // 32, dtype=torch.int32, device=weight.device)
-    _C.feedback_pack_signs(describe(weight), rows, columns, out.data_ptr(), torch.get_num_threads())
+    _C.feedback_pack_signs(describe(weight), rows, columns, out.data_ptr(), threads())
     return out

@@ -6,7 +6,7 @@ Arithmetic is float32, sums in an order that no number of threads changes.
 
 import torch
 
-from ...core.native import cpu_entries
+from ...core.native import cpu_entries, threads
 from ..common.cpu import DTYPES, address, code, feedback
 from ..common.matrix import FeedbackMatrix
 from . import reference
@@ -36,7 +36,7 @@ def pooled(x, layer_norm):
     code(x.dtype)
     (array, _held), shape = _dense(x), tuple(x.shape)
     out = torch.empty(shape[0], shape[2] * shape[3])
-    _C.forward_gradient_pooled(shape, array, layer_norm, out.data_ptr(), torch.get_num_threads())
+    _C.forward_gradient_pooled(shape, array, layer_norm, out.data_ptr(), threads())
     return out
 
 
@@ -57,7 +57,7 @@ def classify(pooled, weight, bias, target):
     rows, classes = logits.shape
     loss, delta, target = torch.empty(rows), torch.empty(rows, classes), target.contiguous()
     _C.forward_gradient_softmax(
-        logits.data_ptr(), target.data_ptr(), rows, classes, delta.data_ptr(), loss.data_ptr(), torch.get_num_threads()
+        logits.data_ptr(), target.data_ptr(), rows, classes, delta.data_ptr(), loss.data_ptr(), threads()
     )
     return loss, delta, delta @ weight.t()
 
@@ -69,13 +69,7 @@ def tangent(x, x_tangent, teach, head_tangent, out):
     (array, _x), (moved, _v) = _dense(x), _dense(x_tangent)
     teach, head_tangent = _floats(teach), _floats(head_tangent)
     _C.forward_gradient_tangent(
-        tuple(x_tangent.shape),
-        array,
-        moved,
-        teach.data_ptr(),
-        address(head_tangent),
-        out.data_ptr(),
-        torch.get_num_threads(),
+        tuple(x_tangent.shape), array, moved, teach.data_ptr(), address(head_tangent), out.data_ptr(), threads()
     )
     return out
 
@@ -85,9 +79,7 @@ def cotangent(x, grad, teach, out):
         return out
     (array, _x), grad, teach = _dense(x), _floats(grad), _floats(teach)
     result = out.data_ptr(), code(out.dtype)
-    _C.forward_gradient_cotangent(
-        tuple(out.shape), array, grad.data_ptr(), teach.data_ptr(), result, torch.get_num_threads()
-    )
+    _C.forward_gradient_cotangent(tuple(out.shape), array, grad.data_ptr(), teach.data_ptr(), result, threads())
     return out
 
 
@@ -126,7 +118,7 @@ def dual_norm(z, z_tangent, residual, noise, options):
         law,
         out.data_ptr(),
         out[1].data_ptr() if both else 0,
-        torch.get_num_threads(),
+        threads(),
     )
     return out
 
@@ -147,6 +139,6 @@ def activity_grad(z, y, coefficient, noise, options):
         values,
         law,
         out.data_ptr(),
-        torch.get_num_threads(),
+        threads(),
     )
     return out

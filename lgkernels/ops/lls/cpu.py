@@ -6,7 +6,7 @@ either dense memory format as they are, anything else is copied once. Arithmetic
 
 import torch
 
-from ...core.native import cpu_entries
+from ...core.native import cpu_entries, threads
 from . import basis as tables
 from .options import Capabilities
 
@@ -66,7 +66,7 @@ def latents(activation, pool_size):
         return _float(activation)
     a = _dense(activation)
     out = torch.empty(a.shape[0], _latent_size(a, pool_size), dtype=torch.float32)
-    _C.lls_latents(_activation(a), *_pools(a, pool_size), out.data_ptr(), torch.get_num_threads())
+    _C.lls_latents(_activation(a), *_pools(a, pool_size), out.data_ptr(), threads())
     return out
 
 
@@ -110,7 +110,7 @@ def head(x, target, modulation, basis, options, compute_grad):
             compute_grad,
         ),
         (value.data_ptr(), similarity.data_ptr(), grad_latents.data_ptr(), grad_logits.data_ptr()),
-        torch.get_num_threads(),
+        threads(),
     )
     return value, grad_latents, similarity, grad_logits
 
@@ -120,21 +120,14 @@ def modulation_grad(similarity, grad_logits, vector, scale):
     s, g, scale = map(_float, (similarity, grad_logits, scale))
     out = torch.empty(classes if vector else (rows, classes), dtype=torch.float32)
     pointers = s.data_ptr(), g.data_ptr(), scale.data_ptr()
-    _C.lls_modulation_grad(
-        (batch, rows, classes, vector, *pointers, scale.dim() > 0, out.data_ptr()), torch.get_num_threads()
-    )
+    _C.lls_modulation_grad((batch, rows, classes, vector, *pointers, scale.dim() > 0, out.data_ptr()), threads())
     return out
 
 
 def expand_grad(grad_latents, scale, out, pool_size):
     dense, g, scale = _dense(out), _float(grad_latents), _float(scale)
     _C.lls_expand_grad(
-        _activation(dense),
-        *_pools(out, pool_size),
-        g.data_ptr(),
-        scale.data_ptr(),
-        scale.dim() > 0,
-        torch.get_num_threads(),
+        _activation(dense), *_pools(out, pool_size), g.data_ptr(), scale.data_ptr(), scale.dim() > 0, threads()
     )
     return out if dense is out else out.copy_(dense)
 
@@ -144,7 +137,7 @@ def to_channels_last(x):
     if _channels_last(x) or not x.is_contiguous():
         return x.contiguous(memory_format=torch.channels_last)
     out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
-    _C.lls_to_channels_last(_activation(x), out.data_ptr(), torch.get_num_threads())
+    _C.lls_to_channels_last(_activation(x), out.data_ptr(), threads())
     return out
 
 
@@ -157,7 +150,7 @@ def to_contiguous(x):
         x.shape, dtype=x.dtype
     )  # the same transposition, with channels and positions in each other's place
     turned = (x.data_ptr(), batch, height * width, channels, 1, False, _code(x))
-    _C.lls_to_channels_last(turned, out.data_ptr(), torch.get_num_threads())
+    _C.lls_to_channels_last(turned, out.data_ptr(), threads())
     return out
 
 
@@ -172,7 +165,7 @@ def batch_stats(z, bias, running_mean, running_var, momentum, eps):
     _C.lls_batch_stats(
         _preactivation(z),
         (_address(bias), *map(_address, running), momentum, eps, mean.data_ptr(), rstd.data_ptr()),
-        torch.get_num_threads(),
+        threads(),
     )
     for own, used in zip((running_mean, running_var), running):
         if used is not own:
@@ -206,7 +199,7 @@ def norm_act_pool(
             activated.data_ptr(),
             0,
             0,
-            torch.get_num_threads(),
+            threads(),
         )
         empty = activated.new_empty(0)
         return out, latents(activated, pool_size), empty, empty
@@ -230,7 +223,7 @@ def norm_act_pool(
         pooled.data_ptr(),
         s1.data_ptr(),
         s2.data_ptr(),
-        torch.get_num_threads(),
+        threads(),
     )
     return out, pooled, s1, s2
 
@@ -247,7 +240,7 @@ def norm_grads(grad_latents, s1, s2, channels, area):
         s2.data_ptr(),
         area.data_ptr(),
         *(t.data_ptr() for t in grads),
-        torch.get_num_threads(),
+        threads(),
     )
     return tuple(grads)
 
@@ -264,7 +257,7 @@ def grad_preactivation_(
         (*norm, negative_slope),
         *(t.data_ptr() for t in grads),
         float(scale),
-        torch.get_num_threads(),
+        threads(),
     )
     return z if dense is z else z.copy_(dense)
 
@@ -281,7 +274,7 @@ def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_
         grad.data_ptr(),
         *(t.data_ptr() for t in grads),
         float(scale),
-        torch.get_num_threads(),
+        threads(),
     )
     if dense is not z:
         z.copy_(dense)

@@ -69,7 +69,7 @@ def head(x, target, modulation, basis, options, compute_grad):
     one_hot = F.one_hot(target.long().masked_fill(~valid, 0), options.num_classes).to(x.dtype)
     if options.loss == "cross_entropy":
         q = one_hot * (1 - options.label_smoothing) + options.label_smoothing / options.num_classes
-        rows = -(q * F.log_softmax(v, dim=1)).sum(1)
+        rows = -torch.where(q > 0, q * F.log_softmax(v, dim=1), 0).sum(1)  # a class of logit -inf, masked, is no nan
         grad_v = F.softmax(v, dim=1) - q
     else:
         difference = (v / 4 + 0.5).clamp(0, 1) - one_hot

@@ -126,9 +126,9 @@ def similarity(x, target, num_classes, use_std, impl):
 
 class _Contrastive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, name, z, labels, link, arguments, grad_enabled, impl):
+    def forward(ctx, name, z, labels, link, options, grad_enabled, impl):
         compute_grad = grad_enabled and ctx.needs_input_grad[1]
-        loss, grad = _ops.contrastive(z, labels, *arguments, compute_grad, impl)
+        loss, grad = _ops.contrastive(z, labels, *options, compute_grad, impl)
         if compute_grad:
             ctx.save_for_backward(grad, link)
             ctx.name, ctx.dtype = name, z.dtype
@@ -141,19 +141,9 @@ class _Contrastive(torch.autograd.Function):
         return (None, first_order_only(ctx.name, grad, link, grad_loss), *[None] * 5)
 
 
-def contrastive(name, z, labels, anchors, temperature, factor, normalize, impl):
+def contrastive(name, z, labels, options, impl):
     """`name` of the public function, nt_xent_loss or supcon_loss."""
-    return apply(
-        _Contrastive,
-        name,
-        name,
-        z,
-        labels,
-        link_to(z),
-        (anchors, temperature, factor, normalize),
-        torch.is_grad_enabled(),
-        impl,
-    )
+    return apply(_Contrastive, name, name, z, labels, link_to(z), options, torch.is_grad_enabled(), impl)
 
 
 class _InfoNCE(torch.autograd.Function):

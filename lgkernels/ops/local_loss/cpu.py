@@ -7,7 +7,7 @@ once. Products of matrices are the library's. Arithmetic is float32, sums in an 
 import torch
 import torch.nn.functional as F
 
-from ...core.native import cpu_entries
+from ...core.native import cpu_entries, threads
 from . import reference
 from .reference import local_cross_entropy_grads  # noqa: F401  products and scalings of small matrices
 
@@ -47,7 +47,7 @@ def _moments(h, with_variance):
     shape = h.shape[0], h.shape[1] if h.dim() == 4 else h.shape[2]
     mean = torch.empty(shape)
     var = torch.empty(shape) if with_variance else None
-    _C.local_moments(x, mean.data_ptr(), 0 if var is None else var.data_ptr(), torch.get_num_threads())
+    _C.local_moments(x, mean.data_ptr(), 0 if var is None else var.data_ptr(), threads())
     return var, mean
 
 
@@ -56,7 +56,7 @@ def _scale_shifted(x, shift, scale):
     description, used = _feature_map(x)
     shift, scale = shift.float().contiguous(), scale.float().contiguous()
     out = torch.empty_like(used, memory_format=torch.contiguous_format if _samples(used) else torch.channels_last)
-    _C.local_scale_shifted(description, shift.data_ptr(), scale.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    _C.local_scale_shifted(description, shift.data_ptr(), scale.data_ptr(), out.data_ptr(), threads())
     return out if used is x else torch.empty_like(x).copy_(out)
 
 
@@ -93,7 +93,7 @@ def local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, com
             grad_pooled.data_ptr() if compute_grad and small else 0,
             1 / max(positions, 1),
         ),
-        torch.get_num_threads(),
+        threads(),
     )
     if not compute_grad:
         return loss, grad, torch.empty(0), torch.empty(0)
@@ -128,7 +128,7 @@ def goodness(h, is_positive, threshold, mean, compute_grad):
             kappa.data_ptr() if compute_grad else 0,
             squares.data_ptr(),
         ),
-        torch.get_num_threads(),
+        threads(),
     )
     return loss, kappa, squares
 
@@ -138,7 +138,7 @@ def goodness_grad(h, kappa, scale):
         return reference.goodness_grad(h, kappa, scale)
     out, factor = torch.empty_like(h), (kappa * scale).float().contiguous()
     x = (h.data_ptr(), len(h), 1, h.shape[1:].numel(), h.stride(0), False, _code(h))
-    _C.local_scale_shifted(x, 0, factor.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    _C.local_scale_shifted(x, 0, factor.data_ptr(), out.data_ptr(), threads())
     return out
 
 

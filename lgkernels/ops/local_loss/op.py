@@ -8,6 +8,7 @@ from torch import Tensor
 from ...core import checks
 from ...core.ops import class_indices, define, wide_dtype
 from . import reference
+from .options import ContrastiveOptions
 
 _define = partial(
     define,
@@ -198,32 +199,22 @@ def similarity_backward(kernels, x: Tensor, grad: Tensor, mean: Tensor, scale: T
 # -- contrastive losses -------------------------------------------------------------------------------------------
 
 
-def _check_contrastive(z, labels, anchors, *_):
+def _check_contrastive(z, labels, options, *_):
     checks.shape("labels", labels, z.shape[:1], "one a row of z")
-    if not 0 <= anchors <= z.shape[0]:
-        raise ValueError(f"anchors must lie in [0, {z.shape[0]}], got {anchors}")
+    if not 0 <= options.anchors <= z.shape[0]:
+        raise ValueError(f"anchors must lie in [0, {z.shape[0]}], got {options.anchors}")
 
 
 @_define(
     backends_of="contrastive",
-    fake=lambda z, labels, anchors, temperature, factor, normalize, compute_grad: (
-        _new(z)(True),
-        _new(z)(compute_grad, *z.shape),
-    ),
+    fake=lambda z, labels, options, compute_grad: (_new(z)(True), _new(z)(compute_grad, *z.shape)),
     check=_check_contrastive,
     backends=("reference",),
 )
 def contrastive(
-    kernels,
-    z: Tensor,
-    labels: Tensor,
-    anchors: int,
-    temperature: float,
-    factor: float,
-    normalize: bool,
-    compute_grad: bool,
+    kernels, z: Tensor, labels: Tensor, options: ContrastiveOptions, compute_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    return kernels.contrastive(z, labels.long(), anchors, temperature, factor, normalize, compute_grad)
+    return kernels.contrastive(z, labels.long(), options, compute_grad)
 
 
 def _check_info_nce(query, keys, negatives, *_):

@@ -35,7 +35,9 @@ def local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, com
     logits = F.linear(p, weight.to(p.dtype), None if bias is None else bias.to(p.dtype))
     log_p, classes = F.log_softmax(logits, 1), weight.shape[0]
     picked = log_p.gather(1, target.unsqueeze(1)).squeeze(1)
-    rows = -(1 - label_smoothing) * picked - label_smoothing * log_p.mean(1)
+    rows = -(1 - label_smoothing) * picked
+    if label_smoothing:  # else a class of logit -inf, masked, would give nan
+        rows -= label_smoothing * log_p.mean(1)
     count = max(len(h), 1) if reduction == "mean" else 1
     loss = rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
     none = p.new_empty(0)
@@ -206,16 +208,18 @@ def _through_unit(grad, q, inverse):
     return torch.where(inverse < 1 / EPS_UNIT, grad - q * along, grad) * inverse
 
 
-def contrastive(z, labels, anchors, temperature, factor, normalize, compute_grad):
+def contrastive(z, labels, options, compute_grad):
     """`(loss, grad (M, D))` of rows z (M, D), of which the first `anchors` are anchors.
 
     Rows with the anchor's label, itself left out, are its positives P:
     loss_i = factor (logsumexp_{j != i} S_ij - mean_{p in P_i} S_ip), 0 without positives; S = q q^T / T; mean over
-    anchors. By blocks of anchors: memory O(M), and the gradient from the same pass.
+    anchors, with `exclude` over those with positives. By blocks of anchors: memory O(M), and the gradient from the
+    same pass.
     """
+    anchors, temperature, factor, normalize, exclude = options
     z = wide(z)
     q, inverse = _unit(z) if normalize else (z, None)
-    grad, total = torch.zeros_like(q), q.new_zeros(())
+    grad, total, counted = torch.zeros_like(q), q.new_zeros(()), q.new_zeros(())
     block = max(1, ELEMENTS // max(len(q), 1))
     for start in range(0, anchors, block):
         rows = q[start : start + block].narrow(0, 0, min(block, anchors - start))
@@ -226,11 +230,14 @@ def contrastive(z, labels, anchors, temperature, factor, normalize, compute_grad
         lse, count = s.logsumexp(1, keepdim=True), same.sum(1, keepdim=True)
         has, share = count > 0, 1 / count.clamp_min(1).to(s.dtype)
         total += torch.where(has, lse - s.masked_fill(~same, 0).sum(1, keepdim=True) * share, 0).sum()
+        counted += has.sum()
         if compute_grad:
             p = s.sub_(lse).exp_().sub_(same * share).masked_fill_(~has, 0)
             grad[start : start + len(rows)].addmm_(p, q)
             grad.addmm_(p.t(), rows)
     scale = factor / anchors if anchors else float("nan")
+    if exclude and anchors:
+        scale = factor / counted.clamp_min(1)
     if not compute_grad:
         return total * scale, z.new_empty(0)
     grad *= scale / temperature

@@ -8,6 +8,7 @@ import torch
 
 from ..common.selftest import IMAGES, ROWS, Ordinary, arranged, leaves, values
 from . import autograd
+from .options import ContrastiveOptions
 
 
 def _case(loss, *shapes):
@@ -32,7 +33,12 @@ CASES = {
         lambda y, impl, h: autograd.peer_normalization(h, torch.ones_like(h[0]), 0.5, impl)[0], (4, 6)
     ),
     "similarity": _case(lambda y, impl, x: autograd.similarity(x, y, 4, True, impl), (4, 5, 3, 2)),
-    "contrastive": _case(lambda y, impl, z: autograd.contrastive("supcon_loss", z, y, 4, 0.5, 1.0, True, impl), (4, 6)),
+    "contrastive": _case(
+        lambda y, impl, z: autograd.contrastive(
+            "supcon_loss", z, y, ContrastiveOptions(4, 0.5, 1.0, True, False), impl
+        ),
+        (4, 6),
+    ),
     "info_nce": _case(lambda y, impl, q, k: autograd.info_nce(q, k, y.unsqueeze(1), 0.5, impl), (4, 6), (4, 6)),
 }
 

@@ -5,7 +5,7 @@ Elements are independent: no number of threads changes a bit.
 
 import torch
 
-from ...core.native import cpu_entries
+from ...core.native import cpu_entries, threads
 from .memory import stepper
 
 _C = cpu_entries()
@@ -37,7 +37,7 @@ def moved(table, addresses):
 
 
 def run(table, device, options):
-    _C.offset_sgd(options.of_kernels(), table.data_ptr(), len(table), torch.get_num_threads())
+    _C.offset_sgd(options.of_kernels(), table.data_ptr(), len(table), threads())
 
 
 step_ = stepper(prepare, run)

@@ -3,7 +3,7 @@
 
 import torch
 
-from ...core.native import cpu_entries
+from ...core.native import cpu_entries, threads
 from ..common.cpu import code, dense_rows
 from ..common.cpu import matrix as describe
 from . import torch as lean
@@ -26,14 +26,14 @@ def _noise(noise, coefficients):
 
 def _by_library(x, weight, bias, coefficients, noise, out):
     """Products with rows of the perturbed weights, which the second-level cache holds."""
-    (members, _, inputs), outputs, threads = x.shape, len(weight), torch.get_num_threads()
+    (members, _, inputs), outputs = x.shape, len(weight)
     described, kept = _noise(noise, coefficients)
     size = max(_WRITTEN // max(inputs * members, 1), 16)
     buffer = torch.empty(members * min(size, outputs) * inputs, dtype=torch.float32)
     for first in range(0, outputs, size):
         count = min(size, outputs - first)
         shape = members, count, outputs, inputs
-        _C.zeroth_order_perturbed(described, shape, describe(weight), 0, first, buffer.data_ptr(), threads)
+        _C.zeroth_order_perturbed(described, shape, describe(weight), 0, first, buffer.data_ptr(), threads())
         perturbed = buffer[: members * count * inputs].view(members, count, inputs)
         for m in range(members):
             into = out[m].narrow(1, first, count)
@@ -62,7 +62,7 @@ def perturbed_linear(x, weight, bias, coefficients, noise):
     x_ = dense_rows(x.reshape(members * rows, inputs))
     described, kept = _noise(noise, coefficients)
     shape = members, rows, outputs, inputs
-    _C.zeroth_order_product(described, shape, describe(weight), describe(x_), out.data_ptr(), torch.get_num_threads())
+    _C.zeroth_order_product(described, shape, describe(weight), describe(x_), out.data_ptr(), threads())
     del kept
     return (out if bias is None else out.add_(bias)).to(x.dtype)
 
@@ -74,7 +74,7 @@ def perturbed_rows(weight, x, coefficients, noise, dtype):
     rows = outputs if x is None else x.shape[1]
     out, shape = torch.empty(members, rows, inputs, dtype=torch.float32), (members, rows, outputs, inputs)
     index = 0 if x is None else x.data_ptr()
-    _C.zeroth_order_perturbed(described, shape, describe(own), index, 0, out.data_ptr(), torch.get_num_threads())
+    _C.zeroth_order_perturbed(described, shape, describe(own), index, 0, out.data_ptr(), threads())
     del kept
     return out.to(dtype)
 
@@ -89,7 +89,7 @@ def perturbed_conv2d(x, weight, bias, coefficients, noise, geometry):
         described, kept = _noise(noise.one(m), coefficients[m : m + 1])
         shape = 1, count, *matrix.shape
         _C.zeroth_order_perturbed(
-            described, shape, describe(matrix), 0, first, buffer.data_ptr(), torch.get_num_threads()
+            described, shape, describe(matrix), 0, first, buffer.data_ptr(), threads()
         )
         del kept
         return buffer[: count * matrix.shape[1]]
@@ -101,7 +101,7 @@ def perturbed_conv2d(x, weight, bias, coefficients, noise, geometry):
 
 def formula_update_(weight, coefficients, noise, keep):
     own, (described, kept) = dense_rows(weight), _noise(noise, coefficients)
-    _C.zeroth_order_update(described, describe(own), *weight.shape, keep, torch.get_num_threads())
+    _C.zeroth_order_update(described, describe(own), *weight.shape, keep, threads())
     del kept
     if own is not weight:
         weight.copy_(own)

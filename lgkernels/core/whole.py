@@ -1,0 +1,23 @@
+"""Parameters whose values lie elsewhere, as those that torch's `fully_shard` has divided among ranks do."""
+
+from collections.abc import Iterable
+
+import torch
+
+from .ops import has_an_address
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether it is a DTensor, or another tensor whose memory is not its own."""
+    return not has_an_address(type(parameter))
+
+
+def require_whole(name: str, parameters: Iterable[torch.Tensor], who: str) -> None:
+    """Raise where `who` would be given a sharded parameter."""
+    for parameter in parameters:
+        if is_sharded(parameter):
+            raise TypeError(
+                f"{name} must hold whole parameters for {who}, got a {type(parameter).__name__} of shape "
+                f"{tuple(parameter.shape)}, whose values lie elsewhere: leave fully_shard out, or use "
+                "DistributedDataParallel"
+            )
