@@ -150,6 +150,15 @@ def test_another_device(family, op):
 
 
 @pytest.mark.parametrize("family, op", DOORS)
+def test_another_device_behind_the_dispatcher(family, op):
+    """Which sends a call with a tensor of the meta device elsewhere, and one with a CUDA tensor here."""
+    arguments = DOORS[family, op]
+    for place, name, tensor in list(places(op, arguments))[1:]:
+        with pytest.raises(ValueError, match=rf"\b{name} must be on cpu"):
+            trust.OPS[op].function.implementation(*replaced(arguments, place, tensor.to("meta")), "auto")
+
+
+@pytest.mark.parametrize("family, op", DOORS)
 def test_freed_memory(family, op):
     """A storage that was freed, as a sharded parameter's is."""
     arguments, tried = DOORS[family, op], 0
