@@ -154,7 +154,7 @@ def test_another_device_behind_the_dispatcher(family, op):
     """Which sends a call with a tensor of the meta device elsewhere, and one with a CUDA tensor here."""
     arguments = DOORS[family, op]
     for place, name, tensor in list(places(op, arguments))[1:]:
-        with pytest.raises(ValueError, match=rf"\b{name} must be on cpu"):
+        with pytest.raises(ValueError, match="must be on (cpu|meta) like"):
             trust.OPS[op].function.implementation(*replaced(arguments, place, tensor.to("meta")), "auto")
 
 
