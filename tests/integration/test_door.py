@@ -116,7 +116,7 @@ def test_saved_tensors_of_another_dtype_or_stride(family, op, impl):
         own = replaced(arguments, place, tensor)
         return accepted(op, own, impl), own[0]
 
-    for place, name, tensor in list(places(op, arguments))[1:]:
+    for place, _, tensor in list(places(op, arguments))[1:]:
         if not tensor.is_floating_point():
             continue
         rounded = tensor.bfloat16()
@@ -153,7 +153,7 @@ def test_another_device(family, op):
 def test_another_device_behind_the_dispatcher(family, op):
     """Which sends a call with a tensor of the meta device elsewhere, and one with a CUDA tensor here."""
     arguments = DOORS[family, op]
-    for place, name, tensor in list(places(op, arguments))[1:]:
+    for place, _, tensor in list(places(op, arguments))[1:]:
         with pytest.raises(ValueError, match="must be on (cpu|meta) like"):
             trust.OPS[op].function.implementation(*replaced(arguments, place, tensor.to("meta")), "auto")
 

@@ -111,7 +111,8 @@ CASES = {
     "frsf": lambda: loss_of(lnn.SignSymmetricConv2d(3, 5, 3, rule="frsf"), X.clone().requires_grad_()),
     "signed init": lambda: loss_of(lnn.SignSymmetricLinear(24, 5, rule="signed_init"), FLAT.clone().requires_grad_()),
     "packed": lambda: loss_of(
-        lnn.SignSymmetricLinear(24, 5, rule="signed_init", packed_signs=True, sign_zero="plus"), FLAT.clone().requires_grad_()
+        lnn.SignSymmetricLinear(24, 5, rule="signed_init", packed_signs=True, sign_zero="plus"),
+        FLAT.clone().requires_grad_(),
     ),
     "fa": lambda: loss_of(lnn.FeedbackAlignmentConv2d(3, 5, 3, padding=1), X.clone().requires_grad_()),
     "local classifier": lambda: head(lambda block: lnn.LocalClassifier(block, 4, 5)),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,3 +74,10 @@ def test_more_threads_than_a_process_can_have():
         finally:
             torch.set_num_threads(before)
         assert loss(impl="cpu").isfinite()
+
+
+def test_every_backend_asks_there():
+    """For its number of threads."""
+    ops = Path(native.__file__).resolve().parents[1] / "ops"
+    files = list(ops.rglob("*.py"))
+    assert len(files) > 50 and not [path for path in files if "get_num_threads" in path.read_text()]

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from ...core.native import cpu_entries
+from ...core.native import cpu_entries, threads
 from ..common.cpu import address
 from . import conv_cpu, energy, energy_cpu, reference
 from . import torch as lean
@@ -41,7 +41,7 @@ def _run(state, drive, net, target, phases, options):
         (samples, many, phases[2], address(phases[3]), phases[4]),
         (*options[:4], tolerance),
         tuple(map(address, (steps, residual, orbit))),
-        torch.get_num_threads(),
+        threads(),
     )
     dtype = state[0].dtype
     return [v.to(u.dtype) for v, u in zip(dense.results, state)], steps, residual.to(dtype), orbit.to(dtype)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.native import cpu_entries
+from ...core.native import cpu_entries, threads
 from ..common.cpu import address
 
 _C = cpu_entries()
@@ -43,7 +43,7 @@ def panels(kernel: Tensor, padding: int, pool: str) -> Panels:
     both = [torch.empty_like(weights) for _ in range(2)]
     high, low = kernel.shape[:2]
     sizes = 1, 1, 1, low, high, padding, pool
-    _C.equilibrium_pack_pooled(sizes, *map(address, (weights, *both)), torch.get_num_threads())
+    _C.equilibrium_pack_pooled(sizes, *map(address, (weights, *both)), threads())
     return Panels(kernel.shape, padding, pool, *both)
 
 
@@ -61,7 +61,7 @@ def up(made: Panels, s: Tensor) -> tuple[Tensor, Tensor]:
     kept = torch.empty_like(value, dtype=torch.int32) if made.pool == "max" else s.new_empty(len(s), *size, 4, high)
     points = s.new_empty(16 * len(s) * size[0] * size[1] * low)
     tensors = [address(t) for t in (s, made.up, value)]
-    _C.equilibrium_pooled_up(made.edge(s), *tensors, _kept(made, kept), address(points), torch.get_num_threads())
+    _C.equilibrium_pooled_up(made.edge(s), *tensors, _kept(made, kept), address(points), threads())
     return value, kept
 
 
@@ -71,5 +71,5 @@ def down(made: Panels, kept: Tensor, s: Tensor, high: Tensor) -> Tensor:
     result = torch.empty_like(s, memory_format=torch.channels_last)
     points = s.new_empty(16 * high.numel())
     tensors = [address(t) for t in (made.down, result, points)]
-    _C.equilibrium_pooled_down(made.edge(s), address(high), _kept(made, kept), *tensors, torch.get_num_threads())
+    _C.equilibrium_pooled_down(made.edge(s), address(high), _kept(made, kept), *tensors, threads())
     return result

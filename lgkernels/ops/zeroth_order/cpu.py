@@ -88,9 +88,7 @@ def perturbed_conv2d(x, weight, bias, coefficients, noise, geometry):
     def write(m, first, count, own, factor, dtype):
         described, kept = _noise(noise.one(m), coefficients[m : m + 1])
         shape = 1, count, *matrix.shape
-        _C.zeroth_order_perturbed(
-            described, shape, describe(matrix), 0, first, buffer.data_ptr(), threads()
-        )
+        _C.zeroth_order_perturbed(described, shape, describe(matrix), 0, first, buffer.data_ptr(), threads())
         del kept
         return buffer[: count * matrix.shape[1]]
 
