@@ -203,8 +203,6 @@ class DirectTrainer(Trainer):
                 else:
                     waiting.append((i, x))
             output = self.segments[-1](x)
-            if output.is_meta and not x.is_meta:
-                raise ValueError(f"blocks must lie where the batch does, on {x.device}, got an output block on meta")
             classes = targets.classes(output, self.loss)
             target = self._checked(target, classes) if classes != self._classes else target
             leaf = output.detach().requires_grad_()

@@ -116,7 +116,7 @@ def test_saved_tensors_of_another_dtype_or_stride(family, op, impl):
         own = replaced(arguments, place, tensor)
         return accepted(op, own, impl), own[0]
 
-    for place, _, tensor in list(places(op, arguments))[1:]:
+    for place, name, tensor in list(places(op, arguments))[1:]:
         if not tensor.is_floating_point():
             continue
         rounded = tensor.bfloat16()

@@ -229,6 +229,7 @@ def _converted(rule):
             torch.nn.Conv2d(2, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(12, 5), torch.nn.Linear(5, 4)
         ),
         rule,
+        **(dict(signs="formula") if rule == "signed_init" else {}),
     )
 
 
