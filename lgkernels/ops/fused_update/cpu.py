@@ -6,7 +6,7 @@ in an order that no number of threads changes.
 
 import torch
 
-from ...core.native import cpu_entries
+from ...core.native import cpu_entries, threads
 from ..common.cpu import dense_rows
 from ..common.cpu import matrix as describe
 
@@ -38,7 +38,7 @@ def _parts(weight, first, second, gradient, grad, x):
 
 def _run(rule, own, gradient, grad, x):
     shape = (*own[0].shape, grad.shape[0])
-    _C.fused_update(rule, shape, *map(describe, (*own, gradient, grad, x)), torch.get_num_threads())
+    _C.fused_update(rule, shape, *map(describe, (*own, gradient, grad, x)), threads())
 
 
 def update_(weight, first, second, gradient, grad, x, rule):
