@@ -247,12 +247,13 @@ def test_an_outdated_native_module_is_reported(cuda, tmp_path):
 
 
 @pytest.mark.parametrize("built", [True, False])
-def test_a_tree_that_hides_a_built_package_is_reported(built, tmp_path):
+def test_a_tree_that_hides_a_built_package_is_reported(built, tmp_path, monkeypatch):
     native = pytest.importorskip("lgkernels.core.native")
     for place in ("tree", "site-packages"):
         (tmp_path / place / "lgkernels").mkdir(parents=True)
     if built:
         (tmp_path / "site-packages/lgkernels/_C.cpython-311.so").touch()
+    monkeypatch.chdir(tmp_path / "tree")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         native._warn_if_elsewhere(
