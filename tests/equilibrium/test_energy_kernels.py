@@ -164,11 +164,9 @@ def test_phases_are_those_of_the_definition():
 
 
 def test_no_step_gives_copies():
-    model = net()
-    x, _ = batch(model)
-    state = {layer: torch.rand(3, *s).double() for layer, s in zip(model.layers, model.net.shapes[1:])}
-    model.steps = 0
-    after = model.settle(x, state)
+    model = lnn.HopfieldNet((5,), [7, 6, 4], steps=0, impl="torch")
+    state = {layer: torch.rand(3, *s) for layer, s in zip(model.layers, model.net.shapes[1:])}
+    after = model.settle(torch.rand(3, 5), state)
     assert all(torch.equal(after[k], state[k]) and after[k].data_ptr() != state[k].data_ptr() for k in state)
 
 
