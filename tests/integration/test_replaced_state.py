@@ -1,7 +1,5 @@
 """State that a user, a checkpoint or another library can put in place of the right one: parameters, buffers, optimizer
 states of another size, dtype, stride, device or class. The step is refused, or is the reference's step.
-
-tests/simt/test_sanitizers.py runs this file again with kernels that watch their memory.
 """
 
 import copy

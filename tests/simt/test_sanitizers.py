@@ -1,11 +1,9 @@
-"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a Python of their own."""
+"""The CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a Python of their own."""
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 
 import pytest
 
@@ -36,7 +34,7 @@ def _unavailable():
 pytestmark = pytest.mark.skipif(_unavailable() is not None, reason=str(_unavailable()))
 
 
-def run(*command, **more):
+def run(*command):
     executor.build(executor.SANITIZERS)
     environment = {
         **os.environ,
@@ -45,7 +43,6 @@ def run(*command, **more):
         "OMP_NUM_THREADS": "1",
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        **more,
     }
     return subprocess.run(
         [sys.executable, *command], cwd=executor.ROOT, env=environment, capture_output=True, text=True
@@ -90,35 +87,3 @@ def test_an_overflow_of_a_tensor_is_caught():
         "executor.module().overflow(out.data_ptr(), 32, 0); print('finished')",
     )
     assert "finished" not in result.stdout and "heap-buffer-overflow" in result.stderr, result.stdout + result.stderr
-
-
-@pytest.fixture(scope="module")
-def native():
-    """The CPU kernels with sanitizers; what is compiled stays in build/."""
-    cmake = shutil.which("cmake") or shutil.which("cmake", path=sysconfig.get_path("scripts"))
-    if cmake is None:
-        pytest.skip("cmake is not installed")
-    folder = executor.ROOT / "build/sanitized"
-    for command in (
-        [cmake, "-S", executor.ROOT, "-B", folder, f"-DLGK_SANITIZE={executor.SANITIZERS.replace(',', ';')}"]
-        + [f"-DPython_EXECUTABLE={sys.executable}"],
-        [cmake, "--build", folder, "--target", "_C", "--parallel", str(os.cpu_count())],
-    ):
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (path,) = folder.glob("_C.*.so")
-    return str(path)
-
-
-STATES = ["tests/integration/test_replaced_state.py", "tests/integration/test_door.py"]
-
-
-@pytest.mark.parametrize("backend", ["cpu", "cuda-simt"])
-def test_replaced_states_reach_no_kernel(backend, native):
-    """What a user, a checkpoint or another library put in place of a parameter, a buffer or an optimizer's state."""
-    command = "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-p", "tests.support.native_at"
-    files = STATES if backend == "cpu" else STATES[:1]
-    result = run(*command, *files, "-k", f"{backend} or (test_door and not torch)", LGK_NATIVE=native)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed and int(passed[1]) >= 15, result.stdout[-500:]
