@@ -126,7 +126,7 @@ def convert(
         >>> torch.nn.functional.cross_entropy(model(torch.ones(3, 8)), torch.tensor([0, 1, 1])).backward()
     """
     constructors.module("model", model)
-    checks.choice("rule", rule, ("bp", "dfa", "lls", *FEEDBACK_RULES))
+    checks.choice("rule", rule, ("bp", *FEEDBACK_RULES, "dfa", "lls"))
     checks.choice("last_layer", last_layer, ("bp", "convert"))
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     RandomFeedback(seed)  # checks it, also where nothing is converted

@@ -329,7 +329,12 @@ def test_state_of_another_model_is_refused():
 @pytest.mark.parametrize(
     "arguments, options, error, message",
     [
-        (("sf",), {}, ValueError, "rule must be one of 'bp', 'fa', 'usf', 'frsf', 'brsf', 'signed_init', got 'sf'"),
+        (
+            ("sf",),
+            {},
+            ValueError,
+            "rule must be one of 'bp', 'fa', 'usf', 'frsf', 'brsf', 'signed_init', 'dfa', 'lls', got 'sf'",
+        ),
         (("usf",), dict(last_layer="plain"), ValueError, "last_layer must be one of 'bp', 'convert', got 'plain'"),
         (
             ("usf",),
