@@ -174,4 +174,5 @@ class LoRALinear(_Adapter):
 CASES = {
     "smoke": [Case(LoKrLinear, 3, 24, 36, rule="rank 1"), Case(LoRALinear, 3, 24, 36, rule="rank 8")],
     "cpu": [Case(LoKrLinear, 512, 768, 3072, rule="rank 1"), Case(LoRALinear, 512, 768, 3072, rule="rank 8")],
+    "gpu": [Case(LoKrLinear, 4096, 768, 3072, rule="rank 1"), Case(LoRALinear, 4096, 768, 3072, rule="rank 8")],
 }
