@@ -234,6 +234,9 @@ class Estimate:
                 stack.callback(layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
             if watch is not None:
                 stack.enter_context(watch)
+                for module in self.modules:
+                    if module._parameters and not isinstance(module, torch.jit.ScriptModule):
+                        stack.callback(module.register_forward_pre_hook(self._refuse_hidden).remove)
             result = functional_call(self.calls, duals, self.inputs)
             _check_losses(result)
             losses, slopes = forward_ad.unpack_dual(result)
@@ -252,6 +255,15 @@ class Estimate:
             if name in perturbed and name not in self.facts.outside:
                 perturbed[name][row] = 0
         return perturbed
+
+    def _refuse_hidden(self, module: nn.Module, _: Any) -> None:
+        """Inside of an autograd.Function's forward tangents are lost in silence."""
+        if not torch._C._is_fwd_grad_enabled():
+            name = self.modules[module] or type(module).__name__
+            raise NotImplementedError(
+                f"forward_gradient can't differentiate {name!r} in an autograd.Function, where forward mode is off. "
+                "What to do: checkpoint with use_reentrant=False, or call it outside"
+            )
 
     def _enter(self, layer: nn.Module, _: Any) -> None:
         self.running.update(self.layers[layer].values())

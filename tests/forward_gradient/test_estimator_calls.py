@@ -354,3 +354,18 @@ def test_small_batches(count):
         and all(g.isfinite().all() == bool(count) for g in gradients.values())
         or not count
     )
+
+
+@pytest.mark.parametrize("perturb", ["activities", "weights"])
+def test_a_layer_inside_of_a_function_is_refused(perturb):
+    """Reentrant checkpoints are an autograd.Function: the tangents that begin inside would be lost."""
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2)), torch.randn(4, 3)
+
+    def losses(x, reentrant):
+        return checkpoint(model, x, use_reentrant=reentrant).square().sum(1)
+
+    forward_gradient(losses, x, False, modules=model, perturb=perturb)
+    with pytest.raises(NotImplementedError, match="can't differentiate '0' in an .* use_reentrant=False"):
+        forward_gradient(losses, x.requires_grad_(), True, modules=model, perturb=perturb)
