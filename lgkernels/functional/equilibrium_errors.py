@@ -54,6 +54,35 @@ def continuous_ep_error(
         >>> e["out"]
         tensor([[-0.5000,  0.5000]])
     """
+    return continuous_report(
+        weights,
+        x,
+        target,
+        beta=beta,
+        points=points,
+        plateaus=plateaus,
+        steps=steps,
+        activation=activation,
+        loss=loss,
+        impl=impl,
+    )[:2]
+
+
+def continuous_report(
+    weights: Mapping[str, Tensor],
+    x: Tensor,
+    target: Tensor,
+    *,
+    beta: float,
+    points: int,
+    plateaus: int,
+    steps: int,
+    activation: Literal["sigmoid", "dsilu"],
+    loss: Literal["cross_entropy", "mse"],
+    impl: str,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """:func:`continuous_ep_error`, and (N, B) the norm of the last step of each nudge's last plateau (of as
+    many nudges as there are plateaus, where they are fewer)."""
     refuse_compiled("continuous_ep_error")
     net = net_and_input("continuous_ep_error", weights, x)
     activation_and_loss(activation, loss)
@@ -70,14 +99,16 @@ def continuous_ep_error(
     e = [torch.zeros_like(v) for v in mean]
     angles = torch.arange(points, dtype=torch.float64) * (2 * torch.pi / points)
     circle = [(beta * re, beta * im) for re, im in zip(angles.cos().tolist(), angles.sin().tolist())]
+    moved: dict[int, Tensor] = {}
     for i in range(plateaus):
         re, im = circle[i % points]
-        rows = _entry.settle(weights, net.found, x, rows, goal, Phases([re], [im], 0), options, impl)[0]
+        rows, _, residual, _ = _entry.settle(weights, net.found, x, rows, goal, Phases([re], [im], 0), options, impl)
+        moved[i % points] = residual[0]
         for layer, v in enumerate(rows):
             u = torch.complex(v[: len(x)], v[len(x) :])
             mean[layer] = mean[layer] + u.real / plateaus
             e[layer] = e[layer] + (activity(u, activation) / complex(re, im)).real / plateaus
-    return dict(zip(net.found.names, mean)), dict(zip(net.found.names, e))
+    return dict(zip(net.found.names, mean)), dict(zip(net.found.names, e)), torch.stack(list(moved.values()))
 
 
 def recurrent_backprop_error(

@@ -123,6 +123,8 @@ def homeostatic_loss(
     """
     refuse_transforms("homeostatic_loss")
     found, r = _activities(weights, activities)
+    if not len(r[0]):
+        raise ValueError(f"activities must have at least one sample, got shape {checks.shape_of(r[0])}")
     checks.choice("estimator", estimator, ESTIMATORS)
     checks.impl(impl)
     eps_, noise_ = _probes(eps, noise, probes, found, r)

@@ -1,8 +1,10 @@
 """Equilibrium propagation, with and without weight symmetry: a trainer for nets that settle."""
 
+import cmath
+import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +12,14 @@ from torch import Tensor, nn
 
 from ..core import checks, constructors
 from ..functional.equilibrium import (
-    continuous_ep_error,
     ep_gradients,
     ep_settle_report,
     error_report,
     homeostatic_loss,
     recurrent_backprop_error,
 )
+from ..functional.equilibrium_arguments import holomorphic
+from ..functional.equilibrium_errors import continuous_report
 from ..nn.equilibrium import EquilibriumConvNet, EquilibriumMLP
 from ..nn.hopfield import HopfieldNet
 from ..ops.equilibrium.energy import VARIANTS
@@ -24,41 +27,12 @@ from ..ops.equilibrium.options import circle
 from ..random import RandomFeedback
 from .hopfield import Phases, gradients_through_time
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer
+from .unsettled import Unsettled, UnsettledError, judged, no_numbers, nudge_names, settled, text
 
 __all__ = ["EquilibriumTrainer"]
 
 METHODS = ("holomorphic", "continuous", "recurrent_backprop")
 CHOICES = ("skip", "leave_out", "raise")
-
-
-class Unsettled(NamedTuple):
-    """What did not settle in a batch.
-
-    phase: ``"error"`` where only the result is no number, else the nudge, ``"beta=..."``. samples: places in the batch.
-    residual: of each of these, the norm of the phase's last step (nan, inf: it diverged).
-    """
-
-    phase: str
-    samples: list[int]
-    residual: list[float]
-
-
-class UnsettledError(RuntimeError):
-    """A nudge did not settle, and ``unsettled="raise"``; `.report` is a list of :class:`Unsettled`.
-
-    Both are names of ``lgkernels.training.equilibrium``."""
-
-    def __init__(self, report: list[Unsettled]) -> None:
-        super().__init__(_text(report))
-        self.report = report
-
-
-def _text(report: list[Unsettled]) -> str:
-    parts = []
-    for phase, samples, residual in report:
-        shown = ", ".join(f"{s} ({r:.2g})" for s, r in list(zip(samples, residual))[:8])
-        parts.append(f"{phase}: {len(samples)} samples, by place (residual): {shown}{', ...' * (len(samples) > 8)}")
-    return "nudges did not settle: " + "; ".join(parts)
 
 
 class EquilibriumTrainer(Trainer):
@@ -80,8 +54,9 @@ class EquilibriumTrainer(Trainer):
     of order beta^2. Of it ``"recurrent_backprop"`` goes back through `nudge_steps` steps from the free state.
 
     The gradients of all weights are in ``.grad`` when the optimizers step, and that of the homeostatic loss is added,
-    `homeostasis` times. A nudge that diverges or moves by more than `limit` in its last step is reported: a warning
-    says which samples, which phase and which residual, and ``.report`` keeps it.
+    `homeostasis` times. Reported is a nudge (of ``"continuous"`` by its last plateau), and of ``"recurrent_backprop"``
+    the free phase, that diverges or moves by more than `limit` in its last step, and a sample whose input or error is
+    no number: a warning says which samples, which phase and which residual, and ``.report`` keeps it.
 
     Args:
         model (EquilibriumMLP, EquilibriumConvNet or HopfieldNet): the net.
@@ -89,13 +64,13 @@ class EquilibriumTrainer(Trainer):
         method (str): as above.
         points (int): N. beta (float): greater than 0. nudge_steps (int): steps of a nudge.
         plateaus (int): of ``"continuous"``.
-        variant (str): of a HopfieldNet; points, plateaus and homeostasis are not for it.
+        variant (str): of a HopfieldNet, and of nothing else; points, plateaus and homeostasis are not for it.
         homeostasis (float): coefficient of the homeostatic loss; published: 1 or 0.1 (dense), 10 or 15 (conv).
         estimator (str): of :func:`lgkernels.functional.homeostatic_loss`. probes (int): its noise, made by formula.
         rates (dict, optional): edge, as ``"in-conv1"`` or ``"readout/Dense_0"`` -> what its learning rate is multiplied
             with. Edges in both directions between two layers share that of ``"low-high"``.
         unsettled (str): what becomes of a batch with a report: ``"skip"``: it teaches nothing; ``"leave_out"``: those
-            samples teach nothing; ``"raise"``: :class:`UnsettledError`.
+            samples teach nothing, and the others as much as without a report; ``"raise"``: :class:`UnsettledError`.
         limit (float): see above.
         seed (int): of the noise.
         scheduler_factory, accumulation_steps, clip_grad_norm: as :class:`BlockwiseTrainer`.
@@ -164,6 +139,15 @@ class EquilibriumTrainer(Trainer):
                 )
             if self.homeostasis:
                 raise ValueError(f"homeostasis must be 0 for a HopfieldNet, whose weights are tied, got {homeostasis}")
+            for name, value, usual in (("points", points, 2), ("plateaus", self.plateaus, 20)):
+                if value != usual:
+                    raise ValueError(f"{name} must be left at {usual} for a HopfieldNet, which has none, got {value}")
+        else:
+            if variant != "centered":
+                raise ValueError(f"variant must be left at 'centered' but for a HopfieldNet, got {variant!r}")
+            if method == "continuous" or method == "holomorphic" and points > 2:
+                holomorphic(f"method={method!r} and points={points}", model.activation)
+        _refuse_tied(model)
         checks.choice("estimator", estimator, ("paper", "symmetric", "exact"))
         self.estimator, self.probes = estimator, checks.positive_integer("probes", probes, 2**20)
         checks.choice("unsettled", unsettled, CHOICES)
@@ -214,8 +198,8 @@ class EquilibriumTrainer(Trainer):
             if not self._warned:
                 self._warned = True
                 what = "the batch teaches nothing" if self.unsettled == "skip" else "they teach nothing"
-                warnings.warn(f"{_text(report)}; {what}. Said once; see .report and .reported", stacklevel=3)
-        if not report or self.unsettled == "leave_out":
+                warnings.warn(f"{text(report)}; {what}. Said once; see .report and .reported", stacklevel=3)
+        if not report or self.unsettled == "leave_out" and settled(report, len(x)):
             for key, gradient in gradients.items():
                 parameter = self.model.weights[key]
                 if parameter.requires_grad:
@@ -235,39 +219,72 @@ class EquilibriumTrainer(Trainer):
         return result
 
     def _pass(self, x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Unsettled]]:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("a step takes gradients, which torch.inference_mode() has not: call it outside")
         model = self.model
-        if isinstance(model, HopfieldNet):
-            return self._energy_pass(model, x, target)
+        made = self._energy_pass(model, x, target) if isinstance(model, HopfieldNet) else self._error_pass(x, target)
+        losses, gradients, report = made
+        if report and self.unsettled == "leave_out" and not settled(report, len(x)):
+            gradients = {key: torch.zeros_like(g) for key, g in gradients.items()}
+        return losses, gradients, report
+
+    def _error_pass(self, x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Unsettled]]:
+        model = self.model
+        assert not isinstance(model, HopfieldNet)
         state, e, report = self.error(x, target)
-        out = model.readout(state).detach()
-        self.output = out
-        if self.unsettled == "leave_out" and report:
-            for v in e.values():
-                v[_samples(report)] = 0
+        self.output = out = model.readout(state).detach()
         weights = {k: w.detach() for k, w in model.named_weights().items()}
         words: dict[str, Any] = dict(activation=model.activation, loss=model.loss)
-        gradients = ep_gradients(weights, model.input_of(x), target, state, e, **words)
+        x, share, own = model.input_of(x), 1.0, target
+        keep = self._kept(report, len(x))
+        if keep is not None:
+            x, own, share = x[keep], own[keep], len(keep) / len(x)
+            state, e = ({layer: v[keep] for layer, v in values.items()} for values in (state, e))
+        gradients = _times(share, ep_gradients(weights, x, own, state, e, **words))
         losses = [self._loss(out, target)]
         if self.homeostasis:
             losses.insert(0, self._homeostasis(weights, state, gradients))
         return torch.stack(losses), gradients, report
 
+    def _kept(self, report: list[Unsettled], samples: int) -> list[int] | None:
+        """The samples that teach, where some but not all do: of the others not even a 0 may meet their nan."""
+        if self.unsettled != "leave_out" or not report:
+            return None
+        return settled(report, samples) or None
+
     def _energy_pass(
         self, model: HopfieldNet, x: Tensor, target: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], list[Unsettled]]:
-        _check_targets(model, x, target)
+        self._check(x, target)
         if self.method == "recurrent_backprop":
-            state, self.residual = model.settle_report(x)
-            gradients = gradients_through_time(model, x, target, state, self.nudge_steps)
-            report: list[Unsettled] = []
-        else:
-            phases = self._phases(model, x, target)
-            state, report = phases.free, self._judged(phases.error(), phases.residual, phases.betas)
-            if self.unsettled == "leave_out" and report:
-                phases.leave_out(_samples(report))
-            gradients = phases.gradients()
-        self.output = model.readout(state).detach()
+            return self._through_time(model, x, target)
+        phases = self._phases(model, x, target)
+        self.output = model.readout(phases.free).detach()
+        report = self._answers(phases)
+        keep = self._kept(report, len(x))
+        gradients = phases.gradients() if keep is None else _times(len(keep) / len(x), phases.of(keep).gradients())
         return self._loss(self.output, target).unsqueeze(0), gradients, report
+
+    def _through_time(
+        self, model: HopfieldNet, x: Tensor, target: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], list[Unsettled]]:
+        state, self.residual = model.settle_report(x)
+        self.output = model.readout(state).detach()
+        values = {"x": model.input_of(x), "out": self.output}
+        report = judged(values, self.residual.unsqueeze(0), ["free"], self.limit)
+        keep, share, own = self._kept(report, len(x)), 1.0, target
+        if keep is not None:
+            x, own, share = x[keep], target[keep], len(keep) / len(x)
+            state = {layer: v[keep] for layer, v in state.items()}
+        gradients = _times(share, gradients_through_time(model, x, own, state, self.nudge_steps))
+        taught = keep is not None or not report
+        if taught and not bool(torch.stack([g.isfinite().all() for g in gradients.values()]).all()):
+            report = report + no_numbers(settled(report, len(target)))  # whose it is, nobody knows
+        return self._loss(self.output, target).unsqueeze(0), gradients, report
+
+    def _answers(self, phases: Phases) -> list[Unsettled]:
+        values = {**phases.error(), "x": phases.x}
+        return judged(values, phases.residual, nudge_names(phases.betas), self.limit)
 
     def _phases(self, model: HopfieldNet, x: Tensor, target: Tensor) -> Phases:
         phases = Phases(model, x, target, self.variant, self.beta, self.nudge_steps)
@@ -283,41 +300,32 @@ class EquilibriumTrainer(Trainer):
         by its nudges whatever the method); and a list of :class:`Unsettled`. ``.residual`` is the free phase's.
         """
         model = self.model
-        _check_targets(model, x, target)
+        self._check(x, target)
         if isinstance(model, HopfieldNet):
             phases = self._phases(model, x, target)
-            e = phases.error()
-            return phases.free, e, self._judged(e, phases.residual, phases.betas)
+            return phases.free, phases.error(), self._answers(phases)
         x, weights = model.input_of(x), {k: w.detach() for k, w in model.named_weights().items()}
         words: dict[str, Any] = dict(activation=model.activation, loss=model.loss)
         nudge: dict[str, Any] = dict(beta=self.beta, points=self.points, steps=self.nudge_steps)
         if self.method == "continuous":
-            state, e = continuous_ep_error(
-                weights, x, target, plateaus=self.plateaus, **nudge, **words, impl=model.impl
-            )
-            return state, e, self._judged(e, None)
-        settled = ep_settle_report(weights, x, steps=model.steps, **model.dynamics())
-        state, self.residual = settled[0], settled[2]
+            own = {**nudge, **words, "plateaus": self.plateaus}
+            state, e, residual = continuous_report(weights, x, target, **own, impl=model.impl)
+            names = nudge_names([cmath.rect(self.beta, 2 * math.pi * k / self.points) for k in range(len(residual))])
+            return state, e, judged({**e, "x": x}, residual, names, self.limit)
+        free = ep_settle_report(weights, x, steps=model.steps, **model.dynamics())
+        state, self.residual = free[0], free[2]
         if self.method == "recurrent_backprop":
             e = recurrent_backprop_error(weights, x, target, state, steps=self.nudge_steps, **words)
-            return state, e, self._judged(e, None)
+            return state, e, judged({**e, "x": x}, self.residual.unsqueeze(0), ["free"], self.limit)
         e, residual = error_report(weights, x, target, state, **nudge, **words, impl=model.impl)
-        return state, e, self._judged(e, residual, circle(self.beta, self.points).betas if self.points else [0j])
+        names = nudge_names(circle(self.beta, self.points).betas if self.points else [0j])
+        return state, e, judged({**e, "x": x}, residual, names, self.limit)
 
-    def _judged(self, e: dict[str, Tensor], residual: Tensor | None, betas: Sequence[complex] = ()) -> list[Unsettled]:
-        wrong = torch.stack([~v.flatten(1).isfinite().all(1) for v in e.values()]).any(0)
-        bad = wrong if residual is None else torch.cat((wrong.unsqueeze(0), ~(residual <= self.limit)))
-        if not bool(bad.any()):  # the only look at the device
-            return []
-        report = []
-        for phase, row in enumerate(() if residual is None else residual):
-            samples = (~(row <= self.limit)).nonzero().flatten()
-            if len(samples):
-                beta = betas[phase] if betas[phase].imag else betas[phase].real
-                report.append(Unsettled(f"beta={beta:.3g}", samples.tolist(), row[samples].tolist()))
-        seen = {sample for part in report for sample in part.samples}
-        rest = [sample for sample in wrong.nonzero().flatten().tolist() if sample not in seen]
-        return report + ([Unsettled("error", rest, [float("nan")] * len(rest))] if rest else [])
+    def _check(self, x: Tensor, target: Tensor) -> None:
+        x = self.model.input_of(x)
+        checks.class_targets("target", target, x, "x")
+        if not len(x):
+            raise ValueError(f"x must have at least one sample, got shape {checks.shape_of(x)}")
 
     def _loss(self, out: Tensor, target: Tensor) -> Tensor:
         if self.model.loss == "cross_entropy":
@@ -339,12 +347,18 @@ class EquilibriumTrainer(Trainer):
         return loss.detach()
 
 
-def _check_targets(model: Any, x: Tensor, target: Tensor) -> None:
-    checks.class_targets("target", target, model.input_of(x), "x")
+def _times(share: float, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return gradients if share == 1 else {key: g * share for key, g in gradients.items()}
 
 
-def _samples(report: list[Unsettled]) -> list[int]:
-    return sorted({sample for part in report for sample in part.samples})
+def _refuse_tied(model: nn.Module) -> None:
+    """The gradients are by key, and each would move the one parameter."""
+    seen: dict[int, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) in seen:
+            names = f"{seen[id(p)]} and {name}"
+            raise ValueError(f"model's weights must not share parameters, got one as {names}: give each its own")
+        seen[id(p)] = name
 
 
 def _factors(model: Any, rates: Any) -> list[tuple[nn.Parameter, float]]:

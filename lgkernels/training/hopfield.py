@@ -1,5 +1,7 @@
 """What a training step of an energy net is made of: a free phase, two nudged phases, and the gradients between."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -30,11 +32,13 @@ class Phases:
         width = self.betas[1] - self.betas[0]
         return {layer: (second - first) / width for layer, (first, second) in zip(self.model.layers, parts)}
 
-    def leave_out(self, samples: list[int]) -> None:
-        """Make these samples' phases the same: they teach nothing."""
-        rows = [*samples, *(sample + len(self.x) for sample in samples)]
-        for s in self.states:
-            s[rows] = 0
+    def of(self, samples: list[int]) -> "Phases":
+        """Those of a part of the batch."""
+        part, rows = copy.copy(self), [*samples, *(sample + len(self.x) for sample in samples)]
+        part.x, part.target, part.states = self.x[samples], self.target[samples], [s[rows] for s in self.states]
+        part.free = {layer: s[samples] for layer, s in self.free.items()}
+        part.free_residual, part.residual = self.free_residual[samples], self.residual[:, samples]
+        return part
 
     @torch.no_grad()
     def gradients(self) -> dict[str, Tensor]:

@@ -141,6 +141,121 @@ def test_divergence_is_no_number_and_no_update():
         EquilibriumTrainer(model, sgd, method="recurrent_backprop").step(x, target)
 
 
+def energy_net(**options):
+    torch.manual_seed(0)
+    return lnn.HopfieldNet((6,), (8, 3), steps=20, **options)
+
+
+def energy_net_with_a_readout():
+    return energy_net(num_classes=3, loss="cross_entropy")
+
+
+METHODS = ("holomorphic", "continuous", "recurrent_backprop")
+WATCHED = [(make, method) for make in (net, energy_net, energy_net_with_a_readout) for method in METHODS]
+WATCHED = [(make, method) for make, method in WATCHED if make is net or method != "continuous"]
+
+
+@pytest.mark.parametrize("unsettled", ["skip", "leave_out"])
+@pytest.mark.parametrize("make, method", WATCHED)
+def test_a_sample_that_is_no_number_teaches_nothing(make, method, unsettled):
+    x, target = batch()
+    whole, x = x, x.clone()
+    x[3, 2] = float("nan")
+    model, other = make(), make()
+    options = dict(method=method, nudge_steps=15)
+    trainer = EquilibriumTrainer(model, sgd, unsettled=unsettled, **options)
+    before = {k: w.detach().clone() for k, w in model.weights.items()}
+    with pytest.warns(UserWarning, match="did not settle"):
+        trainer.step(x, target)
+    assert {sample for part in trainer.report for sample in part.samples} == {3} and trainer.reported == 1
+    moved = {k: w.detach() - before[k] for k, w in model.weights.items()}
+    if unsettled == "skip":
+        assert not any(m.any() for m in moved.values())
+        return
+    good = [0, 1, 2, 4, 5, 6, 7, 8]
+    _, alone, report = EquilibriumTrainer(other, sgd, **options).gradients(whole[good], target[good])
+    assert report == []
+    for key, m in moved.items():
+        torch.testing.assert_close(m, -0.1 * alone[key] * 8 / 9, rtol=1e-4, atol=1e-7)
+    _, gradients, report = trainer.gradients(x[3:4], target[3:4])
+    assert report and not any(g.any() for g in gradients.values())
+    before = {k: w.detach().clone() for k, w in model.weights.items()}
+    trainer.step(x[3:4], target[3:4])
+    assert all(torch.equal(w.detach(), before[k]) for k, w in model.weights.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_net_that_does_not_settle_is_reported(method):
+    x, target = batch()
+    model = net(angle=90)
+    with torch.no_grad():
+        for key in ("l1-l2/kernel", "l2-l1/kernel"):
+            model.weights[key].mul_(-20)
+    report = EquilibriumTrainer(model, sgd, method=method, limit=1e-2).gradients(x, target)[2]
+    phases = {"recurrent_backprop": {"free"}}.get(method, {"beta=0.5", "beta=-0.5"})
+    assert {part.phase for part in report} == phases and all(part.samples for part in report)
+
+
+def test_an_energy_net_that_diverges_is_reported_with_gradients_through_time_too():
+    x, target = batch()
+    model = energy_net()
+    with torch.no_grad():
+        model.weights["l1-out/kernel"].fill_(1e38)
+    trainer = EquilibriumTrainer(model, sgd, method="recurrent_backprop")
+    with pytest.warns(UserWarning, match="phases did not settle: free: 9 samples"):
+        trainer.step(x, target)
+    assert all(w.isfinite().all() for w in model.weights.values())
+    model = energy_net_with_a_readout()
+    with torch.no_grad():
+        model.weights["readout/Dense_0/kernel"].fill_(float("inf"))  # its states settle
+    for unsettled in ("skip", "leave_out"):
+        trainer = EquilibriumTrainer(model, sgd, method="recurrent_backprop", unsettled=unsettled)
+        with pytest.warns(UserWarning, match="error: 9 samples"):
+            trainer.step(x, target)
+        assert all(w.isfinite().all() for k, w in model.weights.items() if k != "readout/Dense_0/kernel")
+
+
+@pytest.mark.parametrize("make", [net, energy_net])
+@pytest.mark.parametrize("method", ["holomorphic", "recurrent_backprop"])
+def test_what_a_step_refuses(make, method):
+    x, target = batch()
+    trainer = EquilibriumTrainer(make(), sgd, method=method)
+    for call in (trainer.step, trainer.gradients, trainer.error):
+        with pytest.raises(ValueError, match=r"x must have at least one sample, got shape \(0, 6\)"):
+            call(x[:0], target[:0])
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="call it outside"):
+        trainer.step(x, target)
+
+
+def test_weights_that_are_tied_by_hand_are_refused():
+    model = lnn.EquilibriumMLP(6, (5,), 5, num_classes=3)
+    model.weights["out-l1/kernel"] = model.weights["l1-out/kernel"]
+    with pytest.raises(ValueError, match="got one as weights.(l1-out/kernel and weights.out-l1|out-l1.*l1-out)/kernel"):
+        EquilibriumTrainer(model, sgd)
+
+
+def test_options_of_other_nets_are_refused():
+    for options, message in (
+        (dict(points=7), "points must be left at 2 for a HopfieldNet, which has none, got 7"),
+        (dict(plateaus=3), "plateaus must be left at 20 for a HopfieldNet, which has none, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EquilibriumTrainer(energy_net(), sgd, **options)
+    with pytest.raises(ValueError, match="variant must be left at 'centered' but for a HopfieldNet, got 'positive'"):
+        EquilibriumTrainer(net(), sgd, variant="positive")
+    for options in (dict(points=4), dict(points=2, method="continuous")):
+        with pytest.raises(ValueError, match="activation must be .*, got 'hard_sigmoid'"):
+            EquilibriumTrainer(net(activation="hard_sigmoid"), sgd, **options)
+
+
+@pytest.mark.parametrize("estimator", ["paper", "symmetric", "exact"])
+def test_the_homeostatic_loss_of_no_sample(estimator):
+    model = net(angle=90)
+    r = model.activities(model.settle(batch()[0][:0]))
+    with pytest.raises(ValueError, match=r"activities must have at least one sample, got shape \(0, 8\)"):
+        LF.homeostatic_loss(model.named_weights(), r, estimator=estimator)
+
+
 def test_rates_by_layer_and_accumulation():
     x, target = batch(8)
     model, other = net(angle=90), net(angle=90)
