@@ -42,13 +42,16 @@ def forward_gradient(
 
     Nothing is kept for a backward pass: one layer's activations exist at a time, whatever the depth, beside gradients
     and noise of the parameters' size. Perturbed activities take draws + 1 passes (their noise is made again, not kept),
-    perturbed weights draws. The variance grows with the number of elements that are perturbed, and falls with `draws`
+    and up to k more in each call where B > 1 losses are returned; perturbed weights take draws. The variance grows with the number of elements that are perturbed, and falls with `draws`
     and, where activities are perturbed, with the batch.
 
     - **Losses of samples**: where `function` returns B losses, each sample's error comes from its own loss; from a mean
       that is returned, or where samples mix (batch normalisation in training, say), from the loss of the whole
-      batch, with more variance. Whether they mix is tried out by one more pass, once for every function and batch
-      size. A layer whose output has not the samples as its first dimension gets the loss of the whole batch as well.
+      batch, with more variance. Whether they mix is tried out in each call, by k
+      passes in which some samples alone are perturbed, or fewer once they are seen to: the smallest k with
+      :math:`\binom{k}{\lfloor k/2 \rfloor} \ge B`, which is 4 for 4 samples, 7 for 32, 10 for 128, 12 for 512. Each
+      sample is once perturbed without each other, so none goes unseen. A mean that is returned costs no such pass.
+      A layer whose output has not the samples as its first dimension gets the loss of the whole batch as well.
     - **Random layers**: all passes see the same numbers of torch's global generators (dropout's masks); those of
       generators of your own must be the same at each call of `function`. Buffers (running statistics) move as in one
       forward pass.

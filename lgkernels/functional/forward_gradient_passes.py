@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import itertools
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -59,15 +61,8 @@ class _Calls(nn.Module):
         return self.function(*inputs)
 
 
-class _Facts:
-    """What earlier calls found: parameters used outside of their layer; whether samples are separate."""
-
-    def __init__(self) -> None:
-        self.outside: set[str] = set()
-        self.separate: dict[tuple, bool] = {}
-
-
-_FACTS: "WeakKeyDictionary[nn.Module, dict[tuple, _Facts]]" = WeakKeyDictionary()
+# What earlier calls found: parameters used outside of their layer. One too many costs variance, and no bias.
+_OUTSIDE: "WeakKeyDictionary[nn.Module, dict[tuple, set[str]]]" = WeakKeyDictionary()
 
 
 def estimate(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -111,7 +106,7 @@ class Estimate:
         while isinstance(function, functools.partial):
             function = function.func
         key = (getattr(function, "__code__", type(function)), *self.parameters)
-        self.facts = _FACTS.setdefault(next(iter(modules.values())), {}).setdefault(key, _Facts())
+        self.outside = _OUTSIDE.setdefault(next(iter(modules.values())), {}).setdefault(key, set())
         owners = Counter(id(p) for module in self.modules for p in module._parameters.values())
         self.padding = {  # rows without a gradient
             self.names[id(m.weight)]: m.padding_idx
@@ -173,7 +168,7 @@ class Estimate:
             result = self._pass(0, watch=watch)
             if not watch.outside:
                 return result
-            self.facts.outside |= watch.outside
+            self.outside |= watch.outside
 
     def _split(self) -> None:
         """Layers whose outputs are perturbed; the parameters of all others are perturbed themselves."""
@@ -184,25 +179,23 @@ class Estimate:
         }
         self.layers = {layer: names for layer, names in self.layers.items() if names}
         self.weights = set(self.parameters) - {n for names in self.layers.values() for n in names.values()}
-        self.weights |= self.facts.outside
+        self.weights |= self.outside
         while shared := [layer for layer, names in self.layers.items() if self.weights & set(names.values())]:
             for layer in shared:
                 self.weights |= set(self.layers.pop(layer).values())
 
     def _are_separate(self, losses: Tensor) -> bool:
         """Whether the n-th row of every layer's output that has a row for each loss moves the n-th loss alone: some
-        rows' noise leaves the other losses' derivatives 0."""
+        rows' noise leaves the other losses' derivatives 0, tried until each row was once noisy without each other.
+        It depends on all that `function` computes, so nothing of it is kept for the next call."""
         count = len(losses)
-        of_samples = tuple((name, shape[:1] == (count,)) for name, shape in self.outputs)
-        if count < 2 or not any(has_rows for _, has_rows in of_samples):
+        if count < 2 or not any(shape[:1] == (count,) for _, shape in self.outputs):
             return True
-        key = (count, of_samples, tuple(m.training for m in self.modules))
-        if key not in self.facts.separate:
-            chosen = torch.zeros(count, dtype=torch.bool)
-            chosen[torch.randperm(count, generator=torch.Generator().manual_seed(0))[: count // 2]] = True
+        for chosen in _subsets(count).to(losses.device):
             _, slopes = self._pass(0, rows=chosen)
-            self.facts.separate[key] = not slopes[~chosen.to(slopes.device)].any().item()  # nan is not 0 either
-        return self.facts.separate[key]
+            if slopes[~chosen].any().item():  # nan is not 0 either
+                return False
+        return True
 
     # -- a pass -------------------------------------------------------------------------------------------------------
 
@@ -228,6 +221,8 @@ class Estimate:
                 for name, v in self.perturbed.items()
             }
             noise = None if draw is None else self.noise_of(2 * draw + 1)
+            if rows is not None:
+                noise = _Noise(None, [0], 0)  # normal: signs may cancel each other
             for layer in self.layers:
                 stack.callback(layer.register_forward_pre_hook(self._enter).remove)
                 hook = functools.partial(self._leave, noise, before, rows)
@@ -252,7 +247,7 @@ class Estimate:
     def _weight_noise(self, noise: _Noise) -> dict[str, Tensor]:
         perturbed = {name: noise.like(p) for name, p in self.parameters.items() if name in self.weights}
         for name, row in self.padding.items():
-            if name in perturbed and name not in self.facts.outside:
+            if name in perturbed and name not in self.outside:
                 perturbed[name][row] = 0
         return perturbed
 
@@ -331,6 +326,14 @@ class Estimate:
             tolerance = torch.finfo(losses.dtype).eps ** 0.5  # kernels may round in other ways without a tangent
             if not torch.allclose(losses, again, rtol=tolerance, atol=tolerance, equal_nan=True):
                 raise _different("other losses")
+
+
+def _subsets(count: int) -> Tensor:
+    """(k, count) of bool, k the smallest: sample n belongs to the subsets of the n-th k-bit number that has k // 2
+    ones. No two samples' numbers are one, and so each is in a subset without each other (Sperner)."""
+    k = next(k for k in itertools.count(1) if math.comb(k, k // 2) >= count)
+    bits = torch.arange(2**k) >> torch.arange(k).unsqueeze(1) & 1 == 1
+    return bits[:, bits.sum(0) == k // 2][:, :count]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

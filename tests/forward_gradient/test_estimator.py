@@ -147,6 +147,25 @@ class Contrasted(nn.Module):
         return F.cross_entropy(z @ z.t(), torch.arange(len(z)), reduction="none")
 
 
+def tried(function, *inputs, **options):
+    """(passes that were made to see it, whether the samples are separate) in a call of one draw."""
+    called, found, separate = [], [], passes.Estimate._are_separate
+
+    def counted(*inputs):
+        called.append(1)
+        return function(*inputs)
+
+    def watched(estimate, losses):
+        found.append(separate(estimate, losses))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes.Estimate, "_are_separate", watched)
+        forward_gradient(counted, *inputs, **options)
+    (answer,) = found
+    return len(called) - 2, answer
+
+
 @pytest.mark.parametrize("make, draws", [(Positions, 32), (SequenceFirst, 64), (Moved, 32), (Contrasted, 8)])
 def test_samples_that_mix_are_found(make, draws):
     torch.manual_seed(0)
@@ -158,10 +177,69 @@ def test_batch_normalisation_mixes_in_training_alone():
     torch.manual_seed(0)
     model = CNN(nn.BatchNorm2d(2)).double()
     check(losses_of(model), image(), TARGET, modules=model, draws=128)
+    assert tried(losses_of(model), image(), TARGET, modules=model) == (1, False)
     model.eval()
     check(losses_of(model), image(), TARGET, modules=model, draws=128)
-    found = [mixed for facts in passes._FACTS[model].values() for mixed in facts.separate.values()]
-    assert sorted(found) == [False, True]
+    assert tried(losses_of(model), image(), TARGET, modules=model) == (3, True)
+
+
+PAIRS = {
+    "within a half": (4, [(0, 1), (2, 3)]),
+    "two views": (8, [(i, (i + 4) % 8) for i in range(8)]),
+    "one direction": (2, [(0, 1)]),
+    "the other": (2, [(1, 0)]),
+    "one pair of many": (37, [(36, 17)]),
+    "sums of two": (4, [(0, 1), (0, 2)]),
+}
+
+
+@pytest.mark.parametrize("law", ["normal", "sign"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_pair_of_samples_is_tried(name, law):
+    """(i, j): the loss of i depends on the output of j."""
+    count, pairs = PAIRS[name]
+    torch.manual_seed(0)
+    layer, x = nn.Linear(1, 1).double(), torch.ones(count, 1, dtype=DOUBLE)
+
+    def losses(x):
+        z = layer(x)[:, 0]
+        coupling = torch.zeros(count, count, dtype=DOUBLE)
+        coupling[tuple(zip(*pairs))] = 1
+        return z.square() + coupling @ z
+
+    for seed in range(4):
+        assert not tried(losses, x, modules=layer, noise=RandomFeedback(seed, law=law))[1]
+        assert tried(lambda x: layer(x)[:, 0].square(), x, modules=layer, noise=RandomFeedback(seed, law=law))[1]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 20, 35, 36, 128, 300])
+def test_each_sample_is_once_perturbed_without_each_other(count):
+    subsets = passes._subsets(count)
+    alone = (subsets.unsqueeze(2) & ~subsets.unsqueeze(1)).any(0)  # [i, j]: i was perturbed, and j was not
+    assert subsets.shape == (len(subsets), count) and (alone | torch.eye(count, dtype=torch.bool)).all()
+    assert len(subsets) == {2: 2, 3: 3, 4: 4, 7: 5, 20: 6, 35: 7, 36: 8, 128: 10, 300: 11}[count]
+
+
+def test_what_an_earlier_call_found_does_not_count():
+    """Arguments, closures and weights decide whether samples mix."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2, bias=False).double(), torch.randn(4, 3, dtype=DOUBLE)
+    weights = torch.arange(1.0, 9.0, dtype=DOUBLE).view(4, 2)
+
+    def losses(x, mix):
+        z = model(x)
+        own = z.square().sum(1)
+        return own + (z.mean(0) * weights).sum(1) * 3 if mix else own
+
+    for mix in (False, True, False):
+        assert tried(losses, x, mix, modules=model)[1] == (not mix)
+        check(losses, x, mix, modules=model, draws=8)
+
+
+def test_contrasted_views():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).double(), torch.randn(8, 3, dtype=DOUBLE)
+    check(lambda x: -F.cosine_similarity(z := model(x), z.roll(4, 0)), x, modules=model, draws=16)
 
 
 def test_own_losses_vary_less_than_the_mean():
@@ -203,8 +281,8 @@ def test_parameters_that_are_used_elsewhere():
     model, x = Shared().double(), torch.randn(3, 2, dtype=DOUBLE)
     for _ in range(2):  # the second time it is known
         check(model, x, TARGET, modules=model, draws=64)
-    (facts,) = passes._FACTS[model].values()
-    assert facts.outside == {"tied.weight", "past.weight", "past.bias"}
+    (outside,) = passes._OUTSIDE[model].values()
+    assert outside == {"tied.weight", "past.weight", "past.bias"}
 
 
 def test_subclasses_and_parametrized_layers():
