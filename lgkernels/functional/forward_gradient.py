@@ -72,7 +72,8 @@ def replicated_cross_entropy(
         incoming gradient, by ``torch.func.jvp``, dual levels, and ``torch.func.vmap`` over several tangents; once.
         :func:`replicated_cross_entropy_dual` takes the tangents as arguments, and compiles.
 
-    Raises: ValueError, TypeError naming the argument. NotImplementedError when compiled inside of a dual level.
+    Raises: ValueError, TypeError naming the argument. NotImplementedError for a second derivative, and when compiled
+        inside of a dual level.
 
     Source: Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses" (ICLR 2023), section 4 and
     algorithm 1. The VJP is exact, where the authors' code takes the incoming gradient to be constant.
@@ -183,7 +184,8 @@ def replicated_nt_xent(
         Tensor: (2N, P, G): rows below N have x as query, the others y; not divided by the rows. Differentiable as
         :func:`replicated_cross_entropy`.
 
-    Raises: ValueError, TypeError naming the argument. NotImplementedError when compiled inside of a dual level.
+    Raises: ValueError, TypeError naming the argument. NotImplementedError for a second derivative, and when compiled
+        inside of a dual level.
 
     Source: Ren et al. (ICLR 2023), section 4 and algorithm 2; NT-Xent of Chen et al. (SimCLR, 2020) but for the keys.
 

@@ -42,8 +42,9 @@ def forward_gradient(
 
     Nothing is kept for a backward pass: one layer's activations exist at a time, whatever the depth, beside gradients
     and noise of the parameters' size. Perturbed activities take draws + 1 passes (their noise is made again, not kept),
-    and up to k more in each call where B > 1 losses are returned; perturbed weights take draws. The variance grows with the number of elements that are perturbed, and falls with `draws`
-    and, where activities are perturbed, with the batch.
+    and up to k more in each call where B > 1 losses are returned; perturbed weights take draws. The variance grows with
+    the number of elements that are perturbed, and falls with `draws` and, where activities are perturbed, with the
+    batch.
 
     - **Losses of samples**: where `function` returns B losses, each sample's error comes from its own loss; from a mean
       that is returned, or where samples mix (batch normalisation in training, say), from the loss of the whole

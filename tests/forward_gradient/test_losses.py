@@ -105,6 +105,93 @@ def test_gradcheck_of_one_patch_and_group():
         )
 
 
+TARGET = targets(3, 7)
+LOSSES = {
+    "replicated_cross_entropy": lambda x, w, b: LF.replicated_cross_entropy(x, w, b, TARGET).sum(),
+    "replicated_cross_entropy of a norm": lambda x, w, b: LF.replicated_cross_entropy(
+        x, w, b, TARGET, layer_norm=True
+    ).sum(),
+    "replicated_nt_xent": lambda x, w, b: LF.replicated_nt_xent(x, 2 * x + 1, w, b).sum(),
+    "replicated_nt_xent of the other view": lambda x, w, b: LF.replicated_nt_xent(torch.ones_like(x), x, w, b).sum(),
+}
+
+
+def by_backward(loss, leaf):
+    leaf = leaf.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    (loss(leaf) + grad.square().sum()).backward()
+
+
+def by_backward_from_an_intermediate(loss, leaf):
+    by_backward(lambda leaf: loss(leaf * 2), leaf)
+
+
+def by_dual_level(loss, leaf):
+    leaf = leaf.clone().requires_grad_()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(leaf, torch.ones_like(leaf))
+        forward_ad.unpack_dual(torch.autograd.grad(loss(dual), dual)[0])
+
+
+def by_backward_of_a_tangent(loss, leaf):
+    leaf = leaf.clone().requires_grad_()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(leaf, torch.ones_like(leaf))
+        both = forward_ad.unpack_dual(loss(dual))
+        (both.primal + both.tangent).backward()
+
+
+def along(function):
+    return lambda x: torch.func.jvp(function, (x,), (torch.ones_like(x),))[1].sum()
+
+
+SECOND = {
+    "backward": by_backward,
+    "backward from an intermediate": by_backward_from_an_intermediate,
+    "dual level": by_dual_level,
+    "backward of a tangent": by_backward_of_a_tangent,
+    "hessian": lambda loss, leaf: torch.func.hessian(loss)(leaf),
+    "grad of grad": lambda loss, leaf: torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum())(leaf),
+    "jvp of grad": lambda loss, leaf: along(torch.func.grad(loss))(leaf),
+    "grad of jvp": lambda loss, leaf: torch.func.grad(along(loss))(leaf),
+    "jvp of jvp": lambda loss, leaf: along(along(loss))(leaf),
+    "vmap of grad of grad": lambda loss, leaf: torch.func.vmap(
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).square().sum())
+    )(torch.stack((leaf, leaf))),
+}
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["x", "weight", "bias"])
+@pytest.mark.parametrize("mode", SECOND)
+@pytest.mark.parametrize("name", LOSSES)
+def test_second_derivatives_raise_by_name(name, mode, which):
+    given = list(arguments()[:3])
+
+    def loss(leaf):
+        return LOSSES[name](*given[:which], leaf, *given[which + 1 :])
+
+    message = "no second derivative" if mode == "jvp of jvp" else f"{name.split()[0]} has no second derivative"
+    with pytest.raises(NotImplementedError, match=message):
+        SECOND[mode](loss, given[which])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_first_derivatives_of_all_modes_agree(name):
+    x, weight, bias, _ = arguments()
+    leaf = x.clone().requires_grad_()
+
+    def loss(x):
+        return LOSSES[name](x, weight, bias)
+
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    many = torch.func.vmap(torch.func.grad(loss))(torch.stack((x, x)))
+    for got in (torch.autograd.grad(loss(leaf), leaf, create_graph=True)[0], torch.func.grad(loss)(x), *many):
+        torch.testing.assert_close(got.detach(), expected)
+    with forward_ad.dual_level():  # a tangent that does not come here
+        forward_ad.make_dual(bias, torch.ones_like(bias))
+        torch.testing.assert_close(torch.autograd.grad(loss(leaf), leaf)[0], expected)
+
+
 @pytest.mark.parametrize("function", ["plain", "dual"])
 def test_compiles(function):
     x, weight, bias, target = (t.float() if t.is_floating_point() else t for t in arguments())

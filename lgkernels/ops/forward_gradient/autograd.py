@@ -10,7 +10,7 @@ import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd import forward_ad
 
-from ...core.autograd import apply, first_order_only, settled_dtypes
+from ...core.autograd import apply, link_to, settled_dtypes
 from ...core.ops import wide, without_autocast
 from . import op  # noqa: F401  registers the ops
 
@@ -69,6 +69,40 @@ def _head_grads(grad, pooled, delta, weight, bias_dtype, needs_weight, needs_bia
     )
 
 
+class _Once(torch.autograd.Function):
+    """A derivative as it is, tied to what it was taken at: differentiating it raises, in every mode."""
+
+    @staticmethod
+    def forward(name, derivative, *inputs):
+        return derivative.view_as(derivative)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError(
+            f"{ctx.name} has no second derivative, and its derivative was differentiated. Write this loss in plain "
+            "torch where you need one"
+        )
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return _Once.backward(ctx, None)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        return _Once.apply(*arguments), in_dims[1]
+
+
+def _once(name, derivative, *inputs):
+    """`derivative`, of the loss `name`; the inputs may be None."""
+    if derivative is None or torch.compiler.is_compiling() or not (torch.is_grad_enabled() or transformed()):
+        return derivative
+    return _Once.apply(name, derivative, *inputs)
+
+
 class _Tangent(torch.autograd.Function):
     """The tangents as a Function of their own: with a rule for vmap, and none for a second derivative."""
 
@@ -107,7 +141,7 @@ def _loop(function, size, in_dims, arguments):
 
 
 def _cross_entropy_backward(ctx, grad):
-    x, weight, pooled, delta, teach = ctx.saved_tensors
+    x, weight, pooled, delta, teach, _ = ctx.saved_tensors
     layer_norm, dtype, channels, bias_dtype, impl = ctx.meta
     needs = ctx.needs_input_grad
     grad_x = (
@@ -116,28 +150,26 @@ def _cross_entropy_backward(ctx, grad):
     return (grad_x, *_head_grads(grad, pooled, delta, weight, bias_dtype, *needs[1:3]))
 
 
-def _keep(ctx, x, weight, bias, layer_norm, impl, *results):
-    """What the derivatives need: of x itself only where a norm is in front of the loss."""
-    kept = x if layer_norm else x.new_empty(0)
-    ctx.save_for_backward(kept, weight, *results)
-    ctx.meta = layer_norm, x.dtype, x.shape[3], None if bias is None else bias.dtype, impl
-    return kept
+def _cross_entropy_meta(x, bias, layer_norm, impl):
+    return layer_norm, x.dtype, x.shape[3], None if bias is None else bias.dtype, impl
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @settled_dtypes
-    def forward(ctx, x, weight, bias, target, layer_norm, impl):
+    def forward(ctx, x, weight, bias, target, layer_norm, impl, link):
         loss, *results = _ops.replicated_cross_entropy(x, weight, bias, target, layer_norm, impl)
-        _keep(ctx, x, weight, bias, layer_norm, impl, *results)
+        # Of x itself only where a norm is in front of the loss; `link` holds none of its memory.
+        ctx.save_for_backward(x if layer_norm else x.new_empty(0), weight, *results, link)
+        ctx.meta = _cross_entropy_meta(x, bias, layer_norm, impl)
         return _replicas(loss, *x.shape[1:3])
 
     @staticmethod
     @settled_dtypes
     def backward(ctx, grad):
         grads = _cross_entropy_backward(ctx, grad)
-        tied = ctx.saved_tensors[:2]
-        return (*(first_order_only("replicated_cross_entropy", g, *tied, grad) for g in grads), None, None, None)
+        link = ctx.saved_tensors[-1]
+        return (*(_once("replicated_cross_entropy", g, link, grad) for g in grads), *[None] * 4)
 
 
 class _DualCrossEntropy(torch.autograd.Function):
@@ -153,23 +185,25 @@ class _DualCrossEntropy(torch.autograd.Function):
         x, weight, bias, _, layer_norm, impl = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        kept = _keep(ctx, x, weight, bias, layer_norm, impl, *output[1:])
-        ctx.save_for_forward(kept, weight, *output[1:])
-        ctx.shape = x.shape[1:3]
+        ctx.save_for_backward(x, weight, *output[1:], bias)
+        ctx.save_for_forward(x, weight, *output[1:], bias)
+        ctx.meta, ctx.shape = _cross_entropy_meta(x, bias, layer_norm, impl), x.shape[1:3]
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 6
-        return (*_cross_entropy_backward(ctx, grad), None, None, None)
+        x, weight, *_, bias = ctx.saved_tensors
+        grads = _cross_entropy_backward(ctx, grad)
+        return (*(_once("replicated_cross_entropy", g, x, weight, bias, grad) for g in grads), None, None, None)
 
     @staticmethod
     def jvp(ctx, x_tangent, weight_tangent, bias_tangent, *_):
-        x, _, pooled, delta, teach = ctx.saved_tensors
+        x, weight, pooled, delta, teach, bias = ctx.saved_tensors
         layer_norm, *_, impl = ctx.meta
         head = _head_tangent(pooled, delta, weight_tangent, bias_tangent)
         tangent = _Tangent.apply(x if layer_norm else None, x_tangent, teach, head, *ctx.shape, impl)
-        return tangent, None, None, None
+        return _once("replicated_cross_entropy", tangent, x, weight, bias), None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -182,7 +216,7 @@ def cross_entropy(x, weight, bias, target, layer_norm, impl):
     arguments = x, weight, bias, target, layer_norm, impl
     if transformed():
         return _DualCrossEntropy.apply(*arguments)[0]
-    return apply(_CrossEntropy, "replicated_cross_entropy", *arguments)
+    return apply(_CrossEntropy, "replicated_cross_entropy", *arguments, link_to(x, weight, bias))
 
 
 @torch.no_grad()
@@ -198,7 +232,7 @@ def cross_entropy_dual(x, x_tangent, weight, bias, target, weight_tangent, bias_
 
 
 def _nt_xent_backward(ctx, grad):
-    weight, pooled, delta, teach = ctx.saved_tensors
+    weight, pooled, delta, teach, *_ = ctx.saved_tensors
     dtype, channels, bias_dtype, impl = ctx.meta
     needs = ctx.needs_input_grad
     n = len(grad) // 2
@@ -216,9 +250,9 @@ def _nt_xent_meta(x, bias, impl):
 class _NtXent(torch.autograd.Function):
     @staticmethod
     @settled_dtypes
-    def forward(ctx, x, y, weight, bias, temperature, impl):
+    def forward(ctx, x, y, weight, bias, temperature, impl, link):
         loss, *results = _ops.replicated_nt_xent(x, y, weight, bias, temperature, impl)
-        ctx.save_for_backward(weight, *results)
+        ctx.save_for_backward(weight, *results, link)
         ctx.meta = _nt_xent_meta(x, bias, impl)
         return _replicas(loss, *x.shape[1:3])
 
@@ -226,8 +260,8 @@ class _NtXent(torch.autograd.Function):
     @settled_dtypes
     def backward(ctx, grad):
         grads = _nt_xent_backward(ctx, grad)
-        weight = ctx.saved_tensors[0]
-        return (*(first_order_only("replicated_nt_xent", g, weight, grad) for g in grads), None, None)
+        link = ctx.saved_tensors[-1]
+        return (*(_once("replicated_nt_xent", g, link, grad) for g in grads), None, None, None)
 
 
 class _DualNtXent(torch.autograd.Function):
@@ -238,28 +272,30 @@ class _DualNtXent(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, weight, bias, _, impl = inputs
+        x, y, weight, bias, _, impl = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, *output[1:])
-        ctx.save_for_forward(weight, *output[1:])
+        ctx.save_for_backward(weight, *output[1:], x, y, bias)
+        ctx.save_for_forward(weight, *output[1:], x, y, bias)
         ctx.meta, ctx.shape = _nt_xent_meta(x, bias, impl), x.shape[1:3]
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 6
-        return (*_nt_xent_backward(ctx, grad), None, None)
+        weight, *_, x, y, bias = ctx.saved_tensors
+        grads = _nt_xent_backward(ctx, grad)
+        return (*(_once("replicated_nt_xent", g, x, y, weight, bias, grad) for g in grads), None, None)
 
     @staticmethod
     def jvp(ctx, x_tangent, y_tangent, weight_tangent, bias_tangent, *_):
-        _, pooled, delta, teach = ctx.saved_tensors
+        weight, pooled, delta, teach, x, y, bias = ctx.saved_tensors
         head, n = _head_tangent(pooled, delta, weight_tangent, bias_tangent), len(teach) // 2
         tangents = [
             _Tangent.apply(None, t, teach[rows], None if head is None else head[rows], *ctx.shape, ctx.meta[3])
             for t, rows in ((x_tangent, slice(n)), (y_tangent, slice(n, None)))
         ]
-        return torch.cat(tangents), None, None, None
+        return _once("replicated_nt_xent", torch.cat(tangents), x, y, weight, bias), None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
@@ -272,7 +308,7 @@ def nt_xent(x, y, weight, bias, temperature, impl):
     arguments = x, y, weight, bias, temperature, impl
     if transformed():
         return _DualNtXent.apply(*arguments)[0]
-    return apply(_NtXent, "replicated_nt_xent", *arguments)
+    return apply(_NtXent, "replicated_nt_xent", *arguments, link_to(x, y, weight, bias))
 
 
 @torch.no_grad()
