@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..core import checks, constructors
+from ..nn import FeedbackAlignmentConv2d, FeedbackAlignmentLinear, SignSymmetricConv2d, SignSymmetricLinear
 from . import fused_rules
 from .fused_layer import FusedLayer, FusedWeight, current_backward, hooked
 
@@ -15,6 +16,12 @@ __all__ = ["FusedUpdate", "fuse_update"]
 
 _FusedLayer = FusedLayer  # its name in models that were saved whole
 _current_backward = current_backward
+
+# Whose weight gradient is known. Another subclass may compute anything from its weight, as parametrized layers do.
+_KNOWN = (
+    *(nn.Linear, FeedbackAlignmentLinear, SignSymmetricLinear),
+    *(nn.Conv2d, FeedbackAlignmentConv2d, SignSymmetricConv2d),
+)
 
 
 class FusedUpdate:
@@ -32,6 +39,7 @@ class FusedUpdate:
                 "optimizer.step() must have no closure with fuse_update, whose steps come before it: "
                 "call it after the backward, or undo it with .remove()"
             )
+        fused_rules.check(optimizer)  # load_state_dict brings options of its own
         for weight in self._weights:
             weight.refuse()
         # what a GradScaler leaves for optimizers that unscale by themselves (fused=True)
@@ -48,6 +56,7 @@ class FusedUpdate:
         self._hook.remove()
         for weight in self._weights:
             weight.drop_factors()
+            weight.unwatch()
         for layer in self._fused:
             del layer.module.forward
         self._fused, self._weights, self.layers = [], [], []
@@ -78,17 +87,19 @@ def fuse_update(
     learning rate is the group's at the step, so schedulers work. A copy of the model has plain layers.
 
     Several backward passes before a step add up, as do several uses of a weight (a layer called twice, layers that
-    share it); what reaches it in another way, a tied embedding's gradient, is added as it is. Each backward keeps its
-    own M (N + K) elements; ``running_sum=True`` keeps one sum of N K for all but the last.
+    share it); what reaches it in another way, a tied embedding's or a penalty's gradient, is added as it is. Each
+    backward keeps its own M (N + K) elements; ``running_sum=True`` keeps one sum of N K for all but the last.
+    ``torch.autograd.grad`` of a fused weight finds no way to it: it raises, or with ``materialize_grads=True`` gives
+    zeros.
 
     ``torch.nn.utils.clip_grad_value_`` bounds the entries within the pass. ``clip_grad_norm_`` (the 2-norm, of a model
-    or of one layer) takes the norm from the factors first: min(M^2 (N + K), M N K) multiply-adds more, a fiftieth of
-    the step's at M = 8, N = K = 4096. A ``torch.amp.GradScaler`` works, and skips the step where a sum of M products
-    could have left float32's range.
+    or of one layer; before clip_grad_value_, not after it) takes the norm from the factors first: min(M^2 (N + K),
+    M N K) multiply-adds more, a fiftieth of the step's at M = 8, N = K = 4096. A ``torch.amp.GradScaler`` works, and
+    skips the step where a sum of M products could have left float32's range.
 
     Args:
-        model (nn.Module): holds the layers. nn.Linear and its subclasses of this package are fused, and nn.Conv2d with
-            a 1x1 kernel, no padding and one group.
+        model (nn.Module): holds the layers. nn.Linear, nn.Conv2d with a 1x1 kernel, no padding and one group, and
+            what `convert` makes of them are fused. Other subclasses and parametrized layers stay as they are.
         optimizer: ``torch.optim.AdamW``, ``Adam`` (without ``amsgrad`` and ``capturable``), ``SGD`` or `BatchManhattan`
             (without ``no_sign_change``), made with their weights.
         min_weights (int): smaller layers stay as they are. Default: 2^20.
@@ -100,8 +111,9 @@ def fuse_update(
     Returns:
         FusedUpdate: with ``layers``, the fused names, and ``remove()``.
 
-    Raises: TypeError, ValueError naming the argument; RuntimeError, before any weight has moved, for what needs the
-    entries of a gradient (hooks of the weight, ``zero_grad(set_to_none=False)``, other norms), factors that were
+    Raises: TypeError, ValueError naming the argument, at the step too where ``optimizer`` got other options;
+    RuntimeError, before any weight has moved, for states that do not fit, and for what needs the entries of a gradient
+    (hooks of the weight, ``zero_grad(set_to_none=False)``, other norms), factors that were
     written to, create_graph=True, DistributedDataParallel, FSDP, a closure. torch.compile breaks its graph at these
     layers, with fullgraph=True it raises.
 
@@ -139,27 +151,21 @@ def fuse_update(
     stepped = {p for group in optimizer.param_groups for p in group["params"]}
     chosen = []
     for name, module in linear.items():
-        weight = module.weight
-        wanted = name in include if include is not None else weight.numel() >= min_weights
-        if not wanted or name in exclude or not weight.requires_grad:
+        if name in exclude or (include is not None and name not in include):
             continue
-        reason = (
-            "is not among the optimizer's parameters"
-            if weight not in stepped
-            else "is not contiguous"
-            if not weight.is_contiguous()
-            else None
-        )
-        if reason is not None and include is None:
-            continue
-        if reason is not None:
-            raise ValueError(f"include: the weight of layer {name!r} {reason}")
-        _check_layer(name, module)
-        chosen.append((name, module))
+        reason = _why_not(name, module, stepped)
+        if reason is not None and include is not None:
+            raise ValueError(f"include: {reason}")
+        if reason is None and (include is not None or module.weight.numel() >= min_weights):
+            _check_layer(name, module)
+            chosen.append((name, module))
+    if not chosen and include is not None:
+        raise ValueError(f"include must name a layer that exclude does not, got {include} and exclude={exclude}")
     if not chosen:
         raise ValueError(
             "model has no linear layer to fuse: none of at least "
             f"min_weights={min_weights} weights that the optimizer steps"
+            + (", beside those in exclude" if exclude else "")
         )
     weights: dict[Any, FusedWeight] = {}
     for _, module in chosen:
@@ -173,6 +179,24 @@ def _is_linear(module: nn.Module) -> bool:
         plain = module.padding in ((0, 0), "valid") or module.padding == "same"
         return module.kernel_size == (1, 1) and module.groups == 1 and plain
     return isinstance(module, nn.Linear)
+
+
+def _why_not(name: str, module: Any, stepped: set[Any]) -> str | None:
+    """Why a layer cannot be fused."""
+    if type(module) not in _KNOWN:  # before its weight is asked for, which may be computed
+        plain = "nn.Conv2d" if isinstance(module, nn.Conv2d) else "nn.Linear"
+        return (
+            f"layer {name!r} must be {plain} itself or what convert makes of it, got the subclass "
+            f"{type(module).__name__}, whose weight may have another gradient: leave it out"
+        )
+    reason = None
+    if not module.weight.requires_grad:
+        reason = "is frozen (requires_grad=False): leave it out, or unfreeze it first"
+    elif module.weight not in stepped:
+        reason = "is not among the optimizer's parameters"
+    elif not module.weight.is_contiguous():
+        reason = "is not contiguous"
+    return reason and f"the weight of layer {name!r} {reason}"
 
 
 def _check_model(model: nn.Module) -> None:

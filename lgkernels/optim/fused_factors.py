@@ -17,8 +17,9 @@ from ..core.ops import wide
 
 _PART_ROWS = 256  # of the gradient that exist at once, where its norm needs its entries
 HELP = (
-    "clip_grad_norm_ (2-norm), clip_grad_value_ and a GradScaler work; zero_grad(set_to_none=False) and "
-    "what else computes with gradients do not: leave it out, exclude the layer, or undo it with .remove()"
+    "clip_grad_norm_ (2-norm; before clip_grad_value_, not after it), clip_grad_value_ and a GradScaler work; "
+    "zero_grad(set_to_none=False) and what else computes with gradients do not: leave it out, exclude the layer, or "
+    "undo it with .remove()"
 )
 
 

@@ -46,17 +46,12 @@ class _After(torch.autograd.Function):
             )
         weight, accumulate = layer.step, ctx.next_functions[2][0]
 
-        def before(*_: Any) -> None:
-            hooks[0].remove()
-            if current_backward() == task:
-                weight.set_aside()
-
         def after(*_: Any) -> None:
-            hooks[1].remove()
+            hook.remove()
             if current_backward() == task:
                 weight.receive(layer.rows(grad), layer.rows(layer.taken(x)))
 
-        hooks = accumulate.register_prehook(before), accumulate.register_hook(after)
+        hook = accumulate.register_hook(after)
         return grad, None, None, None
 
 
@@ -67,6 +62,8 @@ class FusedWeight:
         self.weight, self.optimizer, self.running_sum = weight, optimizer, running_sum
         self.names: list[str] = []
         self.aside: Factors | None = None
+        self.accumulate: Any = None  # the node at which gradients of the weight arrive, from wherever they come
+        self.hooks: tuple[Any, ...] = ()
         self.counted: dict[str, Any] = {}
 
     @property
@@ -86,10 +83,28 @@ class FusedWeight:
 
     # -- in the backward ----------------------------------------------------------------------------------------------
 
-    def set_aside(self) -> None:
+    def watch(self, accumulate: Any) -> None:
+        """What reaches the weight in another way, in this backward or in another, is added to the dense part."""
+        if accumulate is not self.accumulate:
+            self.unwatch()
+            self.accumulate = accumulate
+            self.hooks = accumulate.register_prehook(self.set_aside), accumulate.register_hook(self.bring_back)
+
+    def unwatch(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.accumulate, self.hooks = None, ()
+
+    def set_aside(self, *_: Any) -> None:
         """Before a gradient from elsewhere is added to `weight.grad` (a tied embedding's, a penalty's)."""
+        self.aside = None  # of a backward that raised
         if isinstance(self.weight.grad, Factors):
+            self.refuse_touched(self.weight.grad)
             self.aside, self.weight.grad = self.weight.grad, self.weight.grad.dense
+
+    def bring_back(self, *_: Any) -> None:
+        if self.aside is not None:
+            self.aside.dense, self.weight.grad, self.aside = self.weight.grad, self.aside, None
 
     @torch.no_grad()
     def receive(self, grad: Tensor, x: Tensor) -> None:
@@ -98,16 +113,19 @@ class FusedWeight:
         if isinstance(now, Factors):
             factors = now
         else:
-            factors = Factors.of(weight) if self.aside is None else self.aside
-            factors.dense, self.aside, weight.grad = now, None, factors
+            factors = Factors.of(weight)
+            factors.dense, weight.grad = now, factors
+        self.refuse_touched(factors)
+        if self.running_sum:
+            self._add(factors)
+        factors.pairs.append(Pair(grad, x, (grad._version, x._version)))
+
+    def refuse_touched(self, factors: Factors) -> None:
         if factors.touched:
             raise RuntimeError(
                 f"layer {self.name!r} got another gradient after the one before was clipped or unscaled: step or "
                 "zero_grad first"
             )
-        if self.running_sum:
-            self._add(factors)
-        factors.pairs.append(Pair(grad, x, (grad._version, x._version)))
 
     def _add(self, factors: Factors) -> None:
         """The products so far into the running sum."""
@@ -151,7 +169,7 @@ class FusedWeight:
                 f"the gradient of layer {self.name!r} was clipped to [{gradient.low}, {gradient.high}]: the fused "
                 "step takes bounds of the same size"
             )
-        _ = self.group
+        fused_rules.check_state(self.optimizer, self.group, self.weight, self.name)
 
     @torch.no_grad()
     def update(self, grad_scale: float) -> None:
@@ -220,4 +238,6 @@ class FusedLayer:
         finally:
             module._parameters["weight"] = step.weight
         x = input.detach()
-        return _After.apply(y, x if x.dtype == y.dtype else x.to(y.dtype), step.weight, self)
+        y = _After.apply(y, x if x.dtype == y.dtype else x.to(y.dtype), step.weight, self)
+        step.watch(y.grad_fn.next_functions[2][0])
+        return y

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import checks
 from ..ops.fused_update.options import UpdateRule
 from .manhattan import BatchManhattan
 
@@ -27,6 +28,35 @@ def check(optimizer: torch.optim.Optimizer) -> None:
     ):
         if any(group.get(option) for group in optimizer.param_groups):
             raise ValueError(f"optimizer must not have {option}=True: {why}")
+
+
+def check_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], weight: Tensor, name: str) -> None:
+    """Raises where the weight of layer `name` has states that its next step cannot go on from."""
+    state = optimizer.state.get(weight) or {}
+    if type(optimizer) in _ADAM:
+        keys: tuple[str, ...] = ("step", "exp_avg", "exp_avg_sq") if state else ()
+    else:
+        keys = ("momentum_buffer",) if float(group["momentum"]) and state.get("momentum_buffer") is not None else ()
+    for key in keys:
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point():
+            if value.numel() == 1 if key == "step" else _alike(value, weight):
+                continue
+        expected = "one number" if key == "step" else _described(weight)
+        got = _described(value) if isinstance(value, Tensor) else "none" if value is None else checks.got(value)
+        raise RuntimeError(
+            f"optimizer.state of the weight of layer {name!r} must have {key!r}, a tensor of {expected}, got {got}: "
+            "load the state of the same model, or drop it with optimizer.state.pop(weight)"
+        )
+
+
+def _alike(state: Tensor, weight: Tensor) -> bool:
+    fits = weight.dtype != torch.float64 or state.dtype == torch.float64
+    return state.shape == weight.shape and state.device == weight.device and fits
+
+
+def _described(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}, {str(tensor.dtype)[6:]} on {tensor.device}"
 
 
 def next_step(

@@ -312,7 +312,9 @@ def test_zero_grad_drops_the_gradient():
 def test_what_needs_the_entries(fused, use):
     model, _, _ = fused
     loss_of(model).backward()
-    with pytest.raises(RuntimeError, match="is never formed: clip_grad_norm_ .* work"):
+    with pytest.raises(
+        RuntimeError, match="is never formed: clip_grad_norm_ .*; before clip_grad_value_, not after it.* work"
+    ):
         use([model[2].weight])
 
 

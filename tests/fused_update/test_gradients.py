@@ -2,6 +2,8 @@
 backward passes, several uses of a weight, clipping, a GradScaler."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -139,6 +141,68 @@ def test_a_penalty_on_the_weight():
             (loss_of(model, i) + 0.1 * model[2].weight.square().sum()).backward()
             optimizer.step()
     assert_same(pairs)
+
+
+@pytest.mark.parametrize("running_sum", [False, True])
+@pytest.mark.parametrize("order", ["loss, penalty", "penalty, loss", "loss, penalty, loss", "penalty, loss, penalty"])
+def test_a_penalty_in_a_backward_of_its_own(order, running_sum):
+    pairs = both(network(), running_sum=running_sum)
+    for model, optimizer in pairs:
+        for i in range(3):
+            optimizer.zero_grad()
+            for part in order.split(", "):
+                (loss_of(model, i) if part == "loss" else 0.1 * model[2].weight.abs().sum()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+    assert_same(pairs)
+
+
+def test_a_penalty_after_clipping():
+    _, (model, _) = both(network(), include=["2"])
+    loss_of(model).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    with pytest.raises(RuntimeError, match="layer '2' got another gradient after the one before was clipped"):
+        model[2].weight.abs().sum().backward()
+
+
+def test_nothing_is_left_of_a_backward_that_raised():
+    pairs = both(Tied(1), include=["heads.0"])
+    for model, optimizer in pairs:
+        model.loss(0).backward()
+        if model is pairs[1][0]:
+            step = model.heads[0].forward.__self__.step
+            step.aside = model.embedding.weight.grad  # as where the sum could not be taken
+        optimizer.zero_grad()
+        model.loss(1).backward()
+        optimizer.step()
+    assert_same(pairs)
+
+
+def test_removed_or_dropped_nothing_holds_the_weight():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = fuse_update(model, optimizer, include=["2"])
+    loss_of(model).backward()
+    step = model[2].forward.__self__.step
+    assert step.hooks
+    handle.remove()
+    assert step.accumulate is None and not step.hooks
+    fuse_update(model, optimizer, include=["2"])
+    loss_of(model).backward()
+    optimizer.step()
+    layer = weakref.ref(model[2])
+    del model, optimizer, handle, step
+    gc.collect()
+    assert layer() is None
+
+
+def test_no_way_to_the_weight():
+    """As fuse_update's text says."""
+    _, (model, _) = both(network(), include=["2"])
+    with pytest.raises(RuntimeError, match="not have been used in the graph|does not require grad|None"):
+        torch.autograd.grad(loss_of(model), model[2].weight)
+    (zeros,) = torch.autograd.grad(loss_of(model), model[2].weight, materialize_grads=True)
+    assert not zeros.any()
 
 
 def test_factors_that_were_written_to_before_they_were_added():
