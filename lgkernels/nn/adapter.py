@@ -166,11 +166,14 @@ def adapt(
     if not wrap:
         raise _no_layer(kind, model, checks.got(target))
     adapters = wrap_.make(model, wrap, lambda layer, name: wrap_.adapter_of(kind, layer)(layer, rank, alpha, **options))
+    norms = [name for name, module in modules.items() if train_norm and _is_norm(module)]
+    in_full = [
+        name
+        for name, module in modules.items()
+        if any(name == at or name.startswith(f"{at}.") for at in (*head, *norms)) and wrap_.own_parameters(module)
+    ]
     owners = wrap_.owners(model)
-    wrap_.put(model, adapters, adapter_name)
-    for name, module in wrap_.layers(model).items():
-        if in_head(name) or train_norm and _is_norm(module):
-            module.requires_grad_(True)
+    wrap_.put(model, adapters, adapter_name, in_full)
     if verbose:
         print(_summary(kind, adapters, modules, in_head, owners))
     return model
@@ -186,6 +189,7 @@ def set_adapter(
         adapter_name (str, or iterable of them): the active ones; none: the base runs alone.
         weights (float or sequence, optional): w, one for all or one for each. None: 1.
 
+    What an adapter trains in full (``train_head``, ``train_norm``) learns where it is active, and is frozen elsewhere.
     Those that were loaded with ``is_trainable=False`` work, but do not learn.
 
     Returns:

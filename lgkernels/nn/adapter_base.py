@@ -69,7 +69,7 @@ class Adapter(nn.Module):
 
     _original: Any = None  # returns the weight before the merge, where somebody else has it or had it
     _rounded: Any = None  # (indices, values) of the weight that subtracting the change would not give back
-    modules_to_save: tuple[str, ...] = ()  # those that its file had in full, beside it
+    modules_to_save: tuple[str, ...] = ()  # names of those that it trains, or its file has, in full
     is_trainable = True  # whether it learns where it is active
     _told = False  # that a merged adapter does not learn
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core import checks, constructors, names
 from . import adapter_lycoris, adapter_peft
 from . import adapter_wrap as wrap
-from .adapter_base import DEFAULT, Adapter
+from .adapter_base import DEFAULT
 from .adapter_part import Content, adapter_from, check_fit, listed, part_from, refused, safetensors, tensors_of
 
 Convention = Literal["peft", "lycoris", "kohya"]
@@ -136,14 +136,10 @@ def load_adapter(
     parts = {wrap.layer_of(module): part for module, part in chosen.items()}
     new = [(module, places[module]) for module in chosen]
     adapters = wrap.make(model, new, lambda layer, name: adapter_from(parts[layer], layer, autocast_adapter_dtype))
-    wrap.put(model, adapters, adapter_name, is_trainable)
-    for _, adapter in adapters:
-        adapter.modules_to_save = full_modules
+    wrap.put(model, adapters, adapter_name, full_modules, is_trainable)
     with torch.no_grad():
         for mine, theirs in full:
             mine.copy_(theirs)
-            if is_trainable and isinstance(mine, nn.Parameter):
-                mine.requires_grad_(True)
     return model
 
 
@@ -180,8 +176,9 @@ def save_adapter(
         convention (str): ``"peft"``, ``"lycoris"`` (``lycoris_<name>...``) or ``"kohya"`` (``lora_unet_<name>...``).
         prefix (str, optional): of names by the last two, instead of those.
 
-    With PEFT's convention modules that learn in full (``train_head``, ``train_norm``) are saved with it, as
-    ``modules_to_save``; the others have no place for them, which is an error. Factors keep their dtype.
+    With PEFT's convention the modules that the adapter trains in full (``train_head``, ``train_norm``), learning or
+    frozen by now, are saved with it, as ``modules_to_save``; the others have no place for them, which is an error.
+    Factors keep their dtype.
 
     Raises: TypeError, ValueError naming the argument, before anything is written.
 
@@ -204,12 +201,14 @@ def save_adapter(
         )
     adapters = {name: first.named_adapters() for name, first in wrap.adapted(model).items()}
     parts = {name: part_from(all_[adapter_name]) for name, all_ in adapters.items() if adapter_name in all_}
-    saved = _learnt_in_full(model)
-    loaded = {name for all_ in adapters.values() if adapter_name in all_ for name in all_[adapter_name].modules_to_save}
-    saved += sorted(loaded - set(saved))
+    in_full = wrap.in_full(model, adapter_name)
+    saved = [name for name in wrap.layers(model) if name in in_full]
     if convention == "peft":
         if prefix is not None:
             raise ValueError(f"prefix must be None with convention='peft', got {prefix!r}")
+        for at in saved:
+            if getattr(wrap.layers(model)[at], "merged", False):
+                raise ValueError(f"model must not be merged, got {at!r} merged: unmerge(model) first")
         modules = {name: wrap.layer_of(module) for name, module in wrap.layers(model).items()}
         full = {f"{at}.{k}": v.cpu() for at in saved for k, v in modules[at].state_dict().items()}
         config, tensors = adapter_peft.write(parts, full, modules, saved)
@@ -227,15 +226,6 @@ def save_adapter(
     if not text.endswith(".safetensors") or os.path.isdir(text):
         raise ValueError(f"path must be a .safetensors file with convention={convention!r}, got {text!r}")
     _write_tensors(adapter_lycoris.write(parts, prefix or adapter_lycoris.PREFIXES[convention]), text)
-
-
-def _learnt_in_full(model: nn.Module) -> list[str]:
-    """Names of the modules, beside adapters, whose own parameters learn."""
-    return [
-        name
-        for name, module in wrap.layers(model).items()
-        if name and not isinstance(module, Adapter) and any(p.requires_grad for p in module.parameters(recurse=False))
-    ]
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: str) -> None:

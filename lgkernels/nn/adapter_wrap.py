@@ -46,6 +46,10 @@ def adapter_names(model: nn.Module) -> list[str]:
 def check_new_name(model: nn.Module, name: Any) -> None:
     """Of an adapter that the model gets."""
     check_name(name)
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"adapter_name must be no attribute of torch.nn.ModuleDict, which holds adapters by name, got {name!r}"
+        )
     for at, layer in adapted(model).items():
         if name in layer.named_adapters():
             kind = type(layer.named_adapters()[name]).__name__
@@ -94,12 +98,18 @@ def _named(new: Callable[[nn.Module, str], Adapter], layer: nn.Module, name: str
         raise
 
 
-def put(model: nn.Module, adapters: list[tuple[list[str], Adapter]], name: str, is_trainable: bool = True) -> None:
-    """Freeze the model and let the adapters stand in it, active alone."""
+def put(
+    model: nn.Module,
+    adapters: list[tuple[list[str], Adapter]],
+    name: str,
+    in_full: Iterable[str] = (),
+    is_trainable: bool = True,
+) -> None:
+    """Freeze the model and let the adapters stand in it, active alone. `in_full`: the modules that learn with them."""
     model.requires_grad_(False)
     modules, shared = layers(model), owners(model)
     for at, adapter in adapters:
-        adapter.is_trainable = is_trainable
+        adapter.is_trainable, adapter.modules_to_save = is_trainable, tuple(in_full)
         if isinstance(first := modules[at[0]], Adapter):
             first.add(name, adapter)
             continue
@@ -112,9 +122,42 @@ def put(model: nn.Module, adapters: list[tuple[list[str], Adapter]], name: str, 
 
 
 def activate(model: nn.Module, weights: dict[str, float]) -> None:
-    """These adapters work, and learn if they may; the others do neither."""
+    """These adapters work, and learn if they may, with what they train in full; the others do neither."""
+    modules = layers(model)
+    learns: dict[nn.Parameter, bool] = {}  # of what some adapter trains in full
     for first in adapted(model).values():
         first.active = dict(weights)
         for name, adapter in first.named_adapters().items():
             for factor in adapter.parameters(recurse=False):
                 factor.requires_grad_(name in weights and adapter.is_trainable)
+            for at in adapter.modules_to_save:
+                for p in own_parameters(modules[at]) if at in modules else ():
+                    learns[p] = learns.get(p, False) or (name in weights and adapter.is_trainable)
+    for p, value in learns.items():
+        p.requires_grad_(value)
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Of the module itself, or of the layer that an adapter stands around."""
+    return list(layer_of(module).parameters(recurse=False))
+
+
+def in_full(model: nn.Module, name: str) -> set[str]:
+    """The modules that belong to an adapter in full: those that it was made or loaded with, and what else learns
+    now, unless it is another adapter's that is active instead."""
+    by_adapter: dict[str, set[str]] = {}
+    active = False
+    for first in adapted(model).values():
+        active = active or name in first.active
+        for key, adapter in first.named_adapters().items():
+            by_adapter.setdefault(key, set()).update(adapter.modules_to_save)
+    mine, modules = by_adapter.pop(name, set()), layers(model)
+    others = () if active else [at for theirs in by_adapter.values() for at in theirs if at in modules]
+    theirs = {p for at in others for p in own_parameters(modules[at])}
+    return mine | {
+        at
+        for at, module in modules.items()
+        if at
+        and not isinstance(module, Adapter)
+        and any(p.requires_grad and p not in theirs for p in own_parameters(module))
+    }
