@@ -1,5 +1,6 @@
 """Whole models with adapters around their layers: LoRA and LoKr."""
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
@@ -68,6 +69,16 @@ def _target(kind: str, target: Any, model: nn.Module, places: dict[nn.Module, li
             raise _no_layer(kind, model, repr(text), names.near(text, could))
         found |= picked
     return lambda name, module: name in found
+
+
+def _check_options(kind: str, options: dict[str, Any]) -> None:
+    taken = inspect.signature(wrap_.KINDS[kind][nn.Linear].__init__).parameters.values()
+    known = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(
+                f"{name} must be left out with kind={kind!r}, which takes {', '.join(known)}, got {checks.got(value)}"
+            )
 
 
 def _summary(kind: str, adapted: list[Any], modules: dict[str, nn.Module], in_head: Any, owners: Any) -> str:
@@ -144,6 +155,7 @@ def adapt(
     checks.choice("kind", kind, tuple(wrap_.KINDS))
     checks.boolean("train_norm", train_norm)
     checks.boolean("verbose", verbose)
+    _check_options(kind, options)
     head = constructors.texts("train_head", train_head)
     in_head = lambda name: any(name == h or name.startswith(h + ".") for h in head)  # noqa: E731
     modules = wrap_.layers(model)
@@ -157,6 +169,11 @@ def adapt(
     for name, module in modules.items():
         if name and wrap_.adapter_of(kind, module):
             places.setdefault(module, []).append(name)
+    if not places and wrap_.adapter_of(kind, modules[""]):
+        raise ValueError(
+            f"model must hold the layers that are adapted, got {type(model).__name__}, which is itself one: put it "
+            "into a torch.nn.Sequential"
+        )
     picks = _target(kind, target, model, places)
     wrap = [
         (module, at)
@@ -164,7 +181,7 @@ def adapt(
         if not any(map(in_head, at)) and any(picks(name, wrap_.layer_of(module)) for name in at)
     ]
     if not wrap:
-        raise _no_layer(kind, model, checks.got(target))
+        raise _no_layer(kind, model, "None" if target is None else checks.got(target))
     adapters = wrap_.make(model, wrap, lambda layer, name: wrap_.adapter_of(kind, layer)(layer, rank, alpha, **options))
     norms = [name for name, module in modules.items() if train_norm and _is_norm(module)]
     in_full = [

@@ -89,7 +89,8 @@ def load_adapter(
 
     PEFT scales by alpha / r, or alpha / :math:`\sqrt r` where the file says so, LyCORIS and sd-scripts by alpha / rank,
     two full Kronecker factors by 1. Modules that PEFT saved in full (``modules_to_save``) are copied into the model.
-    Whatever is not understood is an error: DoRA, the Tucker form, biases, keys that name no layer, other shapes.
+    Whatever is not understood is an error: DoRA, the Tucker form, biases, keys that name no layer, other shapes; also
+    PEFT's LoRA of convolutions with groups, dilation or a padding other than zeros, which is no change of a weight.
     Nothing in a file is executed.
 
     Returns:
@@ -123,13 +124,17 @@ def load_adapter(
         if name not in modules or not name:
             near = names.near(name, could)
             raise refused(text, f"{name!r} is no layer of model" + (near and f"; {near}"))
-        check_fit(text, name, wrap.layer_of(modules[name]), part)
+        layer = wrap.layer_of(modules[name])
+        check_fit(text, name, layer, part)
+        if why := content.differs(part.kind, layer):
+            raise refused(text, f"{name!r} is {why}")
         if modules[name] in chosen:
             raise refused(
                 text, f"{' and '.join(places[modules[name]])} are one layer of model, and have an adapter each"
             )
         chosen[modules[name]] = part
     full = _full(text, model, content.full)
+    _check_base(text, modules, content.base)
     full_modules = tuple(dict.fromkeys(key.rpartition(".")[0] for key in content.full))
     if not chosen:
         raise refused(text, "it has no factors")
@@ -141,6 +146,24 @@ def load_adapter(
         for mine, theirs in full:
             mine.copy_(theirs)
     return model
+
+
+def _check_base(path: str, modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
+    """Weights of adapted layers, which PEFT adds for a head: they are to be the model's."""
+    for key, theirs in tensors.items():
+        name, _, parameter = key.rpartition(".")
+        layer = wrap.layer_of(modules[name]) if name in modules else None
+        mine = getattr(layer, parameter, None)
+        if not isinstance(mine, Tensor):
+            raise refused(path, f"{name}.base_layer.{parameter} is of no parameter of model")
+        mine, theirs = mine.detach().cpu(), theirs.cpu()
+        equal = mine.shape == theirs.shape and (
+            torch.equal(mine.to(theirs.dtype), theirs) or torch.equal(mine, theirs.to(mine.dtype))
+        )
+        if not equal:
+            raise refused(
+                path, f"{name}.base_layer.{parameter} is not {key} of model: load the weights of the file's model first"
+            )
 
 
 def _full(path: str, model: nn.Module, tensors: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -225,6 +248,8 @@ def save_adapter(
         )
     if not text.endswith(".safetensors") or os.path.isdir(text):
         raise ValueError(f"path must be a .safetensors file with convention={convention!r}, got {text!r}")
+    if not os.path.isdir(os.path.dirname(text) or "."):
+        raise ValueError(f"path must be a file in a folder that exists, got {text!r}; make its folder first")
     _write_tensors(adapter_lycoris.write(parts, prefix or adapter_lycoris.PREFIXES[convention]), text)
 
 

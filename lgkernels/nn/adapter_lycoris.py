@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_part import LOKR, Content, Part, factors_of, listed, rank_of, refused
+from .adapter_part import LOKR, Content, Part, check_finite, factors_of, listed, rank_of, refused
 
 PREFIXES = {"lycoris": "lycoris", "kohya": "lora_unet"}  # what is written
 _KNOWN = ("lycoris", "lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lora_prior_unet")
@@ -58,6 +58,8 @@ def read(path: Any, tensors: Mapping[str, Tensor], names: Iterable[str], prefix:
                 raise refused(path, f"{at}.{factor}: {_LATER[factor]} is not supported")
             if factor not in _NAMES and factor != "alpha":
                 raise refused(path, f"{at}.{factor} is of no known adapter (LoRA, LoKr)")
+            if factor in _NAMES:
+                check_finite(path, f"{at}.{factor}", found[factor])
         if len(meant := by_key.get(at, [])) != 1:
             what = f"may mean {' or '.join(meant)}" if meant else "is no layer of model"
             raise refused(path, f"{at} {what}")

@@ -1,7 +1,7 @@
 """What a file of adapters holds, whatever its convention: the factors of each layer, and how they are scaled."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +26,14 @@ class Part(NamedTuple):
 
 
 class Content(NamedTuple):
-    """`layers` by their names in the model, `full`: tensors of the modules that learnt in full, by theirs."""
+    """`layers` by their names in the model, `full`: tensors of the modules that learnt in full, by theirs, `base`:
+    those of adapted layers, as the file's model had them. `differs(kind, layer)`: why the file's convention means
+    something else than the adapter here, empty where it does not."""
 
     layers: dict[str, Part]
     full: dict[str, Tensor] = {}
+    base: dict[str, Tensor] = {}
+    differs: Callable[[str, nn.Module], str] = lambda kind, layer: ""
 
 
 def refused(path: Any, what: str) -> ValueError:
@@ -67,6 +71,11 @@ def safetensors() -> Any:
     except ImportError:
         raise ImportError("adapters are in safetensors files: pip install safetensors") from None
     return safetensors.torch
+
+
+def check_finite(path: Any, key: str, factor: Tensor) -> None:
+    if not torch.isfinite(factor.float()).all():
+        raise refused(path, f"{key} has values that are not finite")
 
 
 def factors_of(path: Any, where: str, kind: str, found: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapter_base import is_conv1d
 from .adapter_lokr import factorization
-from .adapter_part import LOKR, Content, Part, factors_of, listed, rank_of, refused
+from .adapter_part import LOKR, Content, Part, check_finite, factors_of, listed, rank_of, refused
 
 PREFIX = "base_model.model."
 _NAMES = {"lora_A.weight": "a", "lora_B.weight": "b", **{f"lokr_{w}": w for w in LOKR}}
 _KEY = re.compile(rf"(.*)\.({'|'.join(map(re.escape, _NAMES))})")
+_BASE = re.compile(r"(.*)\.base_layer\.(\w+)")  # PEFT adds that of an adapted lm_head or embedding
 _HARMLESS = {  # what does not change how the factors of a file are applied
     *(
         "peft_type",
@@ -93,16 +95,21 @@ def read(path: Any, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | N
     saved = config.get("modules_to_save") or []
     layers: dict[str, dict[str, Tensor]] = {}
     full: dict[str, Tensor] = {}
+    base: dict[str, Tensor] = {}
     for key, tensor in mine.items():
         if match := _KEY.fullmatch(key):
+            check_finite(path, prefix + key, tensor)
             layers.setdefault(match[1], {})[_NAMES[match[2]]] = tensor
+        elif match := _BASE.fullmatch(key):
+            base[f"{match[1]}.{match[2]}"] = tensor
         elif any(re.match(rf"(^|.*\.){re.escape(str(m))}\.", key) for m in saved):
             full[key] = tensor
         else:
             raise refused(path, f"{prefix}{key} is of no known adapter (LoRA, LoKr), nor of modules_to_save")
     if kind is None:
         kind = "lora"
-    return Content({name: _part(path, name, kind, found, config) for name, found in layers.items()}, full)
+    parts = {name: _part(path, name, kind, found, config) for name, found in layers.items()}
+    return Content(parts, full, base, differs)
 
 
 def _part(path: Any, name: str, kind: str, found: dict[str, Tensor], config: Mapping[str, Any]) -> Part:
@@ -175,13 +182,23 @@ def _with_patterns(config: dict[str, Any], of: str, values: Mapping[str, float])
     config["rank_pattern" if of == "r" else "alpha_pattern"] = pattern
 
 
+def differs(kind: str, layer: nn.Module) -> str:
+    """Why PEFT's LoRA of a convolution computes something else than ours, empty where it does not."""
+    if kind != "lora" or not isinstance(layer, nn.Conv2d):
+        return ""
+    if layer.groups > 1:
+        return "a convolution with groups: PEFT's LoRA of it is no change of its weight"
+    if layer.padding_mode != "zeros" and any(layer._reversed_padding_repeated_twice):
+        return f"a convolution with padding_mode={layer.padding_mode!r}: PEFT's LoRA of it pads with zeros"
+    if any(d > 1 and k > 1 for d, k in zip(layer.dilation, layer.kernel_size)):
+        return f"a convolution with dilation={layer.dilation}: PEFT's LoRA of it is not dilated"
+    return ""
+
+
 def _lora_config(parts: Mapping[str, Part], modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     for name in parts:
-        if isinstance(layer := modules[name], nn.Conv2d) and layer.groups > 1:
-            raise ValueError(
-                f"convention must know what the adapter is, got {name!r}, a convolution with groups: PEFT's LoRA of it "
-                "is no change of its weight; use convention='lycoris'"
-            )
+        if why := differs("lora", modules[name]):
+            raise ValueError(f"convention must know what the adapter is, got {name!r}, {why}; use convention='lycoris'")
     first = next(iter(parts.values()))
     use_rslora = all(part.use_rslora for part in parts.values())
     config: dict[str, Any] = {
@@ -214,6 +231,11 @@ def _structure(sizes: tuple[int, int], rank: int, factor: int, both: bool) -> tu
 def _lokr_config(parts: Mapping[str, Part], modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     wanted = {}
     for name, part in parts.items():
+        if is_conv1d(modules[name]):
+            raise ValueError(
+                f"convention must know what the adapter is, got {name!r}, a Conv1D of transformers: PEFT has no LoKr "
+                "of it; use convention='lycoris'"
+            )
         weight: Any = modules[name].weight
         out, width = weight.shape[:2] if isinstance(modules[name], (nn.Linear, nn.Conv2d)) else weight.shape[::-1]
         f = part.factors
