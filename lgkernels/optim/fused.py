@@ -84,7 +84,8 @@ def fuse_update(
     layer's input x and the gradient dy of its output are kept in place of dW: M (N + K) elements for N K; the step uses
     them up, so a second one without a backward leaves these weights as they are. The states lie in the optimizer's
     ``state`` under their usual keys, in the weight's dtype: its ``state_dict`` is that of the plain optimizer. The
-    learning rate is the group's at the step, so schedulers work. A copy of the model has plain layers.
+    learning rate is the group's at the step, so schedulers work. A copy of the model has plain layers; a conversion of
+    it (``model.to``) between a backward and the step takes the factors along.
 
     Several backward passes before a step add up, as do several uses of a weight (a layer called twice, layers that
     share it); what reaches it in another way, a tied embedding's or a penalty's gradient, is added as it is. Each

@@ -33,6 +33,12 @@ class Pair(NamedTuple):
     def changed(self) -> bool:
         return self.versions != (self.grad._version, self.x._version)
 
+    def on(self, device: torch.device) -> "Pair":
+        if self.grad.device == device:
+            return self
+        grad, x = self.grad.to(device), self.x.to(device)
+        return Pair(grad, x, (-1, -1) if self.changed() else (grad._version, x._version))
+
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
@@ -98,12 +104,18 @@ class Factors(torch.Tensor):
         """(dy, x, dense) as matrices."""
         return *joined(self.pairs, self.weight), None if self.dense is None else self.dense.flatten(1)
 
+    def _take(self, other: "Factors") -> None:
+        self.pairs, self.dense, self.scales = other.pairs, other.dense, other.scales
+        self.low, self.high = other.low, other.high
+
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(function, "__name__", "") in ("__get__", "__set__"):  # dtype, shape, is_sparse, ...
             with torch._C.DisableTorchFunctionSubclass():
                 value = function(*args, **kwargs)
+            if _name(function) == "data" and len(args) == 2 and isinstance(args[1], Factors):  # Module.to() ends so
+                args[0]._take(args[1])
             if not isinstance(value, torch.Tensor):
                 return value  # else it is .data, .T, ...: its numbers are nobody's gradient
         if function in _KNOWN:
@@ -119,9 +131,9 @@ class Factors(torch.Tensor):
 
 
 def _name(function: Any) -> Any:
-    """Of a torch function, or of the attribute that a getter is for."""
+    """Of a torch function, or of the attribute that a getter or setter is for."""
     name = getattr(function, "__name__", function)
-    return getattr(getattr(function, "__self__", None), "__name__", name) if name == "__get__" else name
+    return getattr(getattr(function, "__self__", None), "__name__", name) if name in ("__get__", "__set__") else name
 
 
 # -- what is known from the factors -----------------------------------------------------------------------------------
@@ -189,7 +201,43 @@ def _either(known: Callable, plain: Callable) -> Callable:
     return lambda g, *args: known(g, *args) if isinstance(g, Factors) else plain(g, *args)
 
 
+def _kind(method: Callable) -> Callable:
+    """Of the tensor, not of its numbers."""
+
+    def ask(gradient: Factors, *args: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return method(gradient, *args)
+
+    return ask
+
+
+def _conversion(method: Callable) -> Callable:
+    """To another dtype or device, as `Module.to()`, `double()` and `cuda()` convert a gradient after its parameter. The
+    factors keep their dtypes, which no kernel asks for."""
+
+    def convert(gradient: Factors, *args: Any, **named: Any) -> Any:
+        named.pop("memory_format", None)
+        like = method(gradient.weight.new_zeros(()), *args, **named)
+        if not isinstance(like, Tensor):
+            return like  # type(): a name
+        made: Any = like.expand_as(gradient.weight).as_subclass(Factors)
+        made.weight, made.pairs = gradient.weight, [pair.on(like.device) for pair in gradient.pairs]
+        made.dense = None if gradient.dense is None else gradient.dense.to(like)
+        made.scales = [s.to(like.device) if isinstance(s, Tensor) else s for s in gradient.scales]
+        made.low, made.high = gradient.low, gradient.high
+        return made
+
+    return convert
+
+
+_CONVERSIONS = ("to", "type", "double", "float", "half", "bfloat16", "cuda", "cpu")
+_QUESTIONS = (  # of Module.to()
+    *(torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.dim),
+    torch._has_compatible_shallow_copy_type,
+)
 _KNOWN: dict[Any, Callable] = {
+    **{getattr(torch.Tensor, name): _conversion(getattr(torch.Tensor, name)) for name in _CONVERSIONS},
+    **{ask: _kind(ask) for ask in _QUESTIONS},
     torch.linalg.vector_norm: _norm,
     torch.Tensor.mul_: _multiply,
     torch.Tensor.clamp_: _clamp,

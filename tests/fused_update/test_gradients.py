@@ -165,6 +165,53 @@ def test_a_penalty_after_clipping():
         model[2].weight.abs().sum().backward()
 
 
+@pytest.mark.parametrize("running_sum", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "adamw"])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: m.double(),
+        lambda m: m.to(torch.float64),
+        lambda m: m.bfloat16(),
+        lambda m: m.to("cpu"),
+        lambda m: m.type(torch.double),
+    ],
+)
+def test_a_model_that_is_converted_between_the_backward_and_the_step(convert, kind, running_sum):
+    pairs = both(network(), kind, running_sum=running_sum)
+    for model, optimizer in pairs:
+        loss_of(model, 0).backward()
+        (0.1 * model[2].weight.abs().sum()).backward()
+        loss_of(model, 1).backward()
+        convert(model)
+        assert all(p.grad.dtype == p.dtype for p in model.parameters())
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    dtype = pairs[0][0][0].weight.dtype
+    assert isinstance(pairs[1][0][2].weight, nn.Parameter) and pairs[1][0][2].weight.dtype == dtype
+    assert_same_weights(pairs[0][0], pairs[1][0], **(dict(rtol=2e-2, atol=2e-3) if dtype == torch.bfloat16 else CLOSE))
+
+
+def test_a_conversion_keeps_what_is_known():
+    """What was written to stays so, on another device too; entries there are none, in any dtype."""
+    _, (model, optimizer) = both(network(), include=["0", "2"])
+    x = batch(0)
+    model(x).square().mean().backward()
+    nn.utils.clip_grad_value_(model.parameters(), 0.1)
+    gradient = model[0].weight.grad
+    with pytest.raises(RuntimeError, match="never formed"):
+        gradient.double().sum()
+    assert (gradient.double().low, gradient.double().high, gradient.dtype) == (-0.1, 0.1, torch.float32)
+    assert gradient.type() == "torch.FloatTensor"
+    assert gradient.pairs[0] is gradient.double().pairs[0]
+    assert not gradient.pairs[0].on(torch.device("meta")).changed()
+    x.zero_()
+    assert gradient.pairs[0].on(torch.device("meta")).changed()
+    model.double()
+    with pytest.raises(RuntimeError, match="input of layer '0', .* was written to"):
+        optimizer.step()
+
+
 def test_nothing_is_left_of_a_backward_that_raised():
     pairs = both(Tied(1), include=["heads.0"])
     for model, optimizer in pairs:
