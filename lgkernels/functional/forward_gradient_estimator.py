@@ -1,5 +1,6 @@
 """The forward-gradient estimator for any torch module; what one call of it does is in forward_gradient_passes.py."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -63,7 +64,8 @@ def forward_gradient(
 
     Args:
         function (callable): a module or function whose result of `inputs` is the loss (), or the losses (B,) of
-            independent samples. It is called several times.
+            independent samples. It is called several times. For a module that returns anything else, pass a function
+            that calls it and returns the loss, and the module as `modules`.
         inputs: what `function` is called with.
         perturb (str): ``"activities"`` or ``"weights"``.
         draws (int): independent estimates that are averaged.
@@ -105,7 +107,7 @@ def forward_gradient(
             raise TypeError(f"noise must be a RandomFeedback or None, got {checks.got(noise)}")
         if noise.law not in ("normal", "sign"):
             raise ValueError(f"noise must be of the law 'normal' or 'sign', whose mean is 0, got {noise.law!r}")
-    result = estimate(function, inputs, _named(function, modules), perturb == "activities", draws, noise)
+    result = estimate(function, inputs, _named(function, inputs, modules), perturb == "activities", draws, noise)
     if noise is not None:
         noise.advance()
     return result
@@ -123,12 +125,27 @@ def _refuse_transforms() -> None:
         )
 
 
-def _named(function: Any, modules: Any) -> dict[str, nn.Module]:
+def _check_inputs(module: nn.Module, inputs: tuple) -> None:
+    try:
+        signature = inspect.signature(module.forward)
+    except (TypeError, ValueError):  # of no Python function
+        return
+    try:
+        signature.bind(*inputs)
+    except TypeError as error:
+        raise TypeError(
+            f"inputs must be what {type(module).__name__}.forward takes ({error}), got {len(inputs)}. A module that is "
+            "passed alone must return its loss: otherwise pass a function that does, and modules="
+        ) from error
+
+
+def _named(function: Any, inputs: tuple, modules: Any) -> dict[str, nn.Module]:
     """Modules by the prefix of their parameters' names."""
     expected = "a torch.nn.Module, or a list or dict of them"
     if modules is None:
         if not isinstance(function, nn.Module):
             raise TypeError(f"modules must be {expected}, where function is none, got None")
+        _check_inputs(function, inputs)
         return {"": function}
     if isinstance(modules, nn.Module):
         return {"": modules}

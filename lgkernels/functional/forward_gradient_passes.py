@@ -348,11 +348,12 @@ def _for_rows(values: Tensor, z: Tensor) -> Tensor:
 
 def _check_losses(result: Any) -> None:
     expected = "return a loss (), or the losses (B,) of independent samples"
+    way = "pass a function that calls the module and returns its loss, and modules="
     if not isinstance(result, Tensor) or result.dtype not in checks.FLOATING:
         what = checks.dtype_of(result) if isinstance(result, Tensor) else type(result).__name__
-        raise TypeError(f"function must {expected}, got {what}")
+        raise TypeError(f"function must {expected}, got {what}: {way}")
     if result.dim() > 1:
-        raise ValueError(f"function must {expected}, got shape {checks.shape_of(result)}")
+        raise ValueError(f"function must {expected}, got shape {checks.shape_of(result)}: {way}")
 
 
 def _different(what: str) -> ValueError:

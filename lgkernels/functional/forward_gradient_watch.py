@@ -90,10 +90,12 @@ def no_forward_mode(error: Exception, modules: Mapping[nn.Module, str]) -> NotIm
             op, ours = function.__name__, function.__module__.startswith("lgkernels.")
         if code in known.get("__all__", ()) and known["__name__"].startswith("lgkernels.functional."):
             public = code  # the last one
+        elif code == "apply" and known["__name__"] == "lgkernels.core.autograd" and public in ("", "forward_gradient"):
+            public = local["name"]  # of a module, which calls no public function
         trace = trace.tb_next
     way = next((way for part, way in _WAYS_OUT if part in op), _OTHERWISE)
     if ours:
-        op, way = public if public != "forward_gradient" else op, _OF_A_RULE
+        op, way = op if public in ("", "forward_gradient") else public, _OF_A_RULE
     return NotImplementedError(
         f"forward_gradient can't differentiate {op} in {where}: it has no forward-mode derivative. What to do: {way}; "
         "or detach its result, if no gradient is to go through it"

@@ -186,6 +186,8 @@ class LocalMixerBlock(nn.Module):
         stage, added in front of its ReLU."""
         checks.floating("x", x)
         checks.dims("x", x, (3,), "(N, P, channels)")
+        patches = x.shape[1] if self.token is None else self.token.in_features
+        checks.shape("x", x, (len(x), patches, self.channel.in_features), "(N, P, in_features)")
         y = x
         for i, (kind, module) in enumerate(self.stages()):
             y = self.grouped(y) if kind == "group" else y
@@ -205,8 +207,8 @@ class LocalMixer(nn.Module):
 
     ``config`` is ``"size/patches/groups"``: S, M and L have 256, 512 and 2048 channels; patches on each side of the
     image; groups of channels. With 1 patch there is 1 block, else 4. Published: ``"S/1/1"``, ``"M/1/16"`` (MNIST),
-    ``"M/8/16"``, ``"L/8/64"`` (CIFAR-10), ``"L/32/64"`` (ImageNet), with 272 thousand to 17 million parameters; image
-    and classes are theirs where not given. No positional embedding; patches are flattened by row, column, channel.
+    ``"M/8/16"``, ``"L/8/64"`` (CIFAR-10), ``"L/32/64"`` (ImageNet), with 0.27 to 26.6 million parameters; image and
+    classes are theirs where not given. No positional embedding; patches are flattened by row, column, channel.
 
     It is trained by :class:`lgkernels.training.ForwardGradientTrainer`, by local losses and forward gradients, or as
     any module. The read-out is the mean over the patches, a layer norm and a linear layer, which starts at 0.
@@ -312,10 +314,12 @@ class LocalMixer(nn.Module):
     def patches(self, x: Tensor) -> Tensor:
         """(N, P, height * width * channels of a patch) of images (N, C, H, W); what has three sizes is returned."""
         checks.floating("x", x)
+        side, length = self.side, self.image_size // self.side
         if x.dim() == 3:
+            sizes = *x.shape[:1], side**2, length**2 * self.in_channels
+            checks.shape("x", x, sizes, "the patches of N images and their channels")
             return x
         checks.shape("x", x, (*x.shape[:1], self.in_channels, self.image_size, self.image_size), "N images")
-        side, length = self.side, self.image_size // self.side
         x = x.reshape(len(x), self.in_channels, side, length, side, length)
         return x.permute(0, 2, 4, 3, 5, 1).reshape(len(x), side**2, length**2 * self.in_channels)
 

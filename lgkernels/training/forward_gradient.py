@@ -111,7 +111,7 @@ class ForwardGradientTrainer(Trainer):
         optimizer_factory (callable): the parameters of a block, or of the read-out -> their optimizer. It finds the
             gradients in ``.grad``.
         estimator (str): as above.
-        draws (int): independent draws of the noise whose mean a step takes.
+        draws (int): independent draws of the noise whose mean a step takes; 1 for estimators without noise.
         law (str): of the noise: ``"normal"``, or ``"sign"``: Rademacher, whose variance is smaller by the squared
             gradient.
         derivative (str): ``"forward"``, or ``"finite_difference"``: the loss at an activity moved by
@@ -174,6 +174,7 @@ class ForwardGradientTrainer(Trainer):
         constructors.not_negative("readout_factor", readout_factor)
         constructors.not_negative("head_factor", head_factor)
         self.factors = float(checks.item(head_factor)), float(checks.item(readout_factor))
+        perturbation.refuse_unused(estimator, self.kind.perturb, self.draws, derivative)
         checks.impl(impl)
         self.impl = impl
         self.views = 2 if model.head == "contrastive" else 1
@@ -227,15 +228,20 @@ class ForwardGradientTrainer(Trainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`(losses, gradients by parameter name)` of a batch: what a step would hand to the optimizers.
 
-        noise: of each block and stage a tensor like its activity, (N, P, P's or D's channels), instead of the random
-        one; of weights a pair of tensors like weight and bias. No parameter changes; the next noise is another.
+        noise: instead of the random one, a list for each block with an entry for each of its stages: where activities
+        are perturbed a tensor, (N, P, D) for those over patches and channels, (N, P, G, C) for that of the groups, or a
+        RandomFeedback; where weights are, a pair of tensors like weight and bias. With draws=1 alone. No parameter
+        changes; the next noise is another.
         """
+        patches = self._views(x, target)
+        if noise is not None:
+            perturbation.check_noise(self, noise, patches[0])
         found: Gradients = {}
 
         def finished(part: int, gradients: Gradients) -> None:
             found.update({p: gradient.to(p.dtype) for p, gradient in gradients.items()})
 
-        losses = self._pass(self._views(x, target), target, finished, noise)
+        losses = self._pass(patches, target, finished, noise)
         self.noise.advance()
         return losses, {name: found[p] for name, p in self.model.named_parameters() if p in found}
 

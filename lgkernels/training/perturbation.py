@@ -31,6 +31,58 @@ class Stage(NamedTuple):
     y: Tensor | None = None  # behind the ReLU
 
 
+def refuse_unused(estimator: str, perturb: str, draws: int, derivative: str) -> None:
+    """Options that an estimator without noise would ignore."""
+    if perturb != "nothing":
+        return
+    for name, value, only in (("draws", draws, 1), ("derivative", derivative, "forward")):
+        if value != only:
+            raise ValueError(
+                f"{name} must be {only!r} for estimator={estimator!r}, which perturbs nothing, got {value!r}"
+            )
+
+
+def check_noise(trainer: Any, noise: Any, x: Tensor) -> None:
+    """The noise given for patches x (N, P, channels): by blocks and stages, as the trainer's estimator takes it."""
+    perturb, blocks = trainer.kind.perturb, list[Any](trainer.model.blocks)
+    if perturb == "nothing":
+        raise ValueError(
+            f"noise must be None for estimator={trainer.estimator!r}, which perturbs nothing, got {checks.got(noise)}"
+        )
+    if trainer.draws != 1:
+        raise ValueError(
+            f"noise must be None where a step takes draws={trainer.draws}, each of which would be the same, got "
+            f"{checks.got(noise)}: give it to a trainer of draws=1"
+        )
+    _check_list("noise", noise, len(blocks), "one list for each block")
+    for b, block in enumerate(blocks):
+        stages = block.stages()
+        _check_list(f"noise[{b}]", noise[b], len(stages), "one entry for each stage of the block")
+        for i, (kind, module) in enumerate(stages):
+            name, given = f"noise[{b}][{i}]", noise[b][i]
+            if perturb == "weights":
+                _check_list(name, given, 2, "a pair of tensors like the stage's weight and bias")
+                for j, (own, parameter) in enumerate((("weight", module.weight), ("bias", module.bias))):
+                    _check_tensor(f"{name}[{j}]", given[j], parameter.shape, f"that of the stage's {own}", parameter)
+            elif not isinstance(given, RandomFeedback):
+                width = block.channel.out_features
+                channels = (block.groups, width // block.groups) if kind == "group" else (width,)
+                _check_tensor(name, given, (*x.shape[:2], *channels), "that of the stage's activity", module.weight)
+
+
+def _check_list(name: str, given: Any, length: int, what: str) -> None:
+    if not isinstance(given, (list, tuple)) or len(given) != length:
+        size = f" of {len(given)}" if isinstance(given, (list, tuple)) else ""
+        raise ValueError(f"{name} must be a list or tuple of {length}, {what}, got a {type(given).__name__}{size}")
+
+
+def _check_tensor(name: str, given: Any, shape: Sequence[int], what: str, like: Tensor) -> None:
+    checks.floating(name, given)
+    checks.shape(name, given, shape, what)
+    checks.precision(name, given, "the model", like)
+    checks.same_device(**{name: given}, model=like)
+
+
 def _bias(block: LocalMixerBlock, kind: str, bias: Tensor) -> Tensor:
     return bias if kind == "group" or block.bias_factor == 1 else bias * block.bias_factor
 

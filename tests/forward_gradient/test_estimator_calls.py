@@ -261,7 +261,8 @@ def test_what_has_a_derivative_or_needs_none_is_left_alone():
 @pytest.mark.parametrize("make", [lnn.FeedbackAlignmentLinear, lnn.SignSymmetricLinear])
 def test_layers_with_a_rule_of_their_own_are_named(make):
     model, x = between(make(4, 4))
-    with pytest.raises(NotImplementedError, match=f"in {make.__name__} '1'.* a rule of its own"):
+    name = {"FeedbackAlignmentLinear": "feedback_linear"}.get(make.__name__, "sign_symmetric_linear")
+    with pytest.raises(NotImplementedError, match=f"differentiate {name} in {make.__name__} '1'.* a rule of its own"):
         forward_gradient(lambda x: model(x).mean(), x, modules=model)
 
 
@@ -335,6 +336,12 @@ def test_functions_that_can_not_be_estimated():
         numbers, steps = iter(range(1, 9)), iter([1, 2, 3])
         with pytest.raises(error, match=message):
             call(function, x)
+    with pytest.raises(
+        TypeError, match=r"inputs must be what Recurrent.forward takes \(too many .*must return its loss"
+    ):
+        forward_gradient(model, x, TARGET)
+    with pytest.raises(ValueError, match=r"got shape \(3, 3\): pass a function that .* returns its loss, and modules="):
+        forward_gradient(model, x)
     with pytest.raises(TypeError, match="modules must be a torch.nn.Module, or a list or dict.*, got None"):
         forward_gradient(lambda x: x, x)
     with pytest.raises(ValueError, match="modules must have parameters that require a gradient, got none"):

@@ -22,7 +22,7 @@ TAKEN = ("BP", "FA", "DFA")  # names of rules for any network
 class MixerOptions:
     """Of forward gradients and their relatives, which train LocalMixer."""
 
-    draws: int = option(1, "draws of the noise whose mean a step takes")
+    draws: int = option(1, "draws of the noise whose mean a step takes, in rules that have noise")
     noise: str = option("normal", "its law: normal, sign (Rademacher)")
     init: str = option("kaiming", "of the weights: kaiming, lecun, constant")
     readout_factor: float = option(0.1, "of the read-out's gradient")
@@ -48,7 +48,8 @@ def _trainer(estimator: str) -> Callable[..., ForwardGradientTrainer]:
         if options.pop("grad_scaler", None) is not None:
             raise UsageError("--amp fp16 is not for the rules of LocalMixer: they have no gradient to scale")
         chosen = task.options
-        given = dict(draws=chosen.draws, law=chosen.noise, readout_factor=chosen.readout_factor, impl=task.impl)
+        draws = 1 if ESTIMATORS[estimator].perturb == "nothing" else chosen.draws  # the others are compared with those
+        given = dict(draws=draws, law=chosen.noise, readout_factor=chosen.readout_factor, impl=task.impl)
         (model,) = blocks
         assert isinstance(model, LocalMixer)
         return ForwardGradientTrainer(model, optimizer_factory, estimator=estimator, seed=task.seed, **given, **options)
