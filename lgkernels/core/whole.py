@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 
 from .ops import has_an_address
 
@@ -10,6 +11,11 @@ from .ops import has_an_address
 def is_sharded(parameter: torch.Tensor) -> bool:
     """Whether it is a DTensor, or another tensor whose memory is not its own."""
     return not has_an_address(type(parameter))
+
+
+def is_sharded_module(module: nn.Module) -> bool:
+    """Whether `fully_shard` has given it a class of its own."""
+    return any("FSDP" in base.__name__ for base in type(module).__mro__)
 
 
 def require_whole(name: str, parameters: Iterable[torch.Tensor], who: str) -> None:

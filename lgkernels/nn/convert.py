@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from ..core import checks, constructors, names
+from ..core.whole import is_sharded, is_sharded_module
 from ..random import RandomFeedback
 from . import direct_units, lls_convert
 from .bypassed import watch, weight_alone_is_read
@@ -147,6 +148,8 @@ def convert(
             print(said)
         return result
     pick = _Picks(model, included, excluded)
+    if rule != "bp":
+        _check_whole(model, pick, rule)
     layers = _choose(model, pick, spare_last=last_layer == "bp" and rule != "bp")
     pick.check(layers)
     if rule != "bp":
@@ -224,6 +227,21 @@ def _choose(model: nn.Module, pick: "_Picks", spare_last: bool) -> _Layers:
             continue
         layers.left.append((name, module, reason))
     return layers
+
+
+def _check_whole(model: nn.Module, pick: "_Picks", rule: str) -> None:
+    """A layer that `fully_shard` has taken is of a class of torch's, and would count as a subclass, left alone."""
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Conv2d)) or not pick.included(name, module):
+            continue
+        if pick.excluded(name, module):
+            continue
+        if is_sharded_module(module) or rule == "signed_init" and is_sharded(module.weight):
+            raise ValueError(
+                f"model must be converted before fully_shard shards its layers, got {name or 'it'!r}, a "
+                f"{type(module).__name__}{'' if is_sharded_module(module) else ' of sharded weights'}: convert first, "
+                "then fully_shard"
+            )
 
 
 def _check_forward(name: str, module: nn.Module) -> None:
