@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..core import checks, constructors, names
 from ..core.ops import require_no_overlap
-from ..core.whole import require_whole
+from ..core.whole import is_sharded, is_sharded_module, require_whole
 from ..nn.random_state import name_without_wrappers
 from ..random import VALUES_PER_CALL
 from .zeroth_order_log import ZerothOrderLog, stream_of, update_
@@ -64,6 +64,7 @@ class ZerothOrder(torch.optim.Optimizer):
     :meth:`step` calls ``closure()`` for each evaluation; it runs the model and returns the loss, a number or a tensor
     of one. Every evaluation of a step sees the same random numbers (dropout) and the same buffers of the model: they
     move with the first one alone, once a step, as in one forward pass. A loss that is not finite changes no weight.
+    The row of an embedding's ``padding_idx`` is neither perturbed nor stepped, unless another layer has the weight too.
     ``log`` holds what was done to the weights, a few bytes a step (:func:`replay`); buffers are not in it.
 
     Raises: ValueError, TypeError naming the argument.
@@ -115,6 +116,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.model, self.estimator, self.ranked, self.impl = model, estimator, ranked, impl
         tuned = _chosen(model, include)
         self.log = ZerothOrderLog(seed, law, members, list(tuned))
+        self.log.kept_rows = _padding_rows(model, tuned)
         self._taken = 0
         self._moving: set[Place] | None = None  # buffers that evaluations write to
         self._sums: Tensor | None = None
@@ -140,10 +142,15 @@ class ZerothOrder(torch.optim.Optimizer):
             found.update({id(p): own for (p, _), own in zip(mine, states.to(device))})
         return found
 
+    def _kept_rows(self) -> list[int | None]:
+        """Of each parameter."""
+        return [self.log.kept_rows.get(name) for name in self.log.parameters]
+
     def _run(self, closure: Callable[[], Any], states: dict[int, Tensor], member: int, coefficient: float) -> Any:
         """The loss at W + coefficient Z; of forward gradients its derivative along Z too."""
         tangents = self.estimator == "forward-gradient"
-        mode = Perturbed(states, member, coefficient, self.log.law, self.impl, tangents)
+        kept = {id(p): row for p, row in zip(self.param_groups[0]["params"], self._kept_rows()) if row is not None}
+        mode = Perturbed(states, member, coefficient, self.log.law, self.impl, tangents, kept)
         with torch.no_grad(), forward_ad.dual_level() if tangents else contextlib.nullcontext():
             if coefficient or tangents:
                 with mode:
@@ -162,8 +169,13 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _require_use(self, met: set[int], states: dict[int, Tensor]) -> None:
         """At the first step: a parameter that plays no part, or is out of sight, would walk at random."""
-        if self._taken or self._parts or len(met) == len(states):
+        if len(met) == len(states) or (self._taken or self._parts) and met:
             return
+        if any(map(is_sharded_module, self.model.modules())) or any(map(is_sharded, self.model.parameters())):
+            raise RuntimeError(
+                "model must hold whole parameters for ZerothOrder, got one that fully_shard has sharded since, with "
+                "parameters in the place of those that are tuned: leave fully_shard out, or use DistributedDataParallel"
+            )
         params = dict(zip(self.log.parameters, self.param_groups[0]["params"]))
         unused = [name for name, p in params.items() if id(p) not in met]
         if unused:
@@ -235,9 +247,9 @@ class ZerothOrder(torch.optim.Optimizer):
         if np.isfinite(scalars).all():
             states = self._states()
             factors = torch.from_numpy(scalars)
-            for p in group["params"]:
+            for p, row in zip(group["params"], self._kept_rows()):
                 own = factors.to(p.device, torch.float64 if p.dtype == torch.float64 else torch.float32)
-                update_(p, own, states[id(p)], self.log.law, keep, self.impl)
+                update_(p, own, states[id(p)], self.log.law, keep, self.impl, row)
             self.log.add(self._taken, keep, tuple(scalars.tolist()))
         self._taken += 1
         return loss
@@ -245,6 +257,11 @@ class ZerothOrder(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's: there are gradients where somebody else has made them."""
         super().zero_grad(set_to_none)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which hold the model too: torch's keep no attributes of a class of its own."""
+        own = "model", "estimator", "ranked", "impl", "log", "_taken", "_moving", "_sums", "_parts"
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the number of steps taken and the log."""
@@ -294,6 +311,17 @@ def _chosen(model: nn.Module, include: Any) -> dict[str, nn.Parameter]:
         checks.floating(f"model's parameter {name}", p)
         require_no_overlap(f"model's parameter {name}", p)
     return found
+
+
+def _padding_rows(model: nn.Module, tuned: dict[str, nn.Parameter]) -> dict[str, int]:
+    """{name: padding_idx} of embeddings whose weight nothing else holds: torch gives that row no gradient."""
+    rows: dict[int, set[int | None]] = {}
+    for module in model.modules():
+        padding = module.padding_idx if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
+        for p in module._parameters.values():
+            rows.setdefault(id(p), set()).add(padding)
+    found = {name: rows.get(id(p), {None}) for name, p in tuned.items()}
+    return {name: row for name, own in found.items() if len(own) == 1 and (row := next(iter(own))) is not None}
 
 
 def _tensor(data: bytes) -> Tensor:

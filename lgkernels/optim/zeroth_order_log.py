@@ -48,6 +48,7 @@ class ZerothOrderLog(Sequence):
         self.law, self.members = law, checks.positive_integer("members", members)
         constructors.instance("parameters", parameters, list, "a list of names")
         self.parameters = tuple(constructors.several("parameters", parameters, str, "names"))
+        self.kept_rows: dict[str, int] = {}  # of embeddings: the row of padding_idx, which no step changes
         self._records: list[tuple[int, float, tuple[float, ...]]] = []
 
     def __len__(self) -> int:
@@ -68,7 +69,8 @@ class ZerothOrderLog(Sequence):
 
     def to_bytes(self) -> bytes:
         """All of it: a line of JSON, then the records (step, keep, scalars) as little-endian words of 32 bits."""
-        head = dict(version=1, law_version=LAW_VERSION, seed=self.seed, law=self.law, members=self.members)
+        head: dict[str, Any] = dict(version=1, law_version=LAW_VERSION, seed=self.seed, law=self.law)
+        head |= dict(members=self.members, **({"kept_rows": self.kept_rows} if self.kept_rows else {}))
         record = struct.Struct(f"<If{self.members}f")
         body = b"".join(record.pack(step, keep, *scalars) for step, keep, scalars in self._records)
         return json.dumps({**head, "parameters": self.parameters}).encode() + b"\n" + body
@@ -82,6 +84,7 @@ class ZerothOrderLog(Sequence):
             head = json.loads(line)
             versions = head["version"], head["law_version"]
             log = cls(head["seed"], head["law"], head["members"], head["parameters"])
+            log.kept_rows = {name: int(row) for name, row in dict(head.get("kept_rows", {})).items()}
             record = struct.Struct(f"<If{log.members}f")
             found = list(record.iter_unpack(body))
         except (ValueError, KeyError, TypeError, struct.error) as error:
@@ -106,12 +109,17 @@ def as_matrix(parameter: Tensor) -> Tensor:
     return own.reshape((own.shape[0], own.shape[1:].numel()) if own.dim() else (1, 1))
 
 
-def update_(parameter: Tensor, factors: Tensor, states: Tensor, law: str, keep: float, impl: str) -> None:
-    """W <- keep W + sum_i factors[i] Z_i, in place, any shape."""
+def update_(
+    parameter: Tensor, factors: Tensor, states: Tensor, law: str, keep: float, impl: str, kept_row: int | None = None
+) -> None:
+    """W <- keep W + sum_i factors[i] Z_i, in place, any shape; one row of it may stay as it is."""
+    row = None if kept_row is None else parameter.detach()[kept_row].clone()
     matrix = as_matrix(parameter)
     torch.ops.lgkernels.formula_update_(matrix, factors, None, states, law, UNIT_SCALE[law], None, keep, impl)
     if parameter.dim() != 2 and not parameter.is_contiguous():
         parameter.detach().copy_(matrix.view(parameter.shape))
+    if row is not None:
+        parameter.detach()[kept_row] = row
 
 
 @torch.no_grad()
@@ -156,5 +164,5 @@ def replay(model: nn.Module, log: ZerothOrderLog, *, impl: str = "auto") -> nn.M
         states = torch.tensor(steps, dtype=torch.int64, device=parameter.device).view(-1, log.members, 3)
         factors = torch.tensor([r.scalars for r in records], dtype=wide, device=parameter.device)
         for record, factor, state in zip(records, factors, states):
-            update_(parameter, factor, state, log.law, record.keep, impl)
+            update_(parameter, factor, state, log.law, record.keep, impl, log.kept_rows.get(name))
     return model

@@ -48,15 +48,23 @@ _HALVES = (torch.bfloat16, torch.float16)
 class Perturbed(TorchFunctionMode):
     """Inside, tuned parameters are W + coefficient * Z; with `tangents` dual numbers W with the tangent Z.
 
-    `states`: {id of a parameter: (members, 3) random states}. `met`: ids of the parameters that were used.
+    `states`: {id of a parameter: (members, 3) random states}. `kept`: {id: a row that is not perturbed}. `met`: ids of
+    the parameters that were used.
     """
 
     def __init__(
-        self, states: dict[int, Tensor], member: int, coefficient: float, law: str, impl: str, tangents: bool = False
+        self,
+        states: dict[int, Tensor],
+        member: int,
+        coefficient: float,
+        law: str,
+        impl: str,
+        tangents: bool,
+        kept: dict[int, int],
     ) -> None:
         super().__init__()
         self.states, self.member, self.coefficient = states, member, coefficient
-        self.law, self.impl, self.tangents = law, impl, tangents
+        self.law, self.impl, self.tangents, self.kept = law, impl, tangents, kept
         self.factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.met: set[int] = set()
 
@@ -129,10 +137,11 @@ class Perturbed(TorchFunctionMode):
         if self.tangents:
             tangent = torch.zeros_like(parameter)
             one = torch.ones_like(self._factor(parameter))
-            update_(tangent, one, self._state(parameter), self.law, 1.0, self.impl)
+            update_(tangent, one, self._state(parameter), self.law, 1.0, self.impl, self.kept.get(id(parameter)))
             return forward_ad.make_dual(parameter.detach(), tangent)
         copy = parameter.detach().to(dtype or parameter.dtype, copy=True)
-        update_(copy, self._factor(parameter), self._state(parameter), self.law, 1.0, self.impl)
+        row = self.kept.get(id(parameter))
+        update_(copy, self._factor(parameter), self._state(parameter), self.law, 1.0, self.impl, row)
         return copy
 
     def _noise(self, weight: Tensor) -> tuple:
@@ -141,7 +150,9 @@ class Perturbed(TorchFunctionMode):
 
     def _operand(self, input: Any, weight: Any) -> Tensor | None:
         """The layer's input in the dtype that it is computed with; None where the kernels do not take it."""
-        if id(weight) not in self.states or type(input) is not Tensor or input.device != weight.device:
+        if id(weight) not in self.states or id(weight) in self.kept:  # an embedding's, used otherwise
+            return None
+        if type(input) is not Tensor or input.device != weight.device:
             return None
         if checks.autocasts(input.device) and input.dtype != torch.float64 and weight.dtype != torch.float64:
             return input.detach().to(torch.get_autocast_dtype(input.device.type))
@@ -225,7 +236,9 @@ class Perturbed(TorchFunctionMode):
         )
         if y.dtype != weight.dtype:
             y = _unbiased(y[0], weight.dtype, self._state(weight), self.impl)
-        return y.view(*input.shape, weight.shape[1])
+        y = y.view(*input.shape, weight.shape[1])
+        row = self.kept.get(id(weight))
+        return y if row is None else torch.where((input == row)[..., None], weight.detach()[row], y)
 
     def _batch_norm(
         self, input: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None, *others: Any, **more: Any

@@ -184,6 +184,43 @@ def test_fuse_update_says_so(mesh):
         fuse_update(model, sgd(model.parameters()), min_weights=1)
 
 
+RULES = {"fa": {}, "usf": {}, "frsf": {}, "brsf": {}, "signed_init": dict(signs="weight")}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_convert_comes_before(rule, mesh):
+    """A layer that is sharded itself is of a class of torch's: it would be left alone, and train by plain gradients."""
+    model = nn.Sequential(*plain())
+    for layer in (model[1][1], model[2]):
+        shard(layer, mesh)
+    with pytest.raises(ValueError, match=r"model must be converted before fully_shard .* a FSDPLinear: convert first"):
+        lnn.convert(model, rule, verbose=False, **RULES[rule])
+    assert lnn.convert(model, rule, verbose=False, exclude=lambda name, _: name in ("1.1", "2"), **RULES[rule])
+
+
+def test_convert_of_signs_comes_before(mesh):
+    model = shard(nn.Sequential(*plain()), mesh)
+    with pytest.raises(ValueError, match=r"before fully_shard .* a Conv2d of sharded weights: convert first"):
+        lnn.convert(model, "signed_init", signs="weight", verbose=False)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_model_that_is_sharded_after_the_optimizer(steps, mesh):
+    model = nn.Linear(4, 3)
+    optimizer = ZerothOrder(model, 0.1)
+
+    def closure():
+        return model(torch.ones(2, 4)).sum()
+
+    for _ in range(steps):
+        optimizer.step(closure)
+    shard(model, mesh)
+    with pytest.raises(
+        RuntimeError, match="model must hold whole parameters for ZerothOrder, got one that fully_shard"
+    ):
+        optimizer.step(closure)
+
+
 @pytest.mark.parametrize("kind", [BlockwiseTrainer, BackpropTrainer, DirectTrainer])
 def test_blocks_that_are_sharded_too_late(kind, mesh):
     """The optimizers hold the former parameters, which nothing would reach: training would do nothing."""
