@@ -29,6 +29,7 @@ class _Call:
     def __init__(self) -> None:
         self.waiting: list[Tensor] = []
         self.error: Any = None
+        self.over = False  # whether the model's output is known
 
 
 class _Place(torch.autograd.Function):
@@ -117,6 +118,28 @@ class _Begun:
             raise RuntimeError(_REENTRANT)
 
 
+class _Alone:
+    """After the first layer of the last unit: a loss that is not taken of the model's output would train it alone."""
+
+    def __init__(self, state: _Pass, output: str) -> None:
+        self.state, self.output = state, output
+
+    def __call__(self, layer: nn.Module, arguments: Any, out: Any) -> None:
+        call, h = self.state.call, out if isinstance(out, Tensor) else out[0]
+        if call is None or not call.waiting or not h.requires_grad or _in_backward():
+            return
+
+        def check(grad: Tensor) -> None:
+            if not call.over:
+                raise RuntimeError(
+                    f"the loss must be taken of the output of {self.output or 'the model'!r}, which has not run: no "
+                    "unit but the last would learn. Call the model whole, or name the module whose output the loss is "
+                    "taken of in convert(model, 'dfa', output=...)"
+                )
+
+        h.register_hook(check)
+
+
 class _End:
     """After the last layer of a unit: its output goes on detached, and waits for the error."""
 
@@ -124,6 +147,8 @@ class _End:
         self.state, self.number = state, number
 
     def __call__(self, layer: nn.Module, arguments: Any, out: Any) -> Any:
+        if self.number == 0 and not _in_backward():  # whatever a pass has left behind that did not come to its end
+            self.state.call, self.state.ungraphed = None, False
         if not torch.is_grad_enabled():
             self.state.ungraphed = True
             return None
@@ -151,6 +176,7 @@ class _Output:
             raise RuntimeError(_REENTRANT)
         if call is None or not call.waiting:
             return None
+        call.over = True
         if isinstance(out, Tensor):
             return self._tied(out, call)
         tied: list[Tensor] = []
@@ -199,7 +225,7 @@ class _Missed:
             )
 
 
-_HOOKS = (_Begin, _Begun, _End, _Output, _Missed)
+_HOOKS = (_Begin, _Begun, _Alone, _End, _Output, _Missed)
 
 
 def remove(model: nn.Module) -> None:
@@ -263,6 +289,8 @@ def convert_units(
             layer.register_forward_pre_hook(_Begin(i in starts), with_kwargs=True)
             if i in starts:
                 layer.register_forward_hook(_Begun())
+            if i == starts[-1]:
+                layer.register_forward_hook(_Alone(state, name_of_output))
         if i in places:
             device = next((p.device for p in layer.parameters()), None)
             layer.add_module(PLACE, places[i].to(device))

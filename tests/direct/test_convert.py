@@ -261,6 +261,33 @@ def test_an_output_that_does_not_run():
     assert len(grads(model)) == 5
 
 
+def test_a_loss_of_a_part_of_the_model():
+    """The units below the last would get no gradient, in silence."""
+    model, (x, _) = convert(tiny("bert"), "dfa", units=2, verbose=False), batch("bert")
+    part = model.get_submodule("bert")
+    loss = part(x).last_hidden_state.sum()
+    with pytest.raises(RuntimeError, match="the loss must be taken of the output of 'classifier', which has not run"):
+        loss.backward()
+    out = model(x, output_hidden_states=True)  # the model whole: its hidden states may have a loss too
+    (out.logits.square().sum() + out.hidden_states[-1].square().sum()).backward()
+    assert any(".layer.0." in name for name in grads(model))
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_pass_that_does_not_come_to_its_end(graph):
+    """The next one is not disturbed by what it has left behind."""
+    (x, target), trees = batch("gpt2"), []
+    for partial in (False, True):
+        model = convert(tiny("gpt2").eval(), "dfa", units=2, verbose=False)
+        with torch.set_grad_enabled(graph):
+            if partial:
+                model.transformer(x)
+        loss_of(model, "gpt2", x, target).backward()
+        trees.append(grads(model))
+    assert trees[0].keys() == trees[1].keys()
+    assert all(torch.equal(value, trees[1][name]) for name, value in trees[0].items())
+
+
 def test_the_summary(capsys):
     convert(tiny("gpt2"), "dfa", units=[1, 3])
     assert capsys.readouterr().out.splitlines() == [
