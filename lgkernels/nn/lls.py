@@ -133,7 +133,9 @@ class LLSConvBlock(LLSBlock):
             (True, None)
         """
         constructors.instance("conv", conv, (nn.Conv2d, nn.Conv1d), "an nn.Conv2d or nn.Conv1d")
-        block, head = from_layers(cls, norm, activation, negative_slope, max_pool, num_classes, pool_size, options)
+        block, head = from_layers(
+            cls, conv, norm, activation, negative_slope, max_pool, num_classes, pool_size, options
+        )
         block._take(conv, norm, activation, negative_slope, max_pool, head)
         block.in_channels, block.tokens = conv.in_channels, False
         return block
@@ -250,7 +252,7 @@ class LLSLinearBlock(LLSBlock):
             "activation='gelu'"
         """
         constructors.instance("linear", linear, nn.Linear, "an nn.Linear")
-        block, head = from_layers(cls, norm, activation, negative_slope, False, num_classes, pool_size, options)
+        block, head = from_layers(cls, linear, norm, activation, negative_slope, False, num_classes, pool_size, options)
         block._take(linear, norm, activation, negative_slope, False, head)
         block.in_features = linear.in_features
         return block

@@ -36,8 +36,35 @@ def check_block(activation: Any, negative_slope: Any, max_pool: Any = False) -> 
     checks.boolean("max_pool", max_pool)
 
 
+_DIMENSIONS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+    nn.Linear: (nn.BatchNorm1d, nn.InstanceNorm1d),
+    nn.Conv1d: (nn.BatchNorm1d, nn.InstanceNorm1d),
+    nn.Conv2d: (nn.BatchNorm2d, nn.InstanceNorm2d),
+}
+_OF_ONE_DIMENSION = tuple(getattr(nn, f"{kind}Norm{n}d") for kind in ("Batch", "Instance") for n in (1, 2, 3))
+
+
+def check_norm(layer: Any, norm: Any) -> None:
+    """Raise where torch's normalisation cannot take what the layer gives."""
+    kind = next(kind for kind in _DIMENSIONS if isinstance(layer, kind))
+    channels = layer.out_features if kind is nn.Linear else layer.out_channels
+    if isinstance(norm, _OF_ONE_DIMENSION) and not isinstance(norm, _DIMENSIONS[kind]):
+        fitting = " or ".join(f"nn.{fits.__name__}" for fits in _DIMENSIONS[kind])
+        raise TypeError(f"norm must be of what an nn.{kind.__name__} gives ({fitting}), got {type(norm).__name__}")
+    size = None  # where any fits
+    if isinstance(norm, nn.modules.batchnorm._NormBase) and (norm.affine or norm.track_running_stats):
+        size = norm.num_features or None  # 0: not yet initialised
+    elif isinstance(norm, nn.GroupNorm):
+        size = norm.num_channels
+    elif isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and kind is nn.Linear:
+        size = norm.normalized_shape[-1]
+    if size not in (None, channels):
+        raise ValueError(f"norm must be of the {channels} channels that {type(layer).__name__} gives, got {norm}")
+
+
 def from_layers(
     cls: Any,
+    layer: nn.Module,
     norm: Any,
     activation: Any,
     negative_slope: Any,
@@ -49,6 +76,7 @@ def from_layers(
     """A block without its modules, and the checked options of its head."""
     if norm is not None:
         constructors.module("norm", norm)
+        check_norm(layer, norm)
     check_block("relu" if isinstance(activation, nn.Module) else activation, negative_slope, max_pool)
     if unknown := sorted(set(options) - set(HEAD_DEFAULTS)):
         raise TypeError(f"options must be among {', '.join(HEAD_DEFAULTS)}, got {', '.join(unknown)}")

@@ -198,6 +198,22 @@ def test_sequences():
         (lambda: lnn.LLSConvBlock.from_layers(nn.Linear(2, 2), **HEAD), TypeError, "conv must be an nn.Conv2d or nn."),
         (lambda: lnn.LLSLinearBlock.from_layers(nn.Conv2d(2, 2, 1), **HEAD), TypeError, "linear must be an nn.Linear"),
         (lambda: lnn.LLSConvBlock.from_layers(nn.Conv2d(2, 2, 1), 3, **HEAD), TypeError, "norm must be a torch.nn."),
+        *(
+            (
+                lambda kind=kind, layer=layer, norm=norm: getattr(lnn, kind).from_layers(layer, norm, **HEAD),
+                error,
+                message,
+            )
+            for kind, layer, norm, error, message in [
+                ("LLSConvBlock", nn.Conv2d(2, 8, 1), nn.BatchNorm2d(9), ValueError, "norm must be of the 8 channels"),
+                ("LLSConvBlock", nn.Conv2d(2, 8, 1), nn.GroupNorm(3, 9), ValueError, "norm must be of the 8 channels"),
+                ("LLSConvBlock", nn.Conv2d(2, 8, 1), nn.BatchNorm1d(8), TypeError, "norm must be of what an nn.Conv2d"),
+                ("LLSConvBlock", nn.Conv1d(2, 8, 1), nn.BatchNorm2d(8), TypeError, "norm must be of what an nn.Conv1d"),
+                ("LLSLinearBlock", nn.Linear(2, 8), nn.BatchNorm1d(9), ValueError, "norm must be of the 8 channels"),
+                ("LLSLinearBlock", nn.Linear(2, 8), nn.LayerNorm(9), ValueError, "norm must be of the 8 channels"),
+                ("LLSLinearBlock", nn.Linear(2, 8), nn.BatchNorm2d(8), TypeError, "norm must be of what an nn.Linear"),
+            ]
+        ),
         (
             lambda: lnn.LLSConvBlock.from_layers(nn.Conv2d(2, 2, 1), activation="swish", **HEAD),
             ValueError,
