@@ -106,8 +106,8 @@ def split_blocks(
     """Cut `model` into consecutive units; applied one after the other they are the model, with its own parameters.
 
     An ``nn.Sequential``, a ResNet or vision transformer of torchvision or timm, and any model with a list of layers
-    (decoders and encoders of transformers; ConvNeXt, Swin, ...): then the first part is all that comes before the
-    layers, the last all that comes behind, and what the layers are called with beside their input (masks, position
+    (decoders and encoders of transformers; timm's ConvNeXt, Swin, ...): then the first part is all that comes before
+    the layers, the last all that comes behind, and what the layers are called with beside their input (masks, position
     embeddings) is kept of the first unit's forward, so the units run in order. What was recognised is run once beside
     the model on the same random input; a model that is another function than its parts raises.
 

@@ -244,7 +244,7 @@ def _example(model: Any, input: torch.Tensor | None) -> torch.Tensor:
     return torch.randn(2, channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
 
 
-CURE = "write it as an nn.Sequential of its parts, in the order of its forward"
+CURE = "name its list of layers by path, or write it as an nn.Sequential of its parts, in the order of its forward"
 
 
 def _untried(what: str, x: torch.Tensor, error: Exception) -> str:

@@ -178,7 +178,7 @@ class Looped(nn.Module):
 )
 def test_what_is_not_its_layers_in_turn(kind, message):
     with pytest.raises(
-        TypeError, match=f"has a list of layers, layers.0 to layers.2.*{message}.*write it as an nn.Seq"
+        TypeError, match=f"has a list of layers, layers.0 to layers.2.*{message}.*by path, or write it as an nn.Seq"
     ):
         split_blocks(Looped(kind), 2, input=torch.empty(2, 6))
 
