@@ -257,6 +257,24 @@ def _output_name(model: nn.Module, layers: Named, output: str | None) -> str:
     return next((name for name, module in modules.items() if module is found), "")
 
 
+def _check_between(model: nn.Module, before: str, after: str) -> None:
+    """Between two units of one Sequential no module may have parameters: no gradient would reach them."""
+    ways = before.split("."), after.split(".")
+    shared = next((i for i, (a, b) in enumerate(zip(*ways)) if a != b), 0)
+    path = ".".join(ways[0][:shared])
+    parent = model.get_submodule(path)
+    if type(parent) is not nn.Sequential:
+        return
+    children = [name for name, _ in parent.named_children()]
+    for name in children[children.index(ways[0][shared]) + 1 : children.index(ways[1][shared])]:
+        if any(True for _ in parent.get_submodule(name).parameters()):
+            raise ValueError(
+                f"path must name a list that holds all layers with parameters (what lies between two units would learn "
+                f"nothing), got {name!r} of {path or 'the model'!r} between {before!r} and {after!r}: give "
+                f"path={path!r}, which has it, or cut elsewhere by units"
+            )
+
+
 def convert_units(
     model: nn.Module,
     seed: int,
@@ -275,6 +293,8 @@ def convert_units(
         )
     starts = starts_of(units, len(layers))
     ends = [start - 1 for start in starts[1:]]
+    for end in ends:
+        _check_between(model, layers[end][0], layers[end + 1][0])
     name_of_output = _output_name(model, layers, output)
     places = {
         end: DirectFeedback(

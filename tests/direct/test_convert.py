@@ -288,6 +288,34 @@ def test_a_pass_that_does_not_come_to_its_end(graph):
     assert all(torch.equal(value, trees[1][name]) for name, value in trees[0].items())
 
 
+class Staged(nn.Module):
+    """Lists of layers with a layer of another kind between them, as torchvision's ConvNeXt and Swin have."""
+
+    def __init__(self):
+        super().__init__()
+        stages = [nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))) for _ in range(2)]
+        self.features, self.head = nn.Sequential(stages[0], nn.Linear(8, 8), stages[1]), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def test_a_layer_between_units():
+    """It would get no gradient, in silence."""
+    x, target = data()
+    model = Staged()
+    with pytest.raises(
+        ValueError, match="path must name a list that holds .*, got '1' of 'features' .*path='features'"
+    ):
+        convert(model, "dfa", verbose=False)
+    assert not places(model)
+    for given in (dict(path="features"), dict(units=[1]), dict(units=[3])):
+        convert(model, "dfa", verbose=False, **given)
+        model.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        assert grads(model).keys() == dict(model.named_parameters()).keys()
+
+
 def test_the_summary(capsys):
     convert(tiny("gpt2"), "dfa", units=[1, 3])
     assert capsys.readouterr().out.splitlines() == [
