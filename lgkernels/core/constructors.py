@@ -4,7 +4,7 @@ Messages as in :mod:`.checks`. What torch's own layers and optimizers take is ta
 padding="same", device strings.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -112,6 +112,15 @@ def numbers(name: str, value: Any, lengths: tuple[int, ...], expected: str) -> t
             raise TypeError(f"{name} must be {expected}, got a {type(value).__name__} with {type(item).__name__}")
         checks.number(name, item)
     return tuple(items)
+
+
+def entry(name: str, value: Any, key: str) -> Tensor:
+    """The tensor that a dict has under `key`."""
+    instance(name, value, Mapping, "a dict of tensors")
+    if key not in value:
+        raise ValueError(f"{name} must have the key {key!r}, got a {type(value).__name__} with {list(value)}")
+    checks.tensor(name, value[key])
+    return value[key]
 
 
 def bound_on_norm(name: str, value: Any) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -99,7 +100,12 @@ def targets(target: Any, net: Checked, x: Tensor, loss: str) -> Tensor:
 
 
 def complex_number(name: str, value: Any) -> complex | float:
-    """As it is, complex where its type is."""
+    """Complex where its type is, numpy's too."""
+    if isinstance(value, Tensor) and value.is_complex():
+        got = f"a tensor of {checks.dtype_of(value)}"
+        raise TypeError(f"{name} must be a number, real or complex, got {got}: take the .item() of one number")
+    if isinstance(value, np.complexfloating):
+        value = complex(value)
     if isinstance(value, complex):
         checks.number(name, value.real)
         checks.number(name, value.imag)

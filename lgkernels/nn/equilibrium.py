@@ -117,7 +117,7 @@ class _EquilibriumNet(nn.Module):
 
     def readout(self, state: dict[str, Tensor]) -> Tensor:
         """Logits (B, C): the readout of the last layer's activities, or these themselves."""
-        r = self.activities({"out": state["out"]})["out"].flatten(1)
+        r = self.activities({"out": constructors.entry("state", state, "out")})["out"].flatten(1)
         if "readout/Dense_0/kernel" not in self.weights:
             return r
         kernel = self.weights["readout/Dense_0/kernel"]
@@ -148,7 +148,9 @@ class EquilibriumMLP(_EquilibriumNet):
         activation, loss, schedule, tolerance: as :func:`lgkernels.functional.ep_settle`; with ``loss="mse"`` there is
             no readout, and ``out`` has a unit a class.
         steps (int): of the free phase.
-        angle (float): between forward and feedback weights at the start, in degrees; 0: symmetric.
+        angle (float): between forward and feedback weights at the start, in degrees; 0: symmetric. 0, 90 and 180 always
+            hold, others where the layers above the input are of one width: of the published 256-256-10 net, where the
+            two have deviations of their own, 30 gives about 39 and 60 about 67 degrees.
         impl (str): ``"auto"`` or a backend.
         device, dtype: of the parameters.
 

@@ -54,7 +54,7 @@ class HopfieldNet(nn.Module):
         steps (int): of the free phase.
         impl (str): ``"auto"``, or a backend: ``"reference"`` is autograd of the energy, ``"torch"`` and
             ``"cpu"`` are closed forms of it.
-            device, dtype: of the parameters.
+        device, dtype: of the parameters.
 
     ``HopfieldNet((3, 32, 32), HopfieldNet.conv32(10))`` is the 32x32 net of Scellier et al.,
     ``HopfieldNet((3, 32, 32), HopfieldNet.resnet13(10), ceiling=6.0)`` a Hopfield-Resnet13.
@@ -231,7 +231,7 @@ class HopfieldNet(nn.Module):
 
     def readout(self, state: Mapping[str, Tensor]) -> Tensor:
         """Logits (B, C): the readout of the last layer, or its states."""
-        out = state[self.layers[-1]].flatten(1)
+        out = constructors.entry("state", state, self.layers[-1]).flatten(1)
         if self.loss != "cross_entropy":
             return out
         kernel = self.weights[f"{READOUT}/kernel"]
@@ -256,26 +256,34 @@ class _Plan:
         self.edges: list[Edge] = []
         self.kernels: list[tuple[int, ...]] = []
         self.gains: list[float | None] = []
+        self.place = "layers"  # of what is looked at
         for i, item in enumerate(items):
             self.names.append("out" if i == len(items) - 1 else f"l{i + 1}")
-            self._add(i + 1, dict(item) if isinstance(item, Mapping) else {"units": item})
+            self.place = f"layers[{i}]"
+            if isinstance(item, Mapping):
+                self._add(i + 1, dict(item))
+            else:
+                self._add(i + 1, {"units": constructors.size(self.place, item)})
 
     def key(self, edge: Edge) -> str:
         return f"{self.names[edge.source]}-{self.names[edge.target]}"
 
     def _refuse(self, must: str, got: Any) -> ValueError:
-        return ValueError(f"layers must {must}, got {got} in {self.kind}")
+        return ValueError(f"layers must {must}, got {got} in {self.kind}, at {self.place}")
 
     def _add(self, layer: int, item: dict[str, Any]) -> None:
         skip = item.pop("skip", {})
         if not isinstance(skip, Mapping):
             raise self._refuse("have a dict for skip", type(skip).__name__)
-        size = next((name for name in ("units", "channels") if name in item), None)
-        if size is None:
-            raise self._refuse("have units or channels in each dict", sorted(map(str, item)))
-        many = constructors.size("layers", item.pop(size))
+        sizes = [name for name in ("units", "channels") if name in item]
+        if len(sizes) != 1:
+            raise self._refuse("have units or channels in each dict", "both" if sizes else sorted(map(str, item)))
+        (size,) = sizes
+        many = constructors.size(f"{self.place}['{size}']", item.pop(size))
         self._edge(layer - 1, layer, many if size == "channels" else None, many, item)
+        place = self.place
         for name, options in skip.items():
+            self.place = f"{place}['skip'][{name!r}]"
             if name not in self.names[: layer - 1] or not isinstance(options, Mapping):
                 raise self._refuse(f"have skips from {' or '.join(self.names[: layer - 1]) or 'nothing'}", repr(name))
             channels = many if size == "channels" else None
@@ -289,7 +297,8 @@ class _Plan:
                 f"have dicts with {known} and units or channels", sorted(map(str, set(given) - set(usual)))
             )
         options, before = {**usual, **given}, self.shapes[source]
-        gain = None if options["gain"] is None else checks.positive("layers", options["gain"])
+        own = {name: f"{self.place}['{name}']" for name in options}
+        gain = None if options["gain"] is None else checks.positive(own["gain"], options["gain"])
         shape: tuple[int, ...]
         kernel: tuple[int, ...]
         if channels is None:
@@ -297,9 +306,9 @@ class _Plan:
         else:
             if len(before) != 3:
                 raise self._refuse("have convolutions of images alone", f"one of {before}")
-            size, stride = (constructors.size("layers", options[name]) for name in ("kernel_size", "stride"))
-            padding = checks.integer_between("layers", options["padding"], 0, size)
-            checks.choice("layers", options["pool"], POOLS)
+            size, stride = (constructors.size(own[name], options[name]) for name in ("kernel_size", "stride"))
+            padding = checks.integer_between(own["padding"], options["padding"], 0, size)
+            checks.choice(own["pool"], options["pool"], POOLS)
             edge = Edge(source, target, stride, padding, options["pool"])
             half = 1 if edge.pool == "none" else 2
             pixels = [((n + 2 * padding - size) // stride + 1) // half for n in before[1:]]

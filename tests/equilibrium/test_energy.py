@@ -318,8 +318,19 @@ def test_what_comes_down_is_scaled():
     [
         ([dict(units=3, kernel=2)], "layers must have dicts with gain and units or channels, got .*kernel"),
         ([dict(kernel_size=2)], "layers must have units or channels in each dict, got .*kernel_size"),
-        ([dict(channels=2, pool="mean"), 3], "layers must be one of .*, got 'mean'"),
-        ([dict(channels=2, padding=3), 3], r"layers must be an integer in \[0, 3\), got 3"),
+        ([dict(channels=2, pool="mean"), 3], r"layers\[0\]\['pool'\] must be one of .*, got 'mean'"),
+        ([dict(channels=2, padding=3), 3], r"layers\[0\]\['padding'\] must be an integer in \[0, 3\), got 3"),
+        ([4, 0], r"layers\[1\] must be at least 1, got 0"),
+        ([dict(units=0)], r"layers\[0\]\['units'\] must be at least 1, got 0"),
+        ([4, dict(units=3, gain=-1.0)], r"layers\[1\]\['gain'\] must be greater than 0, got -1"),
+        (
+            [dict(units=3, channels=3)],
+            r"layers must have units or channels in each dict, got both in list, at layers\[0\]",
+        ),
+        (
+            [dict(channels=2), dict(channels=2, skip={"in": dict(stride=0)}), 3],
+            r"layers\[1\]\['skip'\]\['in'\]\['stride'\] must be at least 1, got 0",
+        ),
         ([dict(channels=2, kernel_size=9), 3], r"layers must leave a pixel, got \(2, 0, 0\) for l1"),
         ([4, dict(channels=2), 3], r"layers must have convolutions of images alone, got one of \(4,\)"),
         ([dict(channels=2)], "layers must end with a dense one where loss='mse', got one of"),
@@ -351,6 +362,9 @@ def test_what_the_trainer_refuses():
         model(x[:, :4])
     with pytest.raises(ValueError, match="state must have the layers l1, l2, out, got"):
         model.settle(x, {"l1": x})
+    for other in (model, lnn.EquilibriumMLP(5, (4,), 3)):
+        with pytest.raises(ValueError, match=r"state must have the key 'out', got a dict with \['l1'\]"):
+            other.readout({"l1": x})
 
 
 # -- backends --------------------------------------------------------------------------------------------------------

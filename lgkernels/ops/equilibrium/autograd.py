@@ -79,6 +79,11 @@ def settle(weights, found, x, state, target, phases: Phases, options: Settling, 
         return _ops.equilibrium_settle(state, drive, *net, target, *phases, *options, impl)
 
 
+def _recorded(v):
+    """A constant that a graph may hold, as one that was made in torch.inference_mode() may not."""
+    return v.detach().clone() if v.is_inference() else v.detach()
+
+
 @torch.no_grad()
 def error(weights, found, x, state, target, beta, points, options, impl):
     """`(e, residual)`."""
@@ -119,12 +124,12 @@ def recurrent(weights, found, x, state, target, steps, method, activation, loss)
 
 def through_time(weights, found, x, state, target, options):
     """A dict as `weights`: the gradient of the mean loss after `options.steps` free steps from `state`, a constant."""
-    leaves = {key: wide(w).detach().requires_grad_() for key, w in weights.items()}
-    with _settled(x), torch.enable_grad():
-        drive, net = drive_of(leaves, found, wide(x.detach())), net_of(leaves, found)
-        u, *_ = run(net, drive, [wide(v) for v in state], None, options, Arithmetic())
+    with torch.inference_mode(False), _settled(x), torch.enable_grad():
+        leaves = {key: _recorded(wide(w)).requires_grad_() for key, w in weights.items()}
+        drive, net = drive_of(leaves, found, _recorded(wide(x))), net_of(leaves, found)
+        u, *_ = run(net, drive, [_recorded(wide(v)) for v in state], None, options, Arithmetic())
         r = activity(u[-1], options.activation).flatten(1)
-        loss = cost(net, r, target, options.loss).sum() / max(len(x), 1)
+        loss = cost(net, r, _recorded(target), options.loss).sum() / max(len(x), 1)
         if not loss.requires_grad:  # no step, no readout
             return {key: torch.zeros_like(w) for key, w in weights.items()}
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
