@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.autograd import refuse_transforms
+from ..core.float64 import double
 from ..core.ops import wide
 from ..ops.equilibrium import autograd as _entry
 from ..ops.equilibrium.network import Network, network, widths
@@ -193,13 +194,14 @@ def weight_angle(weights: Mapping[str, Tensor]) -> Tensor:
     found = network(weights)
     widths(found, weights)
     with torch.no_grad():
-        inner, forward, back = (next(iter(weights.values())).new_zeros((), dtype=torch.float64) for _ in range(3))
+        any_weight = wide(next(iter(weights.values())))
+        sums = double(any_weight.new_zeros(3))
         for up, down in found.pairs():
-            w, v = (wide(weights[f"{found.key(edge)}/kernel"]).double() for edge in (up, down))
+            w, v = (double(weights[f"{found.key(edge)}/kernel"]) for edge in (up, down))
             v = v if found.conv else v.t()
-            inner, forward, back = inner + (w * v).sum(), forward + w.square().sum(), back + v.square().sum()
-        cosine = inner / (forward * back).sqrt()
-        return torch.rad2deg(cosine.clamp(-1, 1).acos()).to(wide(next(iter(weights.values()))).dtype)
+            sums += torch.stack([(w * v).sum(), w.square().sum(), v.square().sum()])
+        cosine = sums[0] / (sums[1] * sums[2]).sqrt()
+        return torch.rad2deg(cosine.clamp(-1, 1).acos()).to(any_weight.dtype).to(any_weight.device)
 
 
 def softmax_pool2d(x: Tensor, *, temperature: float = 1.0, impl: str = "auto") -> Tensor:

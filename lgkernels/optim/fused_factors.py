@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core import float64
 from ..core.ops import wide
 
 _PART_ROWS = 256  # of the gradient that exist at once, where its norm needs its entries
@@ -55,18 +56,19 @@ def joined(pairs: Sequence[Pair], weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_norm(grad: Tensor, x: Tensor, dense: Tensor | None) -> Tensor:
-    """||grad^T x + dense||^2, float64: by the products of rows with rows, M^2 (N + K) multiply-adds, or where the sum
-    itself costs less (M N K), by its entries, some rows at a time."""
+    """||grad^T x + dense||^2, in float64 where the device has it: by the products of rows with rows, M^2 (N + K)
+    multiply-adds, or where the sum itself costs less (M N K), by its entries, some rows at a time."""
     (m, n), k = grad.shape, x.shape[1]
     grad, x = wide(grad), wide(x)
+    dtype = torch.float32 if float64.lacks(grad.device) else torch.float64
     if dense is None and m * (n + k) <= n * k:
-        return (grad @ grad.t()).mul_(x @ x.t()).sum(dtype=torch.float64).clamp_min_(0)
-    total = torch.zeros((), dtype=torch.float64, device=grad.device)
+        return (grad @ grad.t()).mul_(x @ x.t()).sum(dtype=dtype).clamp_min_(0)
+    total = torch.zeros((), dtype=dtype, device=grad.device)
     for start in range(0, n, _PART_ROWS):
         part = grad[:, start : start + _PART_ROWS].t() @ x
         if dense is not None:
             part += dense[start : start + _PART_ROWS]
-        total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+        total += torch.linalg.vector_norm(part, dtype=dtype).square()
     return total
 
 

@@ -8,6 +8,7 @@ import torch
 import lgkernels.functional as LF
 import lgkernels.nn as lnn
 from lgkernels.optim import BatchManhattan, OffsetOptimizer, OffsetSGD, ZerothOrder
+from lgkernels.optim.fused_factors import squared_norm
 from lgkernels.random import RandomFeedback, random_matrix
 from tests.support.calls import all_calls, flat, is_float
 from tests.support.metal import Metal, OnMetal
@@ -79,6 +80,22 @@ def test_random_values(law, low, metal):
     assert torch.equal(random_matrix(Metal.put(state), 5, 7, law, 1.5, low).values_, expected)
     feedback = moved(RandomFeedback(1, 2, law, 1.5, low))
     assert feedback.materialize((4, 3)).device.type == "mps"
+
+
+def test_the_angle_of_the_weights(metal):
+    weights = {"in-h/kernel": torch.randn(2, 3), "h-out/kernel": torch.randn(3, 2), "out-h/kernel": torch.randn(2, 3)}
+    expected = LF.weight_angle(weights)
+    found = LF.weight_angle({name: Metal.put(weight) for name, weight in weights.items()})
+    assert found.device.type == "mps"
+    torch.testing.assert_close(found.values_, expected)
+
+
+@pytest.mark.parametrize("with_sum", [False, True])
+def test_the_norm_of_factors(with_sum, metal):
+    grad, x, dense = torch.randn(2, 30), torch.randn(2, 40), torch.randn(30, 40) if with_sum else None
+    expected = grad.t() @ x + (0 if dense is None else dense)
+    found = squared_norm(Metal.put(grad), Metal.put(x), None if dense is None else Metal.put(dense))
+    torch.testing.assert_close(found.values_, expected.square().sum())
 
 
 RULES = [
