@@ -49,11 +49,16 @@ def settled_dtypes(method: Callable) -> Callable:
     return settled
 
 
+def exporting() -> bool:
+    """Whether torch.export is tracing. Before torch 2.9 `torch.compiler.is_exporting` says so under torch.compile too."""
+    return torch.compiler._is_exporting_flag
+
+
 def apply(function: type[torch.autograd.Function], name: str, *arguments: Any) -> Any:
     """`function.apply(*arguments)` of the public function `name`."""
     refuse_transforms(name)
     result = function.apply(*arguments)
-    if torch.compiler.is_exporting() and torch.is_grad_enabled():
+    if exporting() and torch.is_grad_enabled():
         learning = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
         if learning and isinstance(result, tuple):
             return tuple(torch.ops.lgkernels.without_backward(t, learning, name) for t in result)

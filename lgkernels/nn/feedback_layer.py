@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import checks, constructors
+from ..core.autograd import exporting
 from ..core.carried import Carried
 from ..ops.feedback import autograd as _feedback
 from ..ops.feedback.options import Formula
@@ -153,7 +154,7 @@ class LinearForward(FeedbackLayer):
         super().__init__(*arguments)  # nn.Linear's
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
-        if not self.training and torch.compiler.is_exporting():  # for inference, by programs that know no rule
+        if not self.training and exporting():  # for inference, by programs that know no rule
             return F.linear(input, self.weight, self.bias)
         self._seen()
         formula, tensors = self._formula()
@@ -169,7 +170,7 @@ class Conv2dForward(FeedbackLayer):
         super().__init__(*arguments)  # nn.Conv2d's
 
     def _conv_forward(self: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if not self.training and torch.compiler.is_exporting():
+        if not self.training and exporting():
             return super()._conv_forward(input, weight, bias)  # type: ignore[misc]  # nn.Conv2d's
         padding = self.padding
         if self.padding_mode != "zeros":
