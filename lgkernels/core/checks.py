@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter, UninitializedTensorMixin
+from torch.nn.parameter import Parameter, UninitializedTensorMixin, is_lazy
 
 from . import dispatch
 
@@ -67,7 +67,7 @@ def any_tensor(name: str, value: Any, expected: str = "a torch.Tensor") -> None:
                 "layer: use torch.export, or a Tracer with is_leaf_module true for it"
             )
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
-    if isinstance(value, UninitializedTensorMixin):  # is_lazy, which Dynamo cannot trace before torch 2.9
+    if isinstance(value, UninitializedTensorMixin):  # is_lazy, which Dynamo does not trace
         raise TypeError(
             f"{name} must be {expected} with a shape, got an {type(value).__name__}: run the lazy module once"
         )

@@ -105,7 +105,7 @@ class LLSModule(nn.Module):
 
     def _checked_target(self, target: torch.Tensor, rows: int) -> torch.Tensor:
         """Class indices (B,), -100 for none, or probabilities (B, C)."""
-        if isinstance(target, torch.Tensor) and target.is_floating_point():
+        if isinstance(target, torch.Tensor) and target.is_floating_point() and target.dim() == 2:
             checks.shape("target", target, (rows, self.num_classes), "one row of probabilities per row of x")
             return target
         checks.integer("target", target)

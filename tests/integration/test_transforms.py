@@ -117,6 +117,7 @@ def _conv():
 IMAGES, LABELS = randn(3, 3, 6, 6), targets(3, 5)
 LLS = dict(num_classes=5, pool_size=2)
 MODULES = {  # {public module: (an instance of it, arguments of its forward, the functions that may refuse)}
+    "BarlowTwinsHead": (lambda: lnn.BarlowTwinsHead(_conv(), 4, dim=3), (randn(12, 3, 6, 6), LABELS), ()),
     "ClassifierBlock": (lambda: lnn.ClassifierBlock(torch.nn.Linear(6, 5)), (X, LABELS), ()),
     "ContrastiveHead": (lambda: lnn.ContrastiveHead(_conv(), 4, dim=4), (randn(4, 3, 6, 6),), ("nt_xent_loss",)),
     "DirectFeedback": (lnn.DirectFeedback, (X,), ()),
@@ -145,6 +146,7 @@ MODULES = {  # {public module: (an instance of it, arguments of its forward, the
         (IMAGES, LABELS),
         ("prediction_similarity_loss", "local_cross_entropy", "similarity_matching_loss"),
     ),
+    "ReconstructionHead": (lambda: lnn.ReconstructionHead(_conv(), 4, 3), (IMAGES, LABELS), ()),
     "SignSymmetricConv2d": (lambda: lnn.SignSymmetricConv2d(3, 4, 3), (IMAGES,), ("sign_symmetric_conv2d",)),
     "SignSymmetricLinear": (lambda: lnn.SignSymmetricLinear(6, 4), (X,), ("sign_symmetric_linear",)),
     **all_calls("APPLIED"),
@@ -161,7 +163,10 @@ def test_every_module_is_here():
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.only(  # torch's own batch norm, which is in that unit, keeps no statistics under vmap
     where=lambda name, transform, training: (
-        name != "InfoProUnit" or not training or transform in ("grad", "jvp", "compiled")
+        (name != "InfoProUnit" or not training or transform in ("grad", "jvp", "compiled"))
+        # that loss has no derivative by a bias, whose rounding is all of it; what torch's interpolation does not do
+        and (name != "BarlowTwinsHead" or not training or transform != "jvp")
+        and (name != "ReconstructionHead" or not training or transform != "per sample compiled")
     )
 )
 def test_modules(name, transform, training):

@@ -189,7 +189,11 @@ def linear(**changes):
         ),
         (dict(modulation="reduced", reduced_rows=0), ValueError, "reduced_rows must be at least 1, got 0"),
         (dict(waveform="sine"), ValueError, "waveform must be one of 'square', 'cosine', got 'sine'"),
-        (dict(activation="gelu"), ValueError, "activation must be one of 'leaky_relu', 'relu', got 'gelu'"),
+        (
+            dict(activation="swish"),
+            ValueError,
+            "activation must be one of 'leaky_relu', 'relu', 'gelu', 'silu', 'tanh', 'identity', got 'swish'",
+        ),
         (dict(temperature=-0.5), ValueError, "temperature must be greater than 0, got -0.5"),
         (dict(label_smoothing=-0.1), ValueError, "label_smoothing must lie in [0.0, 1.0], got -0.1"),
         (dict(impl="quick"), ValueError, f"{IMPL}, got 'quick'"),
@@ -236,7 +240,7 @@ def test_block_arguments(make, changes, error, message):
             "target must hold class indices in [0, 4] or ignore_index=-100, got 5",
         ),
         (linear, randn(2, 5), T, ValueError, "x must have 6 features (in_features), got shape (2, 5)"),
-        (linear, randn(2, 6, 1, 1), T, ValueError, "x must be (B, 6), got shape (2, 6, 1, 1)"),
+        (linear, randn(2, 6, 1, 1), T, ValueError, "x must be (B, 6), or (B, T, 6) for tokens, got shape (2, 6, 1, 1)"),
         (
             linear,
             randn(2, 6),
@@ -266,7 +270,7 @@ def test_unusable_impl_says_why_and_what_else(monkeypatch):
     monkeypatch.setenv("LGKERNELS_IMPL", "reference")
     assert torch.equal(loss(), loss(impl="reference"))
     monkeypatch.setenv("LGKERNELS_IMPL", "quick")
-    with pytest.raises(ValueError, match="impl must be one of .* got 'quick'"):
+    with pytest.raises(ValueError, match="LGKERNELS_IMPL must be one of .* got 'quick'"):
         loss()
     assert torch.isfinite(loss(impl="reference"))  # the argument wins
     monkeypatch.delenv("LGKERNELS_IMPL")

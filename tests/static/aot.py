@@ -215,6 +215,7 @@ def compile_all(archs, counted, kernels=()):
 
 
 def main(arguments):
+    arguments = list(map(str, arguments))
     archs = [int(word) for word in arguments if word.isdigit()] or list(tiles.SHARED_MEMORY)
     kernels = [word for word in arguments if word.endswith("_kernel")]
     if "--table" in arguments:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 
 @pytest.fixture(scope="module", params=SOURCES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
-def compiled(request, tmp_path_factory):
+def built(request, tmp_path_factory):
     """A source, its report by (architecture, kernel), and the folder with its PTX and machine code."""
     source = request.param
 
@@ -32,8 +32,8 @@ def compiled(request, tmp_path_factory):
     return source, {(architecture, kernel): use for architecture, kernel, use in report}, folder
 
 
-def test_compiles_for_every_architecture(compiled):
-    _, report, _ = compiled
+def test_compiles_for_every_architecture(built):
+    _, report, _ = built
     kernels = {kernel for _, kernel in report}
     assert kernels and {a for a, _ in report} == set(ARCHITECTURES)
     assert len(report) == len(kernels) * len(ARCHITECTURES)
@@ -44,9 +44,9 @@ def test_compiles_for_every_architecture(compiled):
         assert use["registers"] <= 128, f"fewer than two blocks of 256 threads fit a multiprocessor: {where}"
 
 
-def test_every_load_and_store_names_its_memory(compiled):
+def test_every_load_and_store_names_its_memory(built):
     """Global or shared: one that could be either is slower, and its address takes the cache of neither."""
-    _, _, folder = compiled
+    _, _, folder = built
     files = list(folder.glob("*.ptx"))
     assert len(files) >= 3
     for file in files:
@@ -54,9 +54,9 @@ def test_every_load_and_store_names_its_memory(compiled):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton, which has nvdisasm, is not installed")
-def test_the_committed_table_is_of_these_kernels(compiled):
+def test_the_committed_table_is_of_these_kernels(built):
     """Made anew by `python -m tests.static.nvcc`, with the nvcc that its first line names."""
-    source, report, folder = compiled
+    source, report, folder = built
     found = rows(source, report, folder)
     assert not [row["kernel"] for row in found if row["double"] or row["generic"]]
     title, _, _, *kept = TABLE.read_text().splitlines()

@@ -4,7 +4,15 @@ import torch
 
 from ...core import native
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+class _Codes(dict):
+    """The kernels' numbers of the dtypes."""
+
+    def __missing__(self, dtype):
+        raise TypeError(f"the CUDA kernels take {list(self)}, got {dtype}; float64 runs with impl='reference'")
+
+
+DTYPES = _Codes({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
 
 
 def address(tensor):

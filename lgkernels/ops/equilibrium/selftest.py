@@ -63,7 +63,7 @@ def _energy(impl, device, dtype):
             weights[0][1] = values(16, 16, 2, 2, scale=0.1, **own)
         form = edges, [1.0, 1.0, 2.0, 1.0], "sigmoid", 1.0, False, "mse"
         states = [values(*s, **own).sigmoid() for s in shapes]
-        phases = "asynchronous", 2, 2, [-0.2, 0.2]
+        phases = "asynchronous", 2, 8, [-0.2, 0.2]  # the nudge reaches every layer
         free, settled, nudged, residual = _ops.equilibrium_energy_phases(
             states, x, *weights, None, None, target, *form, *phases, impl
         )
