@@ -52,7 +52,8 @@ LGK_DEVICE float sample_loss(const Head& p, int64_t target, float divisor, float
     loss = warp_cross_entropy(p.num_classes, p.temperature, p.label_smoothing, target, valid, unit, z);
   } else {
     for (int c = lane; c < p.num_classes; c += 32) {
-      const float sigmoid = fminf(fmaxf(z[c] / p.temperature / 4.0f + 0.5f, 0.0f), 1.0f);
+      const float line = z[c] / p.temperature / 4.0f + 0.5f;
+      const float sigmoid = line < 0.0f ? 0.0f : line > 1.0f ? 1.0f : line;  // nan stays
       const float difference = sigmoid - (c == target ? 1.0f : 0.0f);
       loss += difference * difference / classes;
       z[c] = valid ? difference * (2.0f / classes) / unit : 0.0f;
