@@ -22,6 +22,7 @@ def forward_gradient(
     draws: int = 1,
     noise: RandomFeedback | None = None,
     modules: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module] | None = None,
+    separate: bool | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""The loss of any torch module, and an unbiased estimate of its gradients, by forward-mode derivatives alone.
 
@@ -52,7 +53,8 @@ def forward_gradient(
       batch, with more variance. Whether they mix is tried out in each call, by k
       passes in which some samples alone are perturbed, or fewer once they are seen to: the smallest k with
       :math:`\binom{k}{\lfloor k/2 \rfloor} \ge B`, which is 4 for 4 samples, 7 for 32, 10 for 128, 12 for 512. Each
-      sample is once perturbed without each other, so none goes unseen. A mean that is returned costs no such pass.
+      sample is once perturbed without each other, so none goes unseen. A mean that is returned costs no such pass,
+      and neither do losses of which `separate` says whether they mix.
       A layer whose output has not the samples as its first dimension gets the loss of the whole batch as well.
     - **Random layers**: all passes see the same numbers of torch's global generators (dropout's masks); those of
       generators of your own must be the same at each call of `function`. Buffers (running statistics) move as in one
@@ -72,6 +74,8 @@ def forward_gradient(
         noise (RandomFeedback, optional): law "normal" or "sign", of any scale; a call advances it by one step. None:
             normal, seeded by torch's global generator.
         modules (Module, list or dict of them, optional): what the gradients are of, where `function` is no module.
+        separate (bool, optional): whether the n-th of the losses depends on the n-th sample alone. None: tried out.
+            True is believed: where samples mix after all, the estimate is biased.
 
     Returns:
         tuple[Tensor, dict[str, Tensor]]: the mean loss (), and a gradient for each parameter that requires one, by the
@@ -107,7 +111,10 @@ def forward_gradient(
             raise TypeError(f"noise must be a RandomFeedback or None, got {checks.got(noise)}")
         if noise.law not in ("normal", "sign"):
             raise ValueError(f"noise must be of the law 'normal' or 'sign', whose mean is 0, got {noise.law!r}")
-    result = estimate(function, inputs, _named(function, inputs, modules), perturb == "activities", draws, noise)
+    if separate is not None:
+        checks.boolean("separate", separate)
+    named = _named(function, inputs, modules)
+    result = estimate(function, inputs, named, perturb == "activities", draws, noise, separate)
     if noise is not None:
         noise.advance()
     return result

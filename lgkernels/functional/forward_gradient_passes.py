@@ -84,8 +84,10 @@ class Estimate:
         activities: bool,
         draws: int,
         noise: RandomFeedback | None,
+        separate: bool | None,
     ) -> None:
         self.inputs, self.activities, self.draws, self.noise = inputs, activities, draws, noise
+        self.separate = separate
         self.variance = 1.0 if noise is None else noise.scale**2
         self.calls = _Calls(function, list(modules.values()))
         self.modules = {m: prefix + name for prefix, part in modules.items() for name, m in part.named_modules()}
@@ -149,7 +151,9 @@ class Estimate:
             if index == self.draws and not self.layers:
                 break
             if index == 1:
-                of_samples = losses.dim() == 1 and self._are_separate(losses)
+                of_samples = losses.dim() == 1 and (
+                    self._are_separate(losses) if self.separate is None else self.separate
+                )
             before = self.noise_of(2 * index - 1), slopes / slopes.numel() if of_samples else slopes.mean()
             again, slopes = self._pass(index if index < self.draws else None, before)
             self._compare(losses, again)

@@ -183,6 +183,19 @@ def test_batch_normalisation_mixes_in_training_alone():
     assert tried(losses_of(model), image(), TARGET, modules=model) == (3, True)
 
 
+@pytest.mark.parametrize("separate, passes", [(None, 5), (True, 2), (False, 2)])
+def test_what_is_said_of_the_samples_is_not_tried(separate, passes):
+    model, called = CNN(nn.Identity()).double(), []
+
+    def losses(*inputs):
+        called.append(1)
+        return losses_of(model)(*inputs)
+
+    forward_gradient(losses, image(), TARGET, modules=model, separate=separate)
+    assert len(called) == passes
+    check(losses, image(), TARGET, modules=model, separate=separate, draws=128)
+
+
 PAIRS = {
     "within a half": (4, [(0, 1), (2, 3)]),
     "two views": (8, [(i, (i + 4) % 8) for i in range(8)]),
