@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter, UninitializedTensorMixin, is_lazy
+from torch.nn.parameter import Parameter, UninitializedTensorMixin, is_lazy  # type: ignore[attr-defined]
 
 from . import dispatch
 
