@@ -14,6 +14,7 @@ from .hopfield import *
 from .lls import *
 from .local_loss import *
 from .local_loss_infopro import *
+from .local_loss_pooled import *
 from .local_loss_unlabelled import *
 from .random_state import *
 

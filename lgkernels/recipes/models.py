@@ -9,7 +9,7 @@ heads before they are pooled to the size of the latents. Source: the authors' co
 
 import math
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -178,9 +178,9 @@ def with_heads(
     waveform: str = "square",
     impl: str = "auto",
     modulation: str | None = None,
-    control: type[nn.Module] | None = None,
+    control: Callable[..., nn.Module] | None = None,
 ) -> list[nn.Module]:
-    """A table's network, an LLS head in each block, or one of the class `control`."""
+    """A table's network, an LLS head in each block, or what `control` makes of it."""
     common = {"num_classes": num_classes, "temperature": temperature}
     fused = {"waveform": waveform, "impl": impl, "modulation": modulation, **common}
     fused["reduced_rows"] = reduced_rows(model, num_classes)

@@ -113,6 +113,7 @@ CASES = {
     ),
     "fa": lambda: loss_of(lnn.FeedbackAlignmentConv2d(3, 5, 3, padding=1), X.clone().requires_grad_()),
     "local classifier": lambda: head(lambda block: lnn.LocalClassifier(block, 4, 5)),
+    "pooled classifier": lambda: head(lambda block: lnn.PooledClassifier(block, 5, pool_size=2)),
     "predsim": lambda: head(lambda block: lnn.PredSimHead(block, (4, 6, 6), 5)),
     "direct": direct,
     "blockwise": lambda: trained(BlockwiseTrainer, [lnn.LLSConvBlock(3, 6, 3, padding=1, **LLS)]),

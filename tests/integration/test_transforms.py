@@ -140,6 +140,11 @@ MODULES = {  # {public module: (an instance of it, arguments of its forward, the
     "LoKrLinear": (lambda: lnn.LoKrLinear(torch.nn.Linear(6, 4), rank=2), (X,), ("lokr_linear",)),
     "LoRAConv2d": (lambda: lnn.LoRAConv2d(torch.nn.Conv2d(3, 4, 3), rank=2), (IMAGES,), ("lokr_conv2d",)),
     "LoRALinear": (lambda: lnn.LoRALinear(torch.nn.Linear(6, 4), rank=2), (X,), ("lora_linear",)),
+    "PooledClassifier": (
+        lambda: lnn.PooledClassifier(_conv(), 5, pool_size=2),
+        (IMAGES, LABELS),
+        ("local_cross_entropy",),
+    ),
     "LocalClassifier": (lambda: lnn.LocalClassifier(_conv(), 4, 5), (IMAGES, LABELS), ("local_cross_entropy",)),
     "PredSimHead": (
         lambda: lnn.PredSimHead(_conv(), (4, 4, 4), 5),

@@ -49,6 +49,7 @@ CALLS = {
 
 MODULES = {
     "ClassifierBlock": Call(dict(module=torch.nn.Linear(4, 3))),
+    "PooledClassifier": Call(dict(block=torch.nn.Linear(4, 6), num_classes=2, pool_size=3)),
     "LocalClassifier": Call(dict(block=torch.nn.Linear(4, 3), channels=3, num_classes=2)),
     "ForwardForwardLayer": Call(dict(layer=torch.nn.Linear(4, 3)), any_sign=("threshold",)),
     "PredSimHead": Call(dict(block=torch.nn.Linear(4, 3), shape=(3,), num_classes=2)),

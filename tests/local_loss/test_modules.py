@@ -24,6 +24,7 @@ BLOCKS = {
     "predsim-identity": lambda: lnn.PredSimHead(conv(), (8, 5, 5), 5, sim_head="identity", decoder_dim=40),
     "nt_xent": lambda: lnn.ContrastiveHead(conv(), 8, hidden=6, dim=4),
     "supcon": lambda: lnn.ContrastiveHead(conv(), 8, dim=4, loss="supcon"),
+    "pooled": lambda: lnn.PooledClassifier(conv(), 5, pool_size=2, hidden=64),
     "aux": lambda: lnn.LocalClassifier(conv(), 6, 5, aux=nn.Conv2d(8, 6, 3)),
     "reconstruction": lambda: lnn.ReconstructionHead(conv(), 8, 3, hidden=4),
     "barlow": lambda: lnn.BarlowTwinsHead(conv(), 8, hidden=6, dim=4),

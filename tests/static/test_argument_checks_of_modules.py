@@ -247,6 +247,7 @@ def test_a_trainer_bounds_the_norm_by_a_tensor(kind):
 CONVERTED = {  # argument: where the constructor keeps it
     "LoRALinear": "alpha",
     "LocalClassifier": "label_smoothing",
+    "PooledClassifier": "label_smoothing",
     "ForwardForwardLayer": "threshold",
     "PredSimHead": "beta",
     "LLSHead": "temperature",

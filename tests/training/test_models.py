@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lgkernels.nn as lnn
-from lgkernels.recipes import heads, models, networks, rules
+from lgkernels.recipes import models, networks, rules
+from lgkernels.recipes.rules import lls
 
 FEEDBACK = [rule.name for rule in rules.families()["feedback"].RULES]
 FROM_RANDOM_WEIGHTS = [name for name, rule in rules.found().items() if rule.starts != "network" and not rule.models]
@@ -83,17 +84,19 @@ def test_mobilenets_depthwise_padding_is_its_stride():
 
 
 @pytest.mark.parametrize("rule", ["lls-random", "local-classifier"])
-@pytest.mark.parametrize("shape, latents", [((4, 6, 8, 8), 24), ((4, 24), 16)])
+@pytest.mark.parametrize("shape, latents", [((4, 6, 8, 8), 24), ((4, 24), 16), ((4, 7, 6), 12)])
 def test_control_heads_are_the_written_out_loss(rule, shape, latents):
-    pool = 2 if len(shape) == 4 else 16
-    kind = {"lls-random": heads.RandomBasisHead, "local-classifier": heads.LocalClassifierHead}[rule]
+    pool = 16 if len(shape) == 2 else 2
+    kind = {"lls-random": lls.random_basis, "local-classifier": lls.classifier}[rule]
     head = kind(nn.Tanh(), num_classes=5, pool_size=pool, latents=latents, hidden=48, temperature=0.5)
     x, target = torch.randn(shape), torch.tensor([0, 4, 2, 2])
     out, loss = head(x, target)
     matrix = head.basis if rule == "lls-random" else F.adaptive_avg_pool1d(head.weight, latents)
-    pooled = (
-        F.adaptive_avg_pool2d(x.tanh(), pool) if len(shape) == 4 else F.adaptive_avg_pool1d(x.tanh(), pool)
-    ).flatten(1)
+    pooled = {
+        2: lambda a: F.adaptive_avg_pool1d(a, pool),
+        3: lambda a: F.adaptive_avg_pool1d(a.mT, pool),  # over the tokens
+        4: lambda a: F.adaptive_avg_pool2d(a, pool),
+    }[len(shape)](x.tanh()).flatten(1)
     torch.testing.assert_close(loss, F.cross_entropy(pooled @ matrix.t() / 0.5, target))
     assert not out.requires_grad and torch.equal(out, x.tanh())
     assert (len(list(head.parameters())) == 0) == (rule == "lls-random")

@@ -1,16 +1,22 @@
 """LLS, plain and modulated, and its paper's two controls, whose local heads are a random basis and a classifier."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
+from ... import nn as lnn
 from .. import models
-from ..heads import LocalClassifierHead, RandomBasisHead
 from ..options import choice, option, positive
 from . import Measures, Rule, Task, blockwise
 
 ORDER = 10
+
+Control = Callable[..., nn.Module]
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,18 @@ class LLSOptions:
         choice(self, "waveform", ("square", "cosine"))
 
 
-def build(task: Task, modulation: str | None = None, control: type[nn.Module] | None = None) -> list[nn.Module]:
+def random_basis(block: nn.Module, *, latents: int, hidden: int, num_classes: int, **options: Any) -> nn.Module:
+    """LLS with a frozen random basis and without normalisation, as the authors' "LLS_Random"."""
+    basis = F.adaptive_avg_pool1d(0.1 * torch.randn(num_classes, hidden), latents)
+    return lnn.LLSHead(block, num_classes=num_classes, basis=basis, normalize=False, **options)
+
+
+def classifier(block: nn.Module, *, latents: int, **options: Any) -> nn.Module:
+    """The authors' "LocalLosses", which finds the number of its latents itself."""
+    return lnn.PooledClassifier(block, **options)
+
+
+def build(task: Task, modulation: str | None = None, control: Control | None = None) -> list[nn.Module]:
     options = task.options
     return models.with_heads(
         *task.size,
@@ -52,7 +69,7 @@ def signal_macs(task: Task, image_size: int, modulation: str | None = None) -> i
     return total
 
 
-def _rule(name: str, modulation: str | None = None, control: type[nn.Module] | None = None) -> Rule:
+def _rule(name: str, modulation: str | None = None, control: Control | None = None) -> Rule:
     return Rule(
         name,
         functools.partial(build, modulation=modulation, control=control),
@@ -68,6 +85,6 @@ RULES = (
     _rule("lls-m", "vector"),
     _rule("lls-mxm", "matrix"),
     _rule("lls-mxm-reduced", "reduced"),
-    _rule("lls-random", control=RandomBasisHead),
-    _rule("local-classifier", control=LocalClassifierHead),
+    _rule("lls-random", control=random_basis),
+    _rule("local-classifier", control=classifier),
 )
