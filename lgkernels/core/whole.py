@@ -18,6 +18,21 @@ def is_sharded_module(module: nn.Module) -> bool:
     return any("FSDP" in base.__name__ for base in type(module).__mro__)
 
 
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded one, which all ranks ask for together; any other is itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def require_unsharded(model: nn.Module, done: str, first: str) -> None:
+    """Raise where `fully_shard` has taken the model or a part of it: what is `done` to it comes first."""
+    for name, module in model.named_modules():
+        if is_sharded_module(module) or any(map(is_sharded, module.parameters(recurse=False))):
+            raise TypeError(
+                f"model must be {done} before fully_shard shards its parameters, got {name or 'it'!r}, a "
+                f"{type(module).__name__} that is sharded: {first}, then fully_shard"
+            )
+
+
 def require_whole(name: str, parameters: Iterable[torch.Tensor], who: str) -> None:
     """Raise where `who` would be given a sharded parameter."""
     for parameter in parameters:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..core import checks, constructors, names
+from ..core.whole import require_unsharded
 from . import adapter_wrap as wrap_
 from .adapter_base import DEFAULT, Adapter
 from .adapter_files import load_adapter, save_adapter
@@ -152,6 +153,7 @@ def adapt(
         ['0.a', '0.b', '2.weight', '2.bias']
     """
     constructors.module("model", model)
+    require_unsharded(model, "adapted", "adapt first")
     checks.choice("kind", kind, tuple(wrap_.KINDS))
     checks.boolean("train_norm", train_norm)
     checks.boolean("verbose", verbose)
@@ -274,6 +276,8 @@ class disable_adapter:
 def merge(model: nn.Module) -> nn.Module:
     """`merge()` of every layer in `model` that has adapters. Returns the model."""
     constructors.module("model", model)
+    if wrap_.adapted(model):
+        require_unsharded(model, "merged", "save_adapter gathers the factors, load_adapter and merge them on one device")
     for first in wrap_.adapted(model).values():
         first.merge()
     return model

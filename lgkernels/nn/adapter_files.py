@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks, constructors, names
+from ..core.whole import gathered, require_unsharded
 from . import adapter_lycoris, adapter_peft
 from . import adapter_wrap as wrap
 from .adapter_base import DEFAULT
@@ -111,6 +112,7 @@ def load_adapter(
     constructors.module("model", model)
     text = _path(path)
     _checked(convention, prefix)
+    require_unsharded(model, "given its adapter", "load_adapter first")
     constructors.flags(is_trainable=is_trainable, autocast_adapter_dtype=autocast_adapter_dtype)
     wrap.check_new_name(model, adapter_name)
     modules = wrap.layers(model)
@@ -233,7 +235,7 @@ def save_adapter(
             if getattr(wrap.layers(model)[at], "merged", False):
                 raise ValueError(f"model must not be merged, got {at!r} merged: unmerge(model) first")
         modules = {name: wrap.layer_of(module) for name, module in wrap.layers(model).items()}
-        full = {f"{at}.{k}": v.cpu() for at in saved for k, v in modules[at].state_dict().items()}
+        full = {f"{at}.{k}": gathered(v).cpu() for at in saved for k, v in modules[at].state_dict().items()}
         config, tensors = adapter_peft.write(parts, full, modules, saved)
         if os.path.exists(text) and not os.path.isdir(text):
             raise ValueError(f"path must be a folder with convention='peft', got {text!r}, which is a file")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.whole import gathered
 from .adapter_base import Adapter
 from .adapter_wrap import adapter_of
 
@@ -163,7 +164,7 @@ def adapter_from(part: Part, layer: nn.Module, autocast_adapter_dtype: bool) -> 
 def part_from(adapter: Any) -> Part:
     """Of an adapter in a model."""
     kind = "lora" if "a" in adapter._parameters else "lokr"
-    factors = {name: p.detach().cpu() for name, p in adapter._parameters.items()}
+    factors = {name: gathered(p.detach()).cpu() for name, p in adapter._parameters.items()}
     dropouts = {
         name: getattr(adapter, name) for name in ("dropout", "rank_dropout", "module_dropout") if hasattr(adapter, name)
     }

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..core import constructors
 from ..core.float64 import double
+from ..core.whole import gathered
 from .feedback_layer import FeedbackLayer
 
 __all__ = ["alignment", "weight_ratio"]
@@ -18,11 +19,12 @@ _ELEMENTS_AT_ONCE = 1 << 20
 @torch.no_grad()
 def _products(layer: FeedbackLayer) -> list[float]:
     """<W, F>, |W|^2, |F|^2 in float64, over blocks of rows: F exists a block at a time."""
-    weight = layer.weight.detach().flatten(1)
+    whole = gathered(layer.weight.detach())
+    weight = whole.flatten(1)
     at_once = max(1, _ELEMENTS_AT_ONCE // max(weight.shape[1], 1))
     total: Any = 0.0
     for start in range(0, weight.shape[0], at_once):
-        feedback = double(layer.feedback_rows(start, min(start + at_once, weight.shape[0])))
+        feedback = double(layer.feedback_rows(start, min(start + at_once, weight.shape[0]), whole))
         w = double(weight[start : start + at_once])
         total = total + torch.stack(((w * feedback).sum(), w.square().sum(), feedback.square().sum()))
     return total.tolist() if len(weight) else [0.0, 0.0, 0.0]
@@ -39,7 +41,8 @@ def alignment(model: nn.Module) -> dict[str, float]:
     0 is back-propagation, 90 unrelated feedback; cos = <W, F> / (|W| |F|). F is made a block of rows at a time.
 
     Args:
-        model (nn.Module): a model with layers of :func:`lgkernels.nn.convert`, or such a layer.
+        model (nn.Module): a model with layers of :func:`lgkernels.nn.convert`, or such a layer. Where `fully_shard` has
+            sharded it, all ranks call this together.
 
     Returns:
         dict: qualified name -> float; nan where W or F is zero.

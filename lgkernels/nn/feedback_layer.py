@@ -128,10 +128,11 @@ class FeedbackLayer(Carried):
         """F as it is now, a new tensor like the weight in `dtype` (default: the weight's)."""
         return self.feedback_rows(0, self.weight.shape[0]).view(self.weight.shape).to(dtype or self.weight.dtype)
 
-    def feedback_rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of F as a (out, rest) matrix, float32 (float64 for a float64 weight)."""
+    def feedback_rows(self, start: int, stop: int, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows [start, stop) of F as a (out, rest) matrix, float32 (float64 for a float64 weight). `weight`: the whole
+        of one that is sharded."""
         formula, tensors = self._formula()
-        return _feedback.weight_rows(self.weight, formula, start, stop, **tensors, impl=self.impl)
+        return _feedback.weight_rows(self.weight if weight is None else weight, formula, start, stop, **tensors, impl=self.impl)
 
     def reset_parameters(self) -> None:
         """As torch's layer; the random values return to their step 0."""

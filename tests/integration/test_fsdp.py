@@ -204,6 +204,44 @@ def test_convert_of_signs_comes_before(mesh):
         lnn.convert(model, "signed_init", signs="weight", verbose=False)
 
 
+@pytest.mark.parametrize("each", [True, False], ids=["layers", "whole"])
+def test_adapters_come_before_and_are_saved_whole(each, mesh, tmp_path):
+    def mlp():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def sharded(model):
+        for layer in model if each else ():
+            if list(layer.parameters()):
+                shard(layer, mesh)
+        return shard(model, mesh)
+
+    x = torch.randn(4, 6)
+    model = sharded(lnn.adapt(mlp(), "lora", train_head=["2"], rank=2, verbose=False))
+    optimizer = sgd([p for p in model.parameters() if p.requires_grad])
+    for _ in range(2):
+        model(x).square().mean().backward()
+        optimizer.step()
+    lnn.save_adapter(model, tmp_path / "adapter")
+    expected = model(x)
+    torch.testing.assert_close(lnn.load_adapter(mlp(), tmp_path / "adapter")(x), expected)
+    with pytest.raises(TypeError, match="model must be merged before fully_shard .* save_adapter gathers"):
+        lnn.merge(model)
+    with pytest.raises(TypeError, match="model must be adapted before fully_shard .* adapt first, then"):
+        lnn.adapt(model, "lora", adapter_name="second", verbose=False)
+    with pytest.raises(TypeError, match="model must be given its adapter before fully_shard"):
+        lnn.load_adapter(sharded(mlp()), tmp_path / "adapter")
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_alignment_gathers(rule, mesh):
+    model = lnn.convert(nn.Sequential(*plain()), rule, verbose=False, **RULES[rule])
+    expected = lnn.alignment(model), lnn.weight_ratio(model)
+    shard(model, mesh)
+    assert (lnn.alignment(model), lnn.weight_ratio(model)) == expected
+
+
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_model_that_is_sharded_after_the_optimizer(steps, mesh):
     model = nn.Linear(4, 3)
