@@ -277,7 +277,7 @@ def merge(model: nn.Module) -> nn.Module:
     """`merge()` of every layer in `model` that has adapters. Returns the model."""
     constructors.module("model", model)
     if wrap_.adapted(model):
-        require_unsharded(model, "merged", "save_adapter gathers the factors, load_adapter and merge them on one device")
+        require_unsharded(model, "merged", "save_adapter, load_adapter into the whole model, merge")
     for first in wrap_.adapted(model).values():
         first.merge()
     return model

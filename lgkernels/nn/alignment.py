@@ -19,12 +19,11 @@ _ELEMENTS_AT_ONCE = 1 << 20
 @torch.no_grad()
 def _products(layer: FeedbackLayer) -> list[float]:
     """<W, F>, |W|^2, |F|^2 in float64, over blocks of rows: F exists a block at a time."""
-    whole = gathered(layer.weight.detach())
-    weight = whole.flatten(1)
+    weight = gathered(layer.weight.detach()).flatten(1)
     at_once = max(1, _ELEMENTS_AT_ONCE // max(weight.shape[1], 1))
     total: Any = 0.0
     for start in range(0, weight.shape[0], at_once):
-        feedback = double(layer.feedback_rows(start, min(start + at_once, weight.shape[0]), whole))
+        feedback = double(layer.feedback_rows(start, min(start + at_once, weight.shape[0])))
         w = double(weight[start : start + at_once])
         total = total + torch.stack(((w * feedback).sum(), w.square().sum(), feedback.square().sum()))
     return total.tolist() if len(weight) else [0.0, 0.0, 0.0]

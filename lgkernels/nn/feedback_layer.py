@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from ..core import checks, constructors
 from ..core.autograd import exporting
 from ..core.carried import Carried
+from ..core.whole import gathered
 from ..ops.feedback import autograd as _feedback
 from ..ops.feedback.options import Formula
 from ..random import VALUES_PER_CALL, Law, RandomFeedback
@@ -128,11 +129,10 @@ class FeedbackLayer(Carried):
         """F as it is now, a new tensor like the weight in `dtype` (default: the weight's)."""
         return self.feedback_rows(0, self.weight.shape[0]).view(self.weight.shape).to(dtype or self.weight.dtype)
 
-    def feedback_rows(self, start: int, stop: int, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows [start, stop) of F as a (out, rest) matrix, float32 (float64 for a float64 weight). `weight`: the whole
-        of one that is sharded."""
+    def feedback_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of F as a (out, rest) matrix, float32 (float64 for a float64 weight)."""
         formula, tensors = self._formula()
-        return _feedback.weight_rows(self.weight if weight is None else weight, formula, start, stop, **tensors, impl=self.impl)
+        return _feedback.weight_rows(gathered(self.weight), formula, start, stop, **tensors, impl=self.impl)
 
     def reset_parameters(self) -> None:
         """As torch's layer; the random values return to their step 0."""
