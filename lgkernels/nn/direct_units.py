@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..core import checks, constructors, names
-from ..core.autograd import apply, first_order_only
+from ..core.autograd import apply, first_order_only, refuse_transforms
 from .direct import DirectFeedback
 from .layer_list import Named, layers_of, starts_of
 from .random_state import name_without_wrappers
@@ -115,6 +115,7 @@ class _Begun:
     def __call__(self, layer: nn.Module, arguments: Any, out: Any) -> None:
         h = out if isinstance(out, Tensor) else out[0]
         if torch.is_grad_enabled() and not h.requires_grad and any(p.requires_grad for p in layer.parameters()):
+            refuse_transforms("convert(model, 'dfa')")
             raise RuntimeError(_REENTRANT)
 
 

@@ -351,6 +351,13 @@ def test_bad_arguments(given, error, message):
     assert not places(model) and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("transform", [torch.vmap, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))])
+def test_transforms_are_refused_by_name(transform):
+    model, (x, _) = convert(mlp(), "dfa", verbose=False), data()
+    with pytest.raises(NotImplementedError, match=r"convert\(model, 'dfa'\) does not support torch.func"):
+        transform(model)(x)
+
+
 def test_dense_predictions_are_refused():
     model = convert(nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1)), "dfa", verbose=False)
     with pytest.raises(ValueError, match=r"output must give \(B, C\), or \(B, T, C\) for tokens, got a "):
