@@ -7,6 +7,8 @@ namespace lgk {
 enum class StateActivation : int { kSigmoid, kDsilu, kHardSigmoid, kClippedRelu };
 enum class StateLoss : int { kCrossEntropy, kMse };
 enum class StateSchedule : int { kSynchronous, kAsynchronous };
+// Of all phases the states; of a tangent, or of a circle of nudges, the error of the activities.
+enum class StateWanted : int { kStates, kTangent, kError };
 
 struct Settling {
   StateActivation activation;
@@ -20,7 +22,7 @@ struct Settling {
 struct StateLayer {
   int64_t units;
   const float* drive;  // (samples, units), or null: 0
-  const float* start;  // (rows, units); of a tangent (samples, units)
+  const float* start;  // (rows, units); of an error (samples, units): the free state
   float* result;       // the same: the states, or the error
 };
 

@@ -2,7 +2,7 @@
 #include "equilibrium/cpu/kernels.h"
 #include "equilibrium/options_bindings.h"
 
-LGK_TUPLE(lgk::cpu::StatePhases, 5)
+LGK_TUPLE(lgk::cpu::StatePhases, 6)
 LGK_TUPLE(lgk::cpu::StateReport, 3)
 LGK_WORDS(lgk::cpu::StatePool, "max", "softmax")
 LGK_TUPLE(lgk::cpu::PooledEdge, 7)

@@ -6,12 +6,12 @@
 
 namespace lgk::cpu {
 
-// The rows of a state: [phase][sample] of the real phases, then [phase][Re, Im][sample]. `tangent`: one phase, rows of
-// samples, and the derivative of its activities by beta at 0 is wanted.
+// The rows of a state: [phase][sample] of the real phases, then [phase][Re, Im][sample]. A tangent is one phase that is
+// not real: the derivative by beta at 0 goes along.
 struct StatePhases {
   int64_t samples, phases, real_phases;
-  const float* beta;  // (phases, Re and Im)
-  bool tangent;
+  const float *beta, *share;  // (phases, Re and Im); of an error, what r - phi(start) counts in it: Re r a + Im r b
+  StateWanted wanted;
 };
 
 struct StateReport {  // (phases, samples)

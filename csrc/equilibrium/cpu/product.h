@@ -24,7 +24,7 @@ inline int64_t panel_columns(int64_t left) { return left > V ? 2 * V : V; }
 inline void pack_panels(const float* matrix, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns,
                         int64_t first, int64_t total, float* panels, int threads) {
   const int64_t count = (columns + 2 * V - 1) / (2 * V);
-  parallel(count, depth * columns, threads, [&](int64_t begin, int64_t end, int) {
+  parallel(count, depth * columns / 8, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t j = begin * 2 * V; j < smaller(end * 2 * V, columns); j += 2 * V) {
       const int64_t width = panel_columns(columns - j), real = smaller(columns - j, width);
       float* panel = panels + j * total + first * width;

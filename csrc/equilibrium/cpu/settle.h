@@ -1,6 +1,6 @@
-// Dense nets that settle. Weights are packed once; rows are independent, so each thread takes chunks of them through
-// all steps by itself, their states in its cache. A complex sample (Re, Im), and one with its tangent, is a pair of
-// rows.
+// Dense nets that settle. Weights are packed once; rows are independent, so each thread takes chunks of samples, of all
+// phases, through all steps by itself, their states in its cache. A complex sample (Re, Im), and one with its tangent,
+// is a pair of rows. Of an error the last step's activities are added up where they lie: no phase's states are stored.
 //
 // With a tolerance the net stops at the first step at which all samples have settled: every chunk goes on to its own
 // first, then to the latest of these and its own first from there on, until they agree.
@@ -8,52 +8,12 @@
 #include <cmath>
 #include <memory>
 
+#include "equilibrium/cpu/chunk.h"
 #include "equilibrium/cpu/force.h"
-#include "equilibrium/cpu/product.h"
 
 namespace lgk::cpu::LGK_ISA {
 
 constexpr int64_t kChunkRows = 96;
-constexpr int64_t kApart = 16;  // floats between rows, so that they do not all fall into the same lines of the cache
-
-enum class StatePair : int { kNone, kComplex, kTangent };
-
-struct PlacedLayer {
-  int64_t column, depth;  // where its units lie in a row; the rows of its panels
-  float* panels;
-};
-
-// What all chunks share. Rows are counted as they lie here: real ones, then pairs.
-struct Settlement {
-  const StateNet& net;
-  const StatePhases& phases;
-  const Settling& options;
-  const StateReport& report;
-  PlacedLayer* placed;
-  float *drive, *readout;  // (samples, stride); the readout's panels
-  int64_t stride, logits;  // floats of a row; of the nudge's row, 0: there is none
-  int64_t real, rows;
-
-  int last() const { return net.layer_count - 1; }
-  bool by_readout() const { return logits && options.loss == StateLoss::kCrossEntropy && net.readout.weight; }
-  int64_t phase_and_sample(int64_t row) const { return row < real ? row : real + (row - real) / 2; }
-  // the row of a layer's tensors; of the second of a pair
-  int64_t outer(int64_t row) const {
-    const int64_t item = phase_and_sample(row);
-    if (row < real || phases.tangent) return item;
-    return real + (item - real) / phases.samples * 2 * phases.samples + (row - real) % 2 * phases.samples +
-           item % phases.samples;
-  }
-};
-
-struct Chunk {
-  int64_t begin, rows, real;           // its first row; its rows, of which the first `real` ones are real
-  float *u[3], *r[2], *moved, *nudge;  // moved: sums of squares, of a pair in its first row
-  Operand* operands;
-  int current[2];  // which r the even and odd layers have
-  int64_t taken;
-  bool done;
-};
 
 // -- a step -----------------------------------------------------------------------------------------------------------
 
@@ -76,12 +36,11 @@ inline void nudge_rows(const Settlement& s, Chunk& c) {
     for (int64_t i = 0; i < c.rows; ++i) std::memcpy(c.nudge + i * s.logits, r + i * s.stride, n * sizeof(float));
   }
   for (int64_t i = 0; i < c.rows; i += i < c.real ? 1 : 2) {
-    const int64_t item = s.phase_and_sample(c.begin + i);
-    const float* goal = readout.goal + item % s.phases.samples * n;
-    const float* beta = s.phases.beta + 2 * (item / s.phases.samples);
+    const float* goal = readout.goal + c.at[i].sample * n;
+    const float* beta = s.phases.beta + 2 * (c.at[i].item / s.phases.samples);
     float *z = c.nudge + i * s.logits, *second = z + s.logits;
     for (int64_t j = 0; j < n && !mse && readout.bias; ++j) z[j] += readout.bias[j];
-    if (i >= c.real && !s.phases.tangent) {
+    if (i >= c.real && !s.tangent()) {
       nudge_complex(z, second, n, goal, mse, beta);
       continue;
     }
@@ -89,19 +48,6 @@ inline void nudge_rows(const Settlement& s, Chunk& c) {
     if (i < c.real) continue;
     std::memcpy(second, z, n * sizeof(float));
     std::memset(z, 0, n * sizeof(float));
-  }
-}
-
-template <StateActivation A, StatePair PAIR>
-LGK_INLINE void activate(float* r, int64_t apart, vf first_row, vf second_row) {
-  if constexpr (PAIR == StatePair::kNone) {
-    store(r, activity<A>(first_row));
-  } else if constexpr (PAIR == StatePair::kTangent) {
-    store(r, activity<A>(first_row));
-    store(r + apart, slope<A>(first_row) * second_row);
-  } else {
-    const Complex z = complex_activity<A>({first_row, second_row});
-    store(r, z.re), store(r + apart, z.im);
   }
 }
 
@@ -116,7 +62,7 @@ inline void finish_states(const Settlement& s, const Chunk& c, int layer, int64_
   float *now = c.u[(c.taken + 1) % 3], *before = c.u[c.taken % 3], *earlier = c.u[(c.taken + 2) % 3];
   for (int64_t i = row; i < row + rows; i += kRows, tile += kRows * vectors * V) {
     const int64_t at = i * s.stride + place;
-    const float* drive = s.drive + s.phase_and_sample(c.begin + i) % s.phases.samples * s.stride + place;
+    const float* drive = s.drive + c.at[i].sample * s.stride + place;
     vf sums[2] = {};
     for (int n = 0; n < vectors; ++n) {
       vf u[2] = {load(tile + n * V) + load(drive + n * V)};
@@ -160,7 +106,7 @@ inline void step_layer(const Settlement& s, Chunk& c, int layer, bool record, bo
   using Tangent = std::integral_constant<StatePair, StatePair::kTangent>;
   using Imaginary = std::integral_constant<StatePair, StatePair::kComplex>;
   multiply_panels(0, c.real, 1, c.operands, count, p.panels, p.depth, units, finish(None()));
-  if (s.phases.tangent)
+  if (s.tangent())
     multiply_panels(c.real, c.rows, 2, c.operands, count, p.panels, p.depth, units, finish(Tangent()));
   else if constexpr (A == StateActivation::kSigmoid || A == StateActivation::kDsilu)
     multiply_panels(c.real, c.rows, 2, c.operands, count, p.panels, p.depth, units, finish(Imaginary()));
@@ -171,7 +117,7 @@ inline bool judge(const Settlement& s, const Chunk& c) {
   bool all = true;
   const float tolerance = s.options.tolerance;
   for (int64_t i = 0; i < c.rows; i += i < c.real ? 1 : 2) {
-    const int64_t item = s.phase_and_sample(c.begin + i);
+    const int64_t item = c.at[i].item;
     float norms[2];
     for (int k = 0; k < 2; ++k) norms[k] = std::sqrt(sum(load(c.moved + (i * 2 + k) * V)));
     if (c.taken < 2) norms[1] = INFINITY;
@@ -208,111 +154,47 @@ inline void advance(const Settlement& s, Chunk& c, int64_t least) {
   }
 }
 
-// -- before and after -------------------------------------------------------------------------------------------------
-
-template <StateActivation A>
-inline void begin_rows(const Settlement& s, Chunk& c) {
-  std::memset(c.u[0], 0, c.rows * s.stride * sizeof(float));
-  std::memset(c.nudge, 0, c.rows * s.logits * sizeof(float));
-  for (int layer = 0; layer < s.net.layer_count; ++layer) {
-    const StateLayer& own = s.net.layers[layer];
-    for (int64_t i = 0; i < c.rows; ++i)
-      if (i < c.real || !s.phases.tangent || (i - c.real) % 2 == 0)
-        std::memcpy(c.u[0] + i * s.stride + s.placed[layer].column, own.start + s.outer(c.begin + i) * own.units,
-                    own.units * sizeof(float));
-  }
-  for (int64_t i = 0; i < c.rows; i += i < c.real ? 1 : 2)
-    for (int64_t j = 0; j < s.stride; j += V) {
-      const float* u = c.u[0] + i * s.stride + j;
-      float* r = c.r[0] + i * s.stride + j;
-      if (i < c.real)
-        activate<A, StatePair::kNone>(r, s.stride, load(u), vf{});
-      else if (s.phases.tangent)
-        activate<A, StatePair::kTangent>(r, s.stride, load(u), load(u + s.stride));
-      else
-        activate<A, StatePair::kComplex>(r, s.stride, load(u), load(u + s.stride));
-    }
-  for (int64_t i = 0; i < c.rows; i += i < c.real ? 1 : 2) {
-    const int64_t item = s.phase_and_sample(c.begin + i);
-    s.report.steps[item] = INT64_MAX;
-    s.report.residual[item] = s.phases.tangent && !s.options.steps ? 0.f : INFINITY;
-    s.report.orbit[item] = INFINITY;
-  }
-}
-
-inline void end_rows(const Settlement& s, const Chunk& c) {
-  for (int layer = 0; layer < s.net.layer_count; ++layer) {
-    const StateLayer& own = s.net.layers[layer];
-    const float* from =
-        (s.phases.tangent ? c.r[c.current[layer % 2]] + s.stride : c.u[c.taken % 3]) + s.placed[layer].column;
-    for (int64_t i = 0; i < c.rows; i += s.phases.tangent ? 2 : 1)
-      std::memcpy(own.result + s.outer(c.begin + i) * own.units, from + i * s.stride, own.units * sizeof(float));
-  }
-  for (int64_t i = 0; i < c.rows; i += i < c.real ? 1 : 2) {
-    int64_t& steps = s.report.steps[s.phase_and_sample(c.begin + i)];
-    steps = smaller(steps, c.taken);
-  }
-}
-
-// Weights and drive to where the steps read them.
-inline void place(const Settlement& s, int threads) {
-  for (int layer = 0; layer < s.net.layer_count; ++layer) {
-    const PlacedLayer& p = s.placed[layer];
-    const StateLayer& own = s.net.layers[layer];
-    int64_t row = 0;
-    for (const StateEdge* e = s.net.edges; e < s.net.edges + s.net.edge_count; ++e) {
-      if (e->target != layer) continue;
-      const int64_t depth = s.net.layers[e->source].units;
-      pack_panels(e->weight, own.units, 1, depth, own.units, row, p.depth, p.panels, threads);
-      row += depth;
-    }
-    const StateReadout& readout = s.net.readout;
-    if (layer == s.last() && s.by_readout()) {
-      pack_panels(readout.weight, 1, readout.classes, readout.classes, own.units, row, p.depth, p.panels, threads);
-      pack_panels(readout.weight, readout.classes, 1, own.units, readout.classes, 0, own.units, s.readout, threads);
-    }
-    for (int64_t i = 0; i < s.phases.samples; ++i) {
-      float* to = s.drive + i * s.stride + p.column;
-      std::memset(to, 0, rounded(own.units, kApart) * sizeof(float));
-      if (own.drive) std::memcpy(to, own.drive + i * own.units, own.units * sizeof(float));
-    }
-  }
-}
+// -- all steps of all chunks ------------------------------------------------------------------------------------------
 
 template <StateActivation A>
 inline int settle_rows(const Settlement& s, int threads) {
-  const int64_t width = rounded(5 * s.stride + s.logits + 2 * V, kApart);
-  int64_t chunks = smaller((s.rows + kChunkRows * threads - 1) / (kChunkRows * threads) * threads, s.rows);
-  Scratch memory(width * ((s.rows + chunks - 1) / chunks + 1), static_cast<int>(chunks));
+  const int64_t samples = s.phases.samples, each = s.rows_each(), rows = samples * each;
+  const int64_t width = rounded(5 * s.stride + s.logits + 2 * V, kApart), operand_count = s.net.edge_count + 1;
+  const int64_t chunks = smaller((rows + kChunkRows * threads - 1) / (kChunkRows * threads) * threads, samples);
+  const int64_t most = (samples + chunks - 1) / chunks * each;
+  const bool tolerant = s.options.tolerance >= 0;  // then a chunk may have to go on when the others are done
+  const int64_t kept = tolerant ? chunks : smaller(chunks, threads);
+  Scratch memory(width * most, static_cast<int>(kept));
   const std::unique_ptr<Chunk[]> all(new Chunk[chunks]());
-  const std::unique_ptr<Operand[]> operands(new Operand[chunks * (s.net.edge_count + 1)]);
+  const std::unique_ptr<Operand[]> operands(new Operand[kept * operand_count]);
+  const std::unique_ptr<RowPlace[]> places(new RowPlace[kept * most]);
   if (!memory) return 1;
-  const auto edge = [&](int64_t i) {  // between chunks, not within a pair
-    const int64_t row = s.rows * i / chunks;
-    return row > s.real ? row - (row - s.real) % 2 : row;
-  };
-  for (int64_t i = 0; i < chunks; ++i) {
+  const auto begin_chunk = [&](int64_t i, int64_t place) {
     Chunk& c = all[i];
-    c.begin = edge(i), c.rows = edge(i + 1) - c.begin;
-    c.real = c.begin < s.real ? smaller(s.real - c.begin, c.rows) : 0;
-    c.operands = operands.get() + i * (s.net.edge_count + 1);
-    float* p = memory.of(static_cast<int>(i));
+    c.first = samples * i / chunks, c.samples = samples * (i + 1) / chunks - c.first;
+    c.rows = c.samples * each, c.real = c.samples * s.phases.real_phases;
+    c.operands = operands.get() + place * operand_count, c.at = places.get() + place * most;
+    float* p = memory.of(static_cast<int>(place));
     for (float*& part : c.u) part = p, p += c.rows * s.stride;
     for (float*& part : c.r) part = p, p += c.rows * s.stride;
     c.moved = p, p += c.rows * 2 * V;
     c.nudge = p;
-  }
+    place_rows(s, c);
+    begin_rows<A>(s, c);
+  };
   int64_t work = 0;
   for (int layer = 0; layer < s.net.layer_count; ++layer)
-    work += s.rows * (s.placed[layer].depth + 1) * s.net.layers[layer].units;
+    work += rows * (s.placed[layer].depth + 1) * s.net.layers[layer].units;
   work *= smaller(s.options.steps, 1024) + 1;
   for (int64_t least = -1;;) {
-    parallel(chunks, work, threads, [&](int64_t begin, int64_t end, int) {
+    parallel(chunks, work, threads, [&](int64_t begin, int64_t end, int thread) {
       for (int64_t i = begin; i < end; ++i) {
-        if (least < 0) begin_rows<A>(s, all[i]);
+        if (least < 0) begin_chunk(i, tolerant ? i : thread);
         advance<A>(s, all[i], least);
+        if (!tolerant) end_rows<A>(s, all[i]);
       }
     });
+    if (!tolerant) return 0;
     int64_t latest = 0;
     bool agreed = true;
     for (int64_t i = 0; i < chunks; ++i) latest = all[i].taken > latest ? all[i].taken : latest;
@@ -320,16 +202,14 @@ inline int settle_rows(const Settlement& s, int threads) {
     if (agreed) break;
     least = latest;
   }
-  for (int64_t i = 0; i < chunks; ++i) end_rows(s, all[i]);
+  for (int64_t i = 0; i < chunks; ++i) end_rows<A>(s, all[i]);
   return 0;
 }
 
 inline int settle(const StateNet& net, const StatePhases& phases, const Settling& options, const StateReport& report,
                   int threads) {
   const int last = net.layer_count - 1;
-  const int64_t items = phases.phases * phases.samples;
-  Settlement s = {net, phases, options, report, nullptr, nullptr, nullptr, 0, 0, 0, 0};
-  s.real = phases.real_phases * phases.samples, s.rows = 2 * items - s.real;
+  Settlement s = {net, phases, options, report, nullptr, nullptr, nullptr, 0, 0};
   if (net.readout.goal)
     s.logits = rounded(options.loss == StateLoss::kMse ? net.layers[last].units : net.readout.classes, kApart) + kApart;
   const std::unique_ptr<PlacedLayer[]> placed(new PlacedLayer[net.layer_count]());

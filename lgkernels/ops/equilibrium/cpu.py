@@ -14,6 +14,7 @@ from ..common.cpu import address
 from . import conv_cpu, energy, energy_cpu, reference
 from . import torch as lean
 from .dense_net import dense_net
+from .options import circle, one_phase, shares
 from .torch import by_phase, energy_gradients, homeostasis
 
 __all__ = ["energy_gradients", "energy_phases", "error", "homeostasis", "settle"]
@@ -27,10 +28,16 @@ def _by_kernel(state):
     return state[0].dim() == 2 and all(v.numel() for v in state)
 
 
-def _run(state, drive, net, target, phases, options):
-    """`(results, steps, residual, orbit)`; phases: `(samples, phases, real ones, beta (phases, 2), tangent)`."""
-    samples, many, *_ = phases
+def _pairs(numbers):
+    """(numbers, Re and Im)"""
+    return torch.tensor([[n.real, n.imag] for n in numbers], dtype=torch.float32)
+
+
+def _run(state, drive, net, target, phases, options, wanted, shares=()):
+    """`(results, steps, residual, orbit)`; wanted: StateWanted of options.h."""
+    samples, many = len(drive[0]), phases.many
     dense = dense_net(state, drive, net, target)
+    beta, share = _pairs(phases.betas), _pairs(shares)
     steps = torch.empty(many, samples, dtype=torch.int64)
     residual, orbit = (torch.empty(many, samples) for _ in range(2))
     tolerance = -1.0 if options.tolerance is None else options.tolerance
@@ -38,7 +45,7 @@ def _run(state, drive, net, target, phases, options):
         dense.layers,
         dense.edges,
         dense.readout,
-        (samples, many, phases[2], address(phases[3]), phases[4]),
+        (samples, many, phases.real_phases, address(beta), address(share), wanted),
         (*options[:4], tolerance),
         tuple(map(address, (steps, residual, orbit))),
         threads(),
@@ -54,14 +61,17 @@ def settle(state, drive, net, target, phases, options):
         return conv_cpu.settle(state, drive, net, target, phases, options)
     if not _by_kernel(state):
         return lean.settle(state, drive, net, target, phases, options)
-    beta = torch.tensor([phases.beta_real, phases.beta_imag], dtype=torch.float32).t().contiguous()
-    samples = len(state[0]) // phases.rows
-    return _run(state, drive, net, target, (samples, phases.many, phases.real_phases, beta, False), options)
+    return _run(state, drive, net, target, phases, options, "states")
 
 
 def error(state, drive, net, target, beta, points, options):
-    if points or not _by_kernel(state):
+    if not _by_kernel(state) or points and options.tolerance is not None:
         return reference.error(state, drive, net, target, beta, points, options, settle)
-    options = options._replace(schedule="synchronous", tolerance=None)
-    e, _, residual, _ = _run(state, drive, net, target, (len(state[0]), 1, 0, torch.zeros(1, 2), True), options)
+    if points:
+        phases = circle(beta, points)
+        own = options, "error", shares(phases, points)
+    else:
+        phases = one_phase(0j)
+        own = options._replace(schedule="synchronous", tolerance=None), "tangent"
+    e, _, residual, _ = _run(state, drive, net, target, phases, *own)
     return e, residual

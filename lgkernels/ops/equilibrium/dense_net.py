@@ -19,7 +19,9 @@ class DenseNet(NamedTuple):
 
 
 def _floats(tensor):
-    return None if tensor is None else tensor.detach().float().contiguous()
+    if tensor is None or tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.detach().float().contiguous()
 
 
 def dense_net(state, drive, net, target):

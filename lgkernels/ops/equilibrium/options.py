@@ -83,3 +83,10 @@ def circle(beta: float, points: int) -> Phases:
         [0.0] * len(real) + [beta * a.imag for a in angles],
         len(real),
     )
+
+
+def shares(phases: Phases, points: int) -> list[complex]:
+    """What the difference of a phase's activities to the free state's counts in the error, as Re r a + Im r b of a
+    share a + b i: by conjugate symmetry a complex phase stands for two of the points."""
+    doubled = [1] * phases.real_phases + [2] * (phases.many - phases.real_phases)
+    return [many / (points * beta.conjugate()) for many, beta in zip(doubled, phases.betas)]

@@ -1,0 +1,89 @@
+"""The error from a circle of nudges by every backend: the Fourier sum, and what it keeps in memory."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lgkernels.ops.equilibrium import reference
+from lgkernels.ops.equilibrium.options import Settling, circle, one_phase
+from tests.conftest import backend_module
+from tests.equilibrium.test_settling import CHAIN, LOOP, cast, check, problem
+
+pytestmark = pytest.mark.op("equilibrium_settle")
+
+
+@pytest.fixture
+def module(backend):
+    return backend_module("equilibrium", backend)
+
+
+def circle_problem(points, samples=5, sizes=(9, 20, 5), edges=CHAIN, classes=7, steps=4, loss="cross_entropy"):
+    options = Settling("sigmoid", loss, "synchronous", steps, None)
+    state, drive, net, target, _, _ = problem(sizes, samples, one_phase(1.0), options, edges, classes)
+    return state, drive, net, target, 0.3, points, options
+
+
+def test_the_sum_over_a_circle(module):
+    """Of real phases, of one, of complex ones, of no step, of both losses; more samples than a chunk has."""
+    for points, samples, steps, edges, loss in (
+        (1, 5, 4, CHAIN, "cross_entropy"),
+        (2, 130, 4, CHAIN, "cross_entropy"),
+        (3, 5, 4, LOOP, "mse"),
+        (6, 70, 4, LOOP, "cross_entropy"),
+        (4, 1, 1, CHAIN, "mse"),
+        (6, 5, 0, CHAIN, "cross_entropy"),
+    ):
+        check(module, circle_problem(points, samples=samples, steps=steps, edges=edges, loss=loss), "error")
+
+
+def test_the_other_activations(module):
+    for activation, points in (("dsilu", 5), ("hard_sigmoid", 2), ("clipped_relu", 1)):
+        *args, options = circle_problem(points)
+        check(module, (*args, options._replace(activation=activation)), "error")
+
+
+class _Tensors(TorchDispatchMode):
+    """The most values that a tensor has which an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        views = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        own = [t for t in tree_leaves(made) if isinstance(t, torch.Tensor) and id(t.untyped_storage()) not in views]
+        self.most = max([self.most, *(t.numel() for t in own)])
+        return made
+
+
+@pytest.mark.only(where=lambda backend: backend == "cpu")
+def test_no_phase_is_stored(module):
+    """Of N = 8 no tensor has the rows of all phases of a layer: none is larger than the free state is."""
+    args = [cast(v, torch.float32) for v in circle_problem(8, samples=40, sizes=(30, 20, 5))]
+    largest = max(math.prod(v.shape) for v in args[0])
+    with _Tensors() as tensors:
+        module.error(*args)
+    assert 0 < tensors.most <= largest
+    with _Tensors() as tensors:  # the same by states
+        reference.error(*args, settle=module.settle)
+    assert tensors.most >= circle(0.3, 8).rows * largest
+
+
+@pytest.mark.only(where=lambda backend: backend == "cpu")
+def test_the_sum_does_not_depend_on_threads_or_neighbours(module):
+    args = [cast(v, torch.float32) for v in circle_problem(5, samples=131)]
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(module.error(*args)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    alone = module.error([v[70:71] for v in args[0]], [v[70:71] for v in args[1]], args[2], args[3][70:71], *args[4:])
+    assert all(torch.equal(a[0], b[70]) for a, b in zip(alone[0], results[0]))
