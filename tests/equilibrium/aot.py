@@ -48,10 +48,19 @@ def conv(phases, activation, layers):
     kernels.settle(state, drive, net, target, phases, Settling(activation, "mse", "synchronous", 1, None))
 
 
+def errors(activation, points):
+    up, down = torch.empty(16, 5), torch.empty(5, 16)
+    free, net = [torch.empty(50, 16), torch.empty(50, 5)], Net([up, down], [], None, None, CHAIN[:4], 2)
+    options = Settling(activation, "mse", "synchronous", 1, None)
+    kernels.error(free, free, net, torch.empty(50, 5), 0.1, points, options)
+
+
 def cases():
     for case in DENSE:
         dense(*case)
     conv(FREE, "sigmoid", 2)
     conv(COMPLEX, "dsilu", 3)
+    for activation, points in (("sigmoid", 2), ("dsilu", 3), ("hard_sigmoid", 1)):
+        errors(activation, points)
     up, down = torch.empty(256, 10), torch.empty(10, 256)
     kernels.homeostasis([up, down, torch.empty(10, 10)], [], [0, 1, 1, 0, 2, 1], [256, 10, 10], "exact")

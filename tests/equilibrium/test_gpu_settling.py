@@ -1,4 +1,4 @@
-"""The cases of tests/equilibrium/test_settling.py on a CUDA device, and what only a device can show of them."""
+"""The cases of test_settling.py and test_circle.py on a CUDA device, and what only a device can show of them."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import lgkernels.nn as lnn
 from lgkernels.ops.equilibrium.options import Settling, circle, one_phase
 from tests.conftest import backend_module
 from tests.equilibrium import test_conv_settling, test_settling
+from tests.equilibrium.test_circle import *  # noqa: F403
 from tests.equilibrium.test_settling import *  # noqa: F403
 from tests.equilibrium.test_settling import mapped, run
 from tests.support.gpu import backend, on_the_device, test_no_kernel_is_at_fault  # noqa: F401

@@ -1,7 +1,7 @@
 #include "equilibrium/cuda/kernels.h"
 #include "equilibrium/options_bindings.h"
 
-LGK_TUPLE(lgk::cuda::SettledPhases, 5)
+LGK_TUPLE(lgk::cuda::SettledPhases, 7)
 LGK_TUPLE(lgk::cuda::SettledReport, 3)
 
 namespace lgk::cuda {

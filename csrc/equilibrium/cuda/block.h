@@ -16,14 +16,14 @@ struct Problem {
   StateLayer layers[kMostLayers];
   int column[kMostLayers];  // where its units lie in a row
   StateEdge edges[kMostEdges];
-  float beta[kMostPhases][2];
+  float beta[kMostPhases][2], share[kMostPhases][2];
   StateReadout readout;
   SettledReport report;
   Settling options;
   int64_t samples, items, real, rows;         // items: of all phases, the first `real` ones real; rows of the scratch
   int layer_count, edge_count, units, nudge;  // units of a row; nudge: values of the force's row, 0: there is none
   unsigned real_blocks;
-  bool tangent;
+  StateWanted wanted;
 
   __host__ __device__ bool by_readout() const {
     return options.loss == StateLoss::kCrossEntropy && readout.weight != nullptr;
@@ -55,7 +55,7 @@ template <int R>
 LGK_DEVICE Own own_rows(const Problem& p) {
   if (blockIdx.x < p.real_blocks) return Own{Kind::kReal, int64_t{blockIdx.x} * R, p.real};
   const int64_t block = blockIdx.x - p.real_blocks;
-  return Own{p.tangent ? Kind::kTangent : Kind::kComplex, p.real + block * (R / 2), p.items};
+  return Own{p.wanted == StateWanted::kTangent ? Kind::kTangent : Kind::kComplex, p.real + block * (R / 2), p.items};
 }
 
 template <int R>

@@ -11,15 +11,16 @@ namespace lgk::cuda {
 
 constexpr int kMostLayers = 8, kMostEdges = 16, kMostPhases = 16;
 
-// The rows of a state: [phase][sample] of the real phases, then [phase][Re, Im][sample]. `tangent`: one phase, rows of
-// samples, and the derivative of its activities by beta at 0 is wanted.
+// The rows of a state: [phase][sample] of the real phases, then [phase][Re, Im][sample]. A tangent is one phase that is
+// not real: the derivative by beta at 0 goes along. share: of an error, what r - phi(start) of a phase counts in it.
 struct SettledPhases {
   int64_t samples, real_phases;
-  std::vector<float> beta_real, beta_imag;
-  bool tangent;
+  std::vector<float> beta_real, beta_imag, share_real, share_imag;
+  StateWanted wanted;
 };
 
-// residual, orbit (phases, samples); scratch (2, rows, units of all layers), of a tangent twice the samples' rows.
+// residual, orbit (phases, samples); scratch (2, rows, units of all layers), of a tangent twice the samples' rows. It
+// is used by more than one step, and by the sum of an error.
 struct SettledReport {
   float *residual, *orbit, *scratch;
 };

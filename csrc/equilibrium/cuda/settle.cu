@@ -17,6 +17,8 @@
 namespace lgk::cuda {
 namespace settling {
 
+constexpr int kAdders = 256;  // threads of a block of add_phases
+
 // -- a step -----------------------------------------------------------------------------------------------------------
 
 template <int R>
@@ -28,8 +30,9 @@ struct Memory {
 template <int R>
 LGK_DEVICE float state_after(const Problem& p, const Own& own, int layer, int unit, int k, int64_t t) {
   if (t > 0) return p.report.scratch[(t % 2 * p.rows + own.kept(p, k)) * p.units + p.column[layer] + unit];
-  if (own.kind == Kind::kTangent && k % 2 == 1) return 0.0f;
-  return p.layers[layer].start[own.row(p, k) * p.layers[layer].units + unit];
+  if (p.wanted != StateWanted::kStates && own.part(k) == 1) return 0.0f;
+  const int64_t row = p.wanted == StateWanted::kStates ? own.row(p, k) : own.item(k) % p.samples;
+  return p.layers[layer].start[row * p.layers[layer].units + unit];
 }
 
 // Step number t, from 1 on, of a layer; moves: sums of squares of the last step's moves, and of the last two's.
@@ -80,8 +83,13 @@ LGK_DEVICE void step_layer(const Problem& p, const Own& own, const Memory<R>& m,
               moves[1][k] += b * b;
             }
           }
-          if (own.exists(k) && own.kind != Kind::kTangent) layer_of.result[own.row(p, k) * units + unit] = u[k];
-          if (own.exists(k) && own.kind == Kind::kTangent && k % 2 == 1)
+          if (!own.exists(k)) continue;
+          if (p.wanted == StateWanted::kStates)
+            layer_of.result[own.row(p, k) * units + unit] = u[k];
+          else if (p.wanted == StateWanted::kError)  // where the state before the last one was
+            p.report.scratch[(t % 2 * p.rows + own.kept(p, k)) * p.units + p.column[layer] + unit] =
+                out[unit].element[k];
+          else if (k % 2 == 1)
             layer_of.result[own.item(k) * units + unit] = out[unit].element[k];
         }
       });
@@ -131,7 +139,8 @@ __global__ void __launch_bounds__(kThreads, 1) settle_rows(const LGK_GRID_CONSTA
       for (int k = 0; k < R; ++k) {
         u[k] = state_after<R>(p, own, layer, unit, k, 0);
         if (p.options.steps == 0 && own.exists(k)) {
-          if (own.kind != Kind::kTangent) p.layers[layer].result[own.row(p, k) * p.layers[layer].units + unit] = u[k];
+          if (p.wanted == StateWanted::kStates)
+            p.layers[layer].result[own.row(p, k) * p.layers[layer].units + unit] = u[k];
           if (own.kind == Kind::kTangent && k % 2 == 1)
             p.layers[layer].result[own.item(k) * p.layers[layer].units + unit] = 0.0f;
         }
@@ -156,6 +165,27 @@ __global__ void __launch_bounds__(kThreads, 1) settle_rows(const LGK_GRID_CONSTA
   report_moves<R>(p, own, moves, m.partial);
 }
 
+// The error, of the activities after the last step: each phase's difference to the free state's, by its share.
+__global__ void __launch_bounds__(kAdders) add_phases(const LGK_GRID_CONSTANT Problem p) {
+  const int64_t place = int64_t{blockIdx.x} * kAdders + threadIdx.x;
+  if (place >= p.samples * p.units) return;
+  const int64_t sample = place / p.units;
+  const int column = static_cast<int>(place % p.units);
+  int layer = p.layer_count - 1;
+  while (p.column[layer] > column) --layer;
+  const int64_t at = sample * p.layers[layer].units + column - p.column[layer];
+  const float before = activity(p.options.activation, p.layers[layer].start[at]);
+  const float* r = p.report.scratch + (p.options.steps % 2 * p.rows + sample) * p.units + column;
+  const int64_t apart = p.samples * p.units;
+  float sum = 0.0f;
+  for (int phase = 0; p.options.steps > 0 && phase * p.samples < p.items; ++phase) {
+    sum += (*r - before) * p.share[phase][0];
+    if (phase * p.samples >= p.real) sum += *(r += apart) * p.share[phase][1];
+    r += apart;
+  }
+  p.layers[layer].result[at] = sum;
+}
+
 template <int R>
 size_t shared_bytes(const Problem& p) {
   return (2 * size_t(p.units) + size_t(p.nudge) + kThreads) * sizeof(Rows<R>);
@@ -167,6 +197,11 @@ int launch(Problem& p, void* stream) {
   if (real + pairs >= INT32_MAX) return kInvalidArgument;
   p.real_blocks = static_cast<unsigned>(real);
   LGK_LAUNCH(settle_rows<R>, dim3(static_cast<unsigned>(real + pairs)), dim3(kThreads), shared_bytes<R>(p), stream, p);
+  if (p.wanted == StateWanted::kError) {
+    const int64_t adders = ceil_div<int64_t>(p.samples * p.units, kAdders);
+    if (adders >= INT32_MAX) return kInvalidArgument;
+    LGK_LAUNCH(add_phases, dim3(static_cast<unsigned>(adders)), dim3(kAdders), 0, stream, p);
+  }
   return launch_status();
 }
 
@@ -178,8 +213,10 @@ int equilibrium_settle(const std::vector<StateLayer>& layers, const std::vector<
   using namespace settling;
   Problem p{};
   const int64_t many = static_cast<int64_t>(phases.beta_real.size());
+  const int64_t shares = phases.wanted == StateWanted::kError ? many : 0;
   if (layers.empty() || layers.size() > kMostLayers || edges.size() > kMostEdges || many > kMostPhases ||
-      phases.beta_imag.size() != phases.beta_real.size())
+      phases.beta_imag.size() != phases.beta_real.size() || phases.share_real.size() != size_t(shares) ||
+      phases.share_imag.size() != size_t(shares))
     return kInvalidArgument;
   int64_t units = 0;
   for (size_t i = 0; i < layers.size(); ++i) {
@@ -189,6 +226,7 @@ int equilibrium_settle(const std::vector<StateLayer>& layers, const std::vector<
   }
   for (size_t i = 0; i < edges.size(); ++i) p.edges[i] = edges[i];
   for (int64_t i = 0; i < many; ++i) p.beta[i][0] = phases.beta_real[i], p.beta[i][1] = phases.beta_imag[i];
+  for (int64_t i = 0; i < shares; ++i) p.share[i][0] = phases.share_real[i], p.share[i][1] = phases.share_imag[i];
   p.layer_count = static_cast<int>(layers.size());
   p.edge_count = static_cast<int>(edges.size());
   p.readout = readout;
@@ -196,9 +234,9 @@ int equilibrium_settle(const std::vector<StateLayer>& layers, const std::vector<
   p.options = options;
   p.samples = phases.samples;
   p.items = many * phases.samples;
-  p.real = phases.tangent ? 0 : phases.real_phases * phases.samples;
+  p.real = phases.wanted == StateWanted::kTangent ? 0 : phases.real_phases * phases.samples;
   p.rows = 2 * p.items - p.real;
-  p.tangent = phases.tangent;
+  p.wanted = phases.wanted;
   const bool whole = options.loss == StateLoss::kMse || readout.weight == nullptr;
   const int64_t nudge = readout.goal == nullptr ? 0 : whole ? layers.back().units : readout.classes;
   if (2 * units + nudge > static_cast<int64_t>(kShared)) return kInvalidArgument;

@@ -12,6 +12,7 @@ from . import reference
 from . import torch as lean
 from .dense_net import dense_net
 from .loop import repeated
+from .options import circle, one_phase, shares
 from .torch import by_phase, homeostasis
 
 __all__ = ["error", "homeostasis", "settle"]
@@ -29,21 +30,22 @@ def _by_kernel(state, net, target, many):
     return counts and 4 * floats <= _SHARED
 
 
-def _run(state, drive, net, target, phases, options):
-    """`(results, residual, orbit)`; phases: `(samples, real ones, Re of beta, Im of beta, tangent)`."""
-    samples, real, betas, _, tangent = phases
+def _run(state, drive, net, target, phases, options, wanted="states", shares=()):
+    """`(results, residual, orbit)`; wanted: StateWanted of options.h."""
     dense = dense_net(state, drive, net, target)
-    like, many = dense.results[0], len(betas)
+    like, many, samples = dense.results[0], phases.many, len(drive[0])
     residual, orbit = (like.new_empty(many, samples) for _ in range(2))
-    rows = samples * (2 * many - (0 if tangent else real))
-    scratch = like.new_empty(2 if options.steps > 1 else 0, rows, sum(v.shape[1] for v in dense.results))
+    rows = samples * (phases.rows + (wanted == "tangent"))
+    used = options.steps > 1 or wanted == "error"
+    scratch = like.new_empty(2 if used else 0, rows, sum(v.shape[1] for v in dense.results))
+    real, imag = [share.real for share in shares], [share.imag for share in shares]
     call(
         "equilibrium_settle",
         like.device,
         dense.layers,
         dense.edges,
         dense.readout,
-        phases,
+        (samples, phases.real_phases, phases.beta_real, phases.beta_imag, real, imag, wanted),
         (*options[:4], -1.0),
         tuple(map(address, (residual, orbit, scratch))),
     )
@@ -63,9 +65,10 @@ def _step_by_step(state, drive, net, target, phases, options):
         if back == 1:
             return moves[0]
         squares = sum((a - b).square().sum(1) for a, b in zip(states[-1], states[-3]))
-        return squares.unflatten(0, (-1, phases[0])).sum(0, keepdim=True).sqrt()
+        return squares.unflatten(0, (-1, samples)).sum(0, keepdim=True).sqrt()
 
-    like = state[0].new_empty(1, phases[0], dtype=torch.float32)
+    samples = len(drive[0])
+    like = state[0].new_empty(1, samples, dtype=torch.float32)
     _, *report = repeated(step, moved, options, like)
     return [v.clone() if v is u else v for v, u in zip(states[-1], state)], *report
 
@@ -75,20 +78,22 @@ def settle(state, drive, net, target, phases, options):
         return lean.settle(state, drive, net, target, phases, options)
     if options.tolerance is not None and phases.many > 1:
         return by_phase(settle, state, drive, net, target, phases, options)
-    samples = len(state[0]) // phases.rows
-    own = samples, phases.real_phases, phases.beta_real, phases.beta_imag, False
     if options.tolerance is None:
-        results, residual, orbit = _run(state, drive, net, target, own, options)
+        results, residual, orbit = _run(state, drive, net, target, phases, options)
         steps = torch.full_like(residual, options.steps, dtype=torch.int64)
     else:
-        results, steps, residual, orbit = _step_by_step(state, drive, net, target, own, options)
+        results, steps, residual, orbit = _step_by_step(state, drive, net, target, phases, options)
     dtype = state[0].dtype
     return [v.to(dtype) for v in results], steps, residual.to(dtype), orbit.to(dtype)
 
 
 def error(state, drive, net, target, beta, points, options):
-    if points or not _by_kernel(state, net, target, 1):
+    phases = circle(beta, points) if points else one_phase(0.0)
+    if not _by_kernel(state, net, target, phases.many) or points and options.tolerance is not None:
         return reference.error(state, drive, net, target, beta, points, options, settle)
-    options = options._replace(schedule="synchronous", tolerance=None)
-    e, residual, _ = _run(state, drive, net, target, (len(state[0]), 0, [0.0], [0.0], True), options)
+    if points:
+        own = options, "error", shares(phases, points)
+    else:
+        own = options._replace(schedule="synchronous", tolerance=None), "tangent"
+    e, residual, _ = _run(state, drive, net, target, phases, *own)
     return [v.to(state[0].dtype) for v in e], residual.to(state[0].dtype)

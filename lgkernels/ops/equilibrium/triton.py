@@ -5,6 +5,9 @@ launch for each pool and its derivative, and one for each layer's sum and activi
 one by one and wait for nothing, so that a CUDA graph can hold them, unless there is a tolerance: then the host looks at
 every step. Real and complex phases run by themselves.
 
+An error's sum over its phases is a launch a layer, of the activities that the last step leaves. It is no part of that
+step: the phases of a sample belong to different programs, and what they would add in any order is not repeatable.
+
 Plain torch's: noisy homeostatic losses, tangents of conv nets, and dense nets whose nudged last layer or classes are
 more than a tile has. CPU tensors work under TRITON_INTERPRET=1.
 """
@@ -19,7 +22,7 @@ from . import torch as lean
 from .dense_plan import packed_weights, padded, plan_of
 from .field import Packed, force
 from .loop import by_kind, repeated
-from .options import one_phase
+from .options import Phases, circle, one_phase, shares
 from .tiles import TILES, WIDEST
 from .torch import by_phase
 from .triton_activations import COMPLEX, REAL, TANGENT
@@ -29,7 +32,7 @@ _MOST = 2**31 - 1
 
 
 def settle(state, drive, net, target, phases, options):
-    if not _by_kernels(state, net, target, phases):
+    if not _by_kernels(state, net, target, len(state[0])):
         return lean.settle(state, drive, net, target, phases, options)
     if options.tolerance is not None and phases.many > 1:
         return by_phase(settle, state, drive, net, target, phases, options)
@@ -37,25 +40,67 @@ def settle(state, drive, net, target, phases, options):
 
 
 def error(state, drive, net, target, beta, points, options):
-    if points or state[0].dim() != 2 or not _by_kernels(state, net, target, one_phase(beta)):
+    phases, dense = circle(beta, points) if points else one_phase(1.0), state[0].dim() == 2
+    taken = _by_kernels(state, net, target, len(state[0]) * phases.rows)
+    if not taken or options.tolerance is not None if points else not taken or not dense:
         return reference.error(state, drive, net, target, beta, points, options, settle)
-    options = options._replace(schedule="synchronous", tolerance=None)
-    run = _Dense(state, drive, net, target, one_phase(1.0), options, TANGENT.value)
-    taken, _, residual, _ = run.settled()
-    if not taken:
-        residual = torch.zeros_like(residual)
-    return run.errors(), residual.to(state[0].dtype)
+    free, dtype = [v.float().contiguous() for v in state], state[0].dtype
+    if not points:
+        options = options._replace(schedule="synchronous", tolerance=None)
+        run = _Dense(free, drive, net, target, phases, options, TANGENT.value, free=True)
+        steps, _, residual, _ = run.settled()
+        return [e.to(dtype) for e in run.tangents()], (residual if steps else torch.zeros_like(residual)).to(dtype)
+    e, residuals, counts = [torch.empty_like(v) for v in free], [], shares(phases, points)
+    for some, real in ((slice(0, phases.real_phases), True), (slice(phases.real_phases, phases.many), False)):
+        betas = phases.beta_real[some], phases.beta_imag[some]
+        own = Phases(*betas, len(betas[0]) if real else 0)
+        if own.many:
+            run = (_Dense if dense else _Conv)(
+                free, drive, net, target, own, options, REAL.value if real else COMPLEX.value, free=True
+            )
+            residuals.append(run.settled()[2])
+            share = new(free[0], own.many, 2)
+            for k, count in enumerate(counts[some]):  # as the betas are written
+                share[k, 0].fill_(count.real)
+                share[k, 1].fill_(count.imag)
+            for layer, (out, v) in enumerate(zip(e, free)):
+                _add_phases(run, layer, v, share, out, not real)
+    return [v.to(dtype) for v in e], torch.cat(residuals).to(dtype)
 
 
-def _by_kernels(state, net, target, phases):
-    """Whether kernels take it: it has entries, indices of int32 are enough, and tiles have all of the last layer."""
+def _add_phases(run, layer, start, share, out, add):
+    samples, units = len(start), start[0].numel()
+    config = configuration(TILES["stream"], (start.numel(),), start, torch.float32)
+    launch(
+        triton_pool.error_kernel,
+        block_count(start.numel(), config["BLOCK"]),
+        start.device,
+        run.activities(layer),
+        start,
+        share,
+        out,
+        run.many,
+        *run.distances(layer),
+        samples,
+        run.width(layer),
+        units,
+        int(add),
+        KIND=run.kind,
+        ACTIVATION=run.options.activation,
+        **config,
+    )
+
+
+def _by_kernels(state, net, target, rows):
+    """Whether kernels take so many rows: they have entries, indices of int32 are enough, and tiles have all of the last
+    layer."""
     if not all(v.numel() for v in state):
         return False
     if state[0].dim() != 2:
-        windows = max(v[0].numel() for v in state) * 4 * len(state[0])
+        windows = max(v[0].numel() for v in state) * 4 * rows
         return windows <= _MOST
     wide = target is not None and max(state[-1].shape[1], target.shape[1]) > WIDEST
-    sizes = sum(w.numel() for w in net.weights) + WIDEST * sum(v.shape[1] for v in state), len(state[0])
+    sizes = sum(w.numel() for w in net.weights) + WIDEST * sum(v.shape[1] for v in state), rows
     return not wide and max(sizes) <= _MOST // 8
 
 
@@ -68,9 +113,10 @@ def _of_one_kind(state, drive, net, target, phases, options):
 
 
 class _Dense:
-    """The buffers of a run. u: the states of three steps in turn; r: activities, those now and those to come."""
+    """The buffers of a run. u: the states of three steps in turn; r: activities, those now and those to come. free:
+    state is what all phases start from, (B, n) of a layer."""
 
-    def __init__(self, state, drive, net, target, phases, options, kind):
+    def __init__(self, state, drive, net, target, phases, options, kind, free=False):
         self.like, self.kind, self.options = state, kind, options
         self.samples, self.many, self.parts = len(drive[0]), phases.many, 1 if kind == REAL.value else 2
         self.items = self.samples * self.many
@@ -104,7 +150,7 @@ class _Dense:
         self.u = new(state[0], 3, self.parts, self.items, plan.width)
         self.u[0].zero_()
         for layer, v in enumerate(state):
-            self._layer(self.u[0], layer, one=kind == TANGENT.value).copy_(self._outer(v))
+            self._layer(self.u[0], layer, one=free).copy_(v if free else self._outer(v))
         self.r = new(state[0], 2, *self.u.shape[1:])
         self.now = [0, 0]  # which half of r the even and the odd layers have
         self.precision = float32_precision()
@@ -175,23 +221,34 @@ class _Dense:
             self._outer(v).copy_(self._layer(self.last, layer))
         return results
 
-    def errors(self):
-        """The tangents of the activities."""
-        results = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in self.like]
+    def tangents(self):
+        """Those of the activities."""
+        results = [torch.empty_like(v) for v in self.like]
         for layer, v in enumerate(results):
             self._outer(v).copy_(self._layer(self.r[self.now[layer % 2], 1:], layer, one=True))
         return results
+
+    def activities(self, layer):
+        """Of a layer after the last step; from its first unit on."""
+        return self.r[self.now[layer % 2]].flatten()[self.plan.columns[layer] :]
+
+    def distances(self, layer):
+        """Of a row of the activities to that of the next phase, and to its imaginary part."""
+        return self.samples * self.plan.width, self.items * self.plan.width
+
+    def width(self, layer):
+        return self.plan.width
 
 
 class _Conv:
     """A run of a conv net. Complex rows are convolved as real ones: the weights are real."""
 
-    def __init__(self, state, drive, net, target, phases, options, kind):
+    def __init__(self, state, drive, net, target, phases, options, kind, free=False):
         self.like, self.kind, self.options, self.net, self.target = state, kind, options, net, target
         self.samples, self.many = len(drive[0]), phases.many
         self.drive = drive[0].float().contiguous()
-        self.u = [[v.float().contiguous() for v in state]]
         self.values = Packed(phases, self.samples, self.drive)
+        self.u = [[self.values.rows_of(v) if free else v.float().contiguous() for v in state]]
         self.pairs = {}
         for a, b, w, bias in net.routes():
             pair = self.pairs.setdefault(min(a, b), [None, None, None])
@@ -262,6 +319,17 @@ class _Conv:
 
     def settled(self):
         return repeated(self._step, self._moved, self.options, new(self.drive, self.many, self.samples))
+
+    def activities(self, layer):
+        return self.r[layer]
+
+    def distances(self, layer):
+        """As of a dense net."""
+        image = self.width(layer) * self.samples
+        return image * (2 if self.kind == COMPLEX.value else 1), image
+
+    def width(self, layer):
+        return self.r[layer][0].numel()
 
     def states(self):
         return [v.to(like.dtype).clone() if v is like else v.to(like.dtype) for v, like in zip(self.u[-1], self.like)]

@@ -1,5 +1,5 @@
 """Triton kernels around the convolutions of a net that settles: the softmax pool with its vector-Jacobian product, and
-what ends a layer's step; and of a dense net the exact homeostatic loss.
+what ends a layer's step; the sum of an error over its phases; and of a dense net the exact homeostatic loss.
 
 Rows are those of `Phases`: real ones, or pairs (Re, Im) `samples` rows apart.
 """
@@ -179,3 +179,37 @@ def skew_kernel(up, down, grad_up, grad_down, sums, R, C, scale, BLOCK_R: tl.con
     if down is not None:
         store_tile(grad_down, tl.trans(s) * -factor, column, row, C, R)
     tl.store(sums + pid, tl.sum(tl.sum(product(s, s), 1), 0))
+
+
+@triton.jit(do_not_specialize=["many", "apart", "along", "samples", "width", "units", "add"])
+def error_kernel(
+    r,
+    start,
+    share,
+    out,
+    many,
+    apart,
+    along,
+    samples,
+    width,
+    units,
+    add,
+    KIND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out (samples, units) = the sum over the phases of what r - phi(start) counts, `share` (many, 2) of Re and Im;
+    added to what is there if `add`. r: rows `width` apart, those of the next phase `apart`, the imaginary parts
+    `along`."""
+    place = indices(program_id(0), BLOCK)
+    exists = place < offset(samples, units)
+    before = activity(tl.load(start + place, mask=exists, other=0.0), ACTIVATION)
+    total = tl.load(out + place, mask=exists & (add != 0), other=0.0)
+    at = r + offset(place // units, width) + place % units
+    for _ in range(many):
+        total += (tl.load(at, mask=exists, other=0.0) - before) * tl.load(share)
+        if KIND == COMPLEX:
+            total += tl.load(at + along, mask=exists, other=0.0) * tl.load(share + 1)
+        at += apart
+        share += 2
+    tl.store(out + place, total, mask=exists)
