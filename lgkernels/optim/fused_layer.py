@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..ops.fused_update import op as _op  # noqa: F401  (registers the operator)
-from . import fused_rules
-from .fused_factors import Factors, Pair
+from . import fused_rules, fused_states
+from .fused_factors import Factors, Pair, joined
 
 # The number of the backward that runs. Private, the only way to tell one backward from another: see _After.
 current_backward: Any = getattr(torch._C, "_current_graph_task_id", None)
@@ -58,8 +58,10 @@ class _After(torch.autograd.Function):
 class FusedWeight:
     """The weight of one fused layer, or of several that share it."""
 
-    def __init__(self, weight: nn.Parameter, optimizer: torch.optim.Optimizer, running_sum: bool) -> None:
-        self.weight, self.optimizer, self.running_sum = weight, optimizer, running_sum
+    def __init__(
+        self, weight: nn.Parameter, optimizer: torch.optim.Optimizer, running_sum: bool, state_bits: int
+    ) -> None:
+        self.weight, self.optimizer, self.running_sum, self.state_bits = weight, optimizer, running_sum, state_bits
         self.names: list[str] = []
         self.aside: Factors | None = None
         self.accumulate: Any = None  # the node at which gradients of the weight arrive, from wherever they come
@@ -151,38 +153,65 @@ class FusedWeight:
     def refuse(self) -> None:
         """Raises where the step cannot be taken from the factors."""
         gradient = self.weight.grad
-        if not isinstance(gradient, Factors):
+        if not self._is_ours(gradient):
             return
+        if isinstance(gradient, Factors):
+            self._refuse_factors(gradient)
+        dense = gradient.dense if isinstance(gradient, Factors) else gradient
+        if dense is not None and dense.layout != torch.strided:
+            raise RuntimeError(
+                f"the weight of layer {self.name!r} got a sparse gradient too: make the embedding that shares it with "
+                "sparse=False, or exclude the layer"
+            )
+        fused_rules.check_state(self.optimizer, self.group, self.weight, self.name, self.state_bits)
+
+    def _is_ours(self, gradient: Tensor | None) -> bool:
+        """Whether the fused step takes it: the factors of a backward, or, where the optimizer cannot read the states,
+        any gradient."""
+        return isinstance(gradient, Factors) or (self.state_bits == 8 and gradient is not None)
+
+    def _refuse_factors(self, gradient: Factors) -> None:
         if hooked(self.weight):
             raise RuntimeError(
                 f"the weight of layer {self.name!r} has hooks for its gradient, which is never formed: exclude the "
                 "layer, or remove the hooks"
             )
         self.refuse_changes()
-        if gradient.dense is not None and gradient.dense.layout != torch.strided:
-            raise RuntimeError(
-                f"the weight of layer {self.name!r} got a sparse gradient too: make the embedding that shares it with "
-                "sparse=False, or exclude the layer"
-            )
         if gradient.low != -gradient.high:
             raise RuntimeError(
                 f"the gradient of layer {self.name!r} was clipped to [{gradient.low}, {gradient.high}]: the fused "
                 "step takes bounds of the same size"
             )
-        fused_rules.check_state(self.optimizer, self.group, self.weight, self.name)
 
     @torch.no_grad()
     def update(self, grad_scale: float) -> None:
         """The step, where a backward has left its factors."""
         weight, gradient = self.weight, self.weight.grad
-        if not isinstance(gradient, Factors):
+        if gradient is None or not self._is_ours(gradient):
             return  # none since zero_grad; or a gradient of the caller's own, for the optimizer to step
-        first, second, rule = fused_rules.next_step(self.optimizer, self.group, weight, self.counted)
-        grad, x, dense = gradient.matrices()
-        rule = rule._replace(grad_scale=rule.grad_scale * gradient.scale * grad_scale, clip_value=gradient.clip_value)
-        states = (t if t is None or t.dim() == 2 else t.flatten(1) for t in (weight, first, second))
-        torch.ops.lgkernels.fused_update_(*states, dense, grad, x, *rule, "auto")
+        states, rule = fused_rules.next_step(self.optimizer, self.group, weight, self.counted, self.state_bits)
+        scale = rule.grad_scale * grad_scale
+        if isinstance(gradient, Factors):
+            grad, x, dense = gradient.matrices()
+            rule = rule._replace(grad_scale=scale * gradient.scale, clip_value=gradient.clip_value)
+        else:
+            (grad, x), dense = joined((), weight), gradient.to(weight.dtype).flatten(1)
+            rule = rule._replace(grad_scale=scale)
+        own = (t if t is None or t.dim() == 2 else t.flatten(1) for t in (weight, *states))
+        coded = self.state_bits == 8 and states[0] is not None
+        step = torch.ops.lgkernels.fused_update_8bit_ if coded else torch.ops.lgkernels.fused_update_
+        step(*own, dense, grad, x, *rule, "auto")
         weight.grad = None
+
+    def skip(self) -> None:
+        """No step: a GradScaler found infinities."""
+        if self._is_ours(self.weight.grad):
+            self.weight.grad = None
+
+    def release(self) -> None:
+        """The optimizer's own states again."""
+        if self.state_bits == 8 and self.weight in self.optimizer.state:
+            fused_states.release(self.optimizer.state[self.weight], self.weight)
 
     def drop_factors(self) -> None:
         if isinstance(self.weight.grad, Factors):

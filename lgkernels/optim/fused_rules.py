@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..ops.fused_update.options import UpdateRule
+from . import fused_states
 from .manhattan import BatchManhattan
 
 _ADAM = (torch.optim.Adam, torch.optim.AdamW)
@@ -30,14 +31,30 @@ def check(optimizer: torch.optim.Optimizer) -> None:
             raise ValueError(f"optimizer must not have {option}=True: {why}")
 
 
-def check_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], weight: Tensor, name: str) -> None:
+def check_state(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], weight: Tensor, name: str, bits: int = 32
+) -> None:
     """Raises where the weight of layer `name` has states that its next step cannot go on from."""
     state = optimizer.state.get(weight) or {}
     if type(optimizer) in _ADAM:
         keys: tuple[str, ...] = ("step", "exp_avg", "exp_avg_sq") if state else ()
     else:
-        keys = ("momentum_buffer",) if float(group["momentum"]) and state.get("momentum_buffer") is not None else ()
+        there = state.get("momentum_buffer") is not None or fused_states.is_held(state, "momentum_buffer")
+        keys = ("momentum_buffer",) if float(group["momentum"]) and there else ()
     for key in keys:
+        if fused_states.is_held(state, key):
+            expected = fused_states.misfit(state, key, weight)
+            if bits != 8:
+                raise RuntimeError(
+                    f"optimizer.state of the weight of layer {name!r} holds {key!r} in 8 bits: undo fuse_update with "
+                    ".remove() and call fuse_update(..., state_bits=8), whose .remove() makes full states of them"
+                )
+            if expected is not None:
+                raise RuntimeError(
+                    f"optimizer.state of the weight of layer {name!r} must have {expected}: load the state of the same "
+                    "model, or drop it with optimizer.state.pop(weight)"
+                )
+            continue
         value = state.get(key)
         if isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point():
             if value.numel() == 1 if key == "step" else _alike(value, weight):
@@ -60,22 +77,30 @@ def _described(tensor: Tensor) -> str:
 
 
 def next_step(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], weight: Tensor, counted: dict[str, Any]
-) -> tuple[Tensor | None, Tensor | None, UpdateRule]:
-    """(first, second, rule) of the weight's next step. The states are made where there are none, as the optimizer
-    would, and its count of steps goes on. `counted` is the caller's, for what the count was."""
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], weight: Tensor, counted: dict[str, Any], bits: int = 32
+) -> tuple[list[Tensor | None], UpdateRule]:
+    """The weight's states and the rule of its next step. The states are made where there are none, as the optimizer
+    would, and its count of steps goes on. `counted` is the caller's, for what the count was.
+
+    They are [first, second], in the weight's dtype, or of 8 bits [codes and absmax of first, of second]; None for each
+    that the rule does not have.
+    """
     sign = -1.0 if group.get("maximize") else 1.0
     if type(optimizer) in _ADAM:
         group = {"decoupled_weight_decay": isinstance(optimizer, torch.optim.AdamW), **group}
-        return _adam(group, optimizer.state[weight], weight, sign, counted)
+        return _adam(group, optimizer.state[weight], weight, sign, counted, bits)
     momentum, fresh = float(group["momentum"]), 1.0 - float(group.get("dampening", 0.0))
-    buffer = None
+    states: list[Tensor | None] = [None, None]
     if momentum:  # else the optimizer has no entry for the weight
         state = optimizer.state[weight]
-        buffer = state.get("momentum_buffer")
-        if buffer is None:  # the first step: m = g
-            buffer = state["momentum_buffer"] = torch.zeros_like(weight)
-            fresh = 1.0
+        known = fused_states.is_held(state, "momentum_buffer") or state.get("momentum_buffer") is not None
+        fresh = fresh if known else 1.0  # the first step: m = g
+        if bits == 8:
+            states = [*fused_states.hold(state, "momentum_buffer", weight), None, None]
+        else:
+            if not known:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            states = [state["momentum_buffer"], None]
     rule = UpdateRule(
         "manhattan" if isinstance(optimizer, BatchManhattan) else "sgd",
         float(group["lr"]),
@@ -85,7 +110,7 @@ def next_step(
         nesterov=bool(group.get("nesterov", False)),
         grad_scale=sign,
     )
-    return buffer, None, rule
+    return states, rule
 
 
 def _next_count(step: Tensor, counted: dict[str, Any]) -> float:
@@ -100,15 +125,15 @@ def _next_count(step: Tensor, counted: dict[str, Any]) -> float:
 
 
 def _adam(
-    group: dict[str, Any], state: dict[str, Any], weight: Tensor, sign: float, counted: dict[str, Any]
-) -> tuple[Tensor, Tensor, UpdateRule]:
+    group: dict[str, Any], state: dict[str, Any], weight: Tensor, sign: float, counted: dict[str, Any], bits: int
+) -> tuple[list[Tensor | None], UpdateRule]:
     if not state:
         fused = group.get("fused")
         wide = torch.get_default_dtype() == torch.float64 and not fused
         dtype, device = torch.float64 if wide else torch.float32, weight.device if fused else "cpu"
         state["step"] = torch.zeros((), dtype=dtype, device=device)
-        state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+        for key in ("exp_avg", "exp_avg_sq") if bits != 8 else ():
+            state[key] = torch.zeros_like(weight, memory_format=torch.preserve_format)
     step, lr, decay = _next_count(state["step"], counted), float(group["lr"]), float(group["weight_decay"])
     (beta1, beta2), decoupled = map(float, group["betas"]), group["decoupled_weight_decay"]
     rule = UpdateRule(
@@ -123,4 +148,6 @@ def _adam(
         root=math.sqrt(1.0 - beta2**step),
         grad_scale=sign,
     )
-    return state["exp_avg"], state["exp_avg_sq"], rule
+    if bits == 8:
+        return [*fused_states.hold(state, "exp_avg", weight), *fused_states.hold(state, "exp_avg_sq", weight)], rule
+    return [state["exp_avg"], state["exp_avg_sq"]], rule

@@ -9,6 +9,7 @@ import torch
 from ...core.native import cpu_entries, threads
 from ..common.cpu import dense_rows
 from ..common.cpu import matrix as describe
+from .torch import update_8bit_  # noqa: F401  no kernel of its own yet
 
 _C = cpu_entries()
 

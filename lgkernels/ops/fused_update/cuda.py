@@ -4,6 +4,7 @@ Launches on the current stream; nothing synchronises.
 """
 
 from ..common.cuda import DTYPES, address, call
+from .torch import update_8bit_  # noqa: F401  no kernel of its own yet
 
 
 def _dense_rows(tensor):

@@ -4,6 +4,7 @@ Any device; float32 arithmetic, float64 where `weight` is float64.
 """
 
 from ...core.ops import wide_dtype
+from . import blocks
 
 
 def update_(weight, first, second, gradient, grad, x, rule):
@@ -36,3 +37,16 @@ def update_(weight, first, second, gradient, grad, x, rule):
         second.copy_(v)
         step = m / (v.sqrt() / rule.root + rule.eps)
     weight.copy_(rule.keep * old - rule.lr * step)
+
+
+def update_8bit_(weight, first, first_max, second, second_max, gradient, grad, x, rule):
+    """The same with states of 8 bits (`blocks.py`): the step goes by the new states before they are rounded.
+
+    first, second (N, K) uint8, the latter of Adam alone, else None; first_max, second_max (N, ceil(K / 256)).
+    """
+    dtype, pairs = wide_dtype(weight.dtype), ((first, first_max, True), (second, second_max, False))
+    wide = [c if c is None else blocks.decoded(c, absmax, signed, dtype) for c, absmax, signed in pairs]
+    update_(weight, *wide, gradient, grad, x, rule)
+    for (codes, absmax, signed), state in zip(pairs, wide):
+        if state is not None:
+            blocks.encode_(codes, absmax, signed, state)

@@ -3,7 +3,7 @@
 import torch
 
 from ...core.ops import wide_dtype
-from . import reference
+from . import blocks, reference
 
 
 def _product(gradient, left, x, scale):
@@ -53,3 +53,21 @@ def update_(weight, first, second, gradient, grad, x, rule):
         g = g.add_(first, alpha=rule.momentum) if rule.nesterov else first
     weight.add_(g, alpha=-rule.lr)
     return None
+
+
+_PART = 1 << 20  # entries of the states that are there in full at once
+
+
+def update_8bit_(weight, first, first_max, second, second_max, gradient, grad, x, rule):
+    (rows, columns), dtype = weight.shape, wide_dtype(weight.dtype)
+    step = max(1, _PART // max(columns, 1))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        states = [(first[part], first_max[part], True)]
+        if second is not None:
+            states.append((second[part], second_max[part], False))
+        wide = [blocks.decoded(*state, dtype) for state in states]
+        own = weight[part], wide[0], wide[1] if second is not None else None
+        update_(*own, gradient if gradient is None else gradient[part], grad[:, part], x, rule)
+        for (codes, absmax, signed), state in zip(states, wide):
+            blocks.encode_(codes, absmax, signed, state)

@@ -4,6 +4,7 @@ from ...core.cuts import Size
 from ...core.trial import Trial
 
 _STATES = ("first", "second", "gradient")
+_CODED = ("first", "first_max", "second", "second_max")
 
 
 def _plant(a):
@@ -13,6 +14,13 @@ def _plant(a):
         a["x"].round_()
         if a["gradient"] is not None:
             a["gradient"].round_()
+
+
+def _plant_codes(a):
+    """As `_plant`; Adam divides by the root of a second moment far from 0."""
+    _plant(a)
+    if a["second"] is not None:
+        a["second"].clamp_(min=160)
 
 
 TRIALS = {
@@ -26,5 +34,14 @@ TRIALS = {
         positive=("second",),
         plant=_plant,
         length=lambda a: a["grad"].shape[0],
-    )
+    ),
+    "fused_update_8bit_": Trial(
+        rows=("grad", "x"),
+        sizes=lambda a: (Size((("weight", 0), *((name, 0) for name in _CODED), ("gradient", 0), ("grad", 1))),),
+        mutates=("weight", *_CODED),
+        codes=("first", "second"),
+        positive=("first_max", "second_max"),
+        plant=_plant_codes,
+        length=lambda a: a["grad"].shape[0],
+    ),
 }

@@ -9,6 +9,7 @@ import torch
 from ..common.dot import precision
 from ..common.launch import block_count, configuration, launch
 from .tiles import TILES
+from .torch import update_8bit_  # noqa: F401  no kernel of its own yet
 from .triton_step import fused_update_kernel
 
 
