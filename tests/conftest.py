@@ -210,6 +210,8 @@ def language_is_replaced_once():
         if modules in seen:
             return None  # a call: nobody restores after it
         scope, is_launch = replace(function), not seen
+        if scope is None:
+            return None  # Triton 3.5, which restores nothing
         seen.add(modules)
         if is_launch:
             restore = scope.restore

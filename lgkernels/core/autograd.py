@@ -50,7 +50,7 @@ def settled_dtypes(method: Callable) -> Callable:
 
 
 def exporting() -> bool:
-    """Whether torch.export is tracing: `torch.compiler.is_exporting` of torch 2.8 says so under torch.compile, too."""
+    """Whether torch.export is tracing: `torch.compiler.is_exporting` of torch 2.10 says so under torch.compile, too."""
     return torch.compiler._is_exporting_flag
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.autograd import refuse_transforms
 from ..ops.local_loss import autograd as _local
 from ..ops.local_loss.options import ContrastiveOptions
 
@@ -96,6 +97,7 @@ def supcon_loss(
         >>> print(f"{LF.supcon_loss(z, torch.tensor([0, 0, 1]), temperature=1.0).item():.4f}")
         0.2088
     """
+    refuse_transforms("supcon_loss")  # before the rows are laid out: what Dynamo has traced by then it cannot resume
     temperature = _contrastive(z, temperature, normalize, impl)
     checks.dims("z", z, (2, 3), "(B, V, D) or (B, D)")
     if base_temperature is not None:

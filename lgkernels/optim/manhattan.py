@@ -7,6 +7,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from ..core import checks, constructors
+from ..core.whole import is_sharded
 
 __all__ = ["BatchManhattan"]
 
@@ -95,7 +96,9 @@ class BatchManhattan(torch.optim.Optimizer):
         for p in params:
             if p.grad.is_sparse:
                 raise ValueError(f"BatchManhattan takes dense gradients, got a sparse one of shape {tuple(p.shape)}")
-        steps: Any = torch._foreach_sign([p.grad for p in params])
+        grads = [p.grad for p in params]
+        # Sharded ones one by one: a DTensor of torch 2.10 has no _foreach_sign.
+        steps: Any = [g.sign() for g in grads] if any(map(is_sharded, grads)) else torch._foreach_sign(grads)
         if group["weight_decay"]:
             torch._foreach_add_(steps, params, alpha=group["weight_decay"])
         if group["momentum"]:

@@ -142,6 +142,8 @@ class _LLSBlock(torch.autograd.Function):
             return (None,) * 12
         if ctx.compiled:
             grad_weight, grad_bias, *grads = ctx.saved_tensors
+            # Zeros of its own: torch 2.10's partitioner raises over a result of the forward that is handed on as it is.
+            grad_bias = grad_bias.new_zeros(grad_bias.shape)
             grads = [grad_weight * grad_loss, grad_bias, *(g * grad_loss for g in grads)]
             inputs = ()
         else:
