@@ -20,6 +20,7 @@ SELFTEST_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 
 DEFAULTS = {
     "LGKERNELS_IMPL": "auto",
     "LGKERNELS_CHECK": "0",
+    "LGKERNELS_GRAPHS": "1",
     "LGKERNELS_CPU": "the widest that the processor has",
     "LGKERNELS_TRUST": "first-use",
     "LGKERNELS_CACHE_DIR": "the user's folder for caches",

@@ -9,7 +9,7 @@ import os
 
 _data = getattr(os.environ, "_data", None)
 _encode = getattr(os.environ, "encodekey", None)
-_names = ("LGKERNELS_IMPL", "LGKERNELS_CHECK", "LGKERNELS_TRUST", "TRITON_INTERPRET")
+_names = ("LGKERNELS_IMPL", "LGKERNELS_CHECK", "LGKERNELS_GRAPHS", "LGKERNELS_TRUST", "TRITON_INTERPRET")
 _keys = {name: _encode(name) if _encode else name for name in _names}
 
 

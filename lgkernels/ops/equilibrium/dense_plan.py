@@ -1,6 +1,6 @@
 """How a dense net lies in the buffers of the step kernel: see triton_step.py."""
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ class Plan(NamedTuple):
         return offset + depth * width
 
 
-@lru_cache(maxsize=64)
+@cache  # a CUDA graph may hold the table's address
 def plan_of(widths: tuple, edges: tuple, nudge: int, block_n: int, block_k: int, device: torch.device) -> Plan:
     """edges: source and destination of each; nudge: columns of the nudge of the last layer, 0: there is none."""
     layers = len(widths)

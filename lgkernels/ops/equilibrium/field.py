@@ -68,6 +68,14 @@ class Arithmetic:
         return sum(v.abs().square().flatten(1).sum(1) for v in values).unsqueeze(0)
 
 
+def _numbers(values, dtype, device):
+    """A tensor of them, written on the device: a graph may be recording, which no copy from the host may enter."""
+    made = torch.empty(len(values), dtype=dtype, device=device)
+    for place, value in zip(made, values):
+        place.fill_(value)
+    return made
+
+
 class Packed(Arithmetic):
     """All phases in the rows of real tensors: see `Phases`."""
 
@@ -77,8 +85,8 @@ class Packed(Arithmetic):
         self.split = self.real * samples
         kind = torch.complex128 if like.dtype == torch.float64 else torch.complex64
         self.betas = (
-            like.new_tensor(phases.beta_real[: self.real]),
-            torch.tensor(phases.betas[self.real :], dtype=kind, device=like.device),
+            _numbers(phases.beta_real[: self.real], like.dtype, like.device),
+            _numbers(phases.betas[self.real :], kind, like.device),
         )
 
     def linear(self, function, r, weight):

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from ...core import checks
 from ...core.ops import define
-from . import energy_op  # noqa: F401  registers those of nets with an energy
+from . import (
+    energy_op,  # noqa: F401  registers those of nets with an energy
+    graphs,
+)
 from .field import Net
 from .options import ACTIVATIONS, ESTIMATORS, HOLOMORPHIC, LOSSES, SCHEDULES, Phases, Settling, circle
 
@@ -111,7 +114,7 @@ def equilibrium_settle(
     options: Settling,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """`(states, steps (P, B), residual (P, B), orbit (P, B))`."""
-    return kernels.settle(state, drive, net, target, phases, options)
+    return graphs.run(kernels.settle, state, drive, net, target, (phases,), options)
 
 
 def _check_error(state, drive, net, target, beta, points, options):
@@ -139,7 +142,7 @@ def equilibrium_error(
     options: Settling,
 ) -> tuple[list[Tensor], Tensor]:
     """`(e, residual (P, B))` of the phases that ran."""
-    return kernels.error(state, drive, net, target, beta, points, options)
+    return graphs.run(kernels.error, state, drive, net, target, (beta, points), options)
 
 
 def _check_homeostasis(weights, eps, edges, sizes, estimator):
