@@ -1,6 +1,5 @@
 """The CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a Python of their own."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,42 +7,19 @@ import sys
 import pytest
 
 from tests.simt import executor
+from tests.support import sanitized_native
 
 _TESTS = executor.ROOT / "tests"
 FAMILIES = [str(path) for name in ("orders", "kernels") for path in sorted(_TESTS.glob(f"*/test_{name}.py"))]
 
 
-def _preload():
-    """The sanitizer's runtime, which must come first in the process, and libstdc++, whose throw it wraps."""
-    compiler = executor.compiler()
-    libraries = (
-        [
-            subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-            for name in ("libasan.so", "libstdc++.so")
-        ]
-        if compiler
-        else []
-    )
-    return ":".join(libraries) if libraries and all(os.path.isabs(path) for path in libraries) else None
-
-
-def _unavailable():
-    return executor.unavailable() or (None if _preload() else "the compiler has no AddressSanitizer runtime")
-
-
-pytestmark = pytest.mark.skipif(_unavailable() is not None, reason=str(_unavailable()))
+WHY_NOT = sanitized_native.unavailable()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
 def run(*command):
     executor.build(executor.SANITIZERS)
-    environment = {
-        **os.environ,
-        "LGK_SIMT_SANITIZE": "1",
-        "LD_PRELOAD": _preload(),
-        "OMP_NUM_THREADS": "1",
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
+    environment = sanitized_native.environment(LGK_SIMT_SANITIZE="1")
     return subprocess.run(
         [sys.executable, *command], cwd=executor.ROOT, env=environment, capture_output=True, text=True
     )
