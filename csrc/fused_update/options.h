@@ -2,6 +2,7 @@
 // computes).
 #pragma once
 #include <cmath>
+#include <cstdint>
 
 namespace lgk {
 
@@ -18,6 +19,12 @@ struct UpdateRule {
   float eps, root, grad_scale, clip_value;
 
   float fresh2() const { return static_cast<float>(1.0 - beta2); }
+};
+
+// A state of 8 bits, (rows, columns) of codes and (rows, blocks of 256 columns) of absmax, both dense; null: none.
+struct CodedState {
+  uint8_t* codes;
+  float* absmax;
 };
 
 }  // namespace lgk

@@ -5,3 +5,4 @@
 
 LGK_WORDS(lgk::Rule, "sgd", "manhattan", "adam")
 LGK_TUPLE(lgk::UpdateRule, 12)
+LGK_TUPLE(lgk::CodedState, 2)

@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from lgkernels.ops.fused_update.blocks import encoded
 from tests.fused_update.common import STEPS, states
 from tests.support.problems import randn
 
@@ -21,4 +22,9 @@ def run(kernels, device):
             own = [weight, *(first, second)[: states(name)], *[None] * (2 - states(name))]
             kernels.update_(*own, gradient if name in ("nesterov", "adamw") else None, grad, x, rule)
         results += [weight, first, second]
+        for name in ("momentum", "adamw"):
+            coded = [t.to(device) for t in (*encoded(first.cpu(), True), *encoded(second.cpu(), False))]
+            coded[2 * states(name) :] = [None] * (4 - 2 * states(name))
+            kernels.update_8bit_(weight, *coded, gradient, grad, x, STEPS[name])
+            results += [weight, *(t for t in coded if t is not None)]
     return results

@@ -16,6 +16,10 @@ struct FusedUpdateKernels {
   // none), which is never stored; grad (batch, rows), x (batch, columns)
   int (*update)(const UpdateRule&, const UpdateShape&, const Matrix& weight, const Matrix& first, const Matrix& second,
                 const Matrix& gradient, const Matrix& grad, const Matrix& x, int threads);
+  // the same with states of 8 bits; second: none, or that of Adam
+  int (*update_8bit)(const UpdateRule&, const UpdateShape&, const Matrix& weight, const CodedState& first,
+                     const CodedState& second, const Matrix& gradient, const Matrix& grad, const Matrix& x,
+                     int threads);
 };
 
 LGK_LEVELS(FusedUpdateKernels, fused_update)

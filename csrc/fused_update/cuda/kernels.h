@@ -16,4 +16,9 @@ int fused_update(const UpdateRule& rule, const UpdateShape& shape, const Matrix&
                  const Matrix& second, const Matrix& gradient, const StridedMatrix& grad, const StridedMatrix& x,
                  void* stream);
 
+// The same with states of 8 bits; second: none, or that of Adam.
+int fused_update_8bit(const UpdateRule& rule, const UpdateShape& shape, const Matrix& weight, const CodedState& first,
+                      const CodedState& second, const Matrix& gradient, const StridedMatrix& grad,
+                      const StridedMatrix& x, void* stream);
+
 }  // namespace lgk::cuda

@@ -9,7 +9,6 @@ import torch
 from ...core.native import cpu_entries, threads
 from ..common.cpu import dense_rows
 from ..common.cpu import matrix as describe
-from .torch import update_8bit_  # noqa: F401  no kernel of its own yet
 
 _C = cpu_entries()
 
@@ -24,17 +23,17 @@ def _in_place(tensors, dtype):
     return [t if t is None else dense_rows(t.to(dtype)) for t in tensors]
 
 
-def _parts(weight, first, second, gradient, grad, x):
-    """(rows of weight, first and second; their gradient), the same memory for each gradient."""
-    (rows, columns), left, x = weight.shape, grad.float().t(), x.float()
+def _parts(own, gradient, grad, x):
+    """(rows of weight and states; their gradient), the same memory for each gradient."""
+    (rows, columns), left, x = own[0].shape, grad.float().t(), x.float()
     step = min(rows, max(16, _PART_BYTES // (4 * columns)))
     part = torch.empty(step, columns)
     for start in range(0, rows, step):
-        own = [t if t is None else t[start : start + step] for t in (weight, first, second)]
-        product = torch.mm(left[start : start + step], x, out=part[: len(own[0])])
+        rows_of = [t if t is None else t[start : start + step] for t in own]
+        product = torch.mm(left[start : start + step], x, out=part[: len(rows_of[0])])
         if gradient is not None:
             product += gradient[start : start + step]
-        yield own, product
+        yield rows_of, product
 
 
 def _run(rule, own, gradient, grad, x):
@@ -42,15 +41,37 @@ def _run(rule, own, gradient, grad, x):
     _C.fused_update(rule, shape, *map(describe, (*own, gradient, grad, x)), threads())
 
 
+def _coded(codes, absmax):
+    return None if codes is None else (codes.data_ptr(), absmax.data_ptr())
+
+
+def _run_8bit(rule, own, gradient, grad, x):
+    weight, *states = own
+    shape = (*weight.shape, grad.shape[0])
+    states = _coded(*states[:2]), _coded(*states[2:])
+    _C.fused_update_8bit(rule, shape, describe(weight), *states, *map(describe, (gradient, grad, x)), threads())
+
+
+def _update(run, own, gradient, grad, x, rule):
+    if grad.shape[0] >= _LIBRARY_FROM and own[0].numel():
+        for part, product in _parts(own, gradient, grad, x):
+            run(rule, part, product, grad[:0], x[:0])
+    else:
+        gradient = None if gradient is None else dense_rows(gradient)
+        run(rule, own, gradient, dense_rows(grad), dense_rows(x))
+
+
 def update_(weight, first, second, gradient, grad, x, rule):
     theirs = weight, first, second
     own = _in_place(theirs, weight.dtype)
-    if grad.shape[0] >= _LIBRARY_FROM and weight.numel():
-        for part, product in _parts(*own, gradient, grad, x):
-            _run(rule, part, product, grad[:0], x[:0])
-    else:
-        gradient = None if gradient is None else dense_rows(gradient)
-        _run(rule, own, gradient, dense_rows(grad), dense_rows(x))
+    _update(_run, own, gradient, grad, x, rule)
     for mine, used in zip(theirs, own):
         if used is not mine:
             mine.copy_(used)
+
+
+def update_8bit_(weight, first, first_max, second, second_max, gradient, grad, x, rule):
+    own = dense_rows(weight)
+    _update(_run_8bit, [own, first, first_max, second, second_max], gradient, grad, x, rule)
+    if own is not weight:
+        weight.copy_(own)

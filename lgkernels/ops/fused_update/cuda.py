@@ -4,7 +4,6 @@ Launches on the current stream; nothing synchronises.
 """
 
 from ..common.cuda import DTYPES, address, call
-from .torch import update_8bit_  # noqa: F401  no kernel of its own yet
 
 
 def _dense_rows(tensor):
@@ -29,3 +28,16 @@ def update_(weight, first, second, gradient, grad, x, rule):
     for mine, used in zip(theirs, own):
         if used is not mine:
             mine.copy_(used)
+
+
+def _coded(codes, absmax):
+    return None if codes is None else (address(codes), address(absmax))
+
+
+def update_8bit_(weight, first, first_max, second, second_max, gradient, grad, x, rule):
+    own, gradient = _dense_rows(weight), _dense_rows(gradient)
+    states, shape = (_coded(first, first_max), _coded(second, second_max)), (*weight.shape, grad.shape[0])
+    matrices = _rows_of(own), *states, _rows_of(gradient)
+    call("fused_update_8bit", weight.device, rule, shape, *matrices, _strided(grad), _strided(x))
+    if own is not weight:
+        weight.copy_(own)
