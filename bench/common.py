@@ -133,6 +133,10 @@ class Problem:
         self.shape = (case.batch, case.channels) + ((case.size, case.size) if case.size else ())
         self.input_bytes = math.prod(self.shape) * torch.finfo(case.torch_dtype).bits // 8
 
+    def absent(self) -> dict[str, str]:
+        """Contestants that could not take part here, and what they need: their tests are skipped with it."""
+        return {}
+
     @property
     def footprint(self):
         """Bytes of inputs and parameters, which the copies must take out of the cache."""

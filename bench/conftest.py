@@ -64,8 +64,14 @@ def pytest_generate_tests(metafunc):
     if {"case", "contestant"} <= set(metafunc.fixturenames):
         config = metafunc.config
         cases = common.cases(preset(config), config.getoption("--family"))
-        pairs = [(case, name) for case in cases for name in contestants(case, config)[1]]
-        metafunc.parametrize("case, contestant", pairs, ids=[f"{case.name}-{name}" for case, name in pairs])
+        pairs = []
+        for case in cases:
+            problem, found = contestants(case, config)
+            pairs += [pytest.param(case, name, id=f"{case.name}-{name}") for name in found]
+            for name, needs in problem.absent().items():
+                skip = pytest.mark.skip(reason=f"{name} needs {needs}")
+                pairs.append(pytest.param(case, name, id=f"{case.name}-{name}", marks=skip))
+        metafunc.parametrize("case, contestant", pairs)
 
 
 def measure(case, config):

@@ -12,6 +12,9 @@ from . import common
 from .common import Contestant, Problem
 from .rivals.holo_ep import dense_step, generalized_holo_ep
 
+PEER = "generalized-holo-ep (JAX)"
+NEEDS = "a CPU, JAX, Flax and a clone of github.com/Laborieux-Axel/generalized-holo-ep on PYTHONPATH"
+
 
 @dataclass(frozen=True)
 class Case(common.Case):
@@ -48,13 +51,19 @@ class DenseStep(Problem):
         return lnn.EquilibriumMLP(*sizes, num_classes=case.classes, steps=case.steps, angle=90).to(self.device)
 
     def contestants(self):
-        library = generalized_holo_ep() if self.device.type == "cpu" else None
-        peer = Contestant("generalized-holo-ep (JAX)", "peer", partial(self.peer, library))
+        peer = Contestant(PEER, "peer", partial(self.peer, self.library))
         return [
             Contestant("lgkernels", "ours", self.ours_step),
             Contestant("recurrent back-propagation", "bp", partial(self.ours_step, "recurrent_backprop")),
-            *([peer] if library else []),
+            *([peer] if self.library else []),
         ]
+
+    @cached_property
+    def library(self):
+        return generalized_holo_ep() if self.device.type == "cpu" else None
+
+    def absent(self):
+        return {} if self.library else {PEER: NEEDS}
 
     def ours_step(self, method="holomorphic"):
         net, x, target = self.net(), self.input, self.target

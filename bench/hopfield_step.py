@@ -12,6 +12,9 @@ from . import common
 from .common import Contestant, Problem
 from .rivals.energy import conv32_step, energy_based_learning
 
+PEER = "energy-based-learning"
+NEEDS = "a CPU and a clone of github.com/rain-neuromorphics/energy-based-learning on PYTHONPATH"
+
 
 def results(gradients):
     """All gradients in one, and those of the layer in the middle: below it the nudges are as small as float32's
@@ -44,13 +47,19 @@ class HopfieldStep(Problem):
         self.channels = [case.channels * k for k in (1, 2, 4, 4)]
 
     def contestants(self):
-        library = energy_based_learning() if self.device.type == "cpu" else None
-        peer = Contestant("energy-based-learning", "peer", partial(self.peer, library))
+        peer = Contestant(PEER, "peer", partial(self.peer, self.library))
         return [
             Contestant("lgkernels", "ours", self.ours_step),
             Contestant("through time", "bp", partial(self.ours_step, "recurrent_backprop")),
-            *([peer] if library else []),
+            *([peer] if self.library else []),
         ]
+
+    @cached_property
+    def library(self):
+        return energy_based_learning() if self.device.type == "cpu" else None
+
+    def absent(self):
+        return {} if self.library else {PEER: NEEDS}
 
     def net(self):
         torch.manual_seed(4)
