@@ -4,7 +4,7 @@
 
 LGK_TUPLE(lgk::cpu::StatePhases, 6)
 LGK_TUPLE(lgk::cpu::StateReport, 3)
-LGK_WORDS(lgk::cpu::StatePool, "max", "softmax")
+LGK_WORDS(lgk::cpu::StatePool, "max", "softmax", "avg")
 LGK_TUPLE(lgk::cpu::PooledEdge, 7)
 LGK_TUPLE(lgk::cpu::PoolKept, 2)
 

@@ -26,7 +26,7 @@ struct StateNet {
   StateReadout readout;
 };
 
-enum class StatePool : int { kMax, kSoftmax };
+enum class StatePool : int { kMax, kSoftmax, kMean };
 
 // A 3x3 convolution of stride 1 from a layer of `low` channels and height x width pixels to one of `high` channels, and
 // a 2x2 pool. Channels are multiples of 16.
@@ -36,7 +36,7 @@ struct PooledEdge {
 };
 
 // What a pool's derivative is made of: the place of the maximum (windows, high), or the slopes of a softmax pool
-// (windows, 4, high); the other is null.
+// (windows, 4, high); the other is null, of a mean both are.
 struct PoolKept {
   int32_t* place;
   float* slopes;
@@ -44,9 +44,9 @@ struct PoolKept {
 
 struct EquilibriumKernels {
   int (*settle)(const StateNet&, const StatePhases&, const Settling&, const StateReport&, int threads);
-  // weights (16, low, high), transformed -> panels, 16 * low * high each
+  // weights (points, low, high), transformed -> panels; 9 points of a mean, 16 of the others
   int (*pack_pooled)(const PooledEdge&, const float* weights, float* up, float* down, int threads);
-  // points: room for (16, windows, low) and (16, windows, high)
+  // points: room for (points, windows, low) and (points, windows, high)
   int (*pooled_up)(const PooledEdge&, const float* image, const float* panels, float* value, const PoolKept&,
                    float* points, int threads);
   int (*pooled_down)(const PooledEdge&, const float* value, const PoolKept&, const float* panels, float* image,

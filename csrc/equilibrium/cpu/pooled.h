@@ -8,7 +8,8 @@
 //   down  the transpose: B [ (G g G^T) . (A y A^T) ] B^T is added to the tile, y_i = slope_i value; of a max pool value
 //         at its place, 0 elsewhere
 //
-// A mean needs no such kernel: convolution and mean are one convolution of 4x4 pixels, 16 products a window as well.
+//         mean     value = c^T Y' c / 4, Y' = (G g G^T) . (B^T d B), c = A 1 = (1, 2, 0, -1)
+//         down     y_i = value / 4, so A y A^T = c c^T value / 4: 9 of the 16 points, for c has a 0
 //
 // Lavin & Gray, "Fast algorithms for convolutional neural networks" (CVPR 2016).
 #pragma once
@@ -17,8 +18,11 @@
 
 namespace lgk::cpu::LGK_ISA {
 
-constexpr int kPoints = 16;
+constexpr int kPoints = 16, kMeanPoints = 9;
+constexpr int kMeanPlace[kMeanPoints] = {0, 1, 3, 4, 5, 7, 12, 13, 15};  // of the points that a mean needs
 constexpr int64_t kGroupRows = 4 * kTileRows;  // tiles whose products lie in the cache together
+
+inline int64_t points_of(const PooledEdge& e) { return e.pool == StatePool::kMean ? kMeanPoints : kPoints; }
 
 struct PoolTiles {
   int64_t down, across, each, all;  // rows and columns of tiles; of a sample, of all samples
@@ -70,10 +74,10 @@ LGK_INLINE void line_spread(vf a, vf b, vf* out, int step) {  // A
 // -- products ---------------------------------------------------------------------------------------------------------
 
 // y (point, rows, vectors) = rows of points (point, tiles, depth) @ the panel of each point
-inline void multiply_points(const float* points, int64_t tiles, int64_t depth, int64_t row, int64_t rows,
+inline void multiply_points(int64_t count, const float* points, int64_t tiles, int64_t depth, int64_t row, int64_t rows,
                             const float* panel, int64_t apart, int vectors, float* y) {
   static constexpr auto all = product_tiles(std::make_integer_sequence<int, kTileRows>());
-  for (int64_t p = 0; p < kPoints; ++p) {
+  for (int64_t p = 0; p < count; ++p) {
     const Operand operand = {points + p * tiles * depth, depth, depth};
     for (int64_t i = 0; i < rows; i += kTileRows) {
       const ProductTiles& t = all.of[smaller(rows - i, kTileRows) - 1];
@@ -83,7 +87,7 @@ inline void multiply_points(const float* points, int64_t tiles, int64_t depth, i
 }
 
 inline int pack_pooled(const PooledEdge& e, const float* weights, float* up, float* down, int threads) {
-  for (int64_t p = 0; p < kPoints; ++p) {  // (point, low, high)
+  for (int64_t p = 0; p < points_of(e); ++p) {  // (point, low, high)
     const float* own = weights + p * e.low * e.high;
     pack_panels(own, e.high, 1, e.low, e.high, 0, e.low, up + p * e.low * rounded(e.high, V), threads);
     pack_panels(own, 1, e.high, e.high, e.low, 0, e.high, down + p * e.high * rounded(e.low, V), threads);
@@ -114,9 +118,25 @@ LGK_INLINE vf softmax_entry(const vf* entries, float* slopes, int64_t apart) {
   return value;
 }
 
+// c^T m c / 4
+LGK_INLINE vf mean_entry(const vf* m) {
+  const auto line = [](const vf* v, int step) { return v[0] + 2.f * v[step] - v[2 * step]; };
+  const vf parts[3] = {line(m, 1), line(m + 3, 1), line(m + 6, 1)};
+  return 0.25f * line(parts, 1);
+}
+
+// c c^T v / 4
+LGK_INLINE void spread_mean(vf v, vf* z) {
+  constexpr float c[3] = {0.5f, 1.f, -0.5f};
+  for (int i = 0; i < 3; ++i)
+    for (int j = 0; j < 3; ++j) z[3 * i + j] = c[i] * c[j] * v;
+}
+
 inline int pooled_up(const PooledEdge& e, const float* image, const float* panels, float* value, const PoolKept& kept,
                      float* points, int threads) {
   const PoolTiles tiles = tiles_of(e);
+  const int64_t count = points_of(e);
+  const bool mean = e.pool == StatePool::kMean;
   parallel(tiles.all, tiles.all * e.low * kPoints, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t) {
       const float* pixels[kPoints];
@@ -126,7 +146,9 @@ inline int pooled_up(const PooledEdge& e, const float* image, const float* panel
         for (int p = 0; p < kPoints; ++p) d[p] = pixels[p] ? load(pixels[p] + c) : vf{};
         for (int i = 0; i < 4; ++i) line_in<4>(d + i);
         for (int i = 0; i < 4; ++i) line_in<1>(d + 4 * i);
-        for (int64_t p = 0; p < kPoints; ++p) store(points + (p * tiles.all + t) * e.low + c, d[p]);
+        const auto keep = [&](int64_t p, int place) { store(points + (p * tiles.all + t) * e.low + c, d[place]); };
+        for (int p = 0; p < kMeanPoints && mean; ++p) keep(p, kMeanPlace[p]);
+        for (int p = 0; p < kPoints && !mean; ++p) keep(p, p);
       }
     }
   });
@@ -139,13 +161,18 @@ inline int pooled_up(const PooledEdge& e, const float* image, const float* panel
       const int64_t j = item / groups * 2 * V, row = item % groups * kGroupRows;
       const int64_t rows = smaller(tiles.all - row, kGroupRows);
       const int vectors = static_cast<int>(panel_columns(e.high - j) / V);
-      multiply_points(points, tiles.all, e.low, row, rows, panels + j * e.low, e.low * rounded(e.high, V), vectors, y);
+      multiply_points(count, points, tiles.all, e.low, row, rows, panels + j * e.low, e.low * rounded(e.high, V),
+                      vectors, y);
       for (int64_t i = 0; i < rows * vectors; ++i) {
         vf m[kPoints], half[8], out[4];
-        for (int64_t p = 0; p < kPoints; ++p) m[p] = load(y + (p * rows * vectors + i) * V);
+        for (int64_t p = 0; p < count; ++p) m[p] = load(y + (p * rows * vectors + i) * V);
+        const int64_t window = row + i / vectors, column = j + i % vectors * V, at = window * e.high + column;
+        if (mean) {
+          store(value + at, mean_entry(m));
+          continue;
+        }
         for (int k = 0; k < 4; ++k) line_out<4>(m + k, half + k, 4);
         for (int k = 0; k < 2; ++k) line_out<1>(half + 4 * k, out + 2 * k, 1);
-        const int64_t window = row + i / vectors, column = j + i % vectors * V, at = window * e.high + column;
         store(value + at, e.pool == StatePool::kMax
                               ? largest_entry(out, kept.place + at)
                               : softmax_entry(out, kept.slopes + 4 * window * e.high + column, e.high));
@@ -158,11 +185,18 @@ inline int pooled_up(const PooledEdge& e, const float* image, const float* panel
 inline int pooled_down(const PooledEdge& e, const float* value, const PoolKept& kept, const float* panels, float* image,
                        float* points, int threads) {
   const PoolTiles tiles = tiles_of(e);
+  const int64_t count = points_of(e);
+  const bool mean = e.pool == StatePool::kMean;
   parallel(tiles.all, tiles.all * e.high * kPoints, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t c = 0; c < e.high; c += V) {
         const vf v = load(value + t * e.high + c);
         vf y[4], half[8], z[kPoints];
+        if (mean) {
+          spread_mean(v, z);
+          for (int64_t p = 0; p < kMeanPoints; ++p) store(points + (p * tiles.all + t) * e.high + c, z[p]);
+          continue;
+        }
         if (e.pool == StatePool::kMax) {
           vi where;
           std::memcpy(&where, kept.place + t * e.high + c, sizeof where);
@@ -189,14 +223,16 @@ inline int pooled_down(const PooledEdge& e, const float* value, const PoolKept& 
         for (int n = 0; n < vectors; ++n) store(image + i * e.low + j + n * V, vf{});
       for (int64_t row = first * tiles.each; row < last * tiles.each; row += kGroupRows) {
         const int64_t rows = smaller(last * tiles.each - row, kGroupRows);
-        multiply_points(points, tiles.all, e.high, row, rows, panels + j * e.high, e.high * rounded(e.low, V), vectors,
-                        y);
+        multiply_points(count, points, tiles.all, e.high, row, rows, panels + j * e.high, e.high * rounded(e.low, V),
+                        vectors, y);
         for (int64_t i = 0; i < rows; ++i) {
           float* pixels[kPoints];
           pixels_of(e, tiles, row + i, e.low, image, pixels);
           for (int n = 0; n < vectors; ++n) {
-            vf z[kPoints];
-            for (int64_t p = 0; p < kPoints; ++p) z[p] = load(y + ((p * rows + i) * vectors + n) * V);
+            vf z[kPoints] = {};
+            const auto take = [&](int64_t p, int place) { z[place] = load(y + ((p * rows + i) * vectors + n) * V); };
+            for (int p = 0; p < kMeanPoints && mean; ++p) take(p, kMeanPlace[p]);
+            for (int p = 0; p < kPoints && !mean; ++p) take(p, p);
             for (int k = 0; k < 4; ++k) line_back<4>(z + k);
             for (int k = 0; k < 4; ++k) line_back<1>(z + 4 * k);
             for (int p = 0; p < kPoints; ++p) {

@@ -1,5 +1,4 @@
-"""Energy nets on CPUs: convolutions with a max or softmax pool by the kernels of pooled_cpu.py, all else in plain torch
-(a mean makes one convolution with its own: torch's)."""
+"""Energy nets on CPUs: convolutions with a pool by the kernels of pooled_cpu.py, all else in plain torch."""
 
 from . import energy_torch as lean
 from . import pooled_cpu
@@ -9,7 +8,7 @@ __all__ = ["prepare", "settle"]
 
 
 def kernel_of(edge, kernel):
-    if edge.pool not in ("max", "softmax") or edge.stride != 1 or not pooled_cpu.takes(kernel):
+    if edge.pool == "none" or edge.stride != 1 or not pooled_cpu.takes(kernel):
         return lean.kernel_of(edge, kernel)
     return pooled_cpu.panels(kernel, edge.padding, edge.pool)
 
