@@ -39,18 +39,19 @@ def run(kernels, device):
     results = []
     cases = (((9, 70, 5), 3, CHAIN, 7), ((33, 3, 10), 20, LOOP, None))
     for (sizes, samples, edges, classes), schedule in itertools.product(cases, ("synchronous", "asynchronous")):
-        for phases, activation in (
-            (circle(0.2, 5), "dsilu"),
-            (circle(0.2, 4), "sigmoid"),
-            (Phases([0.3, -0.3], [0.0, 0.0], 2), "hard_sigmoid"),
+        for phases, activation, points in (
+            (circle(0.2, 5), "dsilu", 5),
+            (circle(0.2, 4), "sigmoid", 4),
+            (Phases([0.3, -0.3], [0.0, 0.0], 2), "hard_sigmoid", 1),
         ):
             options = Settling(activation, "mse" if classes is None else "cross_entropy", schedule, 4, None)
             args = dense(device, sizes, samples, phases, edges, classes)
             states, *report = kernels.settle(*args, options)
             results += [*states, *report]
             args = dense(device, sizes, samples, one_phase(0.1), edges, classes)
-            e, residual = kernels.error(*args[:4], 0.1, 0, options)
-            results += [*e, residual]
+            for many in (0, points):
+                e, residual = kernels.error(*args[:4], 0.1, many, options)
+                results += [*e, residual]
     weights = [randn(33, 7), randn(7, 33), randn(7, 7)]
     loss, grads = kernels.homeostasis([w.to(device) for w in weights], [], [0, 1, 1, 0, 2, 1], [33, 7, 7], "exact")
     results += [loss, *grads]
