@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import lgkernels.nn as lnn
-from tests.integration.test_door import DOORS
+from lgkernels.core import dispatch, trust
+from tests.integration.test_door import DOORS, copied
 
 # Tensors that may be of another dtype as well, and of which.
 ALSO = {("feedback_product", "weight"): torch.int32, ("feedback_matrix", "weight"): torch.int32}
@@ -93,6 +94,40 @@ def test_words(op, impl):
             given[i] = "no such word"
             with pytest.raises(ValueError, match=rf"^{argument.name} must be one of .*, got 'no such word'"):
                 getattr(torch.ops.lgkernels, op)(*given, impl)
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_sizes(impl):
+    """Whole numbers that no call of the library gives an op: the result, or a refusal by name. (An error of native
+    code has another class; a division by 0 there ends the process.)"""
+    tried = 0
+    for family, op in DOORS:
+        if family == "equilibrium" or impl == "torch" and "torch" not in dispatch.backends(trust.OPS[op].group):
+            continue  # the edges of a net are checked by what makes them
+        schema = getattr(torch.ops.lgkernels, op).default._schema
+        for i, argument in enumerate(schema.arguments[:-1]):
+            for value in wrong_sizes(ALL[op][i]) if "int" in str(argument.type) else ():
+                given = [copied(a) for a in ALL[op]]
+                given[i] = value
+                tried += 1
+                try:
+                    getattr(torch.ops.lgkernels, op)(*given, impl)
+                except (ValueError, TypeError) as refused:
+                    assert " must " in str(refused), (op, argument.name, value, refused)
+                except RuntimeError as refused:
+                    assert refused.__class__ is RuntimeError and argument.name in TORCHS, (op, argument.name, value)
+    assert tried > 50
+
+
+TORCHS = ("stride", "padding", "dilation", "groups")  # of a convolution, which torch itself refuses
+
+
+def wrong_sizes(value):
+    """Of a size, or of a list of sizes: 0, -1 and 1, and lists that are too short or too long."""
+    if isinstance(value, list):
+        changed = [value[:j] + [v] + value[j + 1 :] for j in range(len(value)) for v in (0, -1, 1)]
+        return [*changed, [], value[:-1], value + [1]]
+    return [0, -1, 1] if isinstance(value, int) and not isinstance(value, bool) else []
 
 
 def test_the_statistics_of_a_block():

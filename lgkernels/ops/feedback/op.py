@@ -76,6 +76,8 @@ def feedback_matrix(
 
 def _check_rows(index, columns, state, law, *_):
     checks.dims("index", index, (1,), "(B,)")
+    if columns < 0:
+        raise ValueError(f"columns must be at least 0, got {columns}")
     check_state(state)
     check_law(law)
 
@@ -114,6 +116,17 @@ def feedback_pack_signs(kernels, weight: Tensor) -> Tensor:
 
 
 def _check_fold(columns, shape, kernel, positions, stride, padding, dilation):
+    for name, sizes, count in (
+        ("shape", shape, 4),
+        ("kernel", kernel, 2),
+        ("positions", positions, 2),
+        ("stride", stride, 2),
+        ("padding", padding, 2),
+        ("dilation", dilation, 2),
+    ):
+        least = 1 if name in ("kernel", "stride", "dilation") else 0
+        if len(sizes) != count or min(sizes) < least:
+            raise ValueError(f"{name} must be {count} numbers of at least {least}, got {sizes}")
     rows, width = shape[0] * positions[0] * positions[1], shape[1] * kernel[0] * kernel[1]
     if tuple(columns.shape) != (rows, width):
         checks.shape("columns", columns, (rows, width), "positions, and channels times kernel")

@@ -80,12 +80,19 @@ def lls_basis(
 # -- the loss ---------------------------------------------------------------------------------------------------
 
 
+def _check_sizes(name, shape, pool_size):
+    """A bin of no position, or no bin, would be divided by."""
+    if len(shape) not in (2, 4) or shape[0] < 0 or min(shape[1:]) < 1:
+        raise ValueError(f"{name} must have no empty dimension but the batch, got shape {tuple(shape)}")
+    if pool_size < 1:
+        raise ValueError(f"pool_size must be at least 1, got {pool_size}")
+
+
 def _check_loss(activation, target, modulation, basis, waveform, pool_size, options, compute_grad):
     if target.shape != activation.shape[:1]:
         checks.shape("target", target, activation.shape[:1], "one class index per row of activation")
     checks.dims("activation", activation, (2, 4), "(B, N) or (B, C, H, W)")
-    if pool_size < 1:
-        raise ValueError(f"pool_size must be at least 1, got {pool_size}")
+    _check_sizes("activation", activation.shape, pool_size)
     _check_modulation(modulation, options.num_classes)
     _check_words(waveform, options)
     if basis is not None:
@@ -152,6 +159,7 @@ def _empty(shape, dtype, channels_last, device):
 def _check_backward(
     grad_loss, grad_latents, similarity, grad_logits, shape, dtype, channels_last, pool_size, vector, *needs
 ):
+    _check_sizes("shape", shape, pool_size)
     batch, dim = shape[0], latent_size(shape, pool_size)
     checks.shape("grad_latents", grad_latents, (batch, dim), "a gradient for each latent")
     if grad_loss.dim():
@@ -231,6 +239,8 @@ def _check_block(
         )
     if target.shape != x.shape[:1]:
         checks.shape("target", target, x.shape[:1], "one class index per row of x")
+    if options.pool_size < 1:
+        raise ValueError(f"pool_size must be at least 1, got {options.pool_size}")
     _check_modulation(modulation, options.num_classes)
     _check_words(options.waveform)
 
