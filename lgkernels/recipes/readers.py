@@ -3,6 +3,7 @@
 import concurrent.futures
 import gzip
 import io
+import math
 import os
 import pickle
 import struct
@@ -53,14 +54,14 @@ def read_idx(path):
         raw = Path(path).read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         zero, kind, rank = struct.unpack(">HBB", raw[:4])
-        if zero or kind != 8:
+        if zero or kind != 8 or rank > 8:
             raise DataError(f"{path} is not an IDX file of bytes (it starts with {raw[:4].hex()})")
         shape = struct.unpack(f">{rank}I", raw[4 : 4 + 4 * rank])
     except (OSError, EOFError, struct.error, zlib.error) as error:
         raise DataError(f"{path} is not a complete IDX file ({error})") from None
     body = np.frombuffer(raw, np.uint8, offset=4 + 4 * rank)
-    if body.size != np.prod(shape):
-        raise DataError(f"{path} is cut short: {np.prod(shape)} bytes expected for shape {shape}, got {body.size}")
+    if body.size != math.prod(shape):
+        raise DataError(f"{path} is cut short: {math.prod(shape)} bytes expected for shape {shape}, got {body.size}")
     return body.reshape(shape)
 
 

@@ -45,6 +45,14 @@ def _made(factory: OptimizerFactory, parameters: Parameters) -> Any:
             f"optimizer_factory must return an optimizer (with step and zero_grad), got {type(optimizer).__name__}"
             + (": its `return` is missing" if optimizer is None else "")
         )
+    groups = getattr(optimizer, "param_groups", None)
+    if isinstance(groups, list) and groups:
+        held, mine = {id(p) for group in groups for p in group["params"]}, list(map(id, parameters))
+        if held.isdisjoint(mine):
+            raise ValueError(
+                "optimizer_factory must return an optimizer of the parameters that it is given, got one that holds "
+                f"none of these {len(mine)}: nothing would be trained"
+            )
     return optimizer
 
 

@@ -52,6 +52,8 @@ def test_idx(mnist_folder, name):
         (idx(pixels(5, 28, 28))[:-1], "cut short"),
         (b"\0\0\x08", "not a complete IDX"),
         (b"PK\x03\x04zip", "not an IDX file"),
+        (bytes([0, 0, 8, 255]) + bytes(1020), "not an IDX file"),  # more dimensions than an array can have
+        (bytes([0, 0, 8, 4]) + b"\xff" * 16, "cut short: 3402823"),  # more bytes than int64 can count
         (gzip.compress(idx(pixels(5, 28, 28)))[:200], "not a complete IDX"),
     ],
 )

@@ -394,6 +394,8 @@ def test_factories_that_forget_return(trainer):
         trainer(blocks, optimizer_factory=lambda p: None)
     with pytest.raises(TypeError, match="optimizer_factory must return an optimizer .* got list"):
         trainer(blocks, optimizer_factory=list)
+    with pytest.raises(ValueError, match="an optimizer of the parameters that it is given, got one that holds none of"):
+        trainer(blocks, optimizer_factory=lambda _: torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1))
     sgd = lambda p: torch.optim.SGD(p, 0.1)  # noqa: E731
     with pytest.raises(TypeError, match="scheduler_factory must return a learning-rate schedule"):
         trainer(blocks, optimizer_factory=sgd, scheduler_factory=lambda o: None)
