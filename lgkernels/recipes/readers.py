@@ -88,7 +88,8 @@ class _ArraysOnly(pickle.Unpickler):
     """Unpickles dicts, lists, bytes and NumPy's arrays and numbers; anything else in the file is refused, never
     called. NumPy's parts have had two homes."""
 
-    _ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("builtins", "bytearray")}
+    _ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    _ALLOWED |= {("builtins", "bytearray"), ("__builtin__", "bytearray")}  # its name in protocol 2
     _ALLOWED |= {
         (f"numpy.{core}.{module}", name)
         for core in ("core", "_core")

@@ -43,6 +43,11 @@ def test_names(arguments, expected):
     assert converted(lnn.convert(net(), "usf", last_layer="convert", verbose=False, **arguments)) == expected
 
 
+def test_a_pattern_whose_brackets_are_the_names():
+    model = nn.ModuleDict({"block[0]": nn.Linear(4, 4), "block[1]": nn.Linear(4, 4)})
+    assert converted(lnn.convert(model, "usf", include="b*[1]", last_layer="convert", verbose=False)) == ["block[1]"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -106,8 +106,15 @@ def test_grey_of_16_bits(tmp_path, dtype):
     assert abs(got.mean().item() - (grey >> 8).mean()) < 1 and got.std() > 40
 
 
-def test_a_thread_of_pixels_fills_no_memory(tmp_path):
+def test_a_thread_of_pixels_fills_no_memory(tmp_path, monkeypatch):
     folder(tmp_path, "a")
+    resize = Image.Image.resize
+
+    def little(picture, size, *arguments):
+        assert size[0] * size[1] < 2**24
+        return resize(picture, size, *arguments)
+
+    monkeypatch.setattr(Image.Image, "resize", little)
     picture(tmp_path / "train" / "a" / "1.png", 9, (2, 60_000))
     assert (data.load("image-folder", tmp_path).train[0][torch.arange(1)] == 9).all()
 
@@ -134,6 +141,7 @@ def jpegs(path, count=6, **changes):
         (dict(offsets=lambda o: o[:4]), "must hold one offset more than labels, got 4 and labels of shape (6,)"),
         (dict(labels=lambda v: v[:3]), "must hold one offset more than labels, got 7 and labels of shape (3,)"),
         (dict(offsets=lambda o: o[::-1].copy()), "must hold offsets that rise from 0 to its"),
+        (dict(offsets=lambda o: o[[0, 2, 1, 3, 4, 5, 6]]), "must hold offsets that rise from 0 to its"),
         (dict(bytes=lambda b: b[:-9]), "must hold offsets that rise from 0 to its"),
         (dict(bytes=lambda b: b ^ 255), "image 0 of"),
     ],
@@ -174,6 +182,13 @@ def test_cifar_written_again(tmp_path, protocol, key, labels):
     pixels = cifar(tmp_path, protocol, labels=labels, key=key)
     got = data.load("cifar10", tmp_path)
     assert got.test[1].tolist() == [0, 1, 2, 3] and np.array_equal(got.test[0].numpy().reshape(4, 3072), pixels)
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_cifar_of_raw_bytes(tmp_path, protocol):
+    raw = RNG.integers(0, 255, 4 * 3072, dtype=np.uint8)
+    cifar(tmp_path, protocol, data=bytearray(raw.tobytes()))
+    assert np.array_equal(data.load("cifar10", tmp_path).test[0].numpy().reshape(-1), raw)
 
 
 def test_cifar_of_numpys_other_home(tmp_path, monkeypatch):
