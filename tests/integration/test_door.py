@@ -107,6 +107,27 @@ def test_wrong_sizes(family, op, impl):
     assert tried
 
 
+def _is_list(argument):
+    return isinstance(argument, list) and bool(argument) and isinstance(argument[0], torch.Tensor)
+
+
+LISTS = [key for key in TRIED if any(map(_is_list, DOORS[key[:2]]))]
+
+
+@pytest.mark.parametrize("family, op, impl", LISTS)
+def test_lists_of_another_length(family, op, impl):
+    """One tensor less than the other lists have: the checkpoint of a model with fewer layers."""
+    arguments, tried = DOORS[family, op], 0
+    for i, argument in enumerate(getattr(torch.ops.lgkernels, op).default._schema.arguments[:-1]):
+        if _is_list(arguments[i]) and argument.name != "drive":  # which may be of the first layers alone
+            own = [copied(a) for a in arguments]
+            own[i].pop()
+            tried += 1
+            with pytest.raises((ValueError, TypeError), match="must"):
+                accepted(op, own, impl)
+    assert tried
+
+
 @pytest.mark.parametrize("family, op, impl", [key for key in TRIED if "backward" in key[1]])
 def test_saved_tensors_of_another_dtype_or_stride(family, op, impl):
     """A hook on saved tensors may give others back than it took: their values count, never their bytes."""
