@@ -1,6 +1,7 @@
 """What the trainers share: optimizers, schedules, accumulation, modes, recalibration, state."""
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -44,6 +45,12 @@ def _made(factory: OptimizerFactory, parameters: Parameters) -> Any:
         raise TypeError(
             f"optimizer_factory must return an optimizer (with step and zero_grad), got {type(optimizer).__name__}"
             + (": its `return` is missing" if optimizer is None else "")
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(
+            "optimizer_factory must return an optimizer whose step() needs no closure, got "
+            f"{type(optimizer).__name__}: a trainer gives it gradients, not a loss to call again"
         )
     groups = getattr(optimizer, "param_groups", None)
     if isinstance(groups, list) and groups:

@@ -396,6 +396,8 @@ def test_factories_that_forget_return(trainer):
         trainer(blocks, optimizer_factory=list)
     with pytest.raises(ValueError, match="an optimizer of the parameters that it is given, got one that holds none of"):
         trainer(blocks, optimizer_factory=lambda _: torch.optim.SGD(nn.Linear(4, 4).parameters(), 0.1))
+    with pytest.raises(TypeError, match="whose step\\(\\) needs no closure, got LBFGS"):
+        trainer(blocks, optimizer_factory=torch.optim.LBFGS)
     sgd = lambda p: torch.optim.SGD(p, 0.1)  # noqa: E731
     with pytest.raises(TypeError, match="scheduler_factory must return a learning-rate schedule"):
         trainer(blocks, optimizer_factory=sgd, scheduler_factory=lambda o: None)
