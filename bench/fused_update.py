@@ -6,7 +6,7 @@ weight in float32. The usual step writes the gradient and reads it again (8 more
 
 import math
 import os
-from functools import cached_property
+from functools import cached_property, partial
 from unittest import mock
 
 import torch
@@ -53,6 +53,10 @@ class Step(Problem):
         ours = self.ours(self.fused, reference=False)
         return [
             *(Contestant(f"{c.name}, fuse_update", c.role, c.make, backend=c.backend) for c in ours),
+            *(
+                Contestant(f"{c.name}, 8-bit states", c.role, c.make, variant=True, backend=c.backend)
+                for c in self.ours(partial(self.fused, state_bits=8), reference=False)
+            ),
             Contestant(self.baseline, "bp", lambda: self.plain(fused=True)),
             Contestant("nn.Linear, AdamW(foreach=True)", "bp", lambda: self.plain(foreach=True)),
             Contestant("nn.Linear, AdamW(fused=True) in backward hooks", "peer", self.hooks),
@@ -80,10 +84,10 @@ class Step(Problem):
 
         return self.step(layer, step)
 
-    def fused(self, impl):
+    def fused(self, impl, state_bits=32):
         layer = self.layer()
         optimizer = torch.optim.AdamW(layer.parameters(), lr=0.0, fused=True)
-        fuse_update(layer, optimizer, include=[""])
+        fuse_update(layer, optimizer, include=[""], state_bits=state_bits)
 
         def step():
             with mock.patch.dict(os.environ, LGKERNELS_IMPL=impl):

@@ -2,7 +2,8 @@
 
 Parts: build (the native module with CUDA kernels, in place), verify (`python -m lgkernels verify`: every case of every
 op, into the user's verdict cache), test:<family> for each folder of tests/ with GPU tests, alone (their tests that need
-the whole memory), bench:<family> for each family's file in bench/, sanitizer (NVIDIA's, over all kernels; what it finds
+the whole memory), bench:<family> for each family's file in bench/, line:<family> (whether its rows meet
+bench/gpu_lines.py; the bench runs first where it has not), sanitizer (NVIDIA's, over all kernels; what it finds
 is reported and decides nothing). A second run does what is missing or has failed, `--only build,test:lls` does those
 again. All that has to come back lies in DIR, at most 8 files: gpu_check.json (state, verdicts), tests.jsonl (what
 became of each test, a line as it ends: a run that is killed loses nothing), the benches' <device>.json, and a log for
@@ -28,11 +29,19 @@ import torch
 from lgkernels.core import trust, verdicts
 from tests.support import outcomes
 
-from . import common, report, timing
+from . import common, gpu_lines, report, timing
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 540.0  # seconds in all
-LIMITS = {"build": 400.0, "verify": 500.0, "test": 500.0, "alone": 300.0, "bench": 300.0, "sanitizer": 500.0}
+LIMITS = {
+    "build": 400.0,
+    "verify": 500.0,
+    "test": 500.0,
+    "alone": 300.0,
+    "bench": 300.0,
+    "line": 300.0,
+    "sanitizer": 500.0,
+}
 NO_TESTS = 5  # pytest's status where nothing was collected: a family without cases for a GPU
 CHOICES = {"test": "not alone and not sanitizer", "alone": "alone", "sanitizer": "sanitizer"}  # by marks
 STAND_IN = os.environ.get("LGKERNELS_STAND_IN")  # "cpu": a dry run
@@ -176,6 +185,19 @@ def bench(family, this):
     return outcome(status, text, status in (0, NO_TESTS)) | {"results": results.name}
 
 
+def line(family, this):
+    """Whether the family's rows meet the lines asked of a GPU; a dry run shows that each of them finds its numbers."""
+    path, made = this.out / f"{report.slug(timing.environment(device())['device'])}.json", None
+    found = gpu_lines.judged(family, report.read(path)["rows"], bool(STAND_IN)) if path.exists() else []
+    if not found:
+        made = bench(family, this)
+        if path.exists():
+            found = gpu_lines.judged(family, report.read(path)["rows"], bool(STAND_IN))
+    ok = bool(found) and all(f["value"] is not None if STAND_IN else f["met"] for f in found)
+    status = made["status"] if made else 0 if ok else 1
+    return outcome(status, "\n".join(gpu_lines.words(found) or ["no rows"]), ok) | {"lines": found}
+
+
 def find_parts():
     """{name: part}, in the order in which they run."""
     tested = sorted({f"tests/{path.parent.name}" for path in (ROOT / "tests").glob("*/test_gpu*.py")})
@@ -185,6 +207,7 @@ def find_parts():
         **{f"test:{Path(folder).name}": partial(tests, [folder], "test") for folder in tested},
         "alone": partial(tests, tested, "alone"),
         **{f"bench:{family}": partial(bench, family) for family in common.families()},
+        **{f"line:{family}": partial(line, family) for family in gpu_lines.FAMILIES},
         "sanitizer": partial(tests, tested, "sanitizer"),
     }
 
@@ -292,7 +315,7 @@ def of_this_machine(state, tested):
     if state.get("fingerprint", now) != now:
         print("the machine or the sources have changed since the last run: tests are run anew", flush=True)
         tested.unlink(missing_ok=True)
-        for name in [name for name in state if name in PARTS and not name.startswith(("build", "bench"))]:
+        for name in [name for name in state if name in PARTS and not name.startswith(("build", "bench", "line"))]:
             del state[name]
     return {"fingerprint": now, "environment": timing.environment(device())}
 

@@ -86,12 +86,108 @@ class Step(Problem):
         return {"y": torch.stack([F.linear(x[m], self.weight.double() + c * z) for m, c in enumerate((EPS, -EPS))])}
 
 
+class Layer(Step):
+    """Both perturbed forwards of another layer: no update, which is the linear layer's."""
+
+    def contestants(self):
+        return [
+            *self.ours(self.library),
+            Contestant("torch.normal, a perturbed copy for each side", "eager", self.usual),
+            Contestant("two forwards", "floor", self.forwards),
+        ]
+
+    def plain(self, x, weight):
+        raise NotImplementedError
+
+    def perturbed(self, x, **options):
+        raise NotImplementedError
+
+    def sides_of(self, weights, x):
+        return torch.stack([self.plain(x, weight) for weight in weights])
+
+    def library(self, impl):
+        x = self.input.expand(2, *self.input.shape).contiguous()
+        sides = torch.tensor([EPS, -EPS], device=self.device)
+        return lambda: {"y": self.perturbed(x, noise=self.noise, coefficients=sides, impl=impl)}
+
+    def usual(self):
+        generator = torch.Generator(self.device)
+
+        def run():
+            generator.manual_seed(1)
+            z = torch.normal(0.0, 1.0, self.weight.shape, generator=generator, device=self.device)
+            return {"sides": self.sides_of((torch.add(self.weight, z, alpha=c) for c in (EPS, -EPS)), self.input)}
+
+        return run
+
+    def forwards(self):
+        return lambda: {"sides": self.sides_of((self.weight, self.weight), self.input)}
+
+    def truth(self):
+        z, weight = self.noise.materialize(self.weight.shape, dtype=torch.float64), self.weight.double()
+        x = self.input.double() if self.input.is_floating_point() else self.input
+        return {"y": self.sides_of((weight + c * z for c in (EPS, -EPS)), x)}
+
+
+class Conv(Layer):
+    """3x3, padding 1."""
+
+    op = "zeroth_order_conv2d"
+    registered_op = "perturbed_conv2d"
+    title = "Both perturbed forwards of a 3x3 convolution"
+
+    @property
+    def footprint(self):
+        return 9 * super().footprint
+
+    @cached_property
+    def weight(self):
+        shape = self.case.out_channels, self.case.channels, 3, 3
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(3)) / (9 * self.case.channels) ** 0.5
+        return weight.to(self.device, self.case.torch_dtype)
+
+    def plain(self, x, weight):
+        return F.conv2d(x, weight, padding=1)
+
+    def perturbed(self, x, **options):
+        return LF.perturbed_conv2d(x, self.weight, padding=1, **options)
+
+
+class Embedding(Layer):
+    """`batch` rows of a table of `channels` rows are looked up."""
+
+    op = "zeroth_order_embedding"
+    registered_op = "perturbed_rows"
+    title = "Both perturbed forwards of an embedding"
+
+    @cached_property
+    def weight(self):
+        weight = torch.randn(self.case.channels, self.case.out_channels, generator=torch.Generator().manual_seed(3))
+        return weight.to(self.device, self.case.torch_dtype)
+
+    @cached_property
+    def input(self):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.case.channels, (self.case.batch,), generator=generator).to(self.device)
+
+    def plain(self, x, weight):
+        return F.embedding(x, weight)
+
+    def perturbed(self, x, **options):
+        return LF.perturbed_embedding(x, self.weight, **options)
+
+
 def _step(rows, law="sign", size=2048, **more):
     return Case(Step, rows, size, size, rule=law, **more)
 
 
 CASES = {
-    "smoke": [_step(3, size=40), _step(3, "normal", size=40)],
-    "cpu": [_step(8), _step(64), _step(512), _step(8, "uniform8"), _step(8, "normal"), _step(512, "normal")],
-    "gpu": [_step(rows, law, 4096, dtype="bfloat16") for rows in (16, 2048) for law in ("sign", "normal")],
+    "smoke": [
+        *(_step(3, size=40), _step(3, "normal", size=40)),
+        *(Case(Conv, 3, 8, 5, 6, rule="sign"), Case(Embedding, 3, 20, 8, rule="sign")),
+    ],
+    "cpu": [_step(8), _step(64), _step(512), _step(8, "uniform8"), _step(8, "normal"), _step(512, "normal")]
+    + [Case(Conv, 8, 256, 256, 14, rule="sign"), Case(Embedding, 512, 50257, 768, rule="sign")],
+    "gpu": [_step(rows, law, 4096, dtype="bfloat16") for rows in (16, 2048) for law in ("sign", "normal")]
+    + [Case(Conv, 64, 512, 512, 14, rule="sign"), Case(Embedding, 8192, 50257, 768, rule="sign")],
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import common, gpu_check
+from bench import common, gpu_check, gpu_lines
 from lgkernels.core import trust, verdicts
 from tests.support import outcomes
 from tests.support.once import made_once
@@ -69,7 +69,7 @@ def dry(tmp_path_factory):
 
 def run_dry(folder):
     folder.mkdir(exist_ok=True)
-    parts = "build,verify,test:offset,alone,bench:offset,sanitizer"
+    parts = "build,verify,test:offset,alone,bench:offset,line:fused_update,sanitizer"
     chosen = ["-n", "2", "-k", "test_any_layout and dense-dense-dense or test_no_kernel", "--op", "feedback_pack_signs"]
     stand_in = dict(LGKERNELS_STAND_IN="cpu", TRITON_INTERPRET="1", LGKERNELS_CACHE_DIR=str(folder / "cache"))
     done = run("bench.gpu_check", "--out", str(folder / "out"), "--only", parts, *chosen, **stand_in)
@@ -79,7 +79,7 @@ def run_dry(folder):
 def test_a_dry_run_has_an_outcome_of_every_part(dry):
     status, printed, folder = dry
     state = json.loads((folder / "out" / "gpu_check.json").read_text())
-    for part in ("build", "verify", "test:offset", "alone", "bench:offset", "sanitizer"):
+    for part in ("build", "verify", "test:offset", "alone", "bench:offset", "line:fused_update", "sanitizer"):
         assert state[part]["ok"], (part, state[part], printed[-3000:])
     assert status == 1, "the other parts are missing"
     assert {row["backend"]: row["verdict"] for row in state["verify"]["rows"]} == {"triton": "good", "cuda": "good"}
@@ -87,6 +87,37 @@ def test_a_dry_run_has_an_outcome_of_every_part(dry):
     assert state["proved"]["offset_sgd_"].keys() == {"triton", "cuda"}
     assert all(found["passed"] and not found["failed"] for found in state["proved"]["offset_sgd_"].values())
     assert "-n 2 " in (folder / "out" / "test.log").read_text()
+    lines = state["line:fused_update"]["lines"]
+    assert len(lines) == 2 and all(line["value"] > 0 for line in lines) and "at most 1.15" in printed
+
+
+def test_lines():
+    """A row on either side of every line; a case of other sizes, or without kernels of ours."""
+    shape = dict(channels=9216, out_channels=4096, dtype="float32")
+    weights = 3 * 4 * 9216 * 4096
+
+    def rows(op, batch, *providers):
+        return [
+            dict(case=f"{op}{batch}", op=op, batch=batch, provider=name, role=role, backend=backend, **shape)
+            | dict(median_ms=ms, peak_bytes=peak)
+            for name, role, backend, ms, peak in providers
+        ]
+
+    def judged(family, *given):
+        return [(line["value"], line["met"]) for line in gpu_lines.judged(family, rows(*given))]
+
+    def step(ms, share, backend="cuda"):
+        hooks = gpu_lines.HOOKS, "peer", None, 13.0, 0
+        return judged("fused_update", "fused_update_step", 8, ("ours", "ours", backend, ms, share * weights), hooks)
+
+    assert step(9.9, 0.14) == [(pytest.approx(9.9 / 13), True), (pytest.approx(1.14), True)]
+    assert [met for _, met in step(10.1, 0.16)] == [False, False]
+    assert step(1.0, 0.0, "torch") == [(None, False)] * 2
+    floor = "two forwards", "floor", None, 4.0, 0
+    sides = [("a", "ours", "triton", 5.1, 0), ("b", "ours", "cuda", 4.9, 0), ("c", "ours", "torch", 1.0, 0), floor]
+    assert judged("zeroth_order", "zeroth_order_step", 2048, *sides) == [(pytest.approx(4.9 / 4), True)]
+    assert judged("zeroth_order", "zeroth_order_step", 2048, sides[0], floor) == [(pytest.approx(5.1 / 4), False)]
+    assert judged("zeroth_order", "zeroth_order_step", 512, *sides) == []
 
 
 def test_what_comes_back_is_at_most_eight_files(dry):

@@ -8,10 +8,11 @@ from lgkernels.ops.fused_update import op as _op  # noqa: F401  registers the op
 from lgkernels.ops.fused_update.blocks import blocks_of, decoded, encoded
 from tests.conftest import backend_module
 from tests.fused_update.common import STEPS, states
+from tests.fused_update.test_kernels import check as check_plain
 from tests.support.problems import place, randn
 from tests.support.tolerances import assert_accurate, assert_bit_equal
 
-pytestmark = pytest.mark.op("fused_update_8bit_")
+pytestmark = pytest.mark.op("fused_update_")
 INF, NAN = float("inf"), float("nan")
 WITH_STATES = [name for name in STEPS if states(name)]
 
@@ -166,6 +167,16 @@ def test_repeatable_bit_for_bit(module, threads):
         torch.set_num_threads(before)
     for i, (a, b) in enumerate(zip(*results)):
         assert_bit_equal(f"result {i}", a, b)
+
+
+@pytest.mark.only(where=lambda backend: backend == "cpu")
+def test_by_the_librarys_product(module, monkeypatch):
+    """As where vectors are short: parts of the gradient, here of 16 rows."""
+    monkeypatch.setattr(module, "_LIBRARY_FROM", 64)
+    monkeypatch.setattr(module, "_PART_BYTES", 1)
+    for gradient in (False, True):
+        check(module, 70, 37, 300, "adamw", gradient=gradient)
+        check_plain(module, dict(M=70, N=37, K=300), "adamw", gradient=gradient)
 
 
 # -- the op ------------------------------------------------------------------------------------------------------------

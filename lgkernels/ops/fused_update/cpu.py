@@ -12,9 +12,9 @@ from ..common.cpu import matrix as describe
 
 _C = cpu_entries()
 
-# From this many rows of grad on the library's product makes a part of the gradient, which stays in the cache until the
-# kernel steps that part of the weight. Below it the kernel's own sum costs less than another pass.
-_LIBRARY_FROM = 64
+# Without AVX2 the library's product is faster from this many rows of grad on: it makes a part of the gradient, which
+# stays in the cache until the kernel steps that part of the weight. With wider vectors the kernel's own sum is.
+_LIBRARY_FROM = 2**62 if _C is not None and _C.cpu_level() != "default" else 64
 _PART_BYTES = 1 << 20
 
 

@@ -15,8 +15,8 @@ def decoded(code, SIGNED: tl.constexpr):
     parts: tl.constexpr = 1.0 if SIGNED else 2.0
     value = tl.zeros_like(middle)
     for i in tl.static_range(7):
-        p: tl.constexpr = parts * 2.0**i
-        value = tl.maximum(value, ((middle - p) + p / 9.0) * (0.9 * 10.0 ** (i - 6) / p))
+        from_start = (middle - parts * 2.0**i) + parts * 2.0**i / 9.0
+        value = tl.maximum(value, from_start * (0.9 * 10.0 ** (i - 6) / (parts * 2.0**i)))
     value = tl.where(j < parts, 0.0, tl.where(j >= parts * 128, 1.0, value))
     return tl.where(c < 0, -value, value) if SIGNED else value
 
@@ -29,8 +29,7 @@ def _encoded(q, SIGNED: tl.constexpr):
     slope: tl.constexpr = 0.8 / ((1e-6 if SIGNED else 0.55e-6) - bend)
     f = size * slope + (parts + 0.2 - slope * bend)
     for i in tl.static_range(1, 7):
-        p: tl.constexpr = parts * 2.0**i
-        f = tl.minimum(f, size * (p * 10.0 ** (6 - i) / 0.9) + p * 8.0 / 9.0)
+        f = tl.minimum(f, size * (parts * 2.0**i * 10.0 ** (6 - i) / 0.9) + parts * 2.0**i * 8.0 / 9.0)
     j = f.to(tl.int32)
     between = ((j & (j - 1)) == 0) & (f - j.to(tl.float32) < 0.2)
     j = tl.where(between & (j > 0), j - 1, j)
