@@ -144,14 +144,14 @@ class LLSConvBlock(LLSBlock):
         layer = self.layer
         if not runs_as_written(layer, nn.Conv2d):
             return f"layer, a {type(layer).__name__}, runs otherwise than nn.Conv2d"
+        if layer.padding == "same" and any(k % 2 == 0 for k in layer.kernel_size):
+            return f"padding='same' with kernel_size={layer.kernel_size}"  # more zeros on one side than on the other
         usual = dict(dilation=(1, 1), groups=1, padding_mode="zeros")
         return next((f"{n}={getattr(layer, n)!r}" for n, v in usual.items() if getattr(layer, n) != v), None)
 
     def _geometry(self) -> tuple[list[int], list[int]]:
         padding = self.layer.padding
         if isinstance(padding, str):
-            if padding == "same" and any(k % 2 == 0 for k in self.layer.kernel_size):
-                raise ValueError(f"padding='same' needs an odd kernel_size, got {self.layer.kernel_size}")
             padding = [k // 2 if padding == "same" else 0 for k in self.layer.kernel_size]
         return list(self.layer.stride), list(padding)
 

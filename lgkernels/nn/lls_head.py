@@ -11,6 +11,7 @@ from ..core import checks, constructors
 from ..core.annotations import BlockOutput, Waveform
 from ..core.ops import class_indices, wide
 from ..ops.lls.options import LOSSES
+from . import model_input
 
 __all__ = ["LLSHead"]
 
@@ -227,9 +228,9 @@ class LLSHead(LLSModule):
         """`(block(x).detach(), loss)` in training with a target; else `block(x)`."""
         if target is None or not self.training:
             return self.block(x)
-        checks.tensor("x", x)
-        target = self._checked_target(target, x.shape[0])  # before running statistics move
-        out = self.block(x.detach())
+        model_input.check(x)
+        target = self._checked_target(target, model_input.rows(x))  # before running statistics move
+        out = self.block(model_input.detached(x))
         return out.detach(), self._loss(out, target)
 
     def extra_repr(self) -> str:

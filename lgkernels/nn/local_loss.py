@@ -12,6 +12,7 @@ from ..core import checks, constructors
 from ..core.annotations import BlockOutput
 from ..core.ops import class_indices, wide
 from ..functional.local_loss import check_is_positive, goodness_and_squares
+from . import model_input
 
 __all__ = ["ClassifierBlock", "ContrastiveHead", "ForwardForwardLayer", "LocalClassifier", "PredSimHead"]
 
@@ -22,6 +23,7 @@ Normalize = Literal["l2", "rms", "none"]
 class LocalHead(nn.Module):
     """Wraps `block`: in training with a target, the detached output and the loss; else the output with its graph.
 
+    As the first unit of :func:`lgkernels.training.split_blocks` the block may take a mapping of its model's arguments.
     `aux`: modules between the block's output and the head, which learn with it and are not part of the network.
     """
 
@@ -38,9 +40,9 @@ class LocalHead(nn.Module):
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
         if target is None or not self.training:
             return self.block(x)
-        checks.tensor("x", x)
+        model_input.check(x)
         target = self.checked(target)  # before the block's running statistics move
-        out = self.block(x.detach())
+        out = self.block(model_input.detached(x))
         aux = self._modules.get("auxiliary")  # one that was saved whole may have none
         return out.detach(), self.loss(out if aux is None else aux(out), target)
 

@@ -1,11 +1,12 @@
 """Block-wise training: every block learns from its own loss, one after the other."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..core import constructors
+from ..core import checks, constructors
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer, bare, trainable
 
 __all__ = ["BlockwiseTrainer"]
@@ -87,7 +88,12 @@ class BlockwiseTrainer(Trainer):
             cuda_graph=cuda_graph,
         )
 
-    def _step(self, x: torch.Tensor, target: torch.Tensor, last: bool) -> torch.Tensor:
+    def _check_input(self, x: Any) -> None:
+        """Units of a whole model may take a mapping of its arguments, a mask beside the tokens."""
+        if self.graphs is not None or not isinstance(x, Mapping):
+            checks.any_tensor("x", x)
+
+    def _step(self, x: Any, target: torch.Tensor, last: bool) -> torch.Tensor:
         losses = []
         for i, (block, parameters, optimizer) in enumerate(zip(self.blocks, self.parameter_groups, self.optimizers)):
             if not self.reached[i]:

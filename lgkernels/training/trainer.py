@@ -116,11 +116,12 @@ class Trainer:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def step(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def step(self, x: Any, target: torch.Tensor) -> torch.Tensor:
         """Train on one batch; the optimizers step at every `accumulation_steps`-th call. Returns the losses.
 
         Args:
-            x (Tensor): the batch. target (Tensor): class indices, or what the blocks take.
+            x (Tensor): the batch; of a `BlockwiseTrainer` whose first block takes one (units of `split_blocks`) also a
+                mapping of the model's arguments. target (Tensor): class indices, or what the blocks take.
 
         Returns:
             Tensor: one loss per trained block, detached, on the device: nothing waits for it.
@@ -140,7 +141,10 @@ class Trainer:
             torch.clear_autocast_cache()  # it holds the old weights, should the caller's autocast span several steps
         return losses
 
-    def _check_batch(self, x: torch.Tensor) -> None:
+    def _check_batch(self, x: Any) -> None:
+        self._check_input(x)
+
+    def _check_input(self, x: Any) -> None:
         checks.any_tensor("x", x)
 
     def _step(self, x: torch.Tensor, target: torch.Tensor, last: bool) -> torch.Tensor:
@@ -228,9 +232,9 @@ class Trainer:
         return self.train(False)
 
     @torch.no_grad()
-    def predict(self, x: torch.Tensor) -> torch.Tensor:
+    def predict(self, x: Any) -> torch.Tensor:
         """Output of the last block, in the present mode. Ranks may call it one by one: nothing is exchanged."""
-        checks.any_tensor("x", x)
+        self._check_input(x)
         for module in self.blocks:
             x = bare(module)(x)
         return x

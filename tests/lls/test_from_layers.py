@@ -124,14 +124,16 @@ def test_other_activations(act):
         (dict(dilation=2), "dilation=(2, 2)"),
         (dict(groups=3), "groups=3"),
         (dict(padding_mode="circular", padding=1), "padding_mode='circular'"),
+        (dict(padding="same", kernel_size=(4, 3)), "padding='same' with kernel_size=(4, 3)"),
         (dict(padding_mode="reflect", padding=(1, 2)), "padding_mode='reflect'"),
     ],
 )
 def test_other_convolutions(options, why):
     torch.manual_seed(0)
-    block = lnn.LLSConvBlock(3, 6, 3, **options, **HEAD)
+    options = dict(kernel_size=3) | options
+    block = lnn.LLSConvBlock(3, 6, **options, **HEAD)
     assert block.unfused() == why
-    assert all(getattr(block.layer, k) == getattr(nn.Conv2d(3, 6, 3, **options), k) for k in options)
+    assert all(getattr(block.layer, k) == getattr(nn.Conv2d(3, 6, **options), k) for k in options)
 
     def expected(twin, x):
         a = F.leaky_relu(twin.norm(twin.layer(x)), 0.01)

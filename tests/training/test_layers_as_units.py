@@ -101,6 +101,29 @@ def test_units_learn(name):
     assert trainer.predict(x).shape[-1] in (VOCABULARY, CLASSES)
 
 
+def test_units_learn_from_padded_text():
+    model, (x, target) = tiny("bert"), batch("bert")
+    given = {"input_ids": x, "attention_mask": (torch.arange(8) < torch.tensor([[8], [5], [3], [1]])).long()}
+    units = split_blocks(model, 3, input=x)
+    blocks = [
+        lnn.LocalClassifier(units[0], WIDTH, CLASSES),
+        lnn.LLSHead(units[1], num_classes=CLASSES, pool_size=2),
+        lnn.ClassifierBlock(units[2]),
+    ]
+    trainer = BlockwiseTrainer(blocks, lambda parameters: torch.optim.Adam(parameters, 0.01))
+    first = trainer.step(given, target)
+    for _ in range(20):
+        last = trainer.step(given, target)
+    assert bool((last < first).all()), (first, last)
+    model.eval()
+    assert torch.equal(trainer.eval().predict(given), model(**given).logits)
+    with pytest.raises(TypeError, match="x must hold a torch.Tensor where it is a mapping, got one of"):
+        trainer.train().step({"input_ids": x.tolist()}, target)
+    heads = BlockwiseTrainer([lnn.LLSHead(units[0], num_classes=CLASSES, pool_size=2), *units[1:]], torch.optim.Adam)
+    with pytest.raises(ValueError, match=r"target must have shape \(4,\)"):
+        heads.step(given, target[:2])
+
+
 @pytest.mark.parametrize("kind", ["reconstruction", "barlow", "aux"])
 def test_other_local_losses(kind):
     name = "gpt2" if kind != "barlow" else "vit"
