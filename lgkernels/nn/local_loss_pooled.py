@@ -30,7 +30,8 @@ class PooledClassifier(LocalHead):
         temperature (float): T. Default: 0.5. label_smoothing (float): in [0, 1].
         aux (nn.Module): between the block and the classifier; it learns with it.
 
-    ``forward(x, target)`` returns ``(out.detach(), loss)``; without target, or in evaluation, ``block(x)``.
+    ``forward(x, target)`` returns ``(out.detach(), loss)``; without target, or in evaluation, ``block(x)``. The
+    target holds class indices (B,), or probabilities (B, num_classes).
 
     Raises: ValueError, TypeError naming the argument.
 
@@ -65,6 +66,9 @@ class PooledClassifier(LocalHead):
         self.weight = nn.Parameter(0.1 * torch.randn(num_classes, hidden, device=device))
 
     def checked(self, target: torch.Tensor) -> torch.Tensor:
+        if isinstance(target, torch.Tensor) and target.is_floating_point() and target.dim() == 2:
+            checks.shape("target", target, (len(target), self.weight.shape[0]), "one row of probabilities per row of x")
+            return target
         checks.integer("target", target)
         return class_indices("target", target, self.weight.shape[0])
 
@@ -75,6 +79,9 @@ class PooledClassifier(LocalHead):
             out = F.adaptive_avg_pool1d(out.transpose(1, 2) if out.dim() == 3 else out, self.pool_size)
         x = out.flatten(1)
         weight = F.adaptive_avg_pool1d(wide(self.weight), x.shape[1]) / self.temperature
+        if target.is_floating_point():
+            logits = wide(F.linear(x, weight.to(x.dtype)))
+            return F.cross_entropy(logits, target.to(logits.dtype), label_smoothing=self.label_smoothing)
         return LF.local_cross_entropy(x, weight, None, target, label_smoothing=self.label_smoothing)
 
     def extra_repr(self) -> str:

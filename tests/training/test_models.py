@@ -98,6 +98,8 @@ def test_control_heads_are_the_written_out_loss(rule, shape, latents):
         4: lambda a: F.adaptive_avg_pool2d(a, pool),
     }[len(shape)](x.tanh()).flatten(1)
     torch.testing.assert_close(loss, F.cross_entropy(pooled @ matrix.t() / 0.5, target))
+    soft = torch.rand(4, 5).softmax(1)
+    torch.testing.assert_close(head(x, soft)[1], F.cross_entropy(pooled @ matrix.t() / 0.5, soft))
     assert not out.requires_grad and torch.equal(out, x.tanh())
     assert (len(list(head.parameters())) == 0) == (rule == "lls-random")
     head.eval()
