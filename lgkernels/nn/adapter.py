@@ -50,7 +50,8 @@ def _no_layer(kind: str, model: nn.Module, target: str, near: str = "") -> Value
     known = ", ".join(t.__name__ for t in wrap_.KINDS[kind])
     return ValueError(
         f"target must pick at least one of the layers that {kind!r} adapts ({known}), got none in "
-        f"{type(model).__name__} with target={target}" + (near and f"; {near}")
+        f"{type(model).__name__} with target={target}"
+        + ("; None takes no convolution: name them" if kind == "lora" and target == "None" else near and f"; {near}")
     )
 
 

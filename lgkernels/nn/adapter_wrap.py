@@ -90,6 +90,11 @@ def make(
 
 
 def _named(new: Callable[[nn.Module, str], Adapter], layer: nn.Module, name: str) -> Adapter:
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        raise ValueError(
+            f"layer {name!r} must hold its weight as a parameter, got one that is made at each forward, as pruning, "
+            "weight_norm and spectral_norm do: take them off first (torch.nn.utils.prune.remove, remove_weight_norm)"
+        )
     try:
         return new(layer, name)
     except ValueError as error:

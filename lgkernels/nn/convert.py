@@ -1,5 +1,6 @@
 """Whole models under another feedback rule, and back."""
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
@@ -166,6 +167,8 @@ def convert(
         watch(model, layers.chosen)
     if verbose:
         print(_summary(rule, layers))
+    elif rule != "bp" and not layers.chosen:
+        warnings.warn(f"no layer is under rule={rule!r}: {_summary(rule, layers)}", stacklevel=2)
     return model
 
 

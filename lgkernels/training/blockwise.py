@@ -1,5 +1,6 @@
 """Block-wise training: every block learns from its own loss, one after the other."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,21 @@ __all__ = ["BlockwiseTrainer"]
 # For `planner`: local classifiers and predsim; LoCo and GIM on two views; Forward-Forward on a right and a wrong label,
 # and a forward pass without.
 UNIT_COSTS = {"local": (1, 1.0), "two views": (2, 2.0), "forward-forward": (2, 7 / 3)}
+
+
+def _check_takes_a_target(name: str, block: nn.Module) -> None:
+    """A block that trains is called with two arguments."""
+    if not trainable(block):
+        return
+    try:
+        inspect.signature(block.forward).bind(None, None)
+    except TypeError:
+        raise TypeError(
+            f"{name} ({type(block).__name__}) must return (output, loss) for (x, target) in training, got a forward "
+            "that does not take both: wrap it in nn.LLSHead or nn.ClassifierBlock, or freeze it"
+        ) from None
+    except ValueError:  # no signature is known
+        return
 
 
 class BlockwiseTrainer(Trainer):
@@ -71,6 +87,8 @@ class BlockwiseTrainer(Trainer):
         cuda_graph: bool = False,
     ) -> None:
         blocks = constructors.modules("blocks", blocks)
+        for i, block in enumerate(blocks):
+            _check_takes_a_target(f"blocks[{i}]", bare(block))
         # a parameter of several blocks (LoCo's overlap) gathers all their gradients and steps with the last of them
         self.reached = [trainable(block) for block in blocks]
         last: dict[nn.Parameter, int] = {}

@@ -259,8 +259,12 @@ def _compare(duplicate: nn.Module, parts: list[nn.Module], x: torch.Tensor, what
     """Raise TypeError where the parts in turn are another function than the model.
 
     Both run on a copy of it with random weights (a layer that starts at 0 hides what comes before it), in evaluation
-    and in training mode from the same state of the random numbers: a dropout that is left out shows in the latter.
+    and in training mode from the same state of the random numbers: a dropout that is left out shows in the latter. What
+    the parts do not hold, a head that gives a second output in training, would be lost.
     """
+    held = {id(p) for part in parts for p in part.parameters()}
+    if lost := [name for name, p in duplicate.named_parameters() if id(p) not in held]:
+        raise TypeError(f"{what}, but its parts do not hold {', '.join(lost[:4])}: {CURE}")
     for mode in (False, True):
         duplicate.train(mode)
         for part in parts:

@@ -239,3 +239,23 @@ def test_conv1d_of_transformers():
         y = model(x)
         assert_relative("y", y, x @ (layer.weight + model[0].delta().t()) + layer.bias, 1e-5)
         assert_relative("merged", lnn.merge(model).eval()(x), y, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("made", ["prune", "weight_norm", "spectral_norm"])
+def test_a_weight_that_is_made_at_each_forward(made):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    if made == "prune":
+        torch.nn.utils.prune.l1_unstructured(model[2], "weight", amount=0.3)
+    else:
+        getattr(torch.nn.utils, made)(model[2])
+    learning = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="layer '2' must hold its weight as a parameter, got one that is made at each"):
+        lnn.adapt(model, "lora", verbose=False)
+    assert type(model[0]) is nn.Linear and [p.requires_grad for p in model.parameters()] == learning
+    lnn.adapt(model, "lora", ["0"], verbose=False)
+
+
+def test_lora_of_convolutions_is_asked_for():
+    with pytest.raises(ValueError, match="with target=None; None takes no convolution: name them"):
+        lnn.adapt(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), "lora")

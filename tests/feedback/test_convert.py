@@ -120,6 +120,14 @@ def test_tied_weights_stay_tied():
     model(randn(3, 6)).sum().backward()
 
 
+def test_nothing_converted_is_said():
+    """Also with verbose=False: the model would train by back-propagation."""
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))
+    model = nn.Sequential(layer, nn.ReLU(), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match="(?s)no layer is under rule='usf': .*0  ParametrizedLinear"):
+        lnn.convert(model, "usf", verbose=False)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_any_dtype(rule, dtype):

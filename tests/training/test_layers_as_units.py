@@ -119,7 +119,7 @@ def test_units_learn_from_padded_text():
     assert torch.equal(trainer.eval().predict(given), model(**given).logits)
     with pytest.raises(TypeError, match="x must hold a torch.Tensor where it is a mapping, got one of"):
         trainer.train().step({"input_ids": x.tolist()}, target)
-    heads = BlockwiseTrainer([lnn.LLSHead(units[0], num_classes=CLASSES, pool_size=2), *units[1:]], torch.optim.Adam)
+    heads = BlockwiseTrainer([lnn.LLSHead(units[0], num_classes=CLASSES, pool_size=2)], torch.optim.Adam)
     with pytest.raises(ValueError, match=r"target must have shape \(4,\)"):
         heads.step(given, target[:2])
 

@@ -378,6 +378,20 @@ def test_what_only_looks_like_a_resnet(kind, device):
             call(LookAlike(kind, device))
 
 
+def test_a_second_head_in_training_is_not_lost():
+    class Auxiliary(LookAlike):
+        def __init__(self):
+            super().__init__()
+            self.auxiliary = nn.Linear(4, 3)
+
+        def forward(self, x):
+            out = super().forward(x)
+            return (out, self.auxiliary(out.new_zeros(len(out), 4))) if self.training else out
+
+    with pytest.raises(TypeError, match="its parts do not hold auxiliary.weight, auxiliary.bias: name its list"):
+        split_blocks(Auxiliary(), 2, input=torch.empty(4, 3, 16, 16))
+
+
 def test_a_resnet_by_its_attributes():
     torch.manual_seed(0)
     model, x = LookAlike(), torch.randn(4, 3, 16, 16)

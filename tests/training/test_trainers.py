@@ -403,6 +403,15 @@ def test_factories_that_forget_return(trainer):
         trainer(blocks, optimizer_factory=sgd, scheduler_factory=lambda o: None)
 
 
+@pytest.mark.parametrize("block", [nn.Linear(8, 3), nn.Sequential(nn.Linear(8, 3))])
+def test_a_block_that_takes_no_target(block):
+    with pytest.raises(
+        TypeError, match=r"blocks\[0\] .* must return \(output, loss\) for \(x, target\) in training, got"
+    ):
+        BlockwiseTrainer([block], sgd)
+    BlockwiseTrainer([block.requires_grad_(False), lnn.ClassifierBlock(nn.Linear(3, 3))], sgd)
+
+
 def test_state_in_the_middle_of_an_accumulation():
     trainer = BlockwiseTrainer(local_blocks(), sgd, accumulation_steps=2)
     trainer.step(*batch())
