@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import lgkernels.nn as lnn
 from tests.support.problems import randn
@@ -246,7 +247,7 @@ def test_conv1d_of_transformers():
 def test_a_weight_that_is_made_at_each_forward(made):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     if made == "prune":
-        torch.nn.utils.prune.l1_unstructured(model[2], "weight", amount=0.3)
+        prune.l1_unstructured(model[2], "weight", amount=0.3)
     else:
         getattr(torch.nn.utils, made)(model[2])
     learning = [p.requires_grad for p in model.parameters()]
