@@ -47,6 +47,9 @@ def _plain(module: nn.Module) -> bool:
     return "forward" not in vars(module) and not (module._forward_hooks or module._forward_pre_hooks)
 
 
+_CHANGED = " with hooks or a forward of its own, which its parts do not have"
+
+
 def _has(model: nn.Module, *names: str) -> bool:
     return all(hasattr(model, name) for name in names)
 
@@ -165,7 +168,8 @@ def maker(model: nn.Module, input: torch.Tensor | None = None, path: Path = None
     if len(names) < 2:
         raise TypeError(
             "model must be an nn.Sequential, a ResNet or vision transformer of torchvision or timm, or have a list of "
-            f"layers (path), got {type(model).__name__}: write it as an nn.Sequential of its parts"
+            f"layers (path), got {type(model).__name__}{'' if _plain(model) else _CHANGED}: write it as an "
+            "nn.Sequential of its parts"
         )
     return _by_layers(model, names, input, opens=path is None)
 
