@@ -114,6 +114,24 @@ def test_steps(module, name):
     check(module, 0, 3, 256, name, clip_value=0.7)
 
 
+def test_boundaries(module):
+    """Just below and just above every boundary between two codes; beside 1 or -1, so that absmax is 1."""
+    for signed, name in ((True, "momentum"), (False, "adamw")):
+        values = torch.tensor(blocks.values(signed), dtype=torch.float64)
+        boundaries = (values[1:] + values[:-1]) / 2
+        x = torch.ones(2, 256, dtype=torch.float64)
+        for row, factor in enumerate((1 - 1e-5, 1 + 1e-5)):
+            x[row, :255] = boundaries * factor
+        x[1, 255] = -1.0 if signed else 1.0
+        zero = torch.zeros(2, 256)
+        own = [zero.clone(), *encoded(zero, True), *(encoded(zero, False) if not signed else (None, None))]
+        own = [t if t is None else place(t) for t in own]
+        gradient = (x if signed else x.sqrt()).float()
+        factors = torch.zeros(0, 2), torch.zeros(0, 256)
+        module.update_8bit_(*own, place(gradient), *map(place, factors), STEPS[name])
+        assert torch.equal(own[1 if signed else 3].cpu(), encoded(x, signed)[0]), name
+
+
 @pytest.mark.parametrize("m, n, k", [(1, 1, 1), (5, 4, 33), (70, 9, 257), (20, 35, 513), (3, 33, 1025)])
 def test_sizes(module, m, n, k):
     check(module, m, n, k, "adamw", gradient=False)

@@ -171,15 +171,19 @@ def test_refusals():
 
 
 def test_a_found_infinity_skips_the_step():
-    layer, _ = layers()
-    optimizer = MAKERS["adam, fused"](layer.parameters())
-    fuse_update(layer, optimizer, include=[""], state_bits=8)
-    step(layer, optimizer, 0)
-    scaler, weight = torch.amp.GradScaler("cpu", init_scale=4.0), layer.weight.detach().clone()
-    for value in (float("inf"), 1.0):
-        assert torch.equal(layer.weight, weight)
-        optimizer.zero_grad()
-        scaler.scale(layer(torch.full((5, 300), value)).sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    assert not torch.equal(layer.weight, weight) and bool(layer.weight.isfinite().all())
+    """With the factors of a backward, and with a gradient of the caller's own in their place."""
+    for own, layer in zip((False, True), layers(), strict=True):
+        optimizer = MAKERS["adam, fused"](layer.parameters())
+        fuse_update(layer, optimizer, include=[""], state_bits=8)
+        step(layer, optimizer, 0)
+        scaler, weight = torch.amp.GradScaler("cpu", init_scale=4.0), layer.weight.detach().clone()
+        for value in (float("inf"), 1.0):
+            assert torch.equal(layer.weight, weight)
+            optimizer.zero_grad()
+            scaler.scale(layer(torch.full((5, 300), value)).sum()).backward()
+            if own:
+                layer.weight.grad = torch.full((7, 300), value)
+            scaler.step(optimizer)
+            scaler.update()
+            assert layer.weight.grad is None
+        assert not torch.equal(layer.weight, weight) and bool(layer.weight.isfinite().all())
