@@ -10,7 +10,7 @@ from torch import nn
 from ..core import checks, constructors, names
 from ..core.whole import is_sharded, is_sharded_module
 from ..random import RandomFeedback
-from . import direct_units, lls_convert
+from . import direct_hooks, direct_units, lls_convert
 from .bypassed import watch, weight_alone_is_read
 from .feedback import FeedbackAlignmentConv2d, FeedbackAlignmentLinear, SignSymmetricConv2d, SignSymmetricLinear
 from .feedback_layer import SIGN_SYMMETRIC_RULES, FeedbackLayer
@@ -157,7 +157,7 @@ def convert(
         _try(_RULES[rule], layers.chosen, seed, options)  # nothing has changed yet
 
     if rule == "bp" and included is None and excluded is None:
-        direct_units.remove(model)
+        direct_hooks.remove(model)
     for module in layers.back:
         _change(module, "bp", {})
     for name, module in layers.chosen:

@@ -1,0 +1,234 @@
+"""The hooks of :mod:`lgkernels.nn.direct_units`: what they do in a forward pass, and what the backward does then.
+
+A unit's output goes on detached; the graph behind it hangs on the model's output by `_Signal`, which hands the error
+over. So a plain `loss.backward()` runs each unit's own backward, one unit after the other.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..core import checks
+from ..core.autograd import apply, first_order_only, refuse_transforms
+from .direct import DirectFeedback
+
+PLACE = "direct_feedback"
+
+
+class _Call:
+    """One forward pass: the outputs that wait for the error, and the error once it is known."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Tensor] = []
+        self.error: Any = None
+        self.over = False  # whether the model's output is known
+
+
+class _Place(torch.autograd.Function):
+    """The identity; backward: the error's projection, whatever comes from above."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, place: DirectFeedback, call: _Call) -> Tensor:
+        ctx.place, ctx.call = place, call
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, unread: Tensor) -> Any:
+        return ctx.place.signal(ctx.call.error, unread), None, None
+
+
+class _Signal(torch.autograd.Function):
+    """The model's output as it is; backward: hands its gradient, the error, to all that wait for it.
+
+    The gradients of what waits are one zero, expanded: `_Place` makes them when its turn comes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, call: _Call, *waiting: Tensor) -> Tensor:
+        ctx.call = call
+        ctx.kinds = [(h.shape, h.dtype, h.device) for h in waiting]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, error: Tensor) -> Any:
+        ctx.call.error = error.detach()
+        passed = first_order_only("convert(model, 'dfa')", error, error)
+        unread = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.kinds]
+        return passed, None, *unread
+
+
+def _in_backward() -> bool:
+    """Activation checkpointing runs a layer again there, for what it keeps alone."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Pass:
+    """The forward pass that is under way, of all hooks of one model."""
+
+    def __init__(self) -> None:
+        self.call: _Call | None = None
+        self.ungraphed = False  # a unit ran without a graph
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Pass":
+        memo[id(self)] = fresh = Pass()
+        return fresh
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(Pass())
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+
+class Begin:
+    """Before a layer of any unit but the first: what comes from elsewhere carries no gradient back."""
+
+    def __init__(self, first: bool) -> None:
+        self.first = first  # of its unit: then its hidden state comes from elsewhere too
+
+    def __call__(self, layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if self.first or not arguments:
+            hidden = None if self.first else next(iter(options), None)
+            options = {k: v if k == hidden else tree_map(_detached, v) for k, v in options.items()}
+            return tree_map(_detached, arguments), options
+        return (arguments[0], *tree_map(_detached, arguments[1:])), tree_map(_detached, options)
+
+
+_REENTRANT = (
+    "a unit ran without a graph inside of a forward that has one: activation checkpointing must be that with "
+    "use_reentrant=False, which keeps it where a unit's input needs no gradient"
+)
+
+
+class Begun:
+    """After the first layer of a unit, whose input needs no gradient: its output does, if the layer trains."""
+
+    def __call__(self, layer: nn.Module, arguments: Any, out: Any) -> None:
+        h = out if isinstance(out, Tensor) else out[0]
+        if torch.is_grad_enabled() and not h.requires_grad and any(p.requires_grad for p in layer.parameters()):
+            refuse_transforms("convert(model, 'dfa')")
+            raise RuntimeError(_REENTRANT)
+
+
+class Alone:
+    """After the first layer of the last unit: a loss that is not taken of the model's output would train it alone."""
+
+    def __init__(self, state: Pass, output: str) -> None:
+        self.state, self.output = state, output
+
+    def __call__(self, layer: nn.Module, arguments: Any, out: Any) -> None:
+        call, h = self.state.call, out if isinstance(out, Tensor) else out[0]
+        if call is None or not call.waiting or not h.requires_grad or _in_backward():
+            return
+
+        def check(grad: Tensor) -> None:
+            if not call.over:
+                raise RuntimeError(
+                    f"the loss must be taken of the output of {self.output or 'the model'!r}, which has not run: no "
+                    "unit but the last would learn. Call the model whole, or name the module whose output the loss is "
+                    "taken of in convert(model, 'dfa', output=...)"
+                )
+
+        h.register_hook(check)
+
+
+class End:
+    """After the last layer of a unit: its output goes on detached, and waits for the error."""
+
+    def __init__(self, state: Pass, number: int) -> None:
+        self.state, self.number = state, number
+
+    def __call__(self, layer: nn.Module, arguments: Any, out: Any) -> Any:
+        if self.number == 0 and not _in_backward():  # whatever a pass has left behind that did not come to its end
+            self.state.call, self.state.ungraphed = None, False
+        if not torch.is_grad_enabled():
+            self.state.ungraphed = True
+            return None
+        if self.number == 0 and not _in_backward():
+            self.state.call = _Call()
+        call = self.state.call
+        if call is None or _in_backward():
+            call = _Call()
+        h = out if isinstance(out, Tensor) else out[0]
+        if h.requires_grad:
+            call.waiting.append(apply(_Place, "convert(model, 'dfa')", h, getattr(layer, PLACE), call))
+        return tree_map(_detached, out)
+
+
+class Output:
+    """After the module that gives the model's output: what waits is tied to it."""
+
+    def __init__(self, state: Pass, whole: bool) -> None:
+        self.state, self.whole = state, whole  # whether it is the model itself
+
+    def __call__(self, module: nn.Module, arguments: Any, out: Any) -> Any:
+        call, self.state.call = self.state.call, None
+        ungraphed, self.state.ungraphed = self.state.ungraphed, False
+        if ungraphed and torch.is_grad_enabled():
+            raise RuntimeError(_REENTRANT)
+        if call is None or not call.waiting:
+            return None
+        call.over = True
+        if isinstance(out, Tensor):
+            return self._tied(out, call)
+        tied: list[Tensor] = []
+
+        def tie(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.requires_grad:
+                return value
+            if value.dim() == 0:
+                raise ValueError(
+                    f"output must name the module of {type(module).__name__} that gives what its loss is taken of, "
+                    'as convert(model, "dfa", output="classifier") does, or the loss must be taken outside, got a '
+                    "model that returns its loss"
+                )
+            if tied:
+                return value.detach()
+            tied.append(self._tied(value, call))
+            return tied[0]
+
+        if isinstance(out, dict):  # a ModelOutput keeps its class and its attributes
+            for key, value in list(out.items()):
+                if (new := tree_map(tie, value)) is not value:
+                    out[key] = new
+            return out
+        return tree_map(tie, out)
+
+    def _tied(self, output: Tensor, call: _Call) -> Tensor:
+        if output.dim() not in (2, 3):
+            raise ValueError(
+                f"output must give (B, C), or (B, T, C) for tokens, got a tensor of shape {checks.shape_of(output)}"
+            )
+        return apply(_Signal, "convert(model, 'dfa')", output, call, *call.waiting)
+
+
+class Missed:
+    """After the model: where its output's module has not run, the units would learn nothing, in silence."""
+
+    def __init__(self, state: Pass, output: str) -> None:
+        self.state, self.output = state, output
+
+    def __call__(self, model: nn.Module, arguments: Any, out: Any) -> None:
+        call, self.state.call = self.state.call, None
+        if call is not None and call.waiting:
+            raise RuntimeError(
+                f"the forward of {type(model).__name__} is over and that of {self.output!r} has not run after the "
+                "units: name the module that gives the model's output in convert(model, 'dfa', output=...)"
+            )
+
+
+HOOKS = (Begin, Begun, Alone, End, Output, Missed)
+
+
+def remove(model: nn.Module) -> None:
+    """Take hooks and places off again."""
+    for module in model.modules():
+        for table in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in table.items() if isinstance(hook, HOOKS)]:
+                del table[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if isinstance(getattr(module, PLACE, None), DirectFeedback):
+            del module._modules[PLACE]
