@@ -93,7 +93,8 @@ def convert(
     - units (int or list of ints): how many, or the layers at which units but the first begin. Default: each layer.
     - path (str, or several): the list of layers ("transformer.h"); by default the largest, or a Sequential's children.
     - output (str): the module whose output the error is taken at. Default: the head of a model of ``transformers``
-      (which may compute its loss inside), else the model.
+      (which may compute its loss inside), else the model. Of several tensors e is that of the one named "logits", else
+      of the first; the others keep their exact gradient, which ends in the last unit.
     - init, law, impl: of :class:`DirectFeedback`.
 
     **LLS.** ``convert(model, "lls", num_classes=..., pool_size=..., temperature=..., ...)`` returns an

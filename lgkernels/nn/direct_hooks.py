@@ -4,6 +4,7 @@ A unit's output goes on detached; the graph behind it hangs on the model's outpu
 over. So a plain `loss.backward()` runs each unit's own backward, one unit after the other.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class _Call:
         self.waiting: list[Tensor] = []
         self.error: Any = None
         self.over = False  # whether the model's output is known
+        self.tied = "a tensor that the model returns"  # what the error is that of, in words
 
 
 class _Place(torch.autograd.Function):
@@ -114,7 +116,7 @@ class Begun:
 
 
 class Alone:
-    """After the first layer of the last unit: a loss that is not taken of the model's output would train it alone."""
+    """After the first layer of the last unit: a loss that is not taken of the tied output would train it alone."""
 
     def __init__(self, state: Pass, output: str) -> None:
         self.state, self.output = state, output
@@ -125,6 +127,12 @@ class Alone:
             return
 
         def check(grad: Tensor) -> None:
+            if call.over and call.error is None:
+                raise RuntimeError(
+                    f"the loss must be taken of {call.tied}, which carries the error to the units, got one of another "
+                    "output alone: no unit but the last would learn. Name the module whose output the loss is taken of "
+                    "in convert(model, 'dfa', output=...); several losses are added before one backward()"
+                )
             if not call.over:
                 raise RuntimeError(
                     f"the loss must be taken of the output of {self.output or 'the model'!r}, which has not run: no "
@@ -158,11 +166,24 @@ class End:
         return tree_map(_detached, out)
 
 
-class Output:
-    """After the module that gives the model's output: what waits is tied to it."""
+def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """(keys, tensor) of all tensors of an output, in order."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(part, (*path, key))
 
-    def __init__(self, state: Pass, whole: bool) -> None:
-        self.state, self.whole = state, whole  # whether it is the model itself
+
+class Output:
+    """After the module that gives the model's output: what waits is tied to it.
+
+    Of several outputs to the one named logits, else to the first. The others keep their graph, which ends where the
+    last unit begins: what lies behind the units learns by its own gradient, and the last unit by the sum.
+    """
+
+    def __init__(self, state: Pass, name: str) -> None:
+        self.state, self.name = state, name
 
     def __call__(self, module: nn.Module, arguments: Any, out: Any) -> Any:
         call, self.state.call = self.state.call, None
@@ -172,23 +193,23 @@ class Output:
         if call is None or not call.waiting:
             return None
         call.over = True
-        if isinstance(out, Tensor):
-            return self._tied(out, call)
-        tied: list[Tensor] = []
-
-        def tie(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.requires_grad:
-                return value
-            if value.dim() == 0:
+        learning = {path: t for path, t in _tensors(out) if t.requires_grad}
+        for tensor in learning.values():
+            if tensor.dim() == 0:
                 raise ValueError(
                     f"output must name the module of {type(module).__name__} that gives what its loss is taken of, "
                     'as convert(model, "dfa", output="classifier") does, or the loss must be taken outside, got a '
                     "model that returns its loss"
                 )
-            if tied:
-                return value.detach()
-            tied.append(self._tied(value, call))
-            return tied[0]
+        if not learning:
+            return None
+        path = next((path for path in learning if path[-1:] == ("logits",)), next(iter(learning)))
+        chosen, tied = learning[path], self._tied(learning[path], call)
+        key = f"the output {'.'.join(str(key) for key in path)!r}" if path else "the output"
+        call.tied = f"{key} of {self.name or 'the model'!r}"
+
+        def tie(value: Any) -> Any:
+            return tied if value is chosen else value
 
         if isinstance(out, dict):  # a ModelOutput keeps its class and its attributes
             for key, value in list(out.items()):

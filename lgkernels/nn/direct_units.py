@@ -83,7 +83,7 @@ def convert_units(
         for end in ends
     }
     remove(model)  # nothing has changed before
-    state, whole = Pass(), name_of_output == ""
+    state = Pass()
     for i, (_, layer) in enumerate(layers):
         if starts[1:] and i >= starts[1]:
             layer.register_forward_pre_hook(Begin(i in starts), with_kwargs=True)
@@ -95,8 +95,8 @@ def convert_units(
             device = next((p.device for p in layer.parameters()), None)
             layer.add_module(PLACE, places[i].to(device))
             layer.register_forward_hook(End(state, ends.index(i)))
-    model.get_submodule(name_of_output).register_forward_hook(Output(state, whole))
-    if not whole:
+    model.get_submodule(name_of_output).register_forward_hook(Output(state, name_of_output))
+    if name_of_output:
         model.register_forward_hook(Missed(state, name_of_output))
     return _summary(layers, starts, name_of_output)
 

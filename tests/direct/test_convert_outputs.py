@@ -1,0 +1,87 @@
+"""`convert(model, "dfa")` of models with several outputs, and of forwards that are not one layer after the other."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lgkernels import convert
+
+
+class Layers(nn.Module):
+    """Three layers, and two heads behind them; `way(model, x)` is the forward."""
+
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)])
+        self.mid, self.head, self.box, self.way = nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(8, 4), way
+
+    def through(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def forward(self, x):
+        return self.way(self, x)
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 8, generator=generator), torch.arange(6) % 3
+
+
+def model_of(way, **options):
+    return convert(Layers(way), "dfa", verbose=False, **options)
+
+
+def grads(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def two_heads(model, x):
+    h = model.through(x)
+    return model.head(h), model.box(h)
+
+
+def test_several_outputs():
+    """A second head has its exact gradient; the last unit has the sum, as for any loss; the others get one error."""
+    x, target = data()
+    both, first, second = (model_of(two_heads) for _ in range(3))
+    scores, box = both(x)
+    (F.cross_entropy(scores, target) + box.square().mean()).backward()
+    F.cross_entropy(first(x)[0], target).backward()
+    exact = Layers(two_heads)
+    exact.layers[2].register_forward_pre_hook(lambda layer, arguments: (arguments[0].detach(),))
+    exact(x)[1].square().mean().backward()
+    found, parts = grads(both), [grads(first), grads(exact)]
+    assert {"head.weight", "box.weight", "layers.0.0.weight", "layers.2.0.weight"} < set(found)
+    for name, value in found.items():
+        torch.testing.assert_close(value, sum(part[name] for part in parts if name in part))
+    with pytest.raises(RuntimeError, match=r"taken of the output '0' of 'the model'.*output=\.\.\."):
+        second(x)[1].sum().backward()
+    named = convert(copy.deepcopy(second), "dfa", output="box", verbose=False)
+    named(x)[1].sum().backward()
+    assert {"box.weight", "layers.0.0.weight"} < set(grads(named))
+
+
+def test_the_output_named_logits():
+    """Wherever it stands; the same tensor under two names is tied once."""
+
+    def named(model, x):
+        h = model.through(x)
+        logits = model.head(h)
+        return {"features": h, "logits": logits, "same": logits}
+
+    (x, target), plain = data(), model_of(lambda model, x: model.head(model.through(x)))
+    F.cross_entropy(plain(x), target).backward()
+    for key in ("logits", "same"):
+        model = model_of(named)
+        F.cross_entropy(model(x)[key], target).backward()
+        assert grads(model).keys() == grads(plain).keys()
+        assert all(torch.equal(value, grads(plain)[name]) for name, value in grads(model).items())
+    model = model_of(lambda model, x: (h := model.through(x), model.head(h)))
+    with pytest.raises(RuntimeError, match=r"taken of the output '0' .*output=\.\.\."):
+        F.cross_entropy(model(x)[1], target).backward()
