@@ -72,6 +72,14 @@ class Pass:
     def __init__(self) -> None:
         self.call: _Call | None = None
         self.ungraphed = False  # a unit ran without a graph
+        self.inside = False  # whether the model itself runs, not a part of it alone
+        self.begun: set[int] = set()  # the units of which a layer has run
+        self.hooked = False  # whether a forward of the model has called a layer
+
+    def begin(self) -> None:
+        """Forget whatever a pass has left behind that did not come to its end."""
+        self.call, self.ungraphed = None, False
+        self.begun.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Pass":
         memo[id(self)] = fresh = Pass()
@@ -150,16 +158,15 @@ class End:
         self.state, self.number = state, number
 
     def __call__(self, layer: nn.Module, arguments: Any, out: Any) -> Any:
-        if self.number == 0 and not _in_backward():  # whatever a pass has left behind that did not come to its end
-            self.state.call, self.state.ungraphed = None, False
+        if self.number == 0 and not self.state.inside and not _in_backward():
+            self.state.begin()  # a part of the model runs alone
         if not torch.is_grad_enabled():
             self.state.ungraphed = True
             return None
-        if self.number == 0 and not _in_backward():
-            self.state.call = _Call()
-        call = self.state.call
-        if call is None or _in_backward():
+        if _in_backward():
             call = _Call()
+        else:
+            call = self.state.call = self.state.call or _Call()
         h = out if isinstance(out, Tensor) else out[0]
         if h.requires_grad:
             call.waiting.append(apply(_Place, "convert(model, 'dfa')", h, getattr(layer, PLACE), call))
@@ -226,22 +233,55 @@ class Output:
         return apply(_Signal, "convert(model, 'dfa')", output, call, *call.waiting)
 
 
-class Missed:
-    """After the model: where its output's module has not run, the units would learn nothing, in silence."""
+class Start:
+    """Before the model."""
+
+    def __init__(self, state: Pass) -> None:
+        self.state = state
+
+    def __call__(self, model: nn.Module, arguments: Any) -> None:
+        if not _in_backward():
+            self.state.begin()
+            self.state.inside = True
+
+
+class Ran:
+    """Before each layer: its unit has run."""
+
+    def __init__(self, state: Pass, number: int) -> None:
+        self.state, self.number = state, number
+
+    def __call__(self, layer: nn.Module, arguments: Any) -> None:
+        self.state.begun.add(self.number)
+
+
+class Whole:
+    """After the model: where its forward has not come by what the units need, they would learn nothing, in silence."""
 
     def __init__(self, state: Pass, output: str) -> None:
         self.state, self.output = state, output
 
     def __call__(self, model: nn.Module, arguments: Any, out: Any) -> None:
-        call, self.state.call = self.state.call, None
+        if _in_backward():
+            return
+        call, self.state.call, self.state.inside = self.state.call, None, False
         if call is not None and call.waiting:
             raise RuntimeError(
                 f"the forward of {type(model).__name__} is over and that of {self.output!r} has not run after the "
                 "units: name the module that gives the model's output in convert(model, 'dfa', output=...)"
             )
+        if not torch.is_grad_enabled() or not any(tensor.requires_grad for _, tensor in _tensors(out)):
+            return
+        self.state.hooked |= bool(self.state.begun)
+        if not self.state.hooked:
+            raise RuntimeError(
+                f"the forward of {type(model).__name__} has called none of the layers of its units: its gradients "
+                "would be those of back-propagation. It must call layer(x), not layer.forward(x), which skips hooks; "
+                "where it runs other layers, name their list in convert(model, 'dfa', path=...)"
+            )
 
 
-HOOKS = (Begin, Begun, Alone, End, Output, Missed)
+HOOKS = (Start, Ran, Begin, Begun, Alone, End, Output, Whole)
 
 
 def remove(model: nn.Module) -> None:

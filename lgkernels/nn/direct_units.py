@@ -5,6 +5,7 @@ unit.
 """
 
 import zlib
+from bisect import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..core import constructors, names
 from .direct import DirectFeedback
-from .direct_hooks import PLACE, Alone, Begin, Begun, End, Missed, Output, Pass, remove
+from .direct_hooks import PLACE, Alone, Begin, Begun, End, Output, Pass, Ran, Start, Whole, remove
 from .layer_list import Named, layers_of, starts_of
 from .random_state import name_without_wrappers
 
@@ -85,6 +86,7 @@ def convert_units(
     remove(model)  # nothing has changed before
     state = Pass()
     for i, (_, layer) in enumerate(layers):
+        layer.register_forward_pre_hook(Ran(state, bisect(starts, i) - 1))
         if starts[1:] and i >= starts[1]:
             layer.register_forward_pre_hook(Begin(i in starts), with_kwargs=True)
             if i in starts:
@@ -96,8 +98,9 @@ def convert_units(
             layer.add_module(PLACE, places[i].to(device))
             layer.register_forward_hook(End(state, ends.index(i)))
     model.get_submodule(name_of_output).register_forward_hook(Output(state, name_of_output))
-    if name_of_output:
-        model.register_forward_hook(Missed(state, name_of_output))
+    if ends:
+        model.register_forward_pre_hook(Start(state))
+        model.register_forward_hook(Whole(state, name_of_output))
     return _summary(layers, starts, name_of_output)
 
 

@@ -85,3 +85,34 @@ def test_the_output_named_logits():
     model = model_of(lambda model, x: (h := model.through(x), model.head(h)))
     with pytest.raises(RuntimeError, match=r"taken of the output '0' .*output=\.\.\."):
         F.cross_entropy(model(x)[1], target).backward()
+
+
+def without_hooks(model, x):
+    for layer in model.layers:
+        x = layer.forward(x)
+    return model.head(x)
+
+
+def test_layers_that_are_not_called():
+    """The gradients would be those of back-propagation, in silence."""
+    x, target = data()
+    model = model_of(without_hooks)
+    with torch.no_grad():
+        assert model(x).shape == (6, 3)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"has called none of the layers .*not layer\.forward\(x\)"):
+            model(x)
+    model.way = lambda model, x: model.head(model.through(x))
+    F.cross_entropy(model(x), target).backward()
+    assert "layers.0.0.weight" in grads(model)
+
+
+def test_layers_that_run_twice():
+    """Both passes through a unit take part."""
+    (x, target), signals = data(), []
+    model = model_of(lambda model, x: model.head(model.through(model.through(x))))
+    for layer in model.layers[:2]:
+        place = layer.direct_feedback
+        place.signal = lambda e, h, p=place: signals.append(p) or type(p).signal(p, e, h)
+    F.cross_entropy(model(x), target).backward()
+    assert len(signals) == 4 and len(set(signals)) == 2
