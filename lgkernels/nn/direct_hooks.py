@@ -16,6 +16,7 @@ from ..core.autograd import apply, first_order_only, refuse_transforms
 from .direct import DirectFeedback
 
 PLACE = "direct_feedback"
+NAME = "convert(model, 'dfa')"  # in errors
 
 
 class _Call:
@@ -56,7 +57,7 @@ class _Signal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, error: Tensor) -> Any:
         ctx.call.error = error.detach()
-        passed = first_order_only("convert(model, 'dfa')", error, error)
+        passed = first_order_only(NAME, error, error)
         unread = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.kinds]
         return passed, None, *unread
 
@@ -72,14 +73,19 @@ class Pass:
     def __init__(self) -> None:
         self.call: _Call | None = None
         self.ungraphed = False  # a unit ran without a graph
+        self.ran = False  # a layer of some unit
         self.inside = False  # whether the model itself runs, not a part of it alone
-        self.begun: set[int] = set()  # the units of which a layer has run
+        self.open: int | None = None  # the unit of which a layer has run, and its last has not
         self.hooked = False  # whether a forward of the model has called a layer
 
     def begin(self) -> None:
         """Forget whatever a pass has left behind that did not come to its end."""
-        self.call, self.ungraphed = None, False
-        self.begun.clear()
+        self.call, self.ungraphed, self.open, self.ran = None, False, None, False
+
+    def wait(self, h: Tensor, place: DirectFeedback) -> None:
+        """h, a unit's output, waits for the error."""
+        self.call = self.call or _Call()
+        self.call.waiting.append(apply(_Place, NAME, h, place, self.call))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Pass":
         memo[id(self)] = fresh = Pass()
@@ -94,14 +100,33 @@ def _detached(value: Any) -> Any:
 
 
 class Begin:
-    """Before a layer of any unit but the first: what comes from elsewhere carries no gradient back."""
+    """Before a layer of any unit but the first: what comes from elsewhere carries no gradient back.
 
-    def __init__(self, first: bool) -> None:
+    Where the last layer of the unit before has not run (a forward may drop layers), the last that has is its end.
+    """
+
+    def __init__(self, state: Pass, number: int, first: bool, ends: list[nn.Module]) -> None:
+        self.state, self.number = state, number
         self.first = first  # of its unit: then its hidden state comes from elsewhere too
+        self.ends = ends  # the last layer of each unit but the last
+
+    def _close(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        """Whether the unit before has ended here, and not with its last layer."""
+        number = self.state.open
+        if number is None or number >= self.number or _in_backward():
+            return False
+        self.state.open = None
+        h = arguments[0] if arguments else next(iter(options.values()), None)
+        if not torch.is_grad_enabled():
+            self.state.ungraphed = True
+        elif isinstance(h, Tensor) and h.requires_grad:
+            self.state.wait(h, getattr(self.ends[number], PLACE))
+        return True
 
     def __call__(self, layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if self.first or not arguments:
-            hidden = None if self.first else next(iter(options), None)
+        first = self._close(arguments, options) or self.first
+        if first or not arguments:
+            hidden = None if first else next(iter(options), None)
             options = {k: v if k == hidden else tree_map(_detached, v) for k, v in options.items()}
             return tree_map(_detached, arguments), options
         return (arguments[0], *tree_map(_detached, arguments[1:])), tree_map(_detached, options)
@@ -119,7 +144,7 @@ class Begun:
     def __call__(self, layer: nn.Module, arguments: Any, out: Any) -> None:
         h = out if isinstance(out, Tensor) else out[0]
         if torch.is_grad_enabled() and not h.requires_grad and any(p.requires_grad for p in layer.parameters()):
-            refuse_transforms("convert(model, 'dfa')")
+            refuse_transforms(NAME)
             raise RuntimeError(_REENTRANT)
 
 
@@ -160,16 +185,14 @@ class End:
     def __call__(self, layer: nn.Module, arguments: Any, out: Any) -> Any:
         if self.number == 0 and not self.state.inside and not _in_backward():
             self.state.begin()  # a part of the model runs alone
+        if not _in_backward():
+            self.state.open = None
         if not torch.is_grad_enabled():
             self.state.ungraphed = True
             return None
-        if _in_backward():
-            call = _Call()
-        else:
-            call = self.state.call = self.state.call or _Call()
         h = out if isinstance(out, Tensor) else out[0]
         if h.requires_grad:
-            call.waiting.append(apply(_Place, "convert(model, 'dfa')", h, getattr(layer, PLACE), call))
+            (Pass() if _in_backward() else self.state).wait(h, getattr(layer, PLACE))
         return tree_map(_detached, out)
 
 
@@ -230,7 +253,7 @@ class Output:
             raise ValueError(
                 f"output must give (B, C), or (B, T, C) for tokens, got a tensor of shape {checks.shape_of(output)}"
             )
-        return apply(_Signal, "convert(model, 'dfa')", output, call, *call.waiting)
+        return apply(_Signal, NAME, output, call, *call.waiting)
 
 
 class Start:
@@ -246,13 +269,14 @@ class Start:
 
 
 class Ran:
-    """Before each layer: its unit has run."""
+    """Before each layer: its unit runs."""
 
     def __init__(self, state: Pass, number: int) -> None:
         self.state, self.number = state, number
 
     def __call__(self, layer: nn.Module, arguments: Any) -> None:
-        self.state.begun.add(self.number)
+        if not _in_backward():
+            self.state.ran, self.state.open = True, self.number
 
 
 class Whole:
@@ -272,7 +296,7 @@ class Whole:
             )
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for _, tensor in _tensors(out)):
             return
-        self.state.hooked |= bool(self.state.begun)
+        self.state.hooked |= self.state.ran
         if not self.state.hooked:
             raise RuntimeError(
                 f"the forward of {type(model).__name__} has called none of the layers of its units: its gradients "

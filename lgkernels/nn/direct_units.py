@@ -86,17 +86,19 @@ def convert_units(
     remove(model)  # nothing has changed before
     state = Pass()
     for i, (_, layer) in enumerate(layers):
-        layer.register_forward_pre_hook(Ran(state, bisect(starts, i) - 1))
-        if starts[1:] and i >= starts[1]:
-            layer.register_forward_pre_hook(Begin(i in starts), with_kwargs=True)
+        number = bisect(starts, i) - 1
+        if number:
+            begin = Begin(state, number, i in starts, [layers[end][1] for end in ends])
+            layer.register_forward_pre_hook(begin, with_kwargs=True)
             if i in starts:
                 layer.register_forward_hook(Begun())
             if i == starts[-1]:
                 layer.register_forward_hook(Alone(state, name_of_output))
+        layer.register_forward_pre_hook(Ran(state, number))
         if i in places:
             device = next((p.device for p in layer.parameters()), None)
             layer.add_module(PLACE, places[i].to(device))
-            layer.register_forward_hook(End(state, ends.index(i)))
+            layer.register_forward_hook(End(state, number))
     model.get_submodule(name_of_output).register_forward_hook(Output(state, name_of_output))
     if ends:
         model.register_forward_pre_hook(Start(state))

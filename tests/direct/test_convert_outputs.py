@@ -116,3 +116,30 @@ def test_layers_that_run_twice():
         place.signal = lambda e, h, p=place: signals.append(p) or type(p).signal(p, e, h)
     F.cross_entropy(model(x), target).backward()
     assert len(signals) == 4 and len(set(signals)) == 2
+
+
+@pytest.mark.parametrize("ran", [(0, 2, 3), (0, 3)])
+def test_layers_that_a_forward_drops(ran):
+    """The last of a unit that has run is its end, with the unit's matrix."""
+
+    def dropping(model, x):
+        for i in ran:
+            x = model.layers[i](x)
+        return model.head(x)
+
+    (x, target), models = data(), [Layers(dropping), Layers(dropping)]
+    for model, units in zip(models, ([2], [1, 2]), strict=True):
+        model.layers.append(copy.deepcopy(model.layers[2]))
+        convert(model, "dfa", units=units, verbose=False)
+    models[1].layers[0].direct_feedback = models[0].layers[1].direct_feedback
+    for model in models:
+        F.cross_entropy(model(x), target).backward()
+    found, expected = (grads(model) for model in models)
+    assert "layers.0.0.weight" in found and found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_a_first_layer_that_a_forward_drops():
+    (x, target), model = data(), model_of(lambda model, x: model.head(model.layers[2](model.layers[1](x))))
+    F.cross_entropy(model(x), target).backward()
+    assert {"layers.1.0.weight", "layers.2.0.weight"} < set(grads(model))
