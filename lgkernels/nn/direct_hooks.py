@@ -4,7 +4,7 @@ A unit's output goes on detached; the graph behind it hangs on the model's outpu
 over. So a plain `loss.backward()` runs each unit's own backward, one unit after the other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -77,10 +77,13 @@ class Pass:
         self.inside = False  # whether the model itself runs, not a part of it alone
         self.open: int | None = None  # the unit of which a layer has run, and its last has not
         self.hooked = False  # whether a forward of the model has called a layer
+        self.cut: list[Tensor] | None = []  # what went into units detached; None once a forward has been looked at
 
     def begin(self) -> None:
         """Forget whatever a pass has left behind that did not come to its end."""
         self.call, self.ungraphed, self.open, self.ran = None, False, None, False
+        if self.cut:
+            self.cut = []
 
     def wait(self, h: Tensor, place: DirectFeedback) -> None:
         """h, a unit's output, waits for the error."""
@@ -97,6 +100,34 @@ class Pass:
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+
+def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """(keys, tensor) of all tensors of an output, in order."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(part, (*path, key))
+
+
+def _leaves(tensors: Iterable[Tensor]) -> set[int]:
+    """The ids of the leaves that a backward of the tensors would reach."""
+    leaves, seen, waiting = set(), set(), []
+    for tensor in tensors:
+        if tensor.grad_fn is not None:
+            waiting.append(tensor.grad_fn)
+        elif tensor.requires_grad:
+            leaves.add(id(tensor))
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    return leaves
 
 
 class Begin:
@@ -123,13 +154,19 @@ class Begin:
             self.state.wait(h, getattr(self.ends[number], PLACE))
         return True
 
+    def _detached(self, value: Any) -> Any:
+        cut = self.state.cut
+        if cut is not None and self.state.inside and torch.is_grad_enabled() and not _in_backward():
+            cut += [tensor for _, tensor in _tensors(value) if tensor.requires_grad]
+        return tree_map(_detached, value)
+
     def __call__(self, layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
         first = self._close(arguments, options) or self.first
         if first or not arguments:
             hidden = None if first else next(iter(options), None)
-            options = {k: v if k == hidden else tree_map(_detached, v) for k, v in options.items()}
-            return tree_map(_detached, arguments), options
-        return (arguments[0], *tree_map(_detached, arguments[1:])), tree_map(_detached, options)
+            options = {k: v if k == hidden else self._detached(v) for k, v in options.items()}
+            return self._detached(arguments), options
+        return (arguments[0], *self._detached(arguments[1:])), self._detached(options)
 
 
 _REENTRANT = (
@@ -194,15 +231,6 @@ class End:
         if h.requires_grad:
             (Pass() if _in_backward() else self.state).wait(h, getattr(layer, PLACE))
         return tree_map(_detached, out)
-
-
-def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """(keys, tensor) of all tensors of an output, in order."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, (dict, list, tuple)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors(part, (*path, key))
 
 
 class Output:
@@ -303,6 +331,22 @@ class Whole:
                 "would be those of back-propagation. It must call layer(x), not layer.forward(x), which skips hooks; "
                 "where it runs other layers, name their list in convert(model, 'dfa', path=...)"
             )
+        self._look_between(model, out)
+
+    def _look_between(self, model: nn.Module, out: Any) -> None:
+        """Once: what went into a unit detached must come from parameters that the backward reaches otherwise."""
+        if not self.state.cut:
+            return
+        reached = _leaves(tensor for _, tensor in _tensors(out) if tensor.requires_grad)
+        lost = _leaves(self.state.cut) - reached
+        for name, parameter in model.named_parameters():
+            if id(parameter) in lost:
+                raise RuntimeError(
+                    f"all that {type(model).__name__} learns between its layers must be in one of them, or in what all "
+                    f"have in common: {name!r} acts between two units alone, and no gradient would reach it. Cut "
+                    "elsewhere by units, name a list that holds it in convert(model, 'dfa', path=...), or freeze it"
+                )
+        self.state.cut = None
 
 
 HOOKS = (Start, Ran, Begin, Begun, Alone, End, Output, Whole)

@@ -143,3 +143,28 @@ def test_a_first_layer_that_a_forward_drops():
     (x, target), model = data(), model_of(lambda model, x: model.head(model.layers[2](model.layers[1](x))))
     F.cross_entropy(model(x), target).backward()
     assert {"layers.1.0.weight", "layers.2.0.weight"} < set(grads(model))
+
+
+def between(model, x):
+    return model.head(model.layers[2](model.layers[1](model.mid(model.layers[0](x)))))
+
+
+def beside(model, x):
+    scale = model.mid(x)
+    for layer in model.layers:
+        x = layer(x) + scale
+    return model.head(x)
+
+
+def test_what_learns_between_units():
+    """It would get no gradient, in silence."""
+    x, target = data()
+    model = model_of(between)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"'mid\.weight' acts between two units alone"):
+            model(x)
+    model.mid.requires_grad_(False)
+    for each in (model, model_of(between, units=[2]), model_of(beside)):
+        F.cross_entropy(each(x), target).backward()
+        assert ("mid.weight" in grads(each)) == each.mid.weight.requires_grad
+        assert {"layers.0.0.weight", "layers.2.0.weight"} < set(grads(each))
