@@ -87,8 +87,8 @@ def convert(
     model's list of layers is cut into units, and in a plain ``loss.backward()`` the output h of each unit but the last
     receives :math:`e B` in place of its gradient, with e the gradient of the loss at the model's output, (B, C) or
     (B, T, C) for tokens; then the unit's own backward runs, and ends at its input. The first unit has what comes before
-    the layers with it, the last what comes behind, and the true gradient. Where a forward drops layers, a unit ends with
-    the last that runs. B is a formula: nothing is stored. Layers keep a feedback rule of their own.
+    the layers with it, the last what comes behind, and the true gradient. Where a forward drops layers, a unit ends
+    with the last that runs. B is a formula: nothing is stored. Layers keep a feedback rule of their own.
 
     - units (int or list of ints): how many, or the layers at which units but the first begin. Default: each layer.
     - path (str, or several): the list of layers ("transformer.h"); by default the largest, or a Sequential's children.

@@ -4,7 +4,7 @@ A unit's output goes on detached; the graph behind it hangs on the model's outpu
 over. So a plain `loss.backward()` runs each unit's own backward, one unit after the other.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -73,7 +73,7 @@ class Pass:
     def __init__(self) -> None:
         self.call: _Call | None = None
         self.ungraphed = False  # a unit ran without a graph
-        self.ran = False  # a layer of some unit
+        self.lowest: int | None = None  # the first unit that has run
         self.inside = False  # whether the model itself runs, not a part of it alone
         self.open: int | None = None  # the unit of which a layer has run, and its last has not
         self.hooked = False  # whether a forward of the model has called a layer
@@ -81,7 +81,7 @@ class Pass:
 
     def begin(self) -> None:
         """Forget whatever a pass has left behind that did not come to its end."""
-        self.call, self.ungraphed, self.open, self.ran = None, False, None, False
+        self.call, self.ungraphed, self.open, self.lowest = None, False, None, None
         if self.cut:
             self.cut = []
 
@@ -130,10 +130,15 @@ def _leaves(tensors: Iterable[Tensor]) -> set[int]:
     return leaves
 
 
+def _leaf(value: Any) -> Any:
+    return value.detach().requires_grad_() if isinstance(value, Tensor) and value.requires_grad else value
+
+
 class Begin:
     """Before a layer of any unit but the first: what comes from elsewhere carries no gradient back.
 
-    Where the last layer of the unit before has not run (a forward may drop layers), the last that has is its end.
+    A forward may drop layers. The first unit is then the first of which one runs, and where the last layer of a unit
+    has not run, the last that has is its end.
     """
 
     def __init__(self, state: Pass, number: int, first: bool, ends: list[nn.Module]) -> None:
@@ -141,32 +146,40 @@ class Begin:
         self.first = first  # of its unit: then its hidden state comes from elsewhere too
         self.ends = ends  # the last layer of each unit but the last
 
-    def _close(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        """Whether the unit before has ended here, and not with its last layer."""
-        number = self.state.open
-        if number is None or number >= self.number or _in_backward():
-            return False
-        self.state.open = None
-        h = arguments[0] if arguments else next(iter(options.values()), None)
-        if not torch.is_grad_enabled():
-            self.state.ungraphed = True
-        elif isinstance(h, Tensor) and h.requires_grad:
-            self.state.wait(h, getattr(self.ends[number], PLACE))
-        return True
+    def _hidden(self, h: Any) -> Any:
+        """The hidden state, cut off where a unit begins.
 
-    def _detached(self, value: Any) -> Any:
+        It needs a gradient as before: activation checkpointing runs the layer again, then without the cut, and the
+        layer must keep the same.
+        """
+        if _in_backward():
+            return h
+        number = self.state.open
+        if not torch.is_grad_enabled():
+            self.state.ungraphed |= number is not None and number < self.number
+            return h
+        if number is not None and number < self.number:
+            self.state.open = None
+            if isinstance(h, Tensor) and h.requires_grad:
+                self.state.wait(h, getattr(self.ends[number], PLACE))
+            return tree_map(_leaf, h)
+        return self._cut(h, _leaf) if self.first else h
+
+    def _cut(self, value: Any, by: Callable[[Any], Any] = _detached) -> Any:
         cut = self.state.cut
         if cut is not None and self.state.inside and torch.is_grad_enabled() and not _in_backward():
             cut += [tensor for _, tensor in _tensors(value) if tensor.requires_grad]
-        return tree_map(_detached, value)
+        return tree_map(by, value)
 
     def __call__(self, layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        first = self._close(arguments, options) or self.first
-        if first or not arguments:
-            hidden = None if first else next(iter(options), None)
-            options = {k: v if k == hidden else self._detached(v) for k, v in options.items()}
-            return self._detached(arguments), options
-        return (arguments[0], *self._detached(arguments[1:])), self._detached(options)
+        if self.state.lowest in (None, self.number):
+            return None
+        if arguments:
+            return (self._hidden(arguments[0]), *self._cut(arguments[1:])), self._cut(options)
+        hidden = next(iter(options), None)
+        return arguments, {
+            key: self._hidden(value) if key == hidden else self._cut(value) for key, value in options.items()
+        }
 
 
 _REENTRANT = (
@@ -304,7 +317,9 @@ class Ran:
 
     def __call__(self, layer: nn.Module, arguments: Any) -> None:
         if not _in_backward():
-            self.state.ran, self.state.open = True, self.number
+            self.state.open = self.number
+            if self.state.lowest is None:
+                self.state.lowest = self.number
 
 
 class Whole:
@@ -324,7 +339,7 @@ class Whole:
             )
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for _, tensor in _tensors(out)):
             return
-        self.state.hooked |= self.state.ran
+        self.state.hooked |= self.state.lowest is not None
         if not self.state.hooked:
             raise RuntimeError(
                 f"the forward of {type(model).__name__} has called none of the layers of its units: its gradients "
