@@ -63,7 +63,9 @@ class ZerothOrder(torch.optim.Optimizer):
 
     :meth:`step` calls ``closure()`` for each evaluation; it runs the model and returns the loss, a number or a tensor
     of one. Every evaluation of a step sees the same random numbers (dropout) and the same buffers of the model: they
-    move with the first one alone, once a step, as in one forward pass. A loss that is not finite changes no weight.
+    move with the first one alone, once a step, as in one forward pass. Gradients are off in it: a loss with derivatives
+    by the inputs turns them on (``torch.enable_grad``, or a transform of ``torch.func``), and a layer through which such
+    a derivative passes holds a perturbed copy of its weight. A loss that is not finite changes no weight.
     The row of an embedding's ``padding_idx`` is neither perturbed nor stepped, unless another layer has the weight too.
     ``log`` holds what was done to the weights, a few bytes a step (:func:`replay`); buffers are not in it.
 

@@ -2,7 +2,8 @@
 
 A parameter is perturbed where it is used, whoever uses it: linear layers, convolutions and embeddings by the family's
 kernels, which write no perturbed weight, or a few rows of it at a time; any other function takes a perturbed copy,
-which lives as long as it needs it. The parameters themselves are never written to, so there is nothing to restore.
+which lives as long as it needs it. So do layers whose input is differentiated, or which a transform of torch.func
+runs: torch's function knows how. The parameters themselves are never written to, so there is nothing to restore.
 
 What half a weight's digits, or autocast's, cannot hold is kept where the function allows: see _WIDE.
 """
@@ -30,6 +31,7 @@ _ASK = frozenset(
 # Functions that autocast computes in half precision: of float32 weights too the perturbation is kept.
 _PRODUCTS = frozenset(
     [getattr(torch, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)]
+    + [F.linear]
     + [getattr(torch, name) for name in ("addmm", "matmul", "mm", "bmm", "baddbmm", "einsum")]
     + [getattr(Tensor, name) for name in ("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm")]
 )
@@ -42,6 +44,7 @@ _WIDE = _PRODUCTS | frozenset(
     + [getattr(Tensor, name) for name in ("mul", "__mul__", "__rmul__", "add", "__add__", "__radd__")]
 )
 _NORMS = _WIDE - _PRODUCTS - {torch.mul, torch.add, Tensor.mul, Tensor.add}  # in float32 under CUDA's autocast
+_VMAP = torch._C._functorch.TransformType.Vmap
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -84,18 +87,34 @@ class Perturbed(TorchFunctionMode):
             raise RuntimeError(f"closure must not write to a parameter that is tuned, got a call of {name}")
         self.met.update(map(id, used))
         if not self.tangents:
-            own = self._own(func)
+            own = self._own(func, self._differentiated(args, kwargs))
             done = None if own is None else own(*args, **kwargs)
             if done is None and func in _WIDE:
                 done = self._widely(func, args, kwargs, used)
             if done is not None:
                 return done
+        elif any(level.key() != _VMAP for level in torch._C._functorch.get_interpreter_stack() or ()):
+            raise RuntimeError(
+                "closure must differentiate by torch.autograd.grad for estimator='forward-gradient', got a transform of "
+                "torch.func, inside of which the derivative along the weights is lost: or use 'two-sided'"
+            )
         perturbed = {id(t): self._copy(t) for t in used}
         return func(*_replaced(args, perturbed), **{k: _replaced((v,), perturbed)[0] for k, v in kwargs.items()})
 
     # -- functions of the family's own, and those in float32; None: not this call ------------------------------------
 
-    def _own(self, func: Any) -> Callable | None:
+    def _differentiated(self, args: Any, kwargs: dict[str, Any]) -> bool:
+        """If what a function gives has a derivative by an argument that is not tuned, or a transform of torch.func
+        runs it."""
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return True
+        return torch.is_grad_enabled() and any(
+            t.requires_grad and id(t) not in self.states for t in _tensors(args, kwargs)
+        )
+
+    def _own(self, func: Any, differentiated: bool) -> Callable | None:
+        if differentiated:  # the family's kernels have no derivative, nor a rule for transforms
+            return self._embedding_of_a_copy if func is F.embedding else None
         if func is F.linear:
             return self._linear
         if func is torch.conv2d or func is torch.conv1d:
@@ -135,13 +154,15 @@ class Perturbed(TorchFunctionMode):
     def _copy(self, parameter: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The parameter as it counts here, in memory of its own, in its dtype or another."""
         if self.tangents:
-            tangent = torch.zeros_like(parameter)
-            one = torch.ones_like(self._factor(parameter))
-            update_(tangent, one, self._state(parameter), self.law, 1.0, self.impl, self.kept.get(id(parameter)))
+            with torch._C._DisableFuncTorch():
+                tangent = torch.zeros_like(parameter)
+                one = torch.ones_like(self._factor(parameter))
+                update_(tangent, one, self._state(parameter), self.law, 1.0, self.impl, self.kept.get(id(parameter)))
             return forward_ad.make_dual(parameter.detach(), tangent)
-        copy = parameter.detach().to(dtype or parameter.dtype, copy=True)
-        row = self.kept.get(id(parameter))
-        update_(copy, self._factor(parameter), self._state(parameter), self.law, 1.0, self.impl, row)
+        with torch._C._DisableFuncTorch():  # a parameter is no argument of a transform: neither is its copy
+            copy = parameter.detach().to(dtype or parameter.dtype, copy=True)
+            row = self.kept.get(id(parameter))
+            update_(copy, self._factor(parameter), self._state(parameter), self.law, 1.0, self.impl, row)
         return copy
 
     def _noise(self, weight: Tensor) -> tuple:
@@ -239,6 +260,14 @@ class Perturbed(TorchFunctionMode):
         y = y.view(*input.shape, weight.shape[1])
         row = self.kept.get(id(weight))
         return y if row is None else torch.where((input == row)[..., None], weight.detach()[row], y)
+
+    def _embedding_of_a_copy(self, input: Any, weight: Any, *others: Any, **more: Any) -> Any:
+        if id(weight) not in self.states or weight.dtype not in _HALVES:
+            return None
+        with torch._C._DisableFuncTorch():
+            wide = self._copy(weight, torch.float32)
+            table = _unbiased(wide, weight.dtype, self._state(weight), self.impl)
+        return F.embedding(input, table, *others, **more)
 
     def _batch_norm(
         self, input: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None, *others: Any, **more: Any
