@@ -36,10 +36,11 @@ class ZerothOrder(torch.optim.Optimizer):
     The noise Z has mean 0 and variance 1 and is a formula of (seed, parameter's name, step, member): it is made where
     it is used and never stored. No weight is perturbed in place: linear layers, convolutions and embeddings run at the
     perturbed weight by functions of their own (:func:`lgkernels.functional.perturbed_linear`), every other function of
-    torch takes a perturbed copy of its parameter while it runs. Weights may be frozen (``requires_grad=False``) and of
-    half precision: products and normalisations compute with the perturbed weight in float32, also under autocast, and
-    what an embedding gives is rounded up or down at random, right on the average. A half weight that is stepped is
-    rounded to the nearest.
+    torch takes a perturbed copy of its parameter while it runs. So code that is no function of torch (TorchScript, a
+    NumPy array made before, a kernel that gets an address) sees no perturbation, and a view of a parameter that was
+    made before the closure ran is refused. Weights may be frozen (``requires_grad=False``) and of half precision:
+    products and normalisations compute with the perturbed weight in float32, also under autocast, and what an embedding
+    gives is rounded up or down at random, right on the average. A half weight that is stepped is rounded to nearest.
 
     A forward pass costs little, but the estimate of a gradient of n numbers by one has a variance n times as large:
     where back-propagation fits into the memory it is more accurate and cheaper, with checkpointing too (arXiv
@@ -64,8 +65,8 @@ class ZerothOrder(torch.optim.Optimizer):
     :meth:`step` calls ``closure()`` for each evaluation; it runs the model and returns the loss, a number or a tensor
     of one. Every evaluation of a step sees the same random numbers (dropout) and the same buffers of the model: they
     move with the first one alone, once a step, as in one forward pass. Gradients are off in it: a loss with derivatives
-    by the inputs turns them on (``torch.enable_grad``, or a transform of ``torch.func``), and a layer through which such
-    a derivative passes holds a perturbed copy of its weight. A loss that is not finite changes no weight.
+    by the inputs turns them on (``torch.enable_grad``, or a transform of ``torch.func``), and a layer through which
+    such a derivative passes holds a perturbed copy of its weight. A loss that is not finite changes no weight.
     The row of an embedding's ``padding_idx`` is neither perturbed nor stepped, unless another layer has the weight too.
     ``log`` holds what was done to the weights, a few bytes a step (:func:`replay`); buffers are not in it.
 
@@ -152,7 +153,8 @@ class ZerothOrder(torch.optim.Optimizer):
         """The loss at W + coefficient Z; of forward gradients its derivative along Z too."""
         tangents = self.estimator == "forward-gradient"
         kept = {id(p): row for p, row in zip(self.param_groups[0]["params"], self._kept_rows()) if row is not None}
-        mode = Perturbed(states, member, coefficient, self.log.law, self.impl, tangents, kept)
+        named = dict(zip(self.log.parameters, self.param_groups[0]["params"]))
+        mode = Perturbed(named, states, member, coefficient, self.log.law, self.impl, tangents, kept)
         with torch.no_grad(), forward_ad.dual_level() if tangents else contextlib.nullcontext():
             if coefficient or tangents:
                 with mode:

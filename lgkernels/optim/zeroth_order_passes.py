@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
@@ -24,8 +24,8 @@ from .zeroth_order_log import UNIT_SCALE, update_
 # Functions that ask about a tensor, and not for its values.
 _ASK = frozenset(
     "size dim ndimension numel nelement stride element_size storage_offset is_contiguous is_floating_point is_complex "
-    "is_signed type data_ptr get_device is_inference requires_grad_ is_shared has_names __len__ __hash__ is_same_size "
-    "is_tensor is_nonzero _is_view is_pinned is_set_to is_distributed".split()
+    "is_signed data_ptr get_device is_inference requires_grad_ is_shared has_names __len__ __hash__ is_same_size "
+    "is_tensor _is_view is_pinned is_set_to is_distributed".split()
 )
 
 # Functions that autocast computes in half precision: of float32 weights too the perturbation is kept.
@@ -51,12 +51,13 @@ _HALVES = (torch.bfloat16, torch.float16)
 class Perturbed(TorchFunctionMode):
     """Inside, tuned parameters are W + coefficient * Z; with `tangents` dual numbers W with the tangent Z.
 
-    `states`: {id of a parameter: (members, 3) random states}. `kept`: {id: a row that is not perturbed}. `met`: ids of
-    the parameters that were used.
+    `named`: the parameters. `states`: {id of a parameter: (members, 3) random states}. `kept`: {id: a row that is not
+    perturbed}. `met`: ids of the parameters that were used.
     """
 
     def __init__(
         self,
+        named: dict[str, Tensor],
         states: dict[int, Tensor],
         member: int,
         coefficient: float,
@@ -70,14 +71,23 @@ class Perturbed(TorchFunctionMode):
         self.law, self.impl, self.tangents, self.kept = law, impl, tangents, kept
         self.factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.met: set[int] = set()
+        self.spans: dict[int, list[tuple[str, int, int]]] = {}  # by storage: name, first byte, end
+        for name, p in named.items():
+            if (storage := _storage(p)) is not None:
+                self.spans.setdefault(storage, []).append((name, *_span(p)))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        used = [t for t in _tensors(args, kwargs) if id(t) in self.states]
-        if not used:
-            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name in _ASK:
+        if name in _ASK or name == "type" and len(args) == 1 and not kwargs:
+            return func(*args, **kwargs)
+        given = _tensors(args, kwargs)
+        if name != "__get__":  # a view's shape, or a view of it
+            for t in given:
+                if id(t) not in self.states:
+                    self._refuse_alias(t, name)
+        used = [t for t in given if id(t) in self.states]
+        if not used:
             return func(*args, **kwargs)
         if name == "__get__":
             result = func(*args, **kwargs)
@@ -95,11 +105,29 @@ class Perturbed(TorchFunctionMode):
                 return done
         elif any(level.key() != _VMAP for level in torch._C._functorch.get_interpreter_stack() or ()):
             raise RuntimeError(
-                "closure must differentiate by torch.autograd.grad for estimator='forward-gradient', got a transform of "
-                "torch.func, inside of which the derivative along the weights is lost: or use 'two-sided'"
+                "closure must differentiate by torch.autograd.grad for estimator='forward-gradient', got a transform "
+                "of torch.func, inside of which the derivative along the weights is lost: or use 'two-sided'"
             )
         perturbed = {id(t): self._copy(t) for t in used}
         return func(*_replaced(args, perturbed), **{k: _replaced((v,), perturbed)[0] for k, v in kwargs.items()})
+
+    def _refuse_alias(self, tensor: Tensor, function: str) -> None:
+        """Another tensor in a parameter's memory (a view from before, a parameter as a transform's argument): it holds
+        W, not perturbed."""
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        spans = self.spans.get(_storage(tensor) or 0)
+        if not spans:
+            return
+        first, end = _span(tensor)
+        for name, its_first, its_end in spans:
+            apart = isinstance(tensor, nn.Parameter) and first != its_first  # two that are interleaved
+            if first < its_end and its_first < end and not apart:
+                raise RuntimeError(
+                    f"closure must use {name!r} itself, or views of it that it makes, got another tensor in its "
+                    f"memory, in {function} (a view from before, or an argument of a transform of torch.func), which cannot "
+                    "be perturbed: make it in the closure, or clone it to have the values of before"
+                )
 
     # -- functions of the family's own, and those in float32; None: not this call ------------------------------------
 
@@ -304,17 +332,32 @@ def _unbiased(value: Tensor, dtype: torch.dtype, states: Tensor, impl: str) -> T
     return torch.where((draw / (2 * UNIT_SCALE["uniform"]) + 0.5 < chance) & far.isfinite(), far, near)
 
 
+def _storage(tensor: Tensor) -> int | None:
+    """Where its memory is; None of what has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except RuntimeError:  # sparse ones
+        return None
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Its first byte, and the one after its last."""
+    first = tensor.data_ptr()
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+    return first, first + (last + 1) * tensor.element_size() if tensor.numel() else first
+
+
 def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    """Tensors among the arguments, those in lists too."""
+    """Tensors among the arguments, those in lists too, and in lists of lists."""
     found = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += [v for v in value if isinstance(v, Tensor)]
+        elif type(value) in (list, tuple):
+            found += _tensors(value, {})
     return found
 
 
 def _replaced(args: Any, by: dict[int, Tensor]) -> list[Any]:
     """The arguments with other tensors in the places of some."""
-    return [type(v)(by.get(id(t), t) for t in v) if type(v) in (list, tuple) else by.get(id(v), v) for v in args]
+    return [type(v)(_replaced(v, by)) if type(v) in (list, tuple) else by.get(id(v), v) for v in args]

@@ -61,7 +61,7 @@ def test_by_the_inputs(way):
 
 @pytest.mark.parametrize("way", ["autograd", "grad"])
 def test_of_half_weights_that_could_not_hold_the_perturbation(way):
-    """A layer with rows of 1 and -1, whose derivative is what the noise adds to them; a table of ones on the average."""
+    """A layer with rows of 1 and -1, whose derivative is what the noise adds to them; a table of ones, on average."""
     linear, table = nn.Linear(64, 2, bias=False).bfloat16(), nn.Embedding(1, 4000).bfloat16()
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, 64)), table.weight.fill_(1.0)
