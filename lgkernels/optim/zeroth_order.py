@@ -13,12 +13,13 @@ from torch.nn.parameter import is_lazy
 
 from ..core import checks, constructors, names
 from ..core.ops import require_no_overlap
-from ..core.whole import is_sharded, is_sharded_module, require_whole
+from ..core.whole import require_whole
 from ..nn.random_state import name_without_wrappers
 from ..random import VALUES_PER_CALL
 from .zeroth_order_log import ZerothOrderLog, stream_of, update_
 from .zeroth_order_passes import Perturbed
 from .zeroth_order_repeat import Buffers, Place, Randomness
+from .zeroth_order_sight import places, require_places, require_use
 
 __all__ = ["ZerothOrder"]
 
@@ -67,6 +68,8 @@ class ZerothOrder(torch.optim.Optimizer):
     move with the first one alone, once a step, as in one forward pass. Gradients are off in it: a loss with derivatives
     by the inputs turns them on (``torch.enable_grad``, or a transform of ``torch.func``), and a layer through which
     such a derivative passes holds a perturbed copy of its weight. A loss that is not finite changes no weight.
+    A parameter that no evaluation of a step uses (an expert that no token reaches) does not move in that step; where
+    several processes run, which could differ in it, it is refused.
     The row of an embedding's ``padding_idx`` is neither perturbed nor stepped, unless another layer has the weight too.
     ``log`` holds what was done to the weights, a few bytes a step (:func:`replay`); buffers are not in it.
 
@@ -124,6 +127,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self._moving: set[Place] | None = None  # buffers that evaluations write to
         self._sums: Tensor | None = None
         self._parts = 0
+        self._places = places(model, list(tuned.values()))
+        self._used: set[str] = set()  # by the evaluations of the coming step
         super().__init__(list(tuned.values()), dict(lr=lr, eps=eps, weight_decay=float(weight_decay)))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -149,64 +154,55 @@ class ZerothOrder(torch.optim.Optimizer):
         """Of each parameter."""
         return [self.log.kept_rows.get(name) for name in self.log.parameters]
 
-    def _run(self, closure: Callable[[], Any], states: dict[int, Tensor], member: int, coefficient: float) -> Any:
-        """The loss at W + coefficient Z; of forward gradients its derivative along Z too."""
+    def _named(self) -> dict[str, Tensor]:
+        """The parameters that are tuned."""
+        return dict(zip(self.log.parameters, self.param_groups[0]["params"]))
+
+    def _run(
+        self, closure: Callable[[], Any], states: dict[int, Tensor], used: set[str], member: int, coefficient: float
+    ) -> Any:
+        """The loss at W + coefficient Z; of forward gradients its derivative along Z too. Adds to `used`."""
         tangents = self.estimator == "forward-gradient"
         kept = {id(p): row for p, row in zip(self.param_groups[0]["params"], self._kept_rows()) if row is not None}
-        named = dict(zip(self.log.parameters, self.param_groups[0]["params"]))
+        named = self._named()
         mode = Perturbed(named, states, member, coefficient, self.log.law, self.impl, tangents, kept)
         with torch.no_grad(), forward_ad.dual_level() if tangents else contextlib.nullcontext():
             if coefficient or tangents:
                 with mode:
                     loss = closure()
-                self._require_use(mode.met, states)
+                used |= {name for name, p in named.items() if id(p) in mode.met}
             else:
                 loss = closure()
             if not tangents:
                 return _one_number(loss)
             if not isinstance(loss, Tensor) or (tangent := forward_ad.unpack_dual(loss).tangent) is None:
+                require_use(self.model, named, used | self._used, False)
                 raise ValueError(
                     "closure must return a tensor with a derivative along the weights for estimator="
                     "'forward-gradient', got one without: 'two-sided' needs none"
                 )
             return torch.stack((_one_number(forward_ad.unpack_dual(loss).primal), _one_number(tangent)))
 
-    def _require_use(self, met: set[int], states: dict[int, Tensor]) -> None:
-        """At the first step: a parameter that plays no part, or is out of sight, would walk at random."""
-        if len(met) == len(states) or (self._taken or self._parts) and met:
-            return
-        if any(map(is_sharded_module, self.model.modules())) or any(map(is_sharded, self.model.parameters())):
-            raise RuntimeError(
-                "model must hold whole parameters for ZerothOrder, got one that fully_shard has sharded since, with "
-                "parameters in the place of those that are tuned: leave fully_shard out, or use DistributedDataParallel"
-            )
-        params = dict(zip(self.log.parameters, self.param_groups[0]["params"]))
-        unused = [name for name, p in params.items() if id(p) not in met]
-        if unused:
-            raise ValueError(
-                f"include must pick parameters that the closure uses in functions of torch, got {unused[0]!r}"
-                f"{f' and {len(unused) - 1} more' if len(unused) > 1 else ''}, which it does not use (or inside of "
-                "TorchScript, whose code cannot be replaced)"
-            )
-
     @torch.no_grad()
     def accumulate(self, closure: Callable[[], Any]) -> Tensor:
         """Evaluate the coming step on one more part of its batch; :meth:`step` then takes the mean over all parts.
         Returns the loss of this part."""
         constructors.function("closure", closure)
+        require_places(self.model, self._named(), self._places)
         states, eps = self._states(), self.param_groups[0]["eps"]
         sides = {"two-sided": (eps, -eps), "one-sided": (eps,), "forward-gradient": (0.0,)}[self.estimator]
-        results: list[Tensor] = []
+        results, used = list[Tensor](), set[str]()
         randomness, buffers = Randomness({s.device for s in states.values()}), Buffers(self.model, self._moving)
         with _eagerly():
             if self.estimator == "one-sided":
-                still = self._run(closure, states, 0, 0.0)
+                still = self._run(closure, states, used, 0, 0.0)
             for m in range(self.log.members):
                 for side in sides:
                     if results or self.estimator == "one-sided":
                         randomness.again()
                         buffers.again()
-                    results.append(self._run(closure, states, m, side))
+                    results.append(self._run(closure, states, used, m, side))
+        self._used |= used
         self._moving = buffers.end()
         sums = torch.stack([r.cpu().double() for r in results]).view(self.log.members, -1)
         loss = sums.mean()
@@ -243,7 +239,9 @@ class ZerothOrder(torch.optim.Optimizer):
             raise TypeError("closure must be callable where nothing is accumulated, got NoneType")
         loss = None if closure is None else self.accumulate(closure)
         assert self._sums is not None
-        sums, self._sums, self._parts = self._sums / self._parts, None, 0
+        sums, used = self._sums / self._parts, self._used
+        self._sums, self._parts, self._used = None, 0, set()
+        require_use(self.model, self._named(), used, not self._taken)
         group, members = self.param_groups[0], self.log.members
         lr = float(checks.item(group["lr"]))
         scalars = np.float32(-lr / members * self._estimates(sums).numpy())
@@ -251,10 +249,12 @@ class ZerothOrder(torch.optim.Optimizer):
         if np.isfinite(scalars).all():
             states = self._states()
             factors = torch.from_numpy(scalars)
-            for p, row in zip(group["params"], self._kept_rows()):
+            for (name, p), row in zip(self._named().items(), self._kept_rows()):
+                if name not in used:
+                    continue
                 own = factors.to(p.device, torch.float64 if p.dtype == torch.float64 else torch.float32)
                 update_(p, own, states[id(p)], self.log.law, keep, self.impl, row)
-            self.log.add(self._taken, keep, tuple(scalars.tolist()))
+            self.log.add(self._taken, keep, tuple(scalars.tolist()), [n for n in self.log.parameters if n not in used])
         self._taken += 1
         return loss
 
@@ -264,7 +264,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which hold the model too: torch's keep no attributes of a class of its own."""
-        own = "model", "estimator", "ranked", "impl", "log", "_taken", "_moving", "_sums", "_parts"
+        own = "model", "estimator", "ranked", "impl", "log", "_taken", "_moving", "_sums", "_parts", "_places", "_used"
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def state_dict(self) -> dict[str, Any]:

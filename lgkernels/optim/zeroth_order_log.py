@@ -1,9 +1,10 @@
 """The log of a zeroth-order optimizer, and weights from it."""
 
+import bisect
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ class ZerothOrderRecord(NamedTuple):
 class ZerothOrderLog(Sequence):
     """What a :class:`ZerothOrder` has done: a sequence of named tuples (seed, step, scalars, keep), one for each step
     W <- keep W + sum_m scalars[m] Z_m, from which :func:`replay` makes the weights again.
-    In bytes it takes 8 a step and 4 a member, beside the names of the parameters.
+    In bytes it takes 8 a step and 4 a member, beside the names of the parameters and, of those that some steps leave as
+    they are (:meth:`moves`), the ranges of these steps.
 
     Args:
         seed (int): of the noise. law (str): its law. members (int): of each step.
@@ -49,6 +51,7 @@ class ZerothOrderLog(Sequence):
         constructors.instance("parameters", parameters, list, "a list of names")
         self.parameters = tuple(constructors.several("parameters", parameters, str, "names"))
         self.kept_rows: dict[str, int] = {}  # of embeddings: the row of padding_idx, which no step changes
+        self._still: dict[str, list[list[int]]] = {}  # of a parameter: [first, end) of steps that do not move it
         self._records: list[tuple[int, float, tuple[float, ...]]] = []
 
     def __len__(self) -> int:
@@ -63,14 +66,28 @@ class ZerothOrderLog(Sequence):
     def __iter__(self) -> Iterator[ZerothOrderRecord]:
         return (self[i] for i in range(len(self)))
 
-    def add(self, step: int, keep: float, scalars: tuple[float, ...]) -> None:
-        """One more step; the numbers are float32's."""
+    def add(self, step: int, keep: float, scalars: tuple[float, ...], still: Iterable[str] = ()) -> None:
+        """One more step; the numbers are float32's. `still`: names of parameters that it does not move."""
         self._records.append((step, keep, scalars))
+        for name in still:
+            ranges = self._still.setdefault(name, [])
+            if ranges and ranges[-1][1] == step:
+                ranges[-1][1] = step + 1
+            else:
+                ranges.append([step, step + 1])
+
+    def moves(self, name: str, step: int) -> bool:
+        """If the step moves the parameter: no evaluation of it may have used that one."""
+        ranges = self._still.get(name, ())
+        place = bisect.bisect_right(ranges, step, key=lambda r: r[0])
+        return not place or step >= ranges[place - 1][1]
 
     def to_bytes(self) -> bytes:
         """All of it: a line of JSON, then the records (step, keep, scalars) as little-endian words of 32 bits."""
-        head: dict[str, Any] = dict(version=1, law_version=LAW_VERSION, seed=self.seed, law=self.law)
+        version = 2 if self._still else 1
+        head: dict[str, Any] = dict(version=version, law_version=LAW_VERSION, seed=self.seed, law=self.law)
         head |= dict(members=self.members, **({"kept_rows": self.kept_rows} if self.kept_rows else {}))
+        head |= {"still": self._still} if self._still else {}
         record = struct.Struct(f"<If{self.members}f")
         body = b"".join(record.pack(step, keep, *scalars) for step, keep, scalars in self._records)
         return json.dumps({**head, "parameters": self.parameters}).encode() + b"\n" + body
@@ -85,12 +102,13 @@ class ZerothOrderLog(Sequence):
             versions = head["version"], head["law_version"]
             log = cls(head["seed"], head["law"], head["members"], head["parameters"])
             log.kept_rows = {name: int(row) for name, row in dict(head.get("kept_rows", {})).items()}
+            log._still = {name: [[int(a), int(b)] for a, b in r] for name, r in dict(head.get("still", {})).items()}
             record = struct.Struct(f"<If{log.members}f")
             found = list(record.iter_unpack(body))
         except (ValueError, KeyError, TypeError, struct.error) as error:
             raise ValueError(f"data must be bytes of ZerothOrderLog.to_bytes, got others: {error}") from None
-        if versions != (1, LAW_VERSION):
-            raise ValueError(f"data must be of log version 1 and law version {LAW_VERSION}, got {versions}")
+        if versions not in ((1, LAW_VERSION), (2, LAW_VERSION)):
+            raise ValueError(f"data must be of log version 1 or 2 and law version {LAW_VERSION}, got {versions}")
         for step, keep, *scalars in found:
             log.add(step, keep, tuple(scalars))
         return log
@@ -164,5 +182,6 @@ def replay(model: nn.Module, log: ZerothOrderLog, *, impl: str = "auto") -> nn.M
         states = torch.tensor(steps, dtype=torch.int64, device=parameter.device).view(-1, log.members, 3)
         factors = torch.tensor([r.scalars for r in records], dtype=wide, device=parameter.device)
         for record, factor, state in zip(records, factors, states):
-            update_(parameter, factor, state, log.law, record.keep, impl, log.kept_rows.get(name))
+            if log.moves(name, record.step):
+                update_(parameter, factor, state, log.law, record.keep, impl, log.kept_rows.get(name))
     return model

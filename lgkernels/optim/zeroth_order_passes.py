@@ -125,8 +125,8 @@ class Perturbed(TorchFunctionMode):
             if first < its_end and its_first < end and not apart:
                 raise RuntimeError(
                     f"closure must use {name!r} itself, or views of it that it makes, got another tensor in its "
-                    f"memory, in {function} (a view from before, or an argument of a transform of torch.func), which cannot "
-                    "be perturbed: make it in the closure, or clone it to have the values of before"
+                    f"memory, in {function} (a view from before, or an argument of a transform of torch.func), which "
+                    "cannot be perturbed: make it in the closure, or clone it to have the values of before"
                 )
 
     # -- functions of the family's own, and those in float32; None: not this call ------------------------------------
