@@ -236,7 +236,10 @@ class ZerothOrder(torch.optim.Optimizer):
             Tensor: the mean of the losses that were computed; one-sided L(W).
         """
         if closure is None and self._sums is None:
-            raise TypeError("closure must be callable where nothing is accumulated, got NoneType")
+            raise TypeError(
+                "closure must be callable where nothing is accumulated, got NoneType: call step(closure). A "
+                "GradScaler's step gives none, and there are no gradients to scale: leave it out"
+            )
         loss = None if closure is None else self.accumulate(closure)
         assert self._sums is not None
         sums, used = self._sums / self._parts, self._used
