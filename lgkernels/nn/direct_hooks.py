@@ -12,66 +12,23 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..core import checks
-from ..core.autograd import apply, first_order_only, refuse_transforms
+from ..core.autograd import refuse_transforms
 from .direct import DirectFeedback
+from .direct_error import NAME, Call, tied_to
 
 PLACE = "direct_feedback"
-NAME = "convert(model, 'dfa')"  # in errors
-
-
-class _Call:
-    """One forward pass: the outputs that wait for the error, and the error once it is known."""
-
-    def __init__(self) -> None:
-        self.waiting: list[Tensor] = []
-        self.error: Any = None
-        self.over = False  # whether the model's output is known
-        self.tied = "a tensor that the model returns"  # what the error is that of, in words
-
-
-class _Place(torch.autograd.Function):
-    """The identity; backward: the error's projection, whatever comes from above."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, place: DirectFeedback, call: _Call) -> Tensor:
-        ctx.place, ctx.call = place, call
-        return h.view_as(h)
-
-    @staticmethod
-    def backward(ctx: Any, unread: Tensor) -> Any:
-        return ctx.place.signal(ctx.call.error, unread), None, None
-
-
-class _Signal(torch.autograd.Function):
-    """The model's output as it is; backward: hands its gradient, the error, to all that wait for it.
-
-    The gradients of what waits are one zero, expanded: `_Place` makes them when its turn comes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, call: _Call, *waiting: Tensor) -> Tensor:
-        ctx.call = call
-        ctx.kinds = [(h.shape, h.dtype, h.device) for h in waiting]
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, error: Tensor) -> Any:
-        ctx.call.error = error.detach()
-        passed = first_order_only(NAME, error, error)
-        unread = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.kinds]
-        return passed, None, *unread
 
 
 def _in_backward() -> bool:
     """Activation checkpointing runs a layer again there, for what it keeps alone."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Pass:
     """The forward pass that is under way, of all hooks of one model."""
 
     def __init__(self) -> None:
-        self.call: _Call | None = None
+        self.call: Call | None = None
         self.ungraphed = False  # a unit ran without a graph
         self.lowest: int | None = None  # the first unit that has run
         self.inside = False  # whether the model itself runs, not a part of it alone
@@ -87,8 +44,8 @@ class Pass:
 
     def wait(self, h: Tensor, place: DirectFeedback) -> None:
         """h, a unit's output, waits for the error."""
-        self.call = self.call or _Call()
-        self.call.waiting.append(apply(_Place, NAME, h, place, self.call))
+        self.call = self.call or Call()
+        self.call.wait(h, place)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Pass":
         memo[id(self)] = fresh = Pass()
@@ -167,7 +124,13 @@ class Begin:
 
     def _cut(self, value: Any, by: Callable[[Any], Any] = _detached) -> Any:
         cut = self.state.cut
-        if cut is not None and self.state.inside and torch.is_grad_enabled() and not _in_backward():
+        if (
+            cut is not None
+            and not torch.compiler.is_compiling()
+            and self.state.inside
+            and torch.is_grad_enabled()
+            and not _in_backward()
+        ):
             cut += [tensor for _, tensor in _tensors(value) if tensor.requires_grad]
         return tree_map(by, value)
 
@@ -199,14 +162,17 @@ class Begun:
 
 
 class Alone:
-    """After the first layer of the last unit: a loss that is not taken of the tied output would train it alone."""
+    """After the first layer of the last unit: a loss that is not taken of the tied output would train it alone.
+
+    Not under torch.compile, which traces no hook of a tensor inside of its graph.
+    """
 
     def __init__(self, state: Pass, output: str) -> None:
         self.state, self.output = state, output
 
     def __call__(self, layer: nn.Module, arguments: Any, out: Any) -> None:
         call, h = self.state.call, out if isinstance(out, Tensor) else out[0]
-        if call is None or not call.waiting or not h.requires_grad or _in_backward():
+        if call is None or not call.waiting or not h.requires_grad or _in_backward() or torch.compiler.is_compiling():
             return
 
         def check(grad: Tensor) -> None:
@@ -289,12 +255,12 @@ class Output:
             return out
         return tree_map(tie, out)
 
-    def _tied(self, output: Tensor, call: _Call) -> Tensor:
+    def _tied(self, output: Tensor, call: Call) -> Tensor:
         if output.dim() not in (2, 3):
             raise ValueError(
                 f"output must give (B, C), or (B, T, C) for tokens, got a tensor of shape {checks.shape_of(output)}"
             )
-        return apply(_Signal, NAME, output, call, *call.waiting)
+        return tied_to(output, call)
 
 
 class Start:

@@ -169,3 +169,25 @@ def test_what_learns_between_units():
         F.cross_entropy(each(x), target).backward()
         assert ("mid.weight" in grads(each)) == each.mid.weight.requires_grad
         assert {"layers.0.0.weight", "layers.2.0.weight"} < set(grads(each))
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.unpoisoned
+def test_under_compile(parts):
+    """As one graph, and where it breaks between units: the gradients are the same."""
+
+    def way(model, x):
+        for i, layer in enumerate(model.layers):
+            if parts and i == 1:
+                torch._dynamo.graph_break()
+            x = layer(x)
+        return model.head(x)
+
+    (x, target), model = data(), model_of(way)
+    plain = copy.deepcopy(model)
+    torch._dynamo.reset()
+    F.cross_entropy(torch.compile(model, fullgraph=not parts, backend="aot_eager")(x), target).backward()
+    F.cross_entropy(plain(x), target).backward()
+    assert grads(model).keys() == grads(plain).keys() and "layers.0.0.weight" in grads(model)
+    for name, value in grads(model).items():
+        torch.testing.assert_close(value, grads(plain)[name])
