@@ -118,13 +118,13 @@ def load(name, folder=None, augmentation="basic"):
         if folder is None:
             splits, title = _embedded(), "Fashion-MNIST subset, 10,000 + 2,000 images"
         elif name in ("fashion-mnist", "mnist"):
-            splits = readers.mnist(folder)
+            splits = readers.mnist(folder, name)
         elif name in ("cifar10", "cifar100"):
             splits = readers.cifar(folder, classes)
         elif name == "cifar10-jpeg":
             splits = readers.cifar10_jpeg(folder)
         else:
-            splits, classes = readers.image_folder(folder, recipe.resize)
+            splits, classes = readers.image_folder(folder, recipe.resize, None if name == "image-folder" else name)
     except OSError as error:  # no right to read, a file that is a folder, a drive that is gone
         raise DataError(f"{error.filename or folder} cannot be read ({error.strerror or error})") from None
     for part, (images, labels) in zip(("training", "test"), splits):

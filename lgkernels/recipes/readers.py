@@ -6,6 +6,7 @@ import io
 import math
 import os
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -38,14 +39,70 @@ def is_data(path, folder):
     return not any(part.startswith(".") or part in _JUNK for part in path.relative_to(folder).parts)
 
 
-def find(folder, *names):
-    """The first of `names` that exists in `folder` or up to two folders inside it (torchvision's MNIST/raw)."""
+# the sets that a folder's name can tell apart, the first match counts
+_NAMED = {
+    "fashion-mnist": "fashion",
+    "KMNIST, EMNIST or the like": "[a-z]mnist|kuzushiji",
+    "mnist": "mnist",
+    "tiny-imagenet": "tiny.?imagenet|imagenet.?tiny",
+    "imagenette": "imagenette",
+    "vww": "vww|visual.?wake",
+    "cifar10-jpeg": "cifar.?10(?![0-9])",
+    "cifar100": "cifar.?100",
+    "ImageNet or Imagewoof": "imagenet|imagewoof",
+}
+
+
+def _named(path, folder):
+    """The set that the innermost folder with such a name, under `folder`, is named for; None: no name says."""
+    for part in reversed(path.relative_to(folder).parts):
+        for name, words in _NAMED.items():
+            if re.search(words, part.lower()):
+                return name
+    return None
+
+
+def _complete(folder, pieces):
+    return all(any((folder / name).exists() for name in piece) for piece in pieces)
+
+
+def home(folder, wanted, pieces, kind=Path.is_file):
+    """The one folder that all of a set's pieces are read from: `folder` itself, or one up to two deeper.
+
+    Args:
+        wanted: the set's name. Of several folders that one is taken whose name says it (torchvision's MNIST/raw
+            beside FashionMNIST/raw), else the one that no name speaks against; None: names say nothing.
+        pieces: for each piece the names that it may have. kind: what the deeper ones must be.
+
+    Raises DataError where two folders match, or those alone that are named for another set. A folder that lacks
+    pieces is returned where none is complete: the reader says what is missing.
+    """
     folder = Path(folder)
-    for name in names:
-        for path in (folder / name, *sorted(folder.glob(f"*/{name}")), *sorted(folder.glob(f"*/*/{name}"))):
-            if is_data(path, folder) and path.exists():
-                return path
-    raise DataError(f"no {' or '.join(names)} in {folder}")
+    if _complete(folder, pieces):
+        return folder
+    names = [name for piece in pieces for name in piece]
+    hits = (hit for name in names for depth in ("*", "*/*") for hit in folder.glob(f"{depth}/{name}"))
+    homes = sorted({hit.parent for hit in hits if is_data(hit, folder) and kind(hit)})
+    called = {path: _named(path, folder) if wanted else None for path in homes}
+    own = [path for path in homes if called[path] == wanted] or [path for path in homes if called[path] is None]
+    if homes and not own:
+        raise DataError(
+            f"no {wanted} in {folder}: {homes[0]} is named for {called[homes[0]]}; if it is meant, "
+            "give that folder itself"
+        )
+    whole = [path for path in own if _complete(path, pieces)]
+    whole = [path for path in whole if not any(other in path.parents for other in whole)]
+    if len(whole) > 1:
+        raise DataError(f"{' and '.join(map(str, whole))} both match {wanted or 'an image folder'}: give one of them")
+    return next(iter(whole or own), folder)
+
+
+def piece(folder, names):
+    """The path of the first of `names` in `folder`, files before folders."""
+    found = [folder / name for name in names if (folder / name).exists()]
+    if not found:
+        raise DataError(f"no {' or '.join(names)} in {folder}")
+    return next((path for path in found if path.is_file()), found[0])
 
 
 def read_idx(path):
@@ -65,16 +122,21 @@ def read_idx(path):
     return body.reshape(shape)
 
 
-def mnist(folder):
-    """Four IDX files, as distributed: (train images, labels), (test images, labels)."""
+_IDX = {
+    prefix: [
+        [f"{prefix}-{part}{dot}{rank}-ubyte{suffix}" for dot in "-." for suffix in ("", ".gz")]
+        for part, rank in (("images", "idx3"), ("labels", "idx1"))
+    ]
+    for prefix in ("train", "t10k")
+}
+
+
+def mnist(folder, wanted):
+    """Four IDX files of one folder, as distributed: (train images, labels), (test images, labels)."""
+    folder = home(folder, wanted, [names for pieces in _IDX.values() for names in pieces])
     splits = []
-    for prefix in ("train", "t10k"):
-        arrays = [
-            read_idx(
-                find(folder, *(f"{prefix}-{part}{dot}{rank}-ubyte{suffix}" for dot in "-." for suffix in ("", ".gz")))
-            )
-            for part, rank in (("images", "idx3"), ("labels", "idx1"))
-        ]
+    for prefix, pieces in _IDX.items():
+        arrays = [read_idx(piece(folder, names)) for names in pieces]
         if [a.ndim for a in arrays] != [3, 1] or arrays[0].shape[1:] != (28, 28):
             raise DataError(
                 f"{prefix} in {folder} must hold images (N, 28, 28) and labels (N,), got shapes "
@@ -177,9 +239,11 @@ def _decoded(image, source, name):
 def cifar10_jpeg(folder):
     """The JPEG copy of CIFAR-10: cifar10_train.npz and cifar10_test.npz, all images under one JPEG header."""
     image = pillow()
+    files = [["cifar10_train.npz"], ["cifar10_test.npz"]]
+    folder = home(folder, "cifar10-jpeg", files)
     splits = []
-    for name in ("cifar10_train.npz", "cifar10_test.npz"):
-        path = find(folder, name)
+    for names in files:
+        path = piece(folder, names)
         try:
             with np.load(path, allow_pickle=False) as file:
                 header, body = file["header"].tobytes(), file["bytes"].tobytes()
@@ -243,12 +307,13 @@ def _classes(folder):
     return sorted(p for p in folder.iterdir() if p.is_dir() and is_data(p, folder))
 
 
-def image_folder(folder, resize):
+def image_folder(folder, resize, wanted):
     """train/<class>/... and val/<class>/..., classes in alphabetical order; Tiny ImageNet's annotated val/ too.
 
-    `folder` may also hold one folder with these two (imagenette2-160, tiny-imagenet-200).
+    `folder` may also hold one folder with these two (imagenette2-160, tiny-imagenet-200), which `wanted` names where
+    it holds several; None: any.
     """
-    train = find(folder, "train")
+    train = piece(home(folder, wanted, [["train"], ["val", "test"]], Path.is_dir), ["train"])
     val = next((train.parent / name for name in ("val", "test") if (train.parent / name).is_dir()), None)
     if val is None:
         raise DataError(f"no val or test beside {train}")

@@ -301,3 +301,60 @@ def test_folder_reader_reports_what_it_cannot_decode(tmp_path):
     images = readers.FolderImages([tmp_path / "broken.jpg"], 32)
     with pytest.raises(DataError, match="broken.jpg cannot be decoded"):
         images[torch.tensor([0])]
+
+
+def idx_files(folder, value, parts=("images-idx3", "labels-idx1")):
+    folder.mkdir(parents=True)
+    for prefix in ("train", "t10k"):
+        for part in parts:
+            array = np.full((2, 28, 28) if "images" in part else 2, value, np.uint8)
+            (folder / f"{prefix}-{part}-ubyte").write_bytes(idx(array))
+
+
+def values(name, folder):
+    loaded = data.load(name, folder)
+    return [int(part.max()) for split in (loaded.train, loaded.test) for part in split]
+
+
+def test_the_set_that_the_folder_names(tmp_path):
+    """Torchvision's root holds several sets of files with the same names."""
+    for value, name in enumerate(("EMNIST", "FashionMNIST", "KMNIST", "MNIST")):
+        idx_files(tmp_path / name / "raw", value)
+    assert values("mnist", tmp_path) == [3] * 4 and values("fashion-mnist", tmp_path) == [1] * 4
+    assert values("mnist", tmp_path / "KMNIST") == [2] * 4  # given itself
+    (tmp_path / "FashionMNIST/raw/t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(DataError, match="^no t10k-labels-idx1-ubyte or .* in .*FashionMNIST/raw$"):
+        data.load("fashion-mnist", tmp_path)
+    (tmp_path / "MNIST").rename(tmp_path / "numbers")  # no name says what it is, those of the others do
+    assert values("mnist", tmp_path) == [3] * 4
+    idx_files(tmp_path / "digits", 4)
+    with pytest.raises(DataError, match="digits and .*numbers/raw both match mnist: give one of them"):
+        data.load("mnist", tmp_path)
+    idx_files(tmp_path / "only/KMNIST", 5)
+    with pytest.raises(DataError, match="no mnist in .*: .*KMNIST is named for KMNIST, EMNIST or the like"):
+        data.load("mnist", tmp_path / "only")
+
+
+def test_a_set_of_one_folder(tmp_path):
+    """Images of one folder never meet the labels of another."""
+    idx_files(tmp_path / "a", 0, ["images-idx3"])
+    idx_files(tmp_path / "b", 1, ["labels-idx1"])
+    with pytest.raises(DataError, match="^no train-labels-idx1-ubyte or .* in .*a$"):
+        data.load("mnist", tmp_path)
+    idx_files(tmp_path / "c", 2)
+    assert values("mnist", tmp_path) == [2] * 4
+
+
+def test_the_image_folder_that_the_set_names(tmp_path):
+    pytest.importorskip("PIL")
+    for count, root in enumerate(("imagenette2-160", "tiny-imagenet-200"), 2):
+        for split in ("train", "val"):
+            for label in range(count):
+                (tmp_path / root / split / str(label)).mkdir(parents=True)
+                (tmp_path / root / split / str(label) / "1.jpg").write_bytes(jpeg(pixels(8, 8, 3)))
+    for split in ("train", "test"):  # files of these names are no folders of images
+        (tmp_path / "cifar-100-python").mkdir(exist_ok=True)
+        (tmp_path / "cifar-100-python" / split).write_bytes(b"")
+    assert data.load("tiny-imagenet", tmp_path).classes == 3 and data.load("imagenette", tmp_path).classes == 2
+    with pytest.raises(DataError, match="imagenette2-160 and .*tiny-imagenet-200 both match an image folder"):
+        data.load("image-folder", tmp_path)
