@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..core import native
 from . import data, models, networks, rules, weights
 from .optimizers import LEARNING_RATES
 from .options import UsageError, choice, flag, known, make, not_negative, option, own_fields, positive
@@ -160,7 +161,9 @@ class Settings(Start):
         return lines
 
     def check(self) -> None:
-        """Refuse settings that a rule cannot train with."""
+        """Refuse settings that this machine or a rule cannot train with."""
+        if self.threads is not None and self.threads > native.MOST_THREADS:
+            raise UsageError(f"--threads must be at most {native.MOST_THREADS}, got {self.threads}")
         for rule in self.rules:
             try:
                 rule.check(self, self.options(rule))

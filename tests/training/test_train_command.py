@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import lgkernels.__main__ as command
+from lgkernels.core import native
 from lgkernels.recipes import checkpoint, data, loop, measure, report, rules, train
 from lgkernels.recipes.settings import from_flat
 
@@ -261,6 +262,7 @@ def test_resume_refuses_a_corrupt_checkpoint_and_other_settings(tmp_path, capsys
         (["--seed", "-1"], "--seed must lie in [0, 2**63), got -1"),
         (["--batch-size", "1"], "--batch-size must be at least 2"),
         (["--limit", "32"], "--batch-size 128 exceeds the 32 training samples"),
+        (["--threads", "5000"], f"--threads must be at most {native.MOST_THREADS}, got 5000"),
         (["--device", "toaster"], "--device toaster cannot be used"),
         (["--resume"], "--resume needs --name"),
         (["--resume", "--name", "nothing"], "no run to resume in"),
