@@ -49,7 +49,13 @@ def _run(argv: Sequence[str] | None) -> int:
     module = importlib.import_module(name)
     arguments = argparse.ArgumentParser(prog=f"python -m lgkernels {command}", description=text)
     module.add_arguments(arguments)
-    return module.main(arguments.parse_args(argv[1:]))
+    given = arguments.parse_args(argv[1:])
+    try:
+        importlib.import_module("lgkernels.core.switches").check()
+    except ValueError as error:
+        print(f"python -m lgkernels {command}: error: {error}", file=sys.stderr)
+        return 2
+    return module.main(given)
 
 
 if __name__ == "__main__":

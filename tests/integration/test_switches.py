@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lgkernels.__main__ as command
 import lgkernels.functional as LF
 from lgkernels.core import environment, native
 from tests.conftest import running
@@ -81,3 +82,23 @@ def test_every_backend_asks_there():
     ops = Path(native.__file__).resolve().parents[1] / "ops"
     files = list(ops.rglob("*.py"))
     assert len(files) > 50 and not [path for path in files if "get_num_threads" in path.read_text()]
+
+
+@pytest.mark.parametrize("name", ["IMPL", "TRUST", "CHECK", "GRAPHS"])
+def test_every_command_checks_all(name, monkeypatch, capsys):
+    """Also those switches that it would not read."""
+    monkeypatch.setenv(f"LGKERNELS_{name}", "maybe")
+    for line in (["info"], ["plan", "--model", "resnet50"], ["train"], ["verify"]):
+        assert command.main(line) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.startswith(f"python -m lgkernels {line[0]}: error: LGKERNELS_{name} must be ")
+        assert err.endswith(", got 'maybe'\n") and err.count("\n") == 1
+
+
+def test_a_command_checks_the_processors_level():
+    with running("cpu"):
+        line = [sys.executable, "-m", "lgkernels", "info"]
+        done = subprocess.run(line, env={**os.environ, "LGKERNELS_CPU": "bogus"}, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    said = "LGKERNELS_CPU must be one of default, avx2, avx512, got 'bogus'"
+    assert done.stderr == f"python -m lgkernels info: error: {said}\n"
