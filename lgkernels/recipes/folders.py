@@ -19,9 +19,19 @@ def check_name(name: str) -> None:
         raise UsageError(f"--name must be the name of a folder under --out, got {name!r}")
 
 
+# what a run leaves and a new one of the same name would write over, or pretrained weights that it would take up
+_LEFT = ("checkpoint*.safetensors", "model*.safetensors", "pretrained.safetensors", "metrics.jsonl", "results.json")
+
+
 def check_new(folder: Path) -> None:
+    """Refuse a folder that holds a run, or what is left of one."""
     if (folder / "config.json").exists():
         raise UsageError(f"run {folder} exists: add --resume to go on with it, or choose another --name")
+    if left := [path.name for pattern in _LEFT for path in sorted(folder.glob(pattern))]:
+        raise UsageError(
+            f"{folder} holds {', '.join(left)} of a run without its config.json, which a new run would write over: "
+            "move them, or choose another --name"
+        )
 
 
 @contextlib.contextmanager

@@ -83,10 +83,10 @@ def test_commands_at_once_have_folders_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("more", [[], ["--resume"]], ids=["new", "resume"])
 def test_a_run_in_use_is_left_alone(tmp_path, capsys, one, more):
-    files = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
     if not more:
-        (tmp_path / "a" / "config.json").unlink()  # as between the folder and the first file
-        del files["config.json"]
+        for path in (tmp_path / "a").iterdir():  # as between the folder and the first file
+            path.unlink()
+    files = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
     handle = os.open(tmp_path / "a", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     capsys.readouterr()
@@ -94,6 +94,19 @@ def test_a_run_in_use_is_left_alone(tmp_path, capsys, one, more):
     assert "is in use by another command" in only_line(capsys)
     os.close(handle)
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    "left", ["checkpoint.safetensors", "model.safetensors", "model-bp.safetensors", "metrics.jsonl"]
+)
+def test_what_is_left_of_a_run_is_not_written_over(tmp_path, capsys, left):
+    """Without --resume, also where config.json is gone."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / left).write_bytes(b"precious")
+    (tmp_path / "a" / "notes.txt").write_text("no part of a run")
+    assert run(tmp_path, *TINY, "--name", "a", "--epochs", "1") == 2
+    assert f"holds {left} of a run without its config.json" in only_line(capsys)
+    assert (tmp_path / "a" / left).read_bytes() == b"precious" and len(list((tmp_path / "a").iterdir())) == 2
 
 
 class Killed(BaseException):
