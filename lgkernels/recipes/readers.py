@@ -1,5 +1,6 @@
 """Readers of the files that data sets come in. Every one returns tensors: images uint8 (N, C, H, W), labels int64."""
 
+import collections
 import concurrent.futures
 import gzip
 import io
@@ -8,6 +9,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+_OTHER_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".jp2", ".jxl", ".ppm", ".pgm", ".tga")
 # what systems, archives and network drives leave beside the data
 _JUNK = {"__MACOSX", "@eaDir", "@tmp", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"}
 _JUNK |= {"lost+found", "__pycache__"}
@@ -303,6 +306,22 @@ def _images(folder):
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and is_data(p, folder) and p.is_file())
 
 
+def _warn_of_other_images(*folders):
+    """Once for a data set: images in formats that are not read."""
+    found = collections.Counter(
+        p.suffix.lower()
+        for folder in folders
+        for p in folder.rglob("*")
+        if p.suffix.lower() in _OTHER_SUFFIXES and is_data(p, folder) and p.is_file()
+    )
+    if found:
+        said = ", ".join(f"{count} of {suffix}" for suffix, count in sorted(found.items()))
+        warnings.warn(
+            f"images under {folders[0].parent} are left out, {said}: those of {', '.join(_SUFFIXES)} are read",
+            stacklevel=4,
+        )
+
+
 def _classes(folder):
     return sorted(p for p in folder.iterdir() if p.is_dir() and is_data(p, folder))
 
@@ -318,8 +337,10 @@ def image_folder(folder, resize, wanted):
     if val is None:
         raise DataError(f"no val or test beside {train}")
     classes = [p.name for p in _classes(train)]
-    if not classes:
-        raise DataError(f"{train} must hold one folder a class, got none")
+    if len(classes) < 2:
+        got = classes[0] if classes else "none"
+        raise DataError(f"{train} must hold one folder a class, of two classes or more, got {got}")
+    _warn_of_other_images(train, val)
     label = {name: i for i, name in enumerate(classes)}
     images = {name: _images(train / name) for name in classes}
     if empty := [name for name in classes if not images[name]]:

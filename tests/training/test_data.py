@@ -183,9 +183,9 @@ def test_image_folders(tmp_path, annotated):
 
 def test_image_folders_resize(tmp_path):
     pytest.importorskip("PIL")
-    for split in ("train", "val"):
-        (tmp_path / split / "cat").mkdir(parents=True)
-        (tmp_path / split / "cat" / "a.jpg").write_bytes(jpeg(pixels(50, 100, 3)))
+    for where in (tmp_path / split / kind for split in ("train", "val") for kind in ("cat", "dog")):
+        where.mkdir(parents=True)
+        (where / "a.jpg").write_bytes(jpeg(pixels(50, 100, 3)))
     loaded = data.load("vww", tmp_path)
     assert loaded.train[0][torch.tensor([0])].shape == (1, 3, 132, 132)
     x, _ = loaded.training_batch(torch.tensor([0]), torch.Generator())

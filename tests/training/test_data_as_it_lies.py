@@ -97,7 +97,7 @@ def test_a_damaged_image_is_named(tmp_path, damage):
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint8])
 def test_grey_of_16_bits(tmp_path, dtype):
     """Not white, but what 8 bits of it are."""
-    folder(tmp_path, "a")
+    folder(tmp_path, "ab")
     grey = np.arange(140 * 140, dtype=np.uint16).reshape(140, 140) * 3
     Image.fromarray(grey if dtype is np.uint16 else (grey >> 8).astype(np.uint8)).save(
         tmp_path / "train" / "a" / "1.png"
@@ -107,7 +107,7 @@ def test_grey_of_16_bits(tmp_path, dtype):
 
 
 def test_a_thread_of_pixels_fills_no_memory(tmp_path, monkeypatch):
-    folder(tmp_path, "a")
+    folder(tmp_path, "ab")
     resize = Image.Image.resize
 
     def little(picture, size, *arguments):
@@ -117,6 +117,22 @@ def test_a_thread_of_pixels_fills_no_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "resize", little)
     picture(tmp_path / "train" / "a" / "1.png", 9, (2, 60_000))
     assert (data.load("image-folder", tmp_path).train[0][torch.arange(1)] == 9).all()
+
+
+def test_images_that_are_not_read_are_counted(tmp_path):
+    folder(tmp_path)
+    for name in ("train/a/2.tif", "train/b/2.TIF", "val/c/2.gif", "train/a/@eaDir/3.gif", "train/c/boxes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning) as caught:
+        assert len(data.load("image-folder", tmp_path).train[1]) == 3
+    (said,) = [str(warning.message) for warning in caught]
+    assert "are left out, 1 of .gif, 2 of .tif: those of .jpg, " in said
+
+
+def test_one_class_is_no_classifiers_data(tmp_path):
+    with pytest.raises(DataError, match="must hold one folder a class, of two classes or more, got a$"):
+        data.load("image-folder", folder(tmp_path, "a"))
 
 
 def jpegs(path, count=6, **changes):
