@@ -6,7 +6,9 @@ import torch
 from lgkernels.ops.equilibrium.field import Net
 from lgkernels.ops.equilibrium.options import Phases, Settling, circle, one_phase
 from tests.conftest import backend_module
+from tests.equilibrium import test_settling
 from tests.equilibrium.test_settling import check
+from tests.support.problems import place
 
 CHAIN = [0, 1, 1, 0, 1, 2, 2, 1]
 TWO = Phases([0.3, -0.3], [0.0, 0.0], 2)
@@ -80,3 +82,12 @@ def test_large_maps(module):
         state, drive, net, *rest = problem(EVEN, 2, phases, options)
         net = net._replace(weights=[w * 200 for w in net.weights])
         check(module, (state, drive, net, *rest), length=300 if phases.real_phases else 10**5)
+
+
+def test_no_step_gives_copies(module):
+    options = Settling("sigmoid", "mse", "synchronous", 0, None)
+    dense = test_settling.problem((9, 20, 5), 3, circle(0.2, 3), options)
+    for args in (dense, problem(EVEN, 1, circle(0.2, 3), options)):
+        state, *rest = (test_settling.mapped(v, lambda t: place(t.float())) for v in args)
+        for got, given in zip(module.settle(state, *rest)[0], state):
+            assert torch.equal(got, given) and got.data_ptr() != given.data_ptr()

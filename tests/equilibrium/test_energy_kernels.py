@@ -204,6 +204,10 @@ def test_a_trainer_takes_halves_and_autocast():
         (dict(edges=[0, 1, -1, 1, 3, 1, 2, 0, 0, 0, 0, 2, 0, 0, 0]), "edges must be convolutions of images"),
         (dict(edges=[0, 1, 2, 1, 3, 1, 2, 0, 0, 0, 0, 2, 0, 0, 0]), "edges must lead to as many pixels"),
         (dict(edges=[0, 1, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0, 0, 0]), "got a dense one"),
+        (
+            dict(edges=[0, 1, 1, 1, 3, 1, 2, 0, 0, 9, 0, 2, 0, 0, 0]),
+            "padding 0 and pool 0 where stride is 0, got 0 and 9",
+        ),
         (dict(x=torch.zeros(2, 2, 5, 5).double()), "states must be float64 like x, got float32"),
     ],
 )

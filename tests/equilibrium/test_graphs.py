@@ -4,14 +4,16 @@ recorded, when it is replayed, what makes another kind, and when a graph is drop
 The recorder sees what reaches the dispatcher, so loops are plain torch's; those of Triton are in test_gpu_graphs.py."""
 
 import contextlib
-import gc
+import threading
 import warnings
 
 import pytest
 import torch
 
+import lgkernels.functional as LF
+import lgkernels.nn as lnn
 from lgkernels.core import kept
-from lgkernels.ops.equilibrium import field, graphs
+from lgkernels.ops.equilibrium import dense_plan, field, graphs
 from lgkernels.ops.equilibrium.options import Settling, circle, one_phase
 from tests.conftest import backend_module
 from tests.equilibrium import test_conv_settling, test_settling
@@ -24,11 +26,29 @@ OPTIONS = Settling("sigmoid", "cross_entropy", "synchronous", 5, None)
 
 
 class Own(Stream):
-    number = 0
+    """Also as the event of a replay."""
+
+    number = waits = 0
 
     @property
     def cuda_stream(self):
         return Own.number
+
+    def record(self, stream):
+        pass
+
+    def synchronize(self):
+        Own.waits += 1
+
+
+class Graph(Recorder):
+    def capture_begin(self, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.__enter__()
+
+    def capture_end(self):
+        self.__exit__(None, None, None)
+        self.undo()
 
 
 class Light:
@@ -39,28 +59,31 @@ class Light:
     def __init__(self):
         Light.made += 1
 
+    def capture_begin(self, capture_error_mode):
+        pass
+
+    def capture_end(self):
+        pass
+
     def replay(self):
         Light.replays += 1
-
-
-@contextlib.contextmanager
-def capture(recorder, stream, capture_error_mode):
-    assert capture_error_mode == "thread_local"
-    with recorder if isinstance(recorder, Recorder) else contextlib.nullcontext():
-        yield
-    if isinstance(recorder, Recorder):
-        recorder.undo()
 
 
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
     monkeypatch.setattr(graphs, "DEVICE_TYPES", {"cpu"})
-    for name, value in dict(CUDAGraph=Recorder, graph=capture, Stream=Own, current_stream=Own).items():
+    for name, value in dict(CUDAGraph=Graph, Event=Own, Stream=Own, current_stream=Own).items():
         monkeypatch.setattr(torch.cuda, name, value)
     for name in ("stream", "device"):
         monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    for name in ("graph", "synchronize", "empty_cache"):  # of the whole device: another thread's capture breaks
+
+        def refused(*_, name=name):
+            raise AssertionError(name)
+
+        monkeypatch.setattr(torch.cuda, name, refused)
     monkeypatch.setattr(Own, "number", 0)
+    monkeypatch.setattr(Own, "waits", 0)
     monkeypatch.setattr(Light, "made", 0)
     monkeypatch.setattr(Light, "replays", 0)
     graphs.forget()
@@ -83,7 +106,7 @@ def settle(module, args):
 
 
 def recorded():
-    return [graph for graph in graphs._graphs.values() if graph is not None]
+    return list(graphs._graphs.values())
 
 
 @pytest.fixture
@@ -125,15 +148,15 @@ def test_kinds(module, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Light)
     monkeypatch.setattr(graphs, "MOST", 99)
     args = dense()
-    net, precision = args[2], torch.get_float32_matmul_precision()
-    moved = net._replace(weights=[net.weights[0].clone(), *net.weights[1:]])
+    net = args[2]
+    turned = net._replace(weights=[net.weights[0].t().contiguous().t(), *net.weights[1:]])
     other = [
         args,
         dense(samples=3),
         dense(circle(0.3, 3)),
         dense(options=OPTIONS._replace(schedule="asynchronous")),
         dense(options=OPTIONS._replace(steps=6)),
-        [*args[:2], moved, *args[3:]],
+        [*args[:2], turned, *args[3:]],
         [*args[:2], net._replace(readout_bias=None), *args[3:]],
     ]
     for many, own in enumerate(other, 1):
@@ -144,13 +167,26 @@ def test_kinds(module, monkeypatch):
     for _ in range(3):
         settle(module, args)
     assert Light.made == len(other) + 1
-    torch.set_float32_matmul_precision("high")
-    try:
-        for _ in range(3):
-            settle(module, args)
-    finally:
-        torch.set_float32_matmul_precision(precision)
-    assert Light.made == len(other) + 2
+    for many, of in enumerate((torch.backends.cuda.matmul, torch.backends.cudnn.conv), len(other) + 2):
+        before = of.fp32_precision
+        of.fp32_precision = "ieee" if before == "tf32" else "tf32"  # the older settings are not readable now
+        try:
+            for _ in range(3):
+                settle(module, args)
+        finally:
+            of.fp32_precision = before
+        assert Light.made == many
+
+
+def test_settings_that_cannot_be_read(module, monkeypatch):
+    class Mixed:
+        enabled = property(lambda self: torch.get_float32_matmul_precision("no argument"))
+
+    monkeypatch.setattr(torch.backends, "cudnn", Mixed())
+    args, expected = dense(), module.settle(*dense())
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(settle(module, args)[0], expected[0]))
+    assert not recorded()
 
 
 def test_what_is_not_recorded(module, monkeypatch):
@@ -187,30 +223,56 @@ def test_a_gradient_is_not_recorded(module):
     assert len(recorded()) == 1
 
 
-def test_graphs_go_with_their_weights(module, monkeypatch):
+def test_weights_may_be_temporaries(module):
+    """One graph for nets of the same sizes; what it replays is the call's net, also after all others are gone."""
+    args = conv()
+    kept = args[2]
+    for scale in (1.0, 0.9, 0.8, 0.7):
+        net = kept._replace(weights=[w * scale for w in kept.weights], biases=[b * scale for b in kept.biases])
+        expected = module.settle(*args[:2], net, *args[3:])
+        got = settle(module, [*args[:2], net, *args[3:]])
+        for a, b in zip(net.weights, kept.weights):
+            assert torch.equal(a, b * scale)
+            a.fill_(torch.nan)  # as memory that was freed
+        assert all(torch.equal(a, b) for a, b in zip(got[0], expected[0]))
+    assert [graph.graph.replays for graph in recorded()] == [3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_models_profit(monkeypatch, dtype):
+    """Those of half precision, and of convolutions without biases, whose weights are copies."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Light)
-    first, second = dense(), dense()
-    for args in (first, second):
-        for _ in range(2):
-            settle(module, args)
-    assert len(recorded()) == 2
-    del args, first
-    gc.collect()
-    settle(module, second)
-    assert len(recorded()) == 1 and Light.replays == 3
+    net = lnn.EquilibriumConvNet(1, (2, 3), num_classes=2, steps=5, dtype=dtype)
+    weights = {k: w.detach() for k, w in net.named_weights().items() if "readout" in k or "bias" not in k}
+    for _ in range(5):
+        LF.ep_settle(weights, torch.zeros(2, 1, 8, 8, dtype=dtype), steps=5, activation="dsilu", impl="torch")
+    assert (Light.made, Light.replays) == (1, 4)
 
 
-def test_the_graphs_used_last_are_kept(module, monkeypatch):
+def test_more_kinds_than_places(module, monkeypatch):
+    """In turn, the first ones keep their graphs; those that nothing uses any more make room."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Light)
     monkeypatch.setattr(graphs, "MOST", 2)
+    monkeypatch.setattr(graphs, "STALE", 6)
     nets = [dense(samples=samples) for samples in (2, 3, 4)]
-    for args in (nets[0], nets[0], nets[1], nets[1], nets[0], nets[2], nets[2]):
-        settle(module, args)
-    assert Light.made == 3 and len(recorded()) == 2
-    settle(module, nets[0])
+    for _ in range(5):
+        for args in nets:
+            settle(module, args)
+    assert (Light.made, Light.replays, Own.waits) == (2, 8, 0)
+    for _ in range(9):
+        settle(module, nets[2])
+    assert (Light.made, Own.waits, len(recorded())) == (3, 1, 2)
+    for _ in range(2):
+        settle(module, nets[1])
     assert Light.made == 3
-    settle(module, nets[1])
-    assert Light.made == 4
+
+
+def test_tables_are_made_in_a_thread_of_their_own(monkeypatch):
+    """A graph that is recorded in the caller's thread would write over them."""
+    threads, tensor = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: (threads.append(threading.get_ident()), tensor(*a, **k))[1])
+    plans = [dense_plan.plan_of((31, 7), (0, 1), 32, 16, 16, torch.device("cpu")) for _ in range(2)]
+    assert plans[0].table is plans[1].table and len(threads) == 1 and threads[0] != threading.get_ident()
 
 
 def test_a_loop_that_cannot_be_recorded(module, monkeypatch):
@@ -219,7 +281,7 @@ def test_a_loop_that_cannot_be_recorded(module, monkeypatch):
     def refusing(loop):
         raise RuntimeError("not here")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: refusing(None))
+    monkeypatch.setattr(Graph, "capture_begin", lambda self, capture_error_mode: refusing(None))
     args, expected = dense(), module.settle(*dense())
     settle(module, args)
     with pytest.warns(UserWarning, match="not here.*LGKERNELS_GRAPHS=0"):

@@ -114,6 +114,16 @@ def test_first_steps(module, steps):
         assert (got[1] == steps).all() and got[2].isinf().all() == (steps == 0) and got[3].isinf().all() == (steps < 2)
 
 
+def test_the_input_enters_the_first_layers_alone(module):
+    for schedule in ("synchronous", "asynchronous"):
+        options = Settling("sigmoid", "cross_entropy", schedule, 3, None)
+        state, drive, *rest = problem((9, 20, 5), 3, MIXED, options)
+        check(module, (state, drive[:1], *rest))
+        free = [v[:3] for v in state]
+        for points in (0, 2):
+            check(module, (free, drive[:1], *rest[:2], 0.5, points, options), "error")
+
+
 @pytest.mark.parametrize("schedule", ["synchronous", "asynchronous"])
 def test_it_stops_where_all_samples_have_settled(module, schedule):
     """In more rows than one thread takes at a time: none may stop before the last one."""

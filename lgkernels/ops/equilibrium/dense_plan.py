@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...core import kept
 from ..common.launch import block_count
 
 _FIELDS = 8  # of the table, for each block of columns
@@ -30,9 +31,20 @@ class Plan(NamedTuple):
         return offset + depth * width
 
 
-@cache  # a CUDA graph may hold the table's address
 def plan_of(widths: tuple, edges: tuple, nudge: int, block_n: int, block_k: int, device: torch.device) -> Plan:
     """edges: source and destination of each; nudge: columns of the nudge of the last layer, 0: there is none."""
+    sizes = widths, edges, nudge, block_n, block_k
+    return Plan(_table(device, *sizes), *_layout(*sizes)[1:])
+
+
+@kept.kept
+def _table(*sizes) -> Tensor:
+    return torch.tensor(_layout(*sizes)[0], dtype=torch.int32)
+
+
+@cache
+def _layout(widths: tuple, edges: tuple, nudge: int, block_n: int, block_k: int) -> tuple:
+    """The fields of the plan; the table as a list."""
     layers = len(widths)
     order = [*range(0, layers, 2), *range(1, layers, 2)]
     padded = [block_count(n, max(block_n, block_k)) * max(block_n, block_k) for n in widths]
@@ -75,15 +87,7 @@ def plan_of(widths: tuple, edges: tuple, nudge: int, block_n: int, block_k: int,
             )
     even = sum(padded[::2]) // block_n
     table = [field for row in [*rows, *walks] for field in row]
-    return Plan(
-        torch.tensor(table, dtype=torch.int32).to(device),
-        columns,
-        column,
-        column + nudge,
-        [(0, even), (even, many - even)],
-        panels,
-        places,
-    )
+    return table, columns, column, column + nudge, [(0, even), (even, many - even)], panels, places
 
 
 def packed_weights(plan: Plan, weights: list[Tensor], last: Tensor | None, units: int) -> Tensor:

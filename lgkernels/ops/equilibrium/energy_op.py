@@ -64,6 +64,8 @@ def _check_edge(source, target, stride, padding, pool, kernel, shapes):
     if not stride:
         if len(after) != 1:
             raise ValueError(f"edges must be convolutions to a layer of images, got a dense one to {after}")
+        if padding or pool:
+            raise ValueError(f"edges must have padding 0 and pool 0 where stride is 0, got {padding} and {pool}")
         checks.shape("kernels", kernel, (torch.Size(before).numel(), *after), "units of both layers")
         return
     size = kernel.shape[2] if kernel.dim() == 4 else 0

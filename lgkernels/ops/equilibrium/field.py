@@ -232,7 +232,7 @@ def settle(net, drive, state, target, options, values, step=field):
                 break
     residual, orbit = _moves(u, past, values)
     steps = torch.full_like(residual, taken or 0) if used is None else used.clamp(max=taken or 0)
-    return u, steps.long(), residual, orbit
+    return u if taken else [v.clone() for v in u], steps.long(), residual, orbit
 
 
 def _moves(u, past, values):

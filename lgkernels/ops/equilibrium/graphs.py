@@ -1,14 +1,20 @@
 """Settling loops in CUDA graphs: recorded at the second call of a kind, replayed from then on.
 
-A loop is some thousand launches, which Python starts one by one, and a graph starts all of them at once. It reads the
-weights where they are: an update in place counts at the next replay, and other tensors in their place are another kind.
-All else that goes in is copied to memory of its own; what comes out is cloned. A kind is that of the sizes, options,
-weights and stream, and of torch's settings that choose kernels. The `MOST` graphs used last are kept; one whose weights
-are gone is dropped at the next call.
+A loop is some thousand launches, which Python starts one by one, and a graph starts all of them at once. All that goes
+in, weights too, is copied to memory of the graph's own before a replay, for a caller's tensor may be a temporary; what
+comes out is cloned. A kind is that of the sizes, options and stream, and of torch's settings that choose kernels. At
+most `MOST` graphs are kept. Then a new kind takes the place of one that `STALE` calls have not used, or gets no graph.
 
 As they are run: loops on a CPU, of few steps, or with a tolerance, which the host looks at in every step; all while
 another graph is recorded on the stream, whose part they become, or where a gradient is wanted; and all of them where
-LGKERNELS_GRAPHS is 0. The recording has a thread of its own, as tables of `core/kept.py` have, for the same reasons.
+LGKERNELS_GRAPHS is 0, or torch's settings cannot be read. The recording has a thread of its own, as tables of
+`core/kept.py` have, for the same reasons.
+
+Captures of other threads on other streams cannot be seen. So nothing here waits for the whole device or empties the
+cache, as `torch.cuda.graph` does at its start, and a recording is that of its thread alone ("thread_local"). Two things
+stay: a graph that is dropped waits for its last replay and frees memory, which a capture elsewhere in the mode "global"
+does not allow; and a thread that waits for the whole device while a loop is recorded gets an error of CUDA's.
+LGKERNELS_GRAPHS=0 is for programs that do so.
 """
 
 import threading
@@ -20,39 +26,48 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_map
 
 from ...core import environment, kept
 
-MOST = 8  # graphs that are kept; each has the memory of a loop
+MOST = 8  # graphs that are kept; each has the memory of a loop, and of its weights
+STALE = 256  # calls without a use after which a graph may go
 FEW_STEPS = 4
 DEVICE_TYPES = {"cuda"}  # tests put "cpu" here, and a recorder of their own into torch.cuda
 
-_graphs: OrderedDict[tuple, "_Graph | None"] = OrderedDict()  # None: could not be recorded
-_seen: OrderedDict[tuple, None] = OrderedDict()
+_graphs: OrderedDict[tuple, "_Graph"] = OrderedDict()  # the one used last is last
+_seen: OrderedDict[tuple, bool] = OrderedDict()  # whether it can be recorded, as far as is known
 _lock = threading.RLock()
+_calls = 0
 
 
 class _Graph:
     """A recorded loop: the memory of what goes in, and of what comes out."""
 
-    def __init__(self, loop: Callable, varying: list[Tensor], fixed: list[Tensor]) -> None:
-        self.device = varying[0].device
-        self.weights = [StorageWeakRef(w.untyped_storage()) for w in fixed]
-        self.inputs = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in varying]
-        with torch.cuda.stream(torch.cuda.Stream(self.device)):  # the libraries' handles of this thread
+    def __init__(self, loop: Callable, tensors: list[Tensor], caller: Any) -> None:
+        self.device = tensors[0].device
+        self.used = _calls
+        self.done = torch.cuda.Event()
+        first, own = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        with torch.cuda.stream(first):  # the libraries' handles of this thread
+            self.inputs = [torch.zeros_like(t) for t in tensors]
             loop(self.inputs)
+        own.wait_stream(first)
+        caller.wait_stream(first)
         self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-            self.results = loop(self.inputs)
+        with torch.cuda.stream(own):
+            self.graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.results = loop(self.inputs)
+            finally:
+                self.graph.capture_end()
 
-    def replay(self, varying: list[Tensor]) -> Any:
-        for own, tensor in zip(self.inputs, varying):
-            own.copy_(tensor, non_blocking=True)
+    def replay(self, tensors: list[Tensor]) -> Any:
+        torch._foreach_copy_(self.inputs, tensors)
         self.graph.replay()
-        return tree_map(torch.clone, self.results)  # the next replay writes over its own
+        results = tree_map(torch.clone, self.results)  # the next replay writes over its own
+        self.done.record(torch.cuda.current_stream(self.device))
+        return results
 
 
 def run(
@@ -61,34 +76,30 @@ def run(
     """`function(state, drive, net, target, *rest, options)`, a backend's settle or error."""
     if state[0].device.type not in DEVICE_TYPES:
         return function(state, drive, net, target, *rest, options)
-    varying = [*state, *drive, *([] if target is None else [target])]
-    fixed = [*net.weights, *net.biases, *(t for t in (net.readout, net.readout_bias) if t is not None)]
-    if not _records(function, state, [*varying, *fixed], options):
+    given = state, drive, net.weights, net.biases, [net.readout], [net.readout_bias], [target]
+    tensors = [t for part in given for t in part if t is not None]
+    settings = _settings()
+    if settings is None or not _records(function, state, tensors, options):
         return function(state, drive, net, target, *rest, options)
 
     def loop(inputs: list[Tensor]) -> Any:
-        first, second = len(state), len(state) + len(drive)
-        goal = None if target is None else inputs[-1]
-        return function(inputs[:first], inputs[first:second], net, goal, *rest, options)
+        each = iter(inputs)
+        own = [[None if t is None else next(each) for t in part] for part in given]
+        weights = dict(weights=own[2], biases=own[3], readout=own[4][0], readout_bias=own[5][0])
+        return function(own[0], own[1], net._replace(**weights), own[6][0], *rest, options)
 
     device = state[0].device
     key = (
         (function.__module__, function.__name__, device, torch.cuda.current_stream(device).cuda_stream),
-        (repr((rest, options, net.edges, net.layers)), target is None, net.readout is None, len(net.biases)),
-        tuple((t.shape, t.dtype) for t in varying),
-        tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in fixed),
-        _settings(),
+        repr((rest, options, net.edges, net.layers)),
+        tuple(tuple(None if t is None else (t.shape, t.stride(), t.dtype) for t in part) for part in given),
+        settings,
     )
     with _lock:
-        _drop_orphans()
-        if key not in _graphs and key not in _seen:  # an ordinary call: it compiles, and chooses algorithms
-            _remember(_seen, key, None, 16 * MOST)
-            return loop(varying)
-        if key not in _graphs:
-            _remember(_graphs, key, _recorded(loop, varying, fixed), MOST)
-        _graphs.move_to_end(key)
-        graph = _graphs[key]
-        return loop(varying) if graph is None else graph.replay(varying)
+        graph = _graph_of(key, loop, tensors)
+        if graph is not None:
+            return graph.replay(tensors)
+    return function(state, drive, net, target, *rest, options)
 
 
 def forget() -> None:
@@ -113,51 +124,74 @@ def _records(function: Callable, state: list, tensors: list[Tensor], options: An
     return not wanted and not kept.capturing(device)
 
 
-def _settings() -> tuple:
-    cudnn = torch.backends.cudnn
-    return (
-        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-    )
+def _settings() -> tuple | None:
+    """Those that choose kernels, None where they cannot be read. `allow_tf32` and `get_float32_matmul_precision` raise
+    where the program has set `fp32_precision`, which is always readable."""
+    backends: Any = torch.backends  # its stubs lack some of these
+    cudnn = backends.cudnn
+    try:
+        return (
+            (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+            (backends.fp32_precision, backends.cuda.matmul.fp32_precision),
+            (cudnn.fp32_precision, cudnn.conv.fp32_precision),
+            torch.are_deterministic_algorithms_enabled(),
+        )
+    except Exception:  # of whatever kind: a loop runs without a graph too
+        return None
 
 
-def _recorded(loop: Callable, varying: list[Tensor], fixed: list[Tensor]) -> _Graph | None:
-    device = varying[0].device
+def _graph_of(key: tuple, loop: Callable, tensors: list[Tensor]) -> _Graph | None:
+    """The kind's graph, recorded now if it may be; None: the call is an ordinary one."""
+    global _calls
+    _calls += 1
+    if key not in _graphs:
+        if key not in _seen:  # an ordinary call: it compiles, and chooses algorithms
+            _seen[key] = True
+            if len(_seen) > 16 * MOST:
+                _seen.popitem(last=False)
+            return None
+        if not _seen[key] or not _room():
+            return None
+        made = _recorded(loop, tensors)
+        if made is None:
+            _seen[key] = False
+            return None
+        _graphs[key] = made
+    _graphs.move_to_end(key)
+    _graphs[key].used = _calls
+    return _graphs[key]
+
+
+def _recorded(loop: Callable, tensors: list[Tensor]) -> _Graph | None:
+    device = tensors[0].device
+    caller = torch.cuda.current_stream(device)
 
     def record() -> _Graph:
         with torch.no_grad(), torch.cuda.device(device):
-            return _Graph(loop, varying, fixed)
+            return _Graph(loop, tensors, caller)
 
     try:
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(record).result()
     except Exception as error:
         warnings.warn(
-            f"a settling loop of {tuple(varying[0].shape)} states cannot be recorded in a CUDA graph, and is started "
+            f"a settling loop of {tuple(tensors[0].shape)} states cannot be recorded in a CUDA graph, and is started "
             f"step by step ({type(error).__name__}: {error}); LGKERNELS_GRAPHS=0 records none",
             stacklevel=2,
         )
         return None
 
 
-def _remember(known: OrderedDict, key: tuple, value: Any, most: int) -> None:
-    known[key] = value
-    while len(known) > most:
-        oldest = next(iter(known))
-        if known is _graphs:
-            _drop(oldest)
-        else:
-            del known[oldest]
+def _room() -> bool:
+    """Whether there is a place for one more graph. One in use keeps its place: more kinds in turn than there are places
+    would otherwise record at each call."""
+    if len(_graphs) >= MOST:
+        oldest = next(iter(_graphs))
+        if _calls - _graphs[oldest].used <= STALE:
+            return False
+        _drop(oldest)
+    return True
 
 
 def _drop(key: tuple) -> None:
-    graph = _graphs.pop(key)
-    if graph is not None:
-        torch.cuda.synchronize(graph.device)  # its memory may be another's at once: no replay may be on its way
-
-
-def _drop_orphans() -> None:
-    for key, graph in list(_graphs.items()):
-        if graph is not None and any(weight.expired() for weight in graph.weights):
-            _drop(key)
+    _graphs.pop(key).done.synchronize()  # its memory may be another's at once: no replay may be on its way

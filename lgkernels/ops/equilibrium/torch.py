@@ -43,7 +43,7 @@ def by_phase(settle, state, drive, net, target, phases, options):
 def _dense_step(net, drive, r, target, loss, values, layers):
     states, edges = [], net.routes()
     for b in layers:
-        u = drive[b]
+        u = drive[b] if b < len(drive) else torch.zeros_like(r[b])
         for a, c, weight, _ in edges:
             if c == b:
                 u = torch.addmm(u, r[a], weight)
