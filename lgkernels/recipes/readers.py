@@ -20,8 +20,8 @@ import torch
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _OTHER_SUFFIXES = (".tif", ".tiff", ".gif", ".avif", ".heic", ".jp2", ".jxl", ".ppm", ".pgm", ".tga")
 # what systems, archives and network drives leave beside the data
-_JUNK = {"__MACOSX", "@eaDir", "@tmp", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"}
-_JUNK |= {"lost+found", "__pycache__"}
+_JUNK = {"__MACOSX", "@eaDir", "@__thumb", "@tmp", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information"}
+_JUNK |= {"lost+found", "__pycache__", "Thumbs.db"}
 
 
 class DataError(ValueError):

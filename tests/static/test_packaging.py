@@ -158,7 +158,7 @@ def requirement_name(line):
 
 
 def test_runtime_needs_torch_and_numpy_only(project):
-    assert project["dependencies"] == ["torch>=2.8", "numpy"]
+    assert project["dependencies"] == ["torch>=2.9", "numpy"]
 
 
 def test_constraints_pin_every_extra_of_the_readme(project):

@@ -28,7 +28,13 @@ def folder(root, classes="abc"):
     return root
 
 
-JUNK = ["train/.ipynb_checkpoints/1.png", "train/@eaDir/1.png", "val/.hidden/1.png", "train/a/@eaDir/1.jpg/SYNO.png"]
+JUNK = [
+    "train/.ipynb_checkpoints/1.png",
+    "train/@eaDir/1.png",
+    "val/@__thumb/1.png",
+    "val/.hidden/1.png",
+    "train/a/@eaDir/1.jpg/SYNO.png",
+]
 JUNK += [
     "train/b/._1.png",
     "val/b/.thumbs/1.png",
