@@ -13,7 +13,7 @@ def check(x: Any) -> None:
     if not isinstance(x, Mapping):
         checks.tensor("x", x)
     elif not any(isinstance(part, Tensor) for part in x.values()):
-        raise TypeError(f"x must hold a torch.Tensor where it is a mapping, got one of {list(x) or 'nothing'}")
+        raise TypeError(f"x must be a torch.Tensor, or a mapping that holds one, got a dict of {list(x)}")
 
 
 def detached(x: Any) -> Any:

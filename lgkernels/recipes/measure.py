@@ -1,6 +1,7 @@
 """What a training step costs: time, side by side for all rules, and peak memory."""
 
 import contextlib
+import gc
 import os
 import statistics
 import sys
@@ -34,6 +35,7 @@ def step_times(steps, device, *, budget=8.0, rounds=12):
 
 def peak_memory(step, device):
     """Bytes that one call of `step` has allocated at its worst moment, beyond what was there before it."""
+    gc.collect()  # what cycles of an earlier step hold would else be freed within this one, and counted as less
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

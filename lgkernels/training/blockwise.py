@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..core import checks, constructors
+from ..nn import model_input
 from .trainer import OptimizerFactory, SchedulerFactory, Trainer, bare, trainable
 
 __all__ = ["BlockwiseTrainer"]
@@ -18,9 +19,7 @@ UNIT_COSTS = {"local": (1, 1.0), "two views": (2, 2.0), "forward-forward": (2, 7
 
 
 def _check_takes_a_target(name: str, block: nn.Module) -> None:
-    """A block that trains is called with two arguments."""
-    if not trainable(block):
-        return
+    """A block that trains is called with two arguments; torch's own message names neither."""
     try:
         inspect.signature(block.forward).bind(None, None)
     except TypeError:
@@ -87,8 +86,6 @@ class BlockwiseTrainer(Trainer):
         cuda_graph: bool = False,
     ) -> None:
         blocks = constructors.modules("blocks", blocks)
-        for i, block in enumerate(blocks):
-            _check_takes_a_target(f"blocks[{i}]", bare(block))
         # a parameter of several blocks (LoCo's overlap) gathers all their gradients and steps with the last of them
         self.reached = [trainable(block) for block in blocks]
         last: dict[nn.Parameter, int] = {}
@@ -110,6 +107,8 @@ class BlockwiseTrainer(Trainer):
         """Units of a whole model may take a mapping of its arguments, a mask beside the tokens."""
         if self.graphs is not None or not isinstance(x, Mapping):
             checks.any_tensor("x", x)
+        else:
+            model_input.check(x)
 
     def _step(self, x: Any, target: torch.Tensor, last: bool) -> torch.Tensor:
         losses = []
@@ -119,7 +118,11 @@ class BlockwiseTrainer(Trainer):
                     x = block(x)
                 continue
             with self._synchronised(block, last):
-                result = block(x, target)
+                try:
+                    result = block(x, target)
+                except TypeError:
+                    _check_takes_a_target(f"blocks[{i}]", bare(block))
+                    raise
                 if not isinstance(result, tuple) or len(result) != 2:
                     raise TypeError(
                         f"blocks[{i}] ({type(block).__name__}) must return (output, loss) for (x, target) in training, "

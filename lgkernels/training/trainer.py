@@ -116,7 +116,7 @@ class Trainer:
 
     # -- one step --------------------------------------------------------------------------------------------------
 
-    def step(self, x: Any, target: torch.Tensor) -> torch.Tensor:
+    def step(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Train on one batch; the optimizers step at every `accumulation_steps`-th call. Returns the losses.
 
         Args:
@@ -232,7 +232,7 @@ class Trainer:
         return self.train(False)
 
     @torch.no_grad()
-    def predict(self, x: Any) -> torch.Tensor:
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Output of the last block, in the present mode. Ranks may call it one by one: nothing is exchanged."""
         self._check_input(x)
         for module in self.blocks:

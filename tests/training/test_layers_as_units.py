@@ -117,7 +117,7 @@ def test_units_learn_from_padded_text():
     assert bool((last < first).all()), (first, last)
     model.eval()
     assert torch.equal(trainer.eval().predict(given), model(**given).logits)
-    with pytest.raises(TypeError, match="x must hold a torch.Tensor where it is a mapping, got one of"):
+    with pytest.raises(TypeError, match="x must be a torch.Tensor, or a mapping that holds one, got a dict of"):
         trainer.train().step({"input_ids": x.tolist()}, target)
     heads = BlockwiseTrainer([lnn.LLSHead(units[0], num_classes=CLASSES, pool_size=2)], torch.optim.Adam)
     with pytest.raises(ValueError, match=r"target must have shape \(4,\)"):
