@@ -70,7 +70,7 @@ def error(state, drive, net, target, beta, points, options):
 
 def _add_phases(run, layer, start, share, out, add):
     samples, units = len(start), start[0].numel()
-    config = configuration(TILES["stream"], (start.numel(),), start, torch.float32)
+    config = configuration(TILES["error"], (start.numel(),), start, torch.float32)
     launch(
         triton_pool.error_kernel,
         block_count(start.numel(), config["BLOCK"]),
