@@ -111,6 +111,7 @@ class Contestant:
     make: Callable[[], Callable[[], dict | None]]
     variant: bool = False  # on other terms (a layout, a narrower dtype): in the full tables alone
     backend: str | None = None  # of lgkernels
+    allocates_by_torch: bool = True  # else its memory is not known
 
     def __post_init__(self):
         if self.role not in ROLES:

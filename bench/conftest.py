@@ -104,7 +104,7 @@ def measure(case, config):
             "backend": taking_part[name].backend,
             "huge_pages": timing.huge_pages(),
             "ratio": timing.ratio(times, samples[case.baseline]),
-            "peak_bytes": sizes[name],
+            "peak_bytes": sizes[name] if taking_part[name].allocates_by_torch else None,
             **speed(problem, times, config),
         }
         found[name] = (row, times)

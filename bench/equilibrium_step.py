@@ -51,7 +51,7 @@ class DenseStep(Problem):
         return lnn.EquilibriumMLP(*sizes, num_classes=case.classes, steps=case.steps, angle=90).to(self.device)
 
     def contestants(self):
-        peer = Contestant(PEER, "peer", partial(self.peer, self.library))
+        peer = Contestant(PEER, "peer", partial(self.peer, self.library), allocates_by_torch=False)
         return [
             Contestant("lgkernels", "ours", self.ours_step),
             Contestant("recurrent back-propagation", "bp", partial(self.ours_step, "recurrent_backprop")),

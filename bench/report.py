@@ -74,7 +74,12 @@ def milliseconds(row):
 
 
 def megabytes(row):
-    return f"{number(row['peak_bytes'] / 1e6)} MB"
+    return f"{peak(row)} MB"
+
+
+def peak(row):
+    """Megabytes, where torch has counted them."""
+    return "?" if row["peak_bytes"] is None else number(row["peak_bytes"] / 1e6)
 
 
 def rates(row):
@@ -97,7 +102,10 @@ def losses(rows):
         if not ours or not rivals:
             continue
         for field, text in (("median_ms", milliseconds), ("peak_bytes", megabytes)):
-            best, rival = (min(group, key=lambda row: row[field]) for group in (ours, rivals))
+            known = [[row for row in group if row[field] is not None] for group in (ours, rivals)]
+            if not all(known):
+                continue
+            best, rival = (min(group, key=lambda row: row[field]) for group in known)
             if rival[field] < best[field]:
                 found.append(
                     f"{best['title']}, {best['label']}: {rival['provider']} takes {text(rival)}, "
@@ -118,7 +126,7 @@ def case_table(contestants, huge):
     lines = []
     for name, row in sorted(contestants.items(), key=lambda item: item[1]["median_ms"]):
         times = [number(row["median_ms"]), f"{row['ratio']:.2f}"]
-        line = [name, *times, rates(row), number(row["peak_bytes"] / 1e6)]
+        line = [name, *times, rates(row), peak(row)]
         if huge:
             other = huge.get(name)
             line += [number(other["median_ms"]), f"{other['ratio']:.2f}"] if other else ["", ""]
@@ -191,7 +199,7 @@ def summary(all_results):
         contestants = next(c for c in found if ours in c.values())
         memory = [ours, *filter(None, (fastest(contestants, roles) for roles in (["eager", "peer"], ["bp"])))]
         cells = [cell for contestants in found for cell in summary_cells(contestants)]
-        megabytes_each = ", ".join(number(row["peak_bytes"] / 1e6) for row in memory)
+        megabytes_each = ", ".join(map(peak, memory))
         lines.append([f"{short_title(ours)} {ours['label']}", ours["baseline"], *cells, megabytes_each])
     torches = "; ".join(f"{e['device']}: torch {e['torch']}" for e in environments)
     about = f"Time / baseline, the faster in bold. {torches}."

@@ -160,6 +160,8 @@ def test_report_names_every_loss():
     assert losses(rows) == ["`lls_loss`, forward and backward, (1, 2): theirs takes 1.5 ms, mine 2 ms."]
     rows[-1]["median_ms"] = 2.5
     assert losses(rows) == []
+    rows[-1]["peak_bytes"] = None  # of a rival that does not allocate by torch
+    assert not any(" MB" in loss for loss in losses(rows))
     rows[-1]["peak_bytes"] = 900
     assert losses(rows) == ["`lls_loss`, forward and backward, (1, 2): theirs takes 0.0009 MB, mine 0.001 MB."]
 
