@@ -337,9 +337,10 @@ def image_folder(folder, resize, wanted):
     if val is None:
         raise DataError(f"no val or test beside {train}")
     classes = [p.name for p in _classes(train)]
-    if len(classes) < 2:
-        got = classes[0] if classes else "none"
-        raise DataError(f"{train} must hold one folder a class, of two classes or more, got {got}")
+    if not classes:
+        raise DataError(f"{train} must hold one folder a class, got none")
+    if len(classes) == 1:
+        warnings.warn(f"{train} holds one class alone, {classes[0]}: there is nothing to tell apart", stacklevel=2)
     _warn_of_other_images(train, val)
     label = {name: i for i, name in enumerate(classes)}
     images = {name: _images(train / name) for name in classes}
