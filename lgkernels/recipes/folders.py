@@ -24,9 +24,13 @@ _LEFT = ("checkpoint*.safetensors", "model*.safetensors", "pretrained.safetensor
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a folder that holds a run, or what is left of one."""
+    """Refuse a folder that holds a run."""
     if (folder / "config.json").exists():
         raise UsageError(f"run {folder} exists: add --resume to go on with it, or choose another --name")
+
+
+def _check_empty(folder: Path) -> None:
+    """Refuse a folder that holds what is left of a run, which nobody else is writing."""
     if left := [path.name for pattern in _LEFT for path in sorted(folder.glob(pattern))]:
         raise UsageError(
             f"{folder} holds {', '.join(left)} of a run without its config.json, which a new run would write over: "
@@ -50,6 +54,7 @@ def taken(out: Path, name: str | None, base: str, resume: bool) -> Iterator[Path
     with _lock(folder):
         if name is not None and not resume:
             check_new(folder)  # another command may have been faster
+            _check_empty(folder)
         for left in folder.glob(".*.tmp"):
             left.unlink(missing_ok=True)
         yield folder

@@ -83,10 +83,10 @@ def test_commands_at_once_have_folders_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("more", [[], ["--resume"]], ids=["new", "resume"])
 def test_a_run_in_use_is_left_alone(tmp_path, capsys, one, more):
-    if not more:
-        for path in (tmp_path / "a").iterdir():  # as between the folder and the first file
-            path.unlink()
     files = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    if not more:
+        (tmp_path / "a" / "config.json").unlink()  # as between the folder and the first file
+        del files["config.json"]
     handle = os.open(tmp_path / "a", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     capsys.readouterr()
