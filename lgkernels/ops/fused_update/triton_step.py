@@ -14,6 +14,45 @@ def _place(matrix, n, k, row_stride, column_stride):
     return matrix + offset(n, row_stride)[:, None] + offset(k, column_stride)[None, :]
 
 
+@triton.jit
+def _gradient(
+    grad,
+    x,
+    gradient,
+    n,
+    k,
+    inside,
+    M,
+    N,
+    K,
+    gradient_row,
+    gradient_column,
+    grad_scale,
+    clip_value,
+    MANHATTAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile's whole sum over the samples, with a gradient of the caller's own, scaled and clipped."""
+    g = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, M, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        rows = load_tile(grad, m, n, M, N)
+        columns = load_tile(x, m, k, M, K)
+        g = dot(tl.trans(rows), columns, g, PRECISION)
+    if gradient is not None:
+        at = _place(gradient, n, k, gradient_row, gradient_column)
+        g += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    g *= tl.cast(grad_scale, tl.float32)
+    limit = tl.cast(clip_value, tl.float32)
+    g = tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))  # NaN stays
+    if MANHATTAN:
+        g = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0))
+    return g
+
+
 @triton.jit(do_not_specialize=["M"])
 def fused_update_kernel(
     weight,
@@ -56,20 +95,26 @@ def fused_update_kernel(
     blocks = tl.cdiv(K, BLOCK_K)
     n, k = indices(pid // blocks, BLOCK_N), indices(pid % blocks, BLOCK_K)
     inside = within(n, N, k, K)
-    g = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in range(0, M, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        rows = load_tile(grad, m, n, M, N)
-        columns = load_tile(x, m, k, M, K)
-        g = dot(tl.trans(rows), columns, g, PRECISION)
-    if gradient is not None:
-        at = _place(gradient, n, k, gradient_row, gradient_column)
-        g += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    g *= tl.cast(grad_scale, tl.float32)
-    limit = tl.cast(clip_value, tl.float32)
-    g = tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))  # NaN stays
-    if MANHATTAN:
-        g = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0))
+    g = _gradient(
+        grad,
+        x,
+        gradient,
+        n,
+        k,
+        inside,
+        M,
+        N,
+        K,
+        gradient_row,
+        gradient_column,
+        grad_scale,
+        clip_value,
+        MANHATTAN,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     at = _place(weight, n, k, weight_row, weight_column)
     w = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     g += tl.cast(weight_decay, tl.float32) * w
@@ -151,20 +196,26 @@ def fused_update_8bit_kernel(
     blocks = tl.cdiv(K, BLOCK_K)
     n, k = indices(pid // blocks, BLOCK_N), indices(pid % blocks, BLOCK_K)
     inside = within(n, N, k, K)
-    g = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for start in range(0, M, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        rows = load_tile(grad, m, n, M, N)
-        columns = load_tile(x, m, k, M, K)
-        g = dot(tl.trans(rows), columns, g, PRECISION)
-    if gradient is not None:
-        at = _place(gradient, n, k, gradient_row, gradient_column)
-        g += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    g *= tl.cast(grad_scale, tl.float32)
-    limit = tl.cast(clip_value, tl.float32)
-    g = tl.where(g > limit, limit, tl.where(g < -limit, -limit, g))  # NaN stays
-    if MANHATTAN:
-        g = tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0))
+    g = _gradient(
+        grad,
+        x,
+        gradient,
+        n,
+        k,
+        inside,
+        M,
+        N,
+        K,
+        gradient_row,
+        gradient_column,
+        grad_scale,
+        clip_value,
+        MANHATTAN,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     at = _place(weight, n, k, weight_row, weight_column)
     w = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     g += tl.cast(weight_decay, tl.float32) * w
