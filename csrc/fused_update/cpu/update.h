@@ -1,6 +1,8 @@
 // The weight gradient grad^T x and the optimizer's step in one pass over the weight: a register tile of dW is summed
 // over the whole batch, then meets its tile of the weight and of its states; dW never reaches memory.
 #pragma once
+#include <type_traits>
+
 #include "common/cpu/formula_tiles.h"
 #include "common/cpu/parallel.h"
 #include "fused_update/cpu/kernels.h"
@@ -138,14 +140,14 @@ inline void update_tile(const Step& step, const Tensors& tensors, int64_t batch,
     }
 }
 
-template <bool ADAM, class T>
-inline int run_update(const UpdateRule& rule, const UpdateShape& u, const Tensors& tensors, const Matrix& grad,
-                      const Matrix& input, int threads) {
-  constexpr int64_t tile = kUpdateTile * V;
-  const Step step(rule);
+// body(ROWS, g, x, width, row, col, n): ROWS rows of W at (row, col), an integral constant, n columns to the panel's
+// end; g and x are packed, x (batch, width).
+template <class Body>
+inline int over_tiles(const UpdateShape& u, const Matrix& grad, const Matrix& input, int64_t tile, int threads,
+                      const Body& body) {
   if (u.rows == 0 || u.columns == 0) return 0;
   const int64_t fitting = kPanelBytes / 4 / (u.batch > 0 ? u.batch : 1) / tile * tile;
-  const int64_t width = fitting < tile ? tile : smaller(fitting, rounded(u.columns, tile));
+  const int64_t width = smaller(fitting < tile ? tile : fitting, rounded(u.columns, kUpdateTile * V));
   const PackedColumns packed(u, grad, threads);
   Scratch inputs(width * u.batch, threads);
   if (!packed || !inputs) return 1;
@@ -159,17 +161,26 @@ inline int run_update(const UpdateRule& rule, const UpdateShape& u, const Tensor
         const float* g = packed.group(i);
         const int64_t row = i * kUpdateRows;
         for (int64_t j = 0; j < n; j += tile) {
-          const int64_t col = first + j;
           if (row + kUpdateRows <= u.rows)
-            update_tile<kUpdateRows, ADAM, T>(step, tensors, u.batch, g, x + j, width, row, col, n - j);
+            body(std::integral_constant<int, kUpdateRows>{}, g, x + j, width, row, first + j, n - j);
           else
             for (int64_t r = 0; r < u.rows - row; ++r)
-              update_tile<1, ADAM, T>(step, tensors, u.batch, g + r, x + j, width, row + r, col, n - j);
+              body(std::integral_constant<int, 1>{}, g + r, x + j, width, row + r, first + j, n - j);
         }
       }
     }
   });
   return 0;
+}
+
+template <bool ADAM, class T>
+inline int run_update(const UpdateRule& rule, const UpdateShape& u, const Tensors& tensors, const Matrix& grad,
+                      const Matrix& input, int threads) {
+  const Step step(rule);
+  return over_tiles(u, grad, input, kUpdateTile * V, threads,
+                    [&](auto rows, const float* g, const float* x, int64_t width, int64_t row, int64_t col, int64_t n) {
+                      update_tile<rows.value, ADAM, T>(step, tensors, u.batch, g, x, width, row, col, n);
+                    });
 }
 
 inline int update(const UpdateRule& rule, const UpdateShape& shape, const Matrix& weight, const Matrix& first,

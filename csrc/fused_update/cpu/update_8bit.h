@@ -63,32 +63,11 @@ template <bool ADAM, class T>
 inline int run_update_8bit(const UpdateRule& rule, const UpdateShape& u, const CodedTensors& tensors,
                            const Matrix& grad, const Matrix& input, int threads) {
   const Step step(rule);
-  if (u.rows == 0 || u.columns == 0) return 0;
-  const int64_t fitting = kPanelBytes / 4 / (u.batch > 0 ? u.batch : 1) / kCodeBlock * kCodeBlock;
-  const int64_t width = smaller(fitting < kCodeBlock ? kCodeBlock : fitting, rounded(u.columns, kUpdateTile * V));
-  const PackedColumns packed(u, grad, threads);
-  Scratch inputs(width * u.batch, threads);
-  if (!packed || !inputs) return 1;
-  parallel(packed.groups, u.rows * u.columns, threads, [&](int64_t begin, int64_t end, int thread) {
-    float* x = inputs.of(thread);
-    for (int64_t first = 0; first < u.columns; first += width) {
-      const int64_t columns = smaller(u.columns - first, width);
-      pack_panel(input, u.batch, first, columns, width, x);
-      for (int64_t i = begin; i < end; ++i) {
-        const float* g = packed.group(i);
-        const int64_t row = i * kUpdateRows;
-        for (int64_t j = 0; j < columns; j += kCodeBlock) {
-          const int64_t col = first + j, n = smaller(columns - j, kCodeBlock);
-          if (row + kUpdateRows <= u.rows)
-            update_block<kUpdateRows, ADAM, T>(step, tensors, u.batch, g, x + j, width, row, col, n);
-          else
-            for (int64_t r = 0; r < u.rows - row; ++r)
-              update_block<1, ADAM, T>(step, tensors, u.batch, g + r, x + j, width, row + r, col, n);
-        }
-      }
-    }
-  });
-  return 0;
+  return over_tiles(u, grad, input, kCodeBlock, threads,
+                    [&](auto rows, const float* g, const float* x, int64_t width, int64_t row, int64_t col, int64_t n) {
+                      update_block<rows.value, ADAM, T>(step, tensors, u.batch, g, x, width, row, col,
+                                                        smaller(n, kCodeBlock));
+                    });
 }
 
 inline int update_8bit(const UpdateRule& rule, const UpdateShape& shape, const Matrix& weight, const CodedState& first,
