@@ -38,7 +38,14 @@ def environment(device):
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
-        "device": f"CPU {model.group(1) if model else platform.processor()}, {torch.get_num_threads()} threads",
+        # A virtual machine says little of its processor: "AMD EPYC" may have AVX-512 or not.
+        "device": ", ".join(
+            (
+                f"CPU {model.group(1) if model else platform.processor()}",
+                torch.backends.cpu.get_cpu_capability(),
+                f"{torch.get_num_threads()} threads",
+            )
+        ),
         "native": module.cpu_level() if module else None,
         **info,
     }

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lgkernels.functional as LF
 from lgkernels.ops.feedback import autograd as feedback_autograd
+from lgkernels.ops.feedback import cpu as feedback_cpu
 from lgkernels.random import RandomFeedback
 from tests.feedback.common import LAWS, compare, linear, randn, random_feedback, run, sign, weights
 from tests.support.cases import DTYPES, label, subsets, sweep
@@ -191,6 +192,7 @@ def conv_layer(case):
 def test_conv(impl, case, kind, few, monkeypatch):
     """`few`: dX by the product with F in registers, which the CPU's kernels take for small maps of many channels."""
     monkeypatch.setattr(feedback_autograd, "_few_positions", lambda *_: few)
+    monkeypatch.setattr(feedback_cpu, "SIGNS_BY_LOOK_UP", few)
     geometry, layer = conv_layer(case)
     x, weight, bias = randn(*case["x"], seed=1), weights(*case["weight"]), randn(case["weight"][0], seed=3)
     random = random_feedback()

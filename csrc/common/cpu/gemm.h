@@ -4,7 +4,8 @@
 
 namespace lgk::cpu::LGK_ISA {
 
-constexpr int kRowBlock = V == 16 ? 4 : 2;  // accumulators of a 4-row block fill the 32 registers of AVX-512
+constexpr int kRowBlock = 4;                   // a tile's rows of a
+constexpr int kColumnBlock = V == 16 ? 4 : 2;  // and its rows of b, or vectors of columns: few loads a multiply-add
 
 template <int M, int N>
 inline void dots_block(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* out,
@@ -26,35 +27,37 @@ inline void dots_block(const float* a, int64_t lda, const float* b, int64_t ldb,
     for (int n = 0; n < N; ++n) out[m * ldo + n] = sum(acc[m][n]);
 }
 
-// out (rows, columns) = a (rows, depth) @ b (columns, depth)^T
+template <int N>
+inline void dots_columns(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t depth,
+                         float* out, int64_t ldo) {
+  int64_t m = 0;
+  for (; m + kRowBlock <= rows; m += kRowBlock)
+    dots_block<kRowBlock, N>(a + m * lda, lda, b, ldb, depth, out + m * ldo, ldo);
+  for (; m < rows; ++m) dots_block<1, N>(a + m * lda, lda, b, ldb, depth, out + m * ldo, ldo);
+}
+
+// out (rows, columns) = a (rows, depth) @ b (columns, depth)^T; a few rows of b stay in the first-level cache for all
+// of a, which should stay in the second.
 inline void dots(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t columns, int64_t depth,
                  float* out, int64_t ldo) {
-  for (int64_t m = 0; m < rows;) {
-    const bool wide = m + kRowBlock <= rows;
-    int64_t n = 0;
-    for (; n + 4 <= columns; n += 4) {
-      if (wide)
-        dots_block<kRowBlock, 4>(a + m * lda, lda, b + n * ldb, ldb, depth, out + m * ldo + n, ldo);
-      else
-        dots_block<1, 4>(a + m * lda, lda, b + n * ldb, ldb, depth, out + m * ldo + n, ldo);
-    }
-    for (; n < columns; ++n) {
-      if (wide)
-        dots_block<kRowBlock, 1>(a + m * lda, lda, b + n * ldb, ldb, depth, out + m * ldo + n, ldo);
-      else
-        dots_block<1, 1>(a + m * lda, lda, b + n * ldb, ldb, depth, out + m * ldo + n, ldo);
-    }
-    m += wide ? kRowBlock : 1;
-  }
+  int64_t n = 0;
+  for (; n + kColumnBlock <= columns; n += kColumnBlock)
+    dots_columns<kColumnBlock>(a, lda, rows, b + n * ldb, ldb, depth, out + n, ldo);
+  for (; n < columns; ++n) dots_columns<1>(a, lda, rows, b + n * ldb, ldb, depth, out + n, ldo);
 }
+
+constexpr int64_t kPanelDepth = V == 16 ? 64 : 128;  // rows of b copied side by side, 16 or 8 kB
 
 template <int M, int N>
 inline void rows_block(const float* a, int64_t row_stride, int64_t depth_stride, const float* b, int64_t ldb,
-                       int64_t depth, float* out, int64_t ldo, int64_t tail) {
+                       int64_t depth, bool add, float* out, int64_t ldo, int64_t width, int64_t tail) {
   vf acc[M][N] = {};
+  if (add)
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) acc[m][n] = load_some(out + m * ldo + n * V, tail);
   for (int64_t k = 0; k < depth; ++k) {
     vf right[N];
-    for (int n = 0; n < N; ++n) right[n] = tail == V ? load(b + k * ldb + n * V) : load(b + k * ldb + n * V, tail);
+    for (int n = 0; n < N; ++n) right[n] = load_some(b + k * ldb + n * V, width);
     for (int m = 0; m < M; ++m) {
       const vf left = splat(a[m * row_stride + k * depth_stride]);
       for (int n = 0; n < N; ++n) acc[m][n] += left * right[n];
@@ -64,28 +67,40 @@ inline void rows_block(const float* a, int64_t row_stride, int64_t depth_stride,
     for (int n = 0; n < N; ++n) store_some(out + m * ldo + n * V, acc[m][n], tail);
 }
 
+// N vectors of columns (the last with `tail` elements). Rows of b that several blocks of a read are copied to lie side
+// by side: a power of two apart, they would drive each other out of the first-level cache.
+template <int N>
+inline void product_columns(const float* a, int64_t row_stride, int64_t depth_stride, int64_t rows, const float* b,
+                            int64_t ldb, int64_t depth, float* out, int64_t ldo, int64_t tail) {
+  alignas(64) float panel[kPanelDepth][N * V];
+  const bool copied = rows > kRowBlock;
+  for (int64_t k = 0; k < depth || k == 0; k += kPanelDepth) {
+    const int64_t deep = depth - k < kPanelDepth ? depth - k : kPanelDepth;
+    const float *from = b + k * ldb, *left = a + k * depth_stride;
+    if (copied)
+      for (int64_t i = 0; i < deep; ++i)
+        for (int n = 0; n < N; ++n) store(panel[i] + n * V, load_some(from + i * ldb + n * V, tail));
+    const float* right = copied ? panel[0] : from;
+    const int64_t ldr = copied ? N * V : ldb, whole = copied ? V : tail;
+    int64_t m = 0;
+    for (; m + kRowBlock <= rows; m += kRowBlock)
+      rows_block<kRowBlock, N>(left + m * row_stride, row_stride, depth_stride, right, ldr, deep, k > 0, out + m * ldo,
+                               ldo, whole, tail);
+    for (; m < rows; ++m)
+      rows_block<1, N>(left + m * row_stride, row_stride, depth_stride, right, ldr, deep, k > 0, out + m * ldo, ldo,
+                       whole, tail);
+  }
+}
+
 // out (rows, columns) = a (rows, depth) @ b (depth, columns); element (i, k) of a at i * row_stride + k * depth_stride
 inline void product(const float* a, int64_t row_stride, int64_t depth_stride, int64_t rows, const float* b, int64_t ldb,
                     int64_t depth, int64_t columns, float* out, int64_t ldo) {
-  for (int64_t m = 0; m < rows;) {
-    const bool wide = m + kRowBlock <= rows;
-    const float* left = a + m * row_stride;
-    int64_t n = 0;
-    for (; n + 4 * V <= columns; n += 4 * V) {
-      if (wide)
-        rows_block<kRowBlock, 4>(left, row_stride, depth_stride, b + n, ldb, depth, out + m * ldo + n, ldo, V);
-      else
-        rows_block<1, 4>(left, row_stride, depth_stride, b + n, ldb, depth, out + m * ldo + n, ldo, V);
-    }
-    for (; n < columns; n += V) {
-      const int64_t tail = columns - n < V ? columns - n : V;
-      if (wide)
-        rows_block<kRowBlock, 1>(left, row_stride, depth_stride, b + n, ldb, depth, out + m * ldo + n, ldo, tail);
-      else
-        rows_block<1, 1>(left, row_stride, depth_stride, b + n, ldb, depth, out + m * ldo + n, ldo, tail);
-    }
-    m += wide ? kRowBlock : 1;
-  }
+  int64_t n = 0;
+  for (; n + kColumnBlock * V <= columns; n += kColumnBlock * V)
+    product_columns<kColumnBlock>(a, row_stride, depth_stride, rows, b + n, ldb, depth, out + n, ldo, V);
+  for (; n < columns; n += V)
+    product_columns<1>(a, row_stride, depth_stride, rows, b + n, ldb, depth, out + n, ldo,
+                       columns - n < V ? columns - n : V);
 }
 
 }  // namespace lgk::cpu::LGK_ISA

@@ -177,9 +177,18 @@ inline void pool_plane(const Pooling<T>& p, int64_t plane, const RowLanes& lanes
   float* sums = scratch + p.columns.segments * V;  // of z or a, of lambda, of lambda * d; by row segment and lane
   float* segments = sums + 3 * sums_count * padded;
   float* activated = segments + 3 * count;  // the whole plane, before a max-pool
+  constexpr int kSide = 32 / V;             // vectors side by side where nothing but a sum is wanted
   for (int64_t s = 0; s < p.rows.segments; ++s) {
     const int64_t begin = p.rows.bound[s] / lanes.rows, end = p.rows.bound[s + 1] / lanes.rows;
-    for (int64_t w = 0; w < lanes.width; w += V) {
+    int64_t w = 0;
+    if (!kNorm)  // memory is taken in its order
+      for (; w + kSide * V <= lanes.width; w += kSide * V) {
+        vf total[kSide] = {};
+        for (int64_t h = begin; h < end; ++h)
+          for (int i = 0; i < kSide; ++i) total[i] += load(z + h * lanes.width + w + i * V);
+        for (int i = 0; i < kSide; ++i) store(sums + s * padded + w + i * V, total[i]);
+      }
+    for (; w < lanes.width; w += V) {
       const int64_t n = smaller(V, lanes.width - w);
       vf total = {}, total1 = {}, total2 = {};
       for (int64_t h = begin; h < end; ++h) {

@@ -8,18 +8,22 @@ namespace lgk::cpu::LGK_ISA {
 template <class T, class F>
 inline void over_plane(T* z, const Axis& rows, const Axis& columns, const RowLanes& lanes, const float* segments,
                        const F& f) {
+  constexpr int kChunk = 8;  // vectors: memory is taken in its order
   for (int64_t s = 0; s < rows.segments; ++s) {
     const float* of_row = segments + s * columns.segments;
-    for (int64_t w = 0; w < lanes.width; w += V) {
-      const vi segment = lanes.segment[w / V];
-      vf g = {};
-      if (lanes.few)
-        g = look_up(load_some(of_row, columns.segments), segment);
-      else
-        for (int l = 0; l < V; ++l) g[l] = of_row[segment[l]];
-      const int64_t n = smaller(V, lanes.width - w);
+    for (int64_t start = 0; start < lanes.width; start += kChunk * V) {
+      const int64_t stop = smaller(start + kChunk * V, lanes.width);
+      vf g[kChunk];
+      for (int64_t w = start; w < stop; w += V) {
+        const vi segment = lanes.segment[w / V];
+        vf& of_lanes = g[(w - start) / V];
+        if (lanes.few)
+          of_lanes = look_up(load_some(of_row, columns.segments), segment);
+        else
+          for (int l = 0; l < V; ++l) of_lanes[l] = of_row[segment[l]];
+      }
       for (int64_t h = rows.bound[s] / lanes.rows; h < rows.bound[s + 1] / lanes.rows; ++h)
-        f(z + h * lanes.width + w, n, g);
+        for (int64_t w = start; w < stop; w += V) f(z + h * lanes.width + w, smaller(V, stop - w), g[(w - start) / V]);
     }
   }
 }

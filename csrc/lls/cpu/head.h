@@ -9,7 +9,7 @@
 
 namespace lgk::cpu::LGK_ISA {
 
-constexpr int64_t kSamples = 16;  // samples a block at most: the basis is read from the cache once for all of them
+constexpr int64_t kSamples = 64;  // of a block at most: the basis is read from the cache once for all of them
 
 inline double inverse_norm(const float* x, int64_t dim, float eps, bool* below) {
   vf total[4] = {};
@@ -88,19 +88,20 @@ inline int64_t valid_rows(const Head& h) {
   return count;
 }
 
-// Products(h, thread) computes (count, K) similarities and (count, d) gradients for the basis in its form.
+// Products{h} computes (count, K) similarities and (count, d) gradients for the basis in its form, samples() at a time.
 template <class Products>
 inline int run_head(const Head& h, const Products& products, int threads) {
-  const int64_t even = (h.batch + threads - 1) / threads, size = even < 1 ? 1 : even < kSamples ? even : kSamples;
+  const int64_t share = (h.batch + threads - 1) / threads, each = (share + products.samples() - 1) / products.samples();
+  const int64_t size = each > 1 ? (share + each - 1) / each : share > 1 ? share : 1;
   const int64_t blocks = (h.batch + size - 1) / size, classes = h.num_classes;
   const float divisor = h.reduction == kMean ? static_cast<float>(valid_rows(h)) : 1.f;
   const float weight = 1 / (h.temperature * divisor);
-  Scratch rows(h.reduction == kNone ? 0 : h.batch, 1), scratch(kSamples * (2 * classes + h.rows + 2), threads);
+  Scratch rows(h.reduction == kNone ? 0 : h.batch, 1), scratch(size * (2 * classes + h.rows + 2), threads);
   if (!rows || !scratch) return 1;
   float* losses = h.reduction == kNone ? h.value : rows.of(0);
   parallel(blocks, h.batch * h.dim * (h.rows / 8 + 1), threads, [&](int64_t begin, int64_t end, int thread) {
-    float *logits = scratch.of(thread), *spare = logits + kSamples * classes;
-    float *grad_similarity = spare + kSamples * classes, *inverse = grad_similarity + kSamples * h.rows;
+    float *logits = scratch.of(thread), *spare = logits + size * classes;
+    float *grad_similarity = spare + size * classes, *inverse = grad_similarity + size * h.rows;
     for (int64_t block = begin; block < end; ++block) {
       const int64_t b = block * size, count = smaller(size, h.batch - b);
       const float* x = h.x + b * h.dim;
@@ -137,6 +138,10 @@ inline int run_head(const Head& h, const Products& products, int threads) {
 // A float table (K, d).
 struct TableProducts {
   const Head& h;
+  int64_t samples() const {  // their latents stay in the second-level cache
+    const int64_t fitting = (1 << 16) / (h.dim > 0 ? h.dim : 1);
+    return fitting < 16 ? 16 : smaller(fitting, kSamples);
+  }
   void similarity(const float* x, int64_t count, float* s) const {
     dots(x, h.dim, count, h.basis, h.dim, h.rows, h.dim, s, h.rows);
   }

@@ -95,6 +95,7 @@ inline void sign_product(const float* x, int64_t ldx, int64_t count, int64_t dep
 // Products with the square basis; HeadInputs::signs is sign_layouts' result.
 struct SignProducts {
   const Head& h;
+  int64_t samples() const { return 16; }
   int64_t by_row() const { return (h.dim + 31) / 32 * round16(h.rows); }
   static int64_t round16(int64_t n) { return (n + 15) / 16 * 16; }
   void similarity(const float* x, int64_t count, float* s) const {

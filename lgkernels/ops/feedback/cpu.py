@@ -14,6 +14,9 @@ from ..common.cpu import matrix as describe
 
 _C = cpu_entries()
 
+# Four signs at once are one look-up: a product with signs alone costs less than to write them out for the library.
+SIGNS_BY_LOOK_UP = _C is not None and _C.cpu_level() == "avx512"
+
 _BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # the library then has matrix instructions for bf16
 
 

@@ -125,6 +125,8 @@ def modulation_grad(similarity, grad_logits, vector, scale):
 
 
 def expand_grad(grad_latents, scale, out, pool_size):
+    if out.shape == grad_latents.shape and out.dtype == grad_latents.dtype:  # nothing was pooled
+        return torch.mul(grad_latents, scale[:, None] if scale.dim() else scale, out=out)
     dense, g, scale = _dense(out), _float(grad_latents), _float(scale)
     _C.lls_expand_grad(
         _activation(dense), *_pools(out, pool_size), g.data_ptr(), scale.data_ptr(), scale.dim() > 0, threads()
