@@ -28,10 +28,16 @@ LGK_INLINE void for_block(int64_t rows, const F& f) {
   }
 }
 
-// Where the weight's next kDepth rows of this panel lie (or the first of the next panel).
+// Rows of the weight that are needed next, every second one (for_row brings the others): their first column of this
+// panel. The blocks of a product share them out, so that memory is asked for all the time and never in a rush.
 struct Next {
   const char* data = nullptr;
-  int64_t stride = 0, element = 0;
+  int64_t stride = 0, element = 0, rows = 0;
+
+  Next part(int64_t i, int64_t of) const {
+    const int64_t first = rows * i / of;
+    return {data + first * stride, stride, element, rows * (i + 1) / of - first};
+  }
   LGK_INLINE void prefetch(int64_t row, int64_t col) const {  // kTile vectors of columns
     const char* p = data + row * stride + col * element;
     for (int64_t byte = 0; byte < kTile * V * element; byte += 64) __builtin_prefetch(p + byte, 0, 2);
@@ -69,15 +75,17 @@ inline void multiply_values(const float* a, const float* f, int64_t depth, int64
     vf acc[ROWS][kTile];
     for (int i = 0; i < ROWS; ++i)
       for (int t = 0; t < kTile; ++t) acc[i][t] = load(c + i * stride + j + t * V);
-    for (int64_t n = 0; n < depth; ++n) {
-      if (n % 2 == 0 && next.data) next.prefetch(n, j);
+    const auto add_row = [&](int64_t n) {
       vf right[kTile];
       for (int t = 0; t < kTile; ++t) right[t] = load(f + n * stride + j + t * V);
       for (int i = 0; i < ROWS; ++i) {
         const vf left = splat(a[n * ROWS + i]);
         for (int t = 0; t < kTile; ++t) acc[i][t] += left * right[t];
       }
-    }
+    };
+    int64_t n = 0;
+    for (; n < smaller(next.rows, depth); ++n) next.prefetch(n, j), add_row(n);
+    for (; n < depth; ++n) add_row(n);
     for (int i = 0; i < ROWS; ++i)
       for (int t = 0; t < kTile; ++t) store(c + i * stride + j + t * V, acc[i][t]);
   }

@@ -10,17 +10,18 @@
 
 namespace lgk::cpu::LGK_ISA {
 
-constexpr int64_t kBatch = 512;        // rows of grad for which F is made once
-constexpr int64_t kSums = 192 * 1024;  // floats of the output that stay in the second-level cache meanwhile
-constexpr int64_t kPacked = 1 << 22;   // floats of grad packed at a time
+constexpr int64_t kBatch = 512;                 // rows of grad for which F is made once
+constexpr int64_t kSums = 192 * 1024;           // floats of the output that stay in the second-level cache meanwhile
+constexpr int64_t kValues = kDepth * kSegment;  // and of F, made at a time: 64 rows of 4 kB take 1.1 times as long
+constexpr int64_t kPacked = 1 << 22;            // floats of grad packed at a time
 constexpr int64_t kDeep = 2 * kDepth;  // rows of F made together for many rows of grad: half as often through the sums
 
 // Panels of columns: whole groups, about as many for every thread, and wide rather than narrow, as far as the sums of
-// `batch` rows allow.
-inline int64_t panel_width(int64_t columns, int64_t batch, int threads) {
+// `batch` rows and `step` rows of F allow.
+inline int64_t panel_width(int64_t columns, int64_t batch, int64_t step, int threads) {
   const int64_t widest = kSums / smaller(batch < 1 ? 1 : batch, kBatch) / kGroup * kGroup;
   int64_t best = kGroup, cost = INT64_MAX;
-  for (int64_t width = smaller(kSegment, widest); width >= kGroup; width -= kGroup) {
+  for (int64_t width = smaller(kValues / step, widest); width >= kGroup; width -= kGroup) {
     const int64_t panels = (columns + width - 1) / width, mine = (panels + threads - 1) / threads * width;
     if (mine < cost) best = width, cost = mine;
   }
@@ -96,7 +97,7 @@ inline void multiply_signs(const float* a, const uint32_t* words, int64_t width,
     for (int i = 0; i < ROWS; ++i)
       for (int t = 0; t < kTile; ++t) acc[i][t] = load(c + i * stride + j + t * V);
     for (int g = 0; g < 8; ++g) {
-      if (next.data) next.prefetch(4 * g, j), next.prefetch(4 * g + 2, j);
+      for (int64_t row = 2 * g; row < smaller(2 * g + 2, next.rows); ++row) next.prefetch(row, j);
       for (int i = 0; i < ROWS; ++i) {
         const vf table = load(tables[g][i]);
         for (int t = 0; t < kTile; ++t) acc[i][t] += look_up(table, bits<vi>(index[t]));  // by the low four bits
@@ -110,18 +111,18 @@ inline void multiply_signs(const float* a, const uint32_t* words, int64_t width,
 #endif
 
 inline int product(const Formula& f, const Matrix& grad, int64_t batch, void* out, int dtype, int threads) {
-  const int64_t width = panel_width(f.columns, batch, threads), panels = (f.columns + width - 1) / width;
-  const int64_t depth = rounded(f.rows, kDepth), work = f.rows * f.columns;
-  const int64_t fitting = kPacked / (depth > 0 ? depth : 1) / kBatch * kBatch, round = fitting > 0 ? fitting : kBatch;
-  const int64_t rows_held = rounded(smaller(batch, round), kBlock);
-  Scratch packed(rows_held * depth, 1), sums(smaller(rows_held, kBatch) * width, threads);
-  Scratch values(kDeep * width, threads), columns(width, threads);
 #ifdef __AVX512F__
   const bool by_signs = f.weight.data && !f.magnitude.data && !f.state;
 #else
   const bool by_signs = false;
 #endif
   const int64_t step = by_signs || batch < 64 ? kDepth : kDeep;
+  const int64_t width = panel_width(f.columns, batch, step, threads), panels = (f.columns + width - 1) / width;
+  const int64_t depth = rounded(f.rows, kDepth), work = f.rows * f.columns;
+  const int64_t fitting = kPacked / (depth > 0 ? depth : 1) / kBatch * kBatch, round = fitting > 0 ? fitting : kBatch;
+  const int64_t rows_held = rounded(smaller(batch, round), kBlock);
+  Scratch packed(rows_held * depth, 1), sums(smaller(rows_held, kBatch) * width, threads);
+  Scratch values(step * width, threads), columns(width, threads);
   if (!packed || !sums || !values || !columns) return 1;
   const int status = for_dtype(grad.dtype, [](auto) { return 0; }) | for_dtype(dtype, [](auto) { return 0; });
   if (status) return status;
@@ -147,9 +148,10 @@ inline int product(const Formula& f, const Matrix& grad, int64_t batch, void* ou
           Next next;
           if (f.weight.data && f.weight.dtype != kPackedSigns) {
             next.element = f.weight.dtype == kFloat32 ? 4 : 2;
-            next.stride = f.weight.stride * next.element;
+            const int64_t stride = f.weight.stride * next.element;
             next.data = static_cast<const char*>(f.weight.data) + col * next.element;
-            next.data += row + step < f.rows ? (row + step) * next.stride : width * next.element;
+            next.data += row + step < f.rows ? (row + step) * stride : width * next.element;
+            next.stride = 2 * stride, next.rows = step / 2;
           }
           uint32_t by_values = ~0u;  // the groups that go by the first way
 #ifdef __AVX512F__
@@ -174,7 +176,7 @@ inline int product(const Formula& f, const Matrix& grad, int64_t batch, void* ou
             for (int64_t b = 0; b < count; b += kBlock) {
               const int64_t block = block_rows(count - b);
               const float* left = a + b * depth + row * block;
-              const Next ahead = b || j ? Next() : next;
+              const Next ahead = j ? Next() : next.part(b / kBlock, (count + kBlock - 1) / kBlock);
               for_block(block, [&](auto size) {
                 constexpr int kRows = decltype(size)::value;
 #ifdef __AVX512F__
