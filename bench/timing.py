@@ -7,7 +7,6 @@ import platform
 import re
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
@@ -32,20 +31,11 @@ def environment(device):
             "cuda": torch.version.cuda,
             **info,
         }
-    from lgkernels.core import native
+    from lgkernels.core import measured, native
 
     module = native.native()
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
-        # A virtual machine says little of its processor: "AMD EPYC" may have AVX-512 or not.
-        "device": ", ".join(
-            (
-                f"CPU {model.group(1) if model else platform.processor()}",
-                torch.backends.cpu.get_cpu_capability(),
-                f"{torch.get_num_threads()} threads",
-            )
-        ),
+        "device": f"CPU {measured.processor()}, {torch.get_num_threads()} threads",
         "native": module.cpu_level() if module else None,
         **info,
     }

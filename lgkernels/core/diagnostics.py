@@ -11,7 +11,7 @@ import torch
 
 import lgkernels
 
-from . import advice, dispatch, native, tiles, trust, verdicts
+from . import advice, dispatch, measured, native, tiles, trust, verdicts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative error (norm of the difference over norm of the truth) that a self-test accepts, by input dtype. Float32
@@ -60,6 +60,7 @@ def gather():
         ],
         "in_short": {str(device): advice.line(device, torch.float32) for device in devices()},
         "verdicts": {str(device): verdicts_on(device) for device in devices() if device.type in trust.DEVICE_TYPES},
+        "measured": measured.records().entries if native.native() else {},
         "cache": str(verdicts.directory()),
     }
 
@@ -100,20 +101,12 @@ def versions():
 
 def describe(device):
     if device.type == "cpu":
-        return f"{processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads"
+        return f"{measured.processor_name()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} torch threads"
     properties = torch.cuda.get_device_properties(device)
     return (
         f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.1f} GiB, "
         f"{properties.multi_processor_count} multiprocessors, train in {str(tiles.half_precision(device))[6:]}"
     )
-
-
-def processor():
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def native_module():
@@ -203,6 +196,9 @@ def as_text(report):
             lines.append("  python -m lgkernels verify --again repeats trials that failed, --forget drops all verdicts")
     if not report["verdicts"]:
         lines += ["", f"verdicts on GPU kernels are kept in {report['cache']}"]
+    if report["measured"]:
+        lines += ["", f"measured on this processor (ms: ours, the library's way), kept in {report['cache']}"]
+        lines += [f"  {what}: {row['ours_ms']}, {row['other_ms']}" for what, row in report["measured"].items()]
     if "selftest" in report:
         lines += ["", "self-test (relative error against the float64 reference)"]
         for row in report["selftest"]:

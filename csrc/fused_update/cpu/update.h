@@ -13,12 +13,19 @@ constexpr int kUpdateRows = 4;                // of the weight in a register til
 constexpr int kUpdateTile = V == 16 ? 4 : 2;  // vectors of columns in it
 constexpr int64_t kPanelBytes = 256 * 1024;   // of x in the cache: (batch, panel) floats
 
-// rows [0, batch) of columns [col, col + n) of x as dense floats with rows of `width`, zero-padded
-inline void pack_panel(const Matrix& x, int64_t batch, int64_t col, int64_t n, int64_t width, float* out) {
+constexpr int64_t kUpdateWidth = kUpdateTile * V;
+
+// Columns [col, col + n) of x, kUpdateWidth at a time: (tiles, batch, kUpdateWidth) floats, zero-padded, so that a tile
+// is read in the order of its memory. Column j of the panel begins at out + j * batch.
+inline void pack_panel(const Matrix& x, int64_t batch, int64_t col, int64_t n, float* out) {
   for_dtype(x.dtype, [&](auto type) {
     for (int64_t m = 0; m < batch; ++m)
-      for (int64_t j = 0; j < width; j += V)
-        store(out + m * width + j, j < n ? load_some(at<decltype(type)>(x, m, col + j), smaller(n - j, V)) : vf{});
+      for (int64_t j = 0; j < n; j += kUpdateWidth)
+        for (int64_t t = 0; t < kUpdateWidth; t += V) {
+          const int64_t left = n - j - t;
+          const vf v = left > 0 ? load_some(at<decltype(type)>(x, m, col + j + t), smaller(left, V)) : vf{};
+          store(out + j * batch + m * kUpdateWidth + t, v);
+        }
     return 0;
   });
 }
@@ -53,14 +60,14 @@ class PackedColumns {
   Scratch all_;
 };
 
-// acc = tile of grad^T x; x (batch, width) and g (batch, kUpdateRows) are packed
+// acc = tile of grad^T x; x (batch, kUpdateWidth) and g (batch, kUpdateRows) are packed
 template <int ROWS>
-LGK_INLINE void sum_tile(int64_t batch, const float* g, const float* x, int64_t width, vf (&acc)[ROWS][kUpdateTile]) {
+LGK_INLINE void sum_tile(int64_t batch, const float* g, const float* x, vf (&acc)[ROWS][kUpdateTile]) {
   for (int r = 0; r < ROWS; ++r)
     for (int t = 0; t < kUpdateTile; ++t) acc[r][t] = vf{};
   for (int64_t m = 0; m < batch; ++m) {
     vf right[kUpdateTile];
-    for (int t = 0; t < kUpdateTile; ++t) right[t] = load(x + m * width + t * V);
+    for (int t = 0; t < kUpdateTile; ++t) right[t] = load(x + m * kUpdateWidth + t * V);
     for (int r = 0; r < ROWS; ++r) {
       const vf left = splat(g[m * kUpdateRows + r]);
       for (int t = 0; t < kUpdateTile; ++t) acc[r][t] += left * right[t];
@@ -115,13 +122,13 @@ LGK_INLINE T* element_of(const Matrix& matrix, int64_t row, int64_t col) {
   return static_cast<T*>(matrix.data) + row * matrix.stride + col;
 }
 
-// Tile (ROWS, kUpdateTile * V) of the weight at (row, col), n columns to its end; x (batch, width) and g (batch,
+// Tile (ROWS, kUpdateWidth) of the weight at (row, col), n columns to its end; x (batch, kUpdateWidth) and g (batch,
 // kUpdateRows) are packed.
 template <int ROWS, bool ADAM, class T>
 inline void update_tile(const Step& step, const Tensors& tensors, int64_t batch, const float* g, const float* x,
-                        int64_t width, int64_t row, int64_t col, int64_t n) {
+                        int64_t row, int64_t col, int64_t n) {
   vf acc[ROWS][kUpdateTile];
-  sum_tile<ROWS>(batch, g, x, width, acc);
+  sum_tile<ROWS>(batch, g, x, acc);
   const bool first = ADAM || tensors.first.data;
   for (int r = 0; r < ROWS; ++r)
     for (int t = 0; t < kUpdateTile; ++t) {
@@ -140,14 +147,14 @@ inline void update_tile(const Step& step, const Tensors& tensors, int64_t batch,
     }
 }
 
-// body(ROWS, g, x, width, row, col, n): ROWS rows of W at (row, col), an integral constant, n columns to the panel's
-// end; g and x are packed, x (batch, width).
+// body(ROWS, g, x, row, col, n): ROWS rows of W at (row, col), an integral constant, n columns to the panel's end; g
+// and x are packed, `tile` columns of x, whole tiles of kUpdateWidth.
 template <class Body>
 inline int over_tiles(const UpdateShape& u, const Matrix& grad, const Matrix& input, int64_t tile, int threads,
                       const Body& body) {
   if (u.rows == 0 || u.columns == 0) return 0;
   const int64_t fitting = kPanelBytes / 4 / (u.batch > 0 ? u.batch : 1) / tile * tile;
-  const int64_t width = smaller(fitting < tile ? tile : fitting, rounded(u.columns, kUpdateTile * V));
+  const int64_t width = smaller(fitting < tile ? tile : fitting, rounded(u.columns, kUpdateWidth));
   const PackedColumns packed(u, grad, threads);
   Scratch inputs(width * u.batch, threads);
   if (!packed || !inputs) return 1;
@@ -156,16 +163,16 @@ inline int over_tiles(const UpdateShape& u, const Matrix& grad, const Matrix& in
     float* x = inputs.of(thread);
     for (int64_t first = 0; first < u.columns; first += width) {
       const int64_t n = smaller(u.columns - first, width);
-      pack_panel(input, u.batch, first, n, width, x);
+      pack_panel(input, u.batch, first, n, x);
       for (int64_t i = begin; i < end; ++i) {
         const float* g = packed.group(i);
         const int64_t row = i * kUpdateRows;
         for (int64_t j = 0; j < n; j += tile) {
           if (row + kUpdateRows <= u.rows)
-            body(std::integral_constant<int, kUpdateRows>{}, g, x + j, width, row, first + j, n - j);
+            body(std::integral_constant<int, kUpdateRows>{}, g, x + j * u.batch, row, first + j, n - j);
           else
             for (int64_t r = 0; r < u.rows - row; ++r)
-              body(std::integral_constant<int, 1>{}, g + r, x + j, width, row + r, first + j, n - j);
+              body(std::integral_constant<int, 1>{}, g + r, x + j * u.batch, row + r, first + j, n - j);
         }
       }
     }
@@ -177,9 +184,9 @@ template <bool ADAM, class T>
 inline int run_update(const UpdateRule& rule, const UpdateShape& u, const Tensors& tensors, const Matrix& grad,
                       const Matrix& input, int threads) {
   const Step step(rule);
-  return over_tiles(u, grad, input, kUpdateTile * V, threads,
-                    [&](auto rows, const float* g, const float* x, int64_t width, int64_t row, int64_t col, int64_t n) {
-                      update_tile<rows.value, ADAM, T>(step, tensors, u.batch, g, x, width, row, col, n);
+  return over_tiles(u, grad, input, kUpdateWidth, threads,
+                    [&](auto rows, const float* g, const float* x, int64_t row, int64_t col, int64_t n) {
+                      update_tile<rows.value, ADAM, T>(step, tensors, u.batch, g, x, row, col, n);
                     });
 }
 

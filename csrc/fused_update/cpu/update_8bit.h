@@ -21,8 +21,7 @@ struct BlockState {
 // ROWS rows of a block at (row, col), n columns to its end
 template <int ROWS, bool ADAM, class T>
 inline void update_block(const Step& step, const CodedTensors& tensors, int64_t batch, const float* g, const float* x,
-                         int64_t width, int64_t row, int64_t col, int64_t n) {
-  constexpr int64_t tile = kUpdateTile * V;
+                         int64_t row, int64_t col, int64_t n) {
   BlockState m[ROWS], v[ROWS];
   float m_scale[ROWS], v_scale[ROWS];
   for (int r = 0; r < ROWS; ++r) {
@@ -31,9 +30,9 @@ inline void update_block(const Step& step, const CodedTensors& tensors, int64_t 
     m[r].largest = vi{};
     if (ADAM) v_scale[r] = tensors.second.absmax[place], v[r].largest = vi{};
   }
-  for (int64_t j = 0; j < n; j += tile) {
+  for (int64_t j = 0; j < n; j += kUpdateWidth) {
     vf acc[ROWS][kUpdateTile];
-    sum_tile<ROWS>(batch, g, x + j, width, acc);
+    sum_tile<ROWS>(batch, g, x + j * batch, acc);
     for (int r = 0; r < ROWS; ++r)
       for (int t = 0; t < kUpdateTile; ++t) {
         const int64_t in_block = j + t * V, left = smaller(n - in_block, V), column = col + in_block;
@@ -64,9 +63,8 @@ inline int run_update_8bit(const UpdateRule& rule, const UpdateShape& u, const C
                            const Matrix& grad, const Matrix& input, int threads) {
   const Step step(rule);
   return over_tiles(u, grad, input, kCodeBlock, threads,
-                    [&](auto rows, const float* g, const float* x, int64_t width, int64_t row, int64_t col, int64_t n) {
-                      update_block<rows.value, ADAM, T>(step, tensors, u.batch, g, x, width, row, col,
-                                                        smaller(n, kCodeBlock));
+                    [&](auto rows, const float* g, const float* x, int64_t row, int64_t col, int64_t n) {
+                      update_block<rows.value, ADAM, T>(step, tensors, u.batch, g, x, row, col, smaller(n, kCodeBlock));
                     });
 }
 

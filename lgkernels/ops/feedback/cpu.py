@@ -1,16 +1,18 @@
 """Feedback on the CPU: the functions of `reference.py` over the C++ kernels of `lgkernels._C` (csrc/feedback/cpu).
 
 Rows of a matrix are taken with any stride, columns dense (anything else is copied once). Arithmetic is float32, sums
-in an order that no number of threads changes.
+in an order that no number of threads changes, unless the library's product is faster here.
 """
 
 import math
 
 import torch
 
+from ...core import measured
 from ...core.native import cpu_entries, threads
 from ..common.cpu import code, dense_rows, feedback
 from ..common.cpu import matrix as describe
+from ..common.matrix import FeedbackMatrix
 
 _C = cpu_entries()
 
@@ -20,17 +22,38 @@ SIGNS_BY_LOOK_UP = _C is not None and _C.cpu_level() == "avx512"
 _BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # the library then has matrix instructions for bf16
 
 
-def _library_is_faster(batch, dtype, signs_alone):
+def _library_is_faster(batch, rows, columns, dtype, signs_alone):
     """Whether F written out in `dtype` and the library's product beat the kernel that makes F in the cache.
 
     Measured on one Zen 4 core with MKL and oneDNN, ratio of the kernel's time to theirs. AVX-512, float32: signs 0.2
     to 0.5 and other F 0.4 to 0.9, at any batch; AVX2: 0.2 to 0.9. bfloat16: signs 0.2 to 1; other F 0.6 at batch 8,
     1.1 to 1.6 at 64 and 128, 2 to 2.6 from 512 on. float16: below 0.05.
-    Baseline instructions: 0.7 at 8, 1.4 to 1.8 from 32.
+    Baseline instructions: 0.7 at 8, 1.4 to 1.8 from 32. Of large batches in float32 each processor is asked: MKL's
+    product is about twice as fast on an Intel Xeon as on that Zen 4.
     """
     if _C.cpu_level() == "default":
         return batch >= 32 and dtype != torch.float16
-    return batch >= 64 and dtype == torch.bfloat16 and _BF16 and not signs_alone
+    if batch < 64 or (signs_alone and (SIGNS_BY_LOOK_UP or dtype == torch.bfloat16)):
+        return False
+    if dtype == torch.bfloat16:
+        return _BF16
+    if dtype != torch.float32 or batch * rows * columns < _LARGE:
+        return False
+    together = min(512, 2 ** (batch.bit_length() - 1))
+    return measured.other_is_faster(f"feedback_product of {together} rows", lambda: _ways(together))
+
+
+_LARGE = 2**27  # multiply-adds of a product that may take a while to be asked about
+_PANEL = 2**19  # elements of F that are written at a time, for a product to find them in the cache
+
+
+def _ways(batch):
+    """A product with a formula's F by our kernel, and by the library's product."""
+    rows, columns = 512, 2048
+    state = torch.zeros(3, dtype=torch.int64)
+    f = FeedbackMatrix(torch.ones(rows, columns), state=state, law="uniform8")
+    grad = torch.ones(batch, rows)
+    return lambda: _by_kernel(grad, columns, f), lambda: _by_library(grad, columns, f)
 
 
 def _dense(f):
@@ -47,13 +70,33 @@ def matrix(shape, f, dtype, device):
 
 def product(grad, columns, f):
     batch, rows = grad.shape
-    if _library_is_faster(batch, grad.dtype, f.magnitude is None and f.state is None):
-        return grad @ matrix((rows, columns), f, grad.dtype, grad.device)
+    if _library_is_faster(batch, rows, columns, grad.dtype, f.magnitude is None and f.state is None):
+        return _by_library(grad, columns, f)
+    return _by_kernel(grad, columns, f)
+
+
+def _by_kernel(grad, columns, f):
+    batch, rows = grad.shape
     grad, f = dense_rows(grad), _dense(f)
     out = torch.empty(batch, columns, dtype=grad.dtype, device=grad.device)
     _C.feedback_product(
         feedback((rows, columns), f), describe(grad), batch, out.data_ptr(), code(grad.dtype), threads()
     )
+    return out
+
+
+def _by_library(grad, columns, f):
+    """Some rows of F at a time; in 16 bits all of them, as the sum of products of parts would be rounded at each."""
+    (_, rows), f = grad.shape, _dense(f)
+    together = max(1, _PANEL // max(1, columns)) if grad.dtype == torch.float32 else max(1, rows)
+    panel = torch.empty(min(together, rows), columns, dtype=grad.dtype, device=grad.device)
+    out = None
+    for first in range(0, max(1, rows), together):  # without rows: one part, of none
+        part = panel[: rows - first]
+        of_part = feedback((len(part), columns), f)
+        _C.feedback_matrix(of_part, first, 0, part.data_ptr(), code(grad.dtype), threads())
+        left = grad[:, first : first + len(part)]
+        out = left @ part if out is None else out.addmm_(left, part)
     return out
 
 
