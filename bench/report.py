@@ -169,27 +169,25 @@ def fastest(contestants, roles):
     return min(in_roles(contestants, roles), key=lambda row: row["ratio"], default=None)
 
 
-def summary_cells(contestants):
-    """Of one case on one device: our fastest contestant and the fastest rival, the faster of both in bold."""
+def summary_cell(contestants):
+    """Of one case on one device: our fastest contestant, then the fastest rival, the faster of both in bold."""
     ours, rival = fastest(contestants, ["ours"]), fastest(contestants, RIVALS)
     if ours is None:
-        return ["", ""]
-    won = rival is None or ours["ratio"] <= rival["ratio"]
-    own = f"{ours['ratio']:.2f}"
-    other = f"{rival['ratio']:.2f}" if rival else ""
-    return [
-        f"**{own}** ({milliseconds(ours)})" if won else f"{own} ({milliseconds(ours)})",
-        f"{other if won else f'**{other}**'} {rival['provider']}" if rival else "",
-    ]
+        return ""
+    own, time = f"{ours['ratio']:.2f}", milliseconds(ours)
+    if rival is None:
+        return f"**{own}** ({time})"
+    other = f"{rival['ratio']:.2f}"
+    if ours["ratio"] <= rival["ratio"]:
+        return f"**{own}** ({time}); {other} {rival['provider']}"
+    return f"{own} ({time}); **{other}** {rival['provider']}"
 
 
 def summary(all_results):
     """One table for all devices, side by side: a line for every case that one of them has."""
     by_device = [cases(row for row in data["rows"] if not row["huge_pages"]) for data in all_results]
     environments = [data["environment"] for data in all_results]
-    header = ["case", "baseline"]
-    for environment in environments:
-        header += [environment["device"], "fastest rival there"]
+    header = ["case", "baseline", *(environment["device"] for environment in environments)]
     lines = []
     for case in dict.fromkeys(case for of_device in by_device for case in of_device):
         found = [of_device.get(case, {}) for of_device in by_device]
@@ -198,11 +196,11 @@ def summary(all_results):
             continue
         contestants = next(c for c in found if ours in c.values())
         memory = [ours, *filter(None, (fastest(contestants, roles) for roles in (["eager", "peer"], ["bp"])))]
-        cells = [cell for contestants in found for cell in summary_cells(contestants)]
+        cells = [summary_cell(contestants) for contestants in found]
         megabytes_each = ", ".join(map(peak, memory))
         lines.append([f"{short_title(ours)} {ours['label']}", ours["baseline"], *cells, megabytes_each])
     torches = "; ".join(f"{e['device']}: torch {e['torch']}" for e in environments)
-    about = f"Time / baseline, the faster in bold. {torches}."
+    about = f"Time / baseline: ours; the fastest rival's. The faster in bold. {torches}."
     return "\n".join([about, "", *table([*header, "MB: lgkernels, eager, BP"], lines)]) + "\n"
 
 
