@@ -153,7 +153,8 @@ class LLSBlock(LLSModule):
             )
         norm = self.norm
         momentum = 0.0 if norm.momentum is None else norm.momentum
-        if norm.track_running_stats and norm.momentum is None:
+        counted = norm.track_running_stats and norm.num_batches_tracked is not None  # None in what others converted
+        if counted and norm.momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked + 1)  # cumulative average, as torch: reads a device value
         result = _lls.lls_block(
             x,
@@ -179,7 +180,7 @@ class LLSBlock(LLSModule):
             ),
             self.impl,
         )
-        if norm.track_running_stats and norm.num_batches_tracked is not None:  # None in what others have converted
+        if counted:
             norm.num_batches_tracked.add_(1)
         return result
 

@@ -99,6 +99,6 @@ def run(
         slope,
         pool is not None,
     )
-    if norm.track_running_stats:
+    if norm.track_running_stats and norm.num_batches_tracked is not None:  # None in what others have converted
         norm.num_batches_tracked.add_(1)
     return out, signal

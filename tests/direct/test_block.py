@@ -166,14 +166,21 @@ def steps(made, rule, x, count=2):
     return trainer, torch.cat([*losses, *(t.flatten() for block in made for t in block.state_dict().values())])
 
 
-@pytest.mark.parametrize("rule", ["dfa", "sdfa", "drtp"])
+def _uncounted(conv, norm):
+    norm.num_batches_tracked = None
+
+
+@pytest.mark.parametrize("rule", ["dfa", "sdfa", "drtp", "uncounted"])
 def test_trainer_steps_as_without_the_kernel(rule, monkeypatch):
+    """uncounted: a batch norm converted from another library's, whose `num_batches_tracked` is None."""
+    change = [_uncounted] if rule == "uncounted" else []
+    rule = "dfa" if change else rule
     x, calls = torch.randn(5, 3, 14, 14, generator=torch.Generator().manual_seed(1)), []
     monkeypatch.setattr(fused.direct, "block", lambda *a, own=fused.direct.block: calls.append(1) or own(*a))
-    _, mine = steps(blocks(), rule, x)
+    _, mine = steps(blocks(*change), rule, x)
     assert len(calls) == 4  # both blocks, the second behind a convolution that needs the gradient of its input
     monkeypatch.setattr(fused, "split", lambda modules: (modules, None))
-    _, plain = steps(blocks(), rule, x)
+    _, plain = steps(blocks(*change), rule, x)
     assert len(calls) == 4
     assert_relative(rule, mine, plain, 1e-5)
 

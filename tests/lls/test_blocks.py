@@ -235,6 +235,20 @@ def test_cumulative_and_absent_running_statistics(impl):
             assert block.norm.num_batches_tracked == plain.num_batches_tracked
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_norm_that_counts_no_batches(impl, momentum):
+    """Converted from another library's, `num_batches_tracked` is None; torch's own then keeps still without momentum."""
+    block, x, target = make(CONV, impl)
+    block.norm, plain = (torch.nn.BatchNorm2d(6, momentum=momentum) for _ in range(2))
+    block.norm.num_batches_tracked = plain.num_batches_tracked = None
+    for i in range(2):
+        block(x + i, target)
+        plain(block.layer(x + i))
+    assert_relative("running_mean", block.norm.running_mean, plain.running_mean, 1e-5)
+    assert_relative("running_var", block.norm.running_var, plain.running_var, 1e-5)
+    assert (block.norm.running_mean == 0).all() == (momentum is None)
+
+
 @pytest.mark.parametrize(
     "case", [dict(CONV, B=1, H=1, W=1, kernel=1, padding=0), dict(LINEAR, B=1)], ids=["conv", "linear"]
 )
