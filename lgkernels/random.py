@@ -188,7 +188,7 @@ def _compiled_is_right(device: torch.device, law: Law, has_low: bool) -> bool:
 
 
 def _compare_compiled(device: torch.device, law: Law, has_low: bool) -> bool:
-    state = torch.tensor([0x0123456789ABCDEF, 0xFEDCBA98, 0x89ABCDEF], device=device)
+    state = torch.tensor([0x0123456789ABCDEF, 0xFEDCBA98, 0x89ABCDEF], dtype=torch.int64, device=device)
     row, block = torch.arange(2**32 - 8, 2**32, device=device), torch.arange(8, device=device)
     seed, stream, step = state.unbind()
     expected = philox(block, row.unsqueeze(1), step, stream, seed & _MASK, (seed >> 32) & _MASK)
@@ -315,9 +315,9 @@ class RandomFeedback(Carried):
         self.law: Law = law
         self.scale, self.low = _check_law(law, scale, low)
         with torch.inference_mode(False):  # a state made under inference mode could not advance outside of it
-            self.register_buffer(
-                "state", torch.tensor([self.seed, self.stream, 0], dtype=torch.int64), persistent=False
-            )
+            words = [self.seed, self.stream, 0]
+            state = torch.tensor(words, dtype=torch.int64, device=torch.get_default_device())
+            self.register_buffer("state", state, persistent=False)
 
     def materialize(
         self,
@@ -358,10 +358,10 @@ class RandomFeedback(Carried):
         """Another matrix: as three integers of `state.tolist()`."""
         words = [checks.whole_number(n, v) for n, v in (("seed", seed), ("stream", stream), ("step", step))]
         self.seed, self.stream, _ = words
-        self.state.copy_(torch.tensor(words))
+        self.state.copy_(torch.tensor(words, dtype=torch.int64, device="cpu"))
 
     def known(self, name: str) -> Tensor:
-        return torch.tensor([self.seed, self.stream, 0], device="cpu")
+        return torch.tensor([self.seed, self.stream, 0], dtype=torch.int64, device="cpu")
 
     def verified(self) -> Tensor:
         """The state, for its use: looked at where something has written to it since the last time."""

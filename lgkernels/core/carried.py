@@ -82,4 +82,4 @@ def _verify(feedback: Any, state: torch.Tensor) -> None:
             "others by set_state or nn.load_feedback_state"
         )
     with torch.no_grad():  # float32 has been at work
-        state[:2] = torch.tensor(exact, device=state.device)
+        state[:2] = torch.tensor(exact, device=state.device, dtype=torch.int64)

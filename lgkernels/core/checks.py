@@ -270,7 +270,7 @@ def device(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.device, a str, an int or None, got {type(value).__name__}")
     try:
         if torch.device(value).type not in ("cpu", "meta"):
-            torch.empty(0, device=value)
+            torch.empty(0, device=value, dtype=torch.float32)
     except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
         why = str(error).partition("\n")[0]
         shown = got(value) if isinstance(value, int) else repr(value)

@@ -208,3 +208,9 @@ def conv2d(
     has_bias(bias)
     checks.choice("padding_mode", padding_mode, _PADDING_MODES)
     factory(device, dtype)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where its parameters lie; without any, where torch makes tensors."""
+    parameter = next(module.parameters(), None)
+    return torch.get_default_device() if parameter is None else parameter.device

@@ -35,7 +35,7 @@ def _load():
     # pre-activation and output, a convolution's feedback weight) reach that together, and every step then pays
     # thousands of page faults (16 MB, 4 of 29 ms). Freeing once the largest block that glibc learns from, 32 MiB,
     # never touched, lifts the mark to 64 MiB.
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
     return _C, None
 
 

@@ -126,7 +126,7 @@ def _fill(tensor: Tensor, name: str, trial: Trial, arguments: dict, generator: t
     elif not tensor.dtype.is_floating_point:  # words of packed bits
         values = torch.randint(-(2**31), 2**31, tensor.shape, generator=generator, device=tensor.device)
     else:
-        values = torch.randn(tensor.shape, generator=generator, device=tensor.device)
+        values = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32)
         if name in trial.positive:
             values = values.abs().add_(0.1)
     tensor.copy_(values)

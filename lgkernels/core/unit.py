@@ -16,7 +16,7 @@ _made: dict[torch.device, torch.Tensor] = {}
 def one(device):
     kept = _made.get(device)
     if kept is None or kept._version:  # a hook on a loss wrote to its gradient: later passes must not see that
-        kept = _made[device] = made(lambda: torch.ones(()), device)
+        kept = _made[device] = made(lambda: torch.ones((), dtype=torch.float32, device="cpu"), device)
     return kept
 
 

@@ -97,7 +97,7 @@ def continuous_report(
     rows = [wide(x.detach()).new_zeros((2 * len(x), *shape)) for shape in net.shapes]
     mean = [torch.zeros_like(v[: len(x)]) for v in rows]
     e = [torch.zeros_like(v) for v in mean]
-    angles = torch.arange(points, dtype=torch.float64) * (2 * torch.pi / points)
+    angles = torch.arange(points, dtype=torch.float64, device="cpu") * (2 * torch.pi / points)
     circle = [(beta * re, beta * im) for re, im in zip(angles.cos().tolist(), angles.sin().tolist())]
     moved: dict[int, Tensor] = {}
     for i in range(plateaus):

@@ -139,7 +139,7 @@ class Estimate:
 
     def _estimate(self) -> tuple[Tensor, dict[str, Tensor]]:
         regions = 2 * self.draws  # for each draw that of the parameters and that of the outputs
-        seeds = [0] * regions if self.noise is not None else torch.randint(2**62, (regions,)).tolist()
+        seeds = [0] * regions if self.noise is not None else torch.randint(2**62, (regions,), device="cpu").tolist()
         self.noise_of = functools.partial(_Noise, self.noise, seeds)
         self._remember()
         self.sums = {name: torch.zeros(p.shape, dtype=_wide(p), device=p.device) for name, p in self.parameters.items()}
@@ -336,7 +336,7 @@ def _subsets(count: int) -> Tensor:
     """(k, count) of bool, k the smallest: sample n belongs to the subsets of the n-th k-bit number that has k // 2
     ones. No two samples' numbers are one, and so each is in a subset without each other (Sperner)."""
     k = next(k for k in itertools.count(1) if math.comb(k, k // 2) >= count)
-    bits = torch.arange(2**k) >> torch.arange(k).unsqueeze(1) & 1 == 1
+    bits = torch.arange(2**k, device="cpu") >> torch.arange(k, device="cpu").unsqueeze(1) & 1 == 1
     return bits[:, bits.sum(0) == k // 2][:, :count]
 
 

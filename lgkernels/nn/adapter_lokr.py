@@ -99,13 +99,13 @@ class _LoKr(Adapter):
     def _dropped(self, x: torch.Tensor, scale: float) -> torch.Tensor | None:
         if not self._drops():
             return None
-        if self.module_dropout and torch.rand(()) < self.module_dropout:
+        if self.module_dropout and torch.rand((), dtype=torch.float32, device="cpu") < self.module_dropout:
             return x.new_zeros(())
         y = self._change_of_output(x, scale)
         if not self.rank_dropout:
             return y
         rows = self.base.weight.shape[0] if self.window else linear_sizes(self.base)[0]
-        kept = torch.rand(rows, device=x.device) >= self.rank_dropout
+        kept = torch.rand(rows, device=x.device, dtype=torch.float32) >= self.rank_dropout
         return y * (kept.view(-1, 1, 1) if self.window else kept)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -105,5 +105,7 @@ def write(parts: Mapping[str, Part], prefix: str) -> dict[str, Tensor]:
             factors["b"] = factors["b"][:, :, None, None]
         for factor, tensor in factors.items():
             tensors[f"{at}.{theirs[factor]}"] = tensor
-        tensors[f"{at}.alpha"] = torch.tensor(float(part.rank) if rank is None else part.scale * rank)
+        tensors[f"{at}.alpha"] = torch.tensor(
+            float(part.rank) if rank is None else part.scale * rank, dtype=torch.float32, device="cpu"
+        )
     return tensors

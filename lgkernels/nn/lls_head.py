@@ -222,7 +222,7 @@ class LLSHead(LLSModule):
         super().__init__()
         self.block = block
         self.tokens = layout == "tokens"
-        self._set_head(head, {"device": next(block.parameters(), torch.empty(0)).device})
+        self._set_head(head, {"device": constructors.device_of(block)})
 
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> BlockOutput:
         """`(block(x).detach(), loss)` in training with a target; else `block(x)`."""

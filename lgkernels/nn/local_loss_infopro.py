@@ -129,7 +129,11 @@ class InfoProUnit(Carried, LocalHead):
         statistics = {"mean": _per_channel("mean", mean, image_channels), "std": _std(std, image_channels)}
         self._statistics = {name: value.tolist() for name, value in statistics.items()}
         for name, value in statistics.items():
-            self.register_buffer(name, torch.tensor(value.tolist()), persistent=False)
+            self.register_buffer(
+                name,
+                torch.tensor(value.tolist(), dtype=torch.float32, device=torch.get_default_device()),
+                persistent=False,
+            )
         self.decoder = self.aux = None
         if weights[0]:
             self.decoder = nn.Sequential(
@@ -186,7 +190,7 @@ class InfoProUnit(Carried, LocalHead):
         return {**vars(self), "_image": None, "_seen": None}  # copies and files hold no batch
 
     def known(self, name: str) -> torch.Tensor:
-        return torch.tensor(self._statistics[name], device="cpu")
+        return torch.tensor(self._statistics[name], dtype=torch.float32, device="cpu")
 
     def checked(self, target: torch.Tensor) -> torch.Tensor:
         checks.integer("target", target)

@@ -120,7 +120,7 @@ class BarlowTwinsHead(LocalHead):
             raise ValueError(f"x must have two views of each sample, an even number of rows, got {len(out)}")
         one, two = (_standardised(z) for z in wide(self.projection(pooled(out))).chunk(2))
         correlation = one.t() @ two / len(one)
-        squares = (correlation - torch.eye(len(correlation), device=correlation.device)).square()
+        squares = (correlation - torch.eye(len(correlation), device=correlation.device, dtype=torch.float32)).square()
         diagonal = squares.diagonal().sum()
         return diagonal + self.off_diagonal * (squares.sum() - diagonal)
 

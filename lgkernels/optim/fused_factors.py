@@ -170,7 +170,7 @@ def _infinite(gradient: Factors) -> Tensor:
     """Whether an entry of the gradient may be inf or nan: no sum of M products is larger than M max|dy| max|x|."""
     grad, x, dense = gradient.matrices()
     largest = partial(torch.linalg.vector_norm, ord=math.inf, dtype=torch.float32)
-    bound = torch.zeros((), device=gradient.device)
+    bound = torch.zeros((), device=gradient.device, dtype=torch.float32)
     if grad.numel() and x.numel():
         bound = len(grad) * largest(grad) * largest(x)
     if dense is not None and dense.numel():

@@ -213,7 +213,9 @@ class Offsets:
                 group["local_scale"] = max(along / square, 0.0)
             bp_coef, local_coef = group["bp_coef"], _local_coef(group)
             if offset_scale:
-                factors = torch.tensor([bp_coef**2, -2 * bp_coef * local_coef, local_coef**2], dtype=torch.float64)
+                factors = torch.tensor(
+                    [bp_coef**2, -2 * bp_coef * local_coef, local_coef**2], dtype=torch.float64, device="cpu"
+                )
                 spread, signal = (max((factors * value).sum().item(), 0.0) for value in (noise, product))
                 group["offset_scale"] = signal / (signal + spread) if signal + spread else 0.0
             for p in group["params"]:
@@ -234,7 +236,7 @@ class Offsets:
         count = samples // size
         bp: Gradients = {}
         local: Gradients = {}
-        products = torch.zeros(len(self.param_groups), 3, dtype=torch.float64)
+        products = torch.zeros(len(self.param_groups), 3, dtype=torch.float64, device="cpu")
         for _, chunk in _chunks(what.data, size):
             bp_part = _gradients(_global_losses(what.bp_closure(*chunk)), what.parameters)
             local_part = {} if what.local_closure is None else _gradients(what.local_closure(*chunk), list(bp_part))
@@ -346,13 +348,15 @@ def _gradients(result: Losses, parameters: list[torch.Tensor]) -> Gradients:
 
 def _inner_products(a: Gradients, b: Gradients, parameters: Iterable[torch.Tensor]) -> torch.Tensor:
     """float64 tensor: |a|^2, <a, b>, |b|^2 over `parameters`; what one of them lacks counts as 0."""
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device="cpu")
     for p in parameters:
         pairs = [
             (float64.double(x[p]).flatten(), float64.double(y[p]).flatten()) if p in x and p in y else None
             for x, y in ((a, a), (a, b), (b, b))
         ]
-        sums += torch.tensor([0.0 if pair is None else torch.dot(*pair).item() for pair in pairs], dtype=torch.float64)
+        sums += torch.tensor(
+            [0.0 if pair is None else torch.dot(*pair).item() for pair in pairs], dtype=torch.float64, device="cpu"
+        )
     return sums
 
 

@@ -146,7 +146,11 @@ class ZerothOrder(torch.optim.Optimizer):
         for device in {p.device for p in params}:
             mine = [(p, name) for p, name in zip(params, self.log.parameters) if p.device == device]
             steps = [self._taken * members + m for m in range(members)]
-            states = torch.tensor([[[self.log.seed, stream_of(name), s] for s in steps] for _, name in mine])
+            states = torch.tensor(
+                [[[self.log.seed, stream_of(name), s] for s in steps] for _, name in mine],
+                dtype=torch.int64,
+                device="cpu",
+            )
             found.update({id(p): own for (p, _), own in zip(mine, states.to(device))})
         return found
 
@@ -341,7 +345,7 @@ def _one_number(loss: Any) -> Tensor:
     if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
         return loss.detach().reshape(())
     if isinstance(loss, (int, float, np.number)) and not isinstance(loss, bool):
-        return torch.tensor(float(loss), dtype=torch.float64)
+        return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
     shown = f"a tensor of shape {checks.shape_of(loss)}" if isinstance(loss, Tensor) else type(loss).__name__
     raise TypeError(f"closure must return the loss, a number or a tensor of one, got {shown}")
 
@@ -349,7 +353,7 @@ def _one_number(loss: Any) -> Tensor:
 def _ranks(losses: Tensor) -> Tensor:
     """From -1/2, the smallest, to 1/2; equal losses have one rank."""
     flat = losses.flatten()
-    below, equal = (flat[:, None] > flat).sum(1), (flat[:, None] == flat).sum(1)
+    below, equal = (flat[:, None] > flat).sum(1).float(), (flat[:, None] == flat).sum(1).float()
     ranks = (below + (equal - 1) / 2) / (len(flat) - 1) - 0.5
     return torch.where(flat.isfinite().all(), ranks, torch.nan).view(losses.shape)
 

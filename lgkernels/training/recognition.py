@@ -238,14 +238,16 @@ def _example(model: Any, input: torch.Tensor | None) -> torch.Tensor:
         length = 8 if input is None else min(input.shape[1], 8) if input.dim() > 1 else None
         shape = (2,) if length is None else (2, length, *(input.shape[2:] if input is not None else ()))
         tables = (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding))
-        return torch.randint(0, getattr(config, "vocab_size", None) or next(tables, 2), shape)
+        return torch.randint(0, getattr(config, "vocab_size", None) or next(tables, 2), shape, device="cpu")
     if input is not None:
-        return torch.randn(2, *input.shape[1:])
+        return torch.randn(2, *input.shape[1:], dtype=torch.float32, device="cpu")
     first = getattr(model, "conv1", getattr(model, "conv_proj", getattr(model, "patch_embed", model)))
     channels = next((m.in_channels for m in first.modules() if isinstance(m, nn.Conv2d)), 3)
     size = getattr(model, "image_size", getattr(getattr(model, "patch_embed", None), "img_size", None))
     size = size or getattr(config, "image_size", 224)
-    return torch.randn(2, channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
+    return torch.randn(
+        2, channels, *(size if isinstance(size, (tuple, list)) else (size, size)), dtype=torch.float32, device="cpu"
+    )
 
 
 CURE = "name its list of layers by path, or write it as an nn.Sequential of its parts, in the order of its forward"
@@ -320,9 +322,13 @@ def _random_like(tensor: torch.Tensor) -> torch.Tensor:
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
         if tensor.dim() < 2:
-            return torch.rand(tensor.shape) + 0.5
-        return torch.randn(tensor.shape) * (tensor.numel() / tensor.shape[0]) ** -0.5
-    return torch.ones(tensor.shape, dtype=dtype) if tensor.is_meta else tensor.detach().to("cpu", dtype, copy=True)
+            return torch.rand(tensor.shape, dtype=torch.float32, device="cpu") + 0.5
+        return torch.randn(tensor.shape, dtype=torch.float32, device="cpu") * (tensor.numel() / tensor.shape[0]) ** -0.5
+    return (
+        torch.ones(tensor.shape, dtype=dtype, device="cpu")
+        if tensor.is_meta
+        else tensor.detach().to("cpu", dtype, copy=True)
+    )
 
 
 def _copied(module: Module, like: Callable[[torch.Tensor], torch.Tensor]) -> Module:

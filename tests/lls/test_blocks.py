@@ -237,7 +237,7 @@ def test_cumulative_and_absent_running_statistics(impl):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_norm_that_counts_no_batches(impl, momentum):
-    """Converted from another library's, `num_batches_tracked` is None; torch's own then keeps still without momentum."""
+    """`num_batches_tracked` is None in what others have converted; without momentum torch then keeps still."""
     block, x, target = make(CONV, impl)
     block.norm, plain = (torch.nn.BatchNorm2d(6, momentum=momentum) for _ in range(2))
     block.norm.num_batches_tracked = plain.num_batches_tracked = None

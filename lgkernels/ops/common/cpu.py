@@ -14,6 +14,11 @@ def code(dtype, codes=DTYPES):
     return found
 
 
+def floats(*shape):
+    """Memory for a kernel's float32 results, whatever torch's default dtype and device are."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
+
+
 def address(tensor):
     """0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -25,12 +25,12 @@ def arranged(tensor, layout):
 
 def values(*shape, device, dtype, scale=1.0):
     """Standard normal values times `scale`."""
-    made = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float32)
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float32, device="cpu")
     return (made * scale).bfloat16().to(device, dtype)
 
 
 def leaves(shapes, device, dtype):
     """A tensor that asks for a gradient for each shape."""
     generator = torch.Generator().manual_seed(1)
-    made = (torch.randn(shape, generator=generator) for shape in shapes)
+    made = (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes)
     return [t.bfloat16().to(device, dtype).requires_grad_() for t in made]

@@ -3,10 +3,9 @@
 z is taken as contiguous planes (anything else is copied once); sums in an order that no number of threads changes.
 """
 
-import torch
 
 from ...core.native import cpu_entries, threads
-from ..common.cpu import address, dense_rows, feedback, matrix
+from ..common.cpu import address, dense_rows, feedback, floats, matrix
 from ..common.matrix import FeedbackMatrix
 
 _C = cpu_entries()
@@ -21,8 +20,8 @@ def _block(z, gamma, beta, mean, rstd, activation):
 def direct_forward(z, gamma, beta, running_mean, running_var, norm, activation):
     batch, channels, height, width = z.shape
     size = (height // 2, width // 2) if activation.max_pool else (height, width)
-    out = torch.empty(batch, channels, *size, dtype=torch.float32)
-    mean, rstd = (torch.empty(channels, dtype=torch.float32) for _ in range(2))
+    out = floats(batch, channels, *size)
+    mean, rstd = (floats(channels) for _ in range(2))
     block, _held = _block(z, gamma, beta, mean, rstd, activation)
     theirs = [t for t in (running_mean, running_var) if t is not None]
     ours = [t.float().contiguous() for t in theirs]
@@ -35,7 +34,7 @@ def direct_forward(z, gamma, beta, running_mean, running_var, norm, activation):
 
 
 def direct_backward_(z, mean, rstd, gamma, beta, delta, error, state, signal, activation):
-    grad_gamma, grad_beta = (torch.empty(z.shape[1], dtype=torch.float32) for _ in range(2))
+    grad_gamma, grad_beta = (floats(z.shape[1]) for _ in range(2))
     block, held = _block(z, gamma, beta, mean, rstd, activation)
     error = None if error is None else dense_rows(error.float())
     delta = None if delta is None else delta.float().contiguous()

@@ -15,7 +15,7 @@ def _normalised(z, mean, rstd, gamma, beta, slope):
     mean, gain, beta = (t.to(z.dtype).view(-1, 1, 1) for t in (mean, gamma * rstd, beta))
     centred = z - mean
     u = centred * gain + beta
-    factor = torch.where(u > 0, 1.0, slope).to(z.dtype)
+    factor = torch.full_like(u, slope).masked_fill_(u > 0, 1.0)
     return centred, factor, F.leaky_relu(u, slope) if slope else F.relu(u)
 
 

@@ -12,7 +12,7 @@ def direct(impl, device, dtype):
     """The block of direct feedback forward and backward; the ops go together."""
     z = values(3, 4, 6, 7, device=device, dtype=dtype)
     gamma, beta = (values(n, 1, device=device, dtype=dtype)[:4, 0].contiguous() for n in (5, 6))
-    error, state = values(3, 5, device=device, dtype=dtype), torch.tensor([11, 3, 2], device=device)
+    error, state = values(3, 5, device=device, dtype=dtype), torch.tensor([11, 3, 2], device=device, dtype=torch.int64)
     out, mean, rstd = _ops.direct_forward(z, gamma, beta, None, None, 0.1, 1e-5, 0.01, True, impl)
     gradients = _ops.direct_backward_(
         z, mean, rstd, gamma, beta, None, error, state, "uniform", 0.5, None, 0.01, True, impl

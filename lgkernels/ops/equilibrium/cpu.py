@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from ...core.native import cpu_entries, threads
-from ..common.cpu import address
+from ..common.cpu import address, floats
 from . import conv_cpu, energy, energy_cpu, reference
 from . import torch as lean
 from .dense_net import dense_net
@@ -30,7 +30,7 @@ def _by_kernel(state):
 
 def _pairs(numbers):
     """(numbers, Re and Im)"""
-    return torch.tensor([[n.real, n.imag] for n in numbers], dtype=torch.float32)
+    return torch.tensor([[n.real, n.imag] for n in numbers], dtype=torch.float32, device="cpu")
 
 
 def _run(state, drive, net, target, phases, options, wanted, shares=()):
@@ -38,8 +38,8 @@ def _run(state, drive, net, target, phases, options, wanted, shares=()):
     samples, many = len(drive[0]), phases.many
     dense = dense_net(state, drive, net, target)
     beta, share = _pairs(phases.betas), _pairs(shares)
-    steps = torch.empty(many, samples, dtype=torch.int64)
-    residual, orbit = (torch.empty(many, samples) for _ in range(2))
+    steps = torch.empty(many, samples, dtype=torch.int64, device="cpu")
+    residual, orbit = (floats(many, samples) for _ in range(2))
     tolerance = -1.0 if options.tolerance is None else options.tolerance
     _C.equilibrium_settle(
         dense.layers,

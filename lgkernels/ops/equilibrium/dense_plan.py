@@ -39,7 +39,7 @@ def plan_of(widths: tuple, edges: tuple, nudge: int, block_n: int, block_k: int,
 
 @kept.kept
 def _table(*sizes) -> Tensor:
-    return torch.tensor(_layout(*sizes)[0], dtype=torch.int32)
+    return torch.tensor(_layout(*sizes)[0], dtype=torch.int32, device="cpu")
 
 
 @cache

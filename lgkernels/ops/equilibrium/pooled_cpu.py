@@ -59,7 +59,7 @@ def up(made: Panels, s: Tensor) -> tuple[Tensor, Tensor | None]:
     s = s.contiguous(memory_format=torch.channels_last)
     high, low = made.shape[:2]
     size = [(n + 2 * made.padding - 2) // 2 for n in s.shape[2:]]
-    value = torch.empty((len(s), high, *size), dtype=s.dtype, memory_format=torch.channels_last)
+    value = torch.empty((len(s), high, *size), dtype=s.dtype, memory_format=torch.channels_last, device="cpu")
     kept = None
     if made.pool == "max":
         kept = torch.empty_like(value, dtype=torch.int32)

@@ -50,9 +50,9 @@ _PANEL = 2**19  # elements of F that are written at a time, for a product to fin
 def _ways(batch):
     """A product with a formula's F by our kernel, and by the library's product."""
     rows, columns = 512, 2048
-    state = torch.zeros(3, dtype=torch.int64)
-    f = FeedbackMatrix(torch.ones(rows, columns), state=state, law="uniform8")
-    grad = torch.ones(batch, rows)
+    state = torch.zeros(3, dtype=torch.int64, device="cpu")
+    f = FeedbackMatrix(torch.ones(rows, columns, dtype=torch.float32, device="cpu"), state=state, law="uniform8")
+    grad = torch.ones(batch, rows, dtype=torch.float32, device="cpu")
     return lambda: _by_kernel(grad, columns, f), lambda: _by_library(grad, columns, f)
 
 

@@ -49,7 +49,7 @@ def sign(weight, sign_plus, cols):
     if weight.dtype == torch.int32:
         return unpack_signs(weight, cols)
     if sign_plus:
-        return torch.where(weight < 0, -1.0, 1.0)
+        return 1.0 - 2.0 * (weight < 0).float()
     return (weight > 0).float() - (weight < 0).float()
 
 

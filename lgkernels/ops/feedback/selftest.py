@@ -14,7 +14,7 @@ _ops = torch.ops.lgkernels
 def _formulas(device, dtype, rows=6, columns=40):
     """(weight, magnitude, state, law, law_scale, low, scale, sign_plus) of uSF, frSF by tensor and by formula, FA."""
     weight, magnitude = (values(n, columns, device=device, dtype=dtype)[:rows] for n in (rows, rows + 1))
-    state = torch.tensor([11, 3, 2], device=device)
+    state = torch.tensor([11, 3, 2], device=device, dtype=torch.int64)
     return [
         (weight, None, None, "uniform", 1.0, None, 0.25, False),
         (weight, magnitude, None, "uniform", 1.0, None, 0.25, True),
@@ -33,8 +33,8 @@ def matrix(impl, device, dtype):
 
 
 def rows(impl, device, dtype):
-    index = torch.tensor([4, 0, 4], device=device)
-    state = torch.tensor([11, 3, 2], device=device)
+    index = torch.tensor([4, 0, 4], device=device, dtype=torch.int64)
+    state = torch.tensor([11, 3, 2], device=device, dtype=torch.int64)
     return [_ops.feedback_rows(index, 40, state, "uniform", 0.5, None, 1.0, dtype, impl)]
 
 
@@ -78,7 +78,7 @@ def _matrix(rows, columns):
 
 def _rows(columns):
     def run(impl, device, dtype, layout):
-        index, state = torch.arange(128, device=device) % 10, torch.tensor([11, 3, 2], device=device)
+        index, state = torch.arange(128, device=device) % 10, torch.tensor([11, 3, 2], device=device, dtype=torch.int64)
         _ops.feedback_rows(index, columns, state, "uniform", 0.5, None, 1.0, dtype, impl)
 
     return Ordinary(ROWS[:1], run)

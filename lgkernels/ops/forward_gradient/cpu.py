@@ -7,7 +7,7 @@ Arithmetic is float32, sums in an order that no number of threads changes.
 import torch
 
 from ...core.native import cpu_entries, threads
-from ..common.cpu import DTYPES, address, code, feedback
+from ..common.cpu import DTYPES, address, code, feedback, floats
 from ..common.matrix import FeedbackMatrix
 from . import reference
 from .reference import contrast  # noqa: F401  products of small matrices
@@ -35,7 +35,7 @@ def pooled(x, layer_norm):
         return reference.pooled(x, layer_norm)
     code(x.dtype)
     (array, _held), shape = _dense(x), tuple(x.shape)
-    out = torch.empty(shape[0], shape[2] * shape[3])
+    out = floats(shape[0], shape[2] * shape[3])
     _C.forward_gradient_pooled(shape, array, layer_norm, out.data_ptr(), threads())
     return out
 
@@ -55,7 +55,7 @@ def classify(pooled, weight, bias, target):
     weight = weight.float()
     logits = _logits(pooled, weight, bias)
     rows, classes = logits.shape
-    loss, delta, target = torch.empty(rows), torch.empty(rows, classes), target.contiguous()
+    loss, delta, target = (floats(rows), floats(rows, classes), target.contiguous())
     _C.forward_gradient_softmax(
         logits.data_ptr(), target.data_ptr(), rows, classes, delta.data_ptr(), loss.data_ptr(), threads()
     )
@@ -106,7 +106,7 @@ def dual_norm(z, z_tangent, residual, noise, options):
         return reference.dual_norm(z, z_tangent, residual, noise, options)
     code(z.dtype)
     both = z_tangent is not None or noise.exists
-    out = torch.empty((2 if both else 1, *z.shape), dtype=z.dtype)
+    out = torch.empty((2 if both else 1, *z.shape), dtype=z.dtype, device="cpu")
     (array, _z), (moved, _v), (added, _r) = _dense(z), _dense(z_tangent), _dense(residual)
     values, law, _held = _noise(z, noise)
     _C.forward_gradient_dual_norm(
@@ -129,7 +129,7 @@ def activity_grad(z, y, coefficient, noise, options):
     code(z.dtype)
     (array, _z), (activity, _y), coefficient = _dense(z), _dense(y), _floats(coefficient)
     values, law, _held = _noise(z, noise)
-    out = torch.empty(z.shape, dtype=z.dtype)
+    out = torch.empty(z.shape, dtype=z.dtype, device="cpu")
     _C.forward_gradient_activity_grad(
         _shape(z, options),
         array,

@@ -46,7 +46,7 @@ def _tangent(impl, device, dtype):
 
 
 def _noise(device, values=None):
-    return Noise(values, None if values is not None else torch.tensor([5, 1, 2], device=device))
+    return Noise(values, None if values is not None else torch.tensor([5, 1, 2], device=device, dtype=torch.int64))
 
 
 def _dual_norm(impl, device, dtype):

@@ -41,12 +41,12 @@ def values(signed: bool) -> list[float]:
 
 @kept
 def _values(signed: bool, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values(signed), dtype=dtype)
+    return torch.tensor(values(signed), dtype=dtype, device="cpu")
 
 
 @kept
 def _middles(signed: bool, dtype: torch.dtype) -> Tensor:
-    made = torch.tensor(values(signed), dtype=torch.float64)
+    made = torch.tensor(values(signed), dtype=torch.float64, device="cpu")
     return ((made[1:] + made[:-1]) / 2).to(dtype)
 
 

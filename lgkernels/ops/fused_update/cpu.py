@@ -7,7 +7,7 @@ in an order that no number of threads changes.
 import torch
 
 from ...core.native import cpu_entries, threads
-from ..common.cpu import dense_rows
+from ..common.cpu import dense_rows, floats
 from ..common.cpu import matrix as describe
 
 _C = cpu_entries()
@@ -27,7 +27,7 @@ def _parts(own, gradient, grad, x):
     """(rows of weight and states; their gradient), the same memory for each gradient."""
     (rows, columns), left, x = own[0].shape, grad.float().t(), x.float()
     step = min(rows, max(16, _PART_BYTES // (4 * columns)))
-    part = torch.empty(step, columns)
+    part = floats(step, columns)
     for start in range(0, rows, step):
         rows_of = [t if t is None else t[start : start + step] for t in own]
         product = torch.mm(left[start : start + step], x, out=part[: len(rows_of[0])])

@@ -58,7 +58,7 @@ def gradient_scale(z, pool_size, temperature):
 def bin_areas(size, pool_size):
     """Number of positions of each of the pool_size x pool_size bins, (P*P,) float32."""
     height, width = ([(-((-(i + 1) * n) // pool_size)) - (i * n) // pool_size for i in range(pool_size)] for n in size)
-    return torch.tensor([h * w for h in height for w in width], dtype=torch.float32)
+    return torch.tensor([h * w for h in height for w in width], dtype=torch.float32, device="cpu")
 
 
 # -- the layer ------------------------------------------------------------------------------------------------------

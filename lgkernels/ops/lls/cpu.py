@@ -7,6 +7,7 @@ either dense memory format as they are, anything else is copied once. Arithmetic
 import torch
 
 from ...core.native import cpu_entries, threads
+from ..common.cpu import floats
 from . import basis as tables
 from .options import Capabilities
 
@@ -65,7 +66,7 @@ def latents(activation, pool_size):
     if activation.dim() == 2 and pool_size == activation.shape[1]:
         return _float(activation)
     a = _dense(activation)
-    out = torch.empty(a.shape[0], _latent_size(a, pool_size), dtype=torch.float32)
+    out = floats(a.shape[0], _latent_size(a, pool_size))
     _C.lls_latents(_activation(a), *_pools(a, pool_size), out.data_ptr(), threads())
     return out
 
@@ -75,7 +76,7 @@ def _sign_layouts(signs, dim):
     kept = getattr(signs, "_lgk_layouts", None)
     if kept is None or kept[0] != signs._version:
         rows = signs.shape[0]
-        layouts = torch.empty(_C.lls_sign_layouts_size(rows, dim), dtype=torch.int32)
+        layouts = torch.empty(_C.lls_sign_layouts_size(rows, dim), dtype=torch.int32, device="cpu")
         _C.lls_sign_layouts(signs.contiguous().data_ptr(), rows, dim, layouts.data_ptr())
         kept = signs._lgk_layouts = (signs._version, layouts)
     return kept[1]
@@ -91,10 +92,10 @@ def head(x, target, modulation, basis, options, compute_grad):
     basis = _sign_layouts(basis, dim) if packed else _float(basis)
     target = target.to(torch.int64).contiguous()
     modulation = None if modulation is None else _float(modulation)
-    value = torch.empty((batch,) if options.reduction == "none" else (), dtype=torch.float32)
-    similarity = torch.empty(batch, rows, dtype=torch.float32)
-    grad_latents = torch.empty((batch, dim) if compute_grad else 0, dtype=torch.float32)
-    grad_logits = torch.empty((batch, options.num_classes) if compute_grad else 0, dtype=torch.float32)
+    value = floats((batch,) if options.reduction == "none" else ())
+    similarity = floats(batch, rows)
+    grad_latents = floats((batch, dim) if compute_grad else 0)
+    grad_logits = floats((batch, options.num_classes) if compute_grad else 0)
     _C.lls_head(
         options,
         (
@@ -118,7 +119,7 @@ def head(x, target, modulation, basis, options, compute_grad):
 def modulation_grad(similarity, grad_logits, vector, scale):
     (batch, rows), classes = similarity.shape, grad_logits.shape[1]
     s, g, scale = map(_float, (similarity, grad_logits, scale))
-    out = torch.empty(classes if vector else (rows, classes), dtype=torch.float32)
+    out = floats(classes if vector else (rows, classes))
     pointers = s.data_ptr(), g.data_ptr(), scale.data_ptr()
     _C.lls_modulation_grad((batch, rows, classes, vector, *pointers, scale.dim() > 0, out.data_ptr()), threads())
     return out
@@ -138,7 +139,7 @@ def to_channels_last(x):
     """`x.contiguous(memory_format=torch.channels_last)`, faster."""
     if _channels_last(x) or not x.is_contiguous():
         return x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last)
+    out = torch.empty(x.shape, dtype=x.dtype, memory_format=torch.channels_last, device="cpu")
     _C.lls_to_channels_last(_activation(x), out.data_ptr(), threads())
     return out
 
@@ -149,7 +150,7 @@ def to_contiguous(x):
         return x.contiguous()
     batch, channels, height, width = x.shape
     out = torch.empty(
-        x.shape, dtype=x.dtype
+        x.shape, dtype=x.dtype, device="cpu"
     )  # the same transposition, with channels and positions in each other's place
     turned = (x.data_ptr(), batch, height * width, channels, 1, False, _code(x))
     _C.lls_to_channels_last(turned, out.data_ptr(), threads())
@@ -161,7 +162,7 @@ def to_contiguous(x):
 
 def batch_stats(z, bias, running_mean, running_var, momentum, eps):
     z = _dense(z)
-    mean, rstd = (torch.empty(z.shape[1], dtype=torch.float32) for _ in range(2))
+    mean, rstd = (floats(z.shape[1]) for _ in range(2))
     bias = None if bias is None else _float(bias)
     running = [t if t is None else _float(t) for t in (running_mean, running_var)]
     _C.lls_batch_stats(
@@ -189,7 +190,7 @@ def norm_act_pool(
     last = _channels_last(z) if out_channels_last is None else out_channels_last
     if z.dim() == 2:  # N channels of one position each: "latents" of 1 x 1 bins are the activation in float32
         out = torch.empty_like(z)
-        activated = torch.empty(z.shape, dtype=torch.float32)
+        activated = floats(z.shape)
         _C.lls_norm_act_pool(
             _preactivation(z),
             1,
@@ -210,10 +211,10 @@ def norm_act_pool(
     batch, channels, height, width = z.shape
     size = (height // 2, width // 2) if max_pool else (height, width)
     memory_format = torch.channels_last if last else torch.contiguous_format
-    out = torch.empty((batch, channels, *size), dtype=z.dtype, memory_format=memory_format)
+    out = torch.empty((batch, channels, *size), dtype=z.dtype, memory_format=memory_format, device="cpu")
     dim = channels * pool_size * pool_size
-    pooled = torch.empty(batch, dim, dtype=torch.float32)
-    s1, s2 = (torch.empty((batch, dim) if compute_grad else 0, dtype=torch.float32) for _ in range(2))
+    pooled = floats(batch, dim)
+    s1, s2 = (floats((batch, dim) if compute_grad else 0) for _ in range(2))
     _C.lls_norm_act_pool(
         _activation(z),
         pool_size,
@@ -232,7 +233,7 @@ def norm_act_pool(
 
 def norm_grads(grad_latents, s1, s2, channels, area):
     g, s1, s2, area = (_float(t) for t in (grad_latents, s1, s2, area))
-    grads = [torch.empty(channels, dtype=torch.float32) for _ in range(3)]
+    grads = [floats(channels) for _ in range(3)]
     _C.lls_norm_grads(
         g.shape[0],
         channels,
@@ -267,9 +268,9 @@ def grad_preactivation_(
 def linear_grad_preactivation_(z, mean, rstd, gamma, beta, negative_slope, grad_latents, pool_size, scale):
     dense, grad = _dense(z), _float(grad_latents)
     if pool_size != z.shape[1]:
-        grad = expand_grad(grad, torch.ones(()), torch.empty(z.shape, dtype=torch.float32), pool_size)
+        grad = expand_grad(grad, torch.ones((), dtype=torch.float32, device="cpu"), floats(z.shape), pool_size)
     kept, norm = _norm(mean, rstd, gamma, beta)
-    grads = [torch.empty(z.shape[1], dtype=torch.float32) for _ in range(3)]
+    grads = [floats(z.shape[1]) for _ in range(3)]
     _C.lls_linear_grad_preactivation(
         _preactivation(dense),
         (*norm, negative_slope),

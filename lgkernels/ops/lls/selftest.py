@@ -12,7 +12,7 @@ from .options import BlockOptions, HeadOptions
 
 
 def _target(device):
-    return torch.tensor([0, 3, 1], device=device)
+    return torch.tensor([0, 3, 1], device=device, dtype=torch.int64)
 
 
 def lls_loss(impl, device, dtype):
@@ -65,7 +65,9 @@ def _block(*shape, out_channels, max_pool=False, pool_size=2, classes=10):
         weight = values(out_channels, shape[1], *kernel, scale=0.05, device=device, dtype=dtype)
         if layout == "channels_last":
             weight = arranged(weight, layout)
-        ones, zeros, mean, var = (torch.full((out_channels,), n, device=device) for n in (1.0, 0.0, 0.0, 1.0))
+        ones, zeros, mean, var = (
+            torch.full((out_channels,), n, device=device, dtype=torch.float32) for n in (1.0, 0.0, 0.0, 1.0)
+        )
         target = torch.arange(shape[0], device=device) % classes
         geometry = [1, 1] if kernel else []
         options = BlockOptions("square", geometry, geometry, 0.1, 1e-5, 0.01, max_pool, classes, pool_size, 0.5, 0.0)

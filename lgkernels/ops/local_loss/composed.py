@@ -40,7 +40,7 @@ def local_cross_entropy(mean, rows, h, weight, bias, target, label_smoothing, re
     losses = rows(logits, target, label_smoothing, 1 / len(h) if reduction == "mean" else 1.0, compute_grad)
     loss = losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
     if not compute_grad:
-        return loss, *(torch.empty(0, device=h.device) for _ in range(3))
+        return loss, *(torch.empty(0, device=h.device, dtype=torch.float32) for _ in range(3))
     positions = h.shape[1:].numel() // pooled.shape[1]
     return loss, pooled, logits, torch.addmm(pooled, logits, weight, beta=0, alpha=1 / positions)
 
@@ -63,7 +63,11 @@ def similarity(deviation, normalize, match, rows_grad, x, target, num_classes, u
         loss = match(products, target, *reference.label_similarity(num_classes)).sum()
         grad = products @ rows if compute_grad else None
     if not compute_grad:
-        return loss, torch.empty(0, device=x.device), torch.empty(0, device=x.device)
+        return (
+            loss,
+            torch.empty(0, device=x.device, dtype=torch.float32),
+            torch.empty(0, device=x.device, dtype=torch.float32),
+        )
     positions = x.shape[2] * x.shape[3] if spatial else 0
     grad = rows_grad(factor, grad, rows, norms, std, mean, positions)
-    return loss, grad, mean if spatial else torch.empty(0, device=x.device)
+    return loss, grad, mean if spatial else torch.empty(0, device=x.device, dtype=torch.float32)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ...core.native import cpu_entries, threads
+from ..common.cpu import floats
 from . import reference
 from .reference import local_cross_entropy_grads  # noqa: F401  products and scalings of small matrices
 
@@ -45,8 +46,8 @@ def _moments(h, with_variance):
     """`(var or None, mean)`, (B, C) float32, over the positions; var is unbiased."""
     x, keep = _feature_map(h)
     shape = h.shape[0], h.shape[1] if h.dim() == 4 else h.shape[2]
-    mean = torch.empty(shape)
-    var = torch.empty(shape) if with_variance else None
+    mean = floats(shape)
+    var = floats(shape) if with_variance else None
     _C.local_moments(x, mean.data_ptr(), 0 if var is None else var.data_ptr(), threads())
     return var, mean
 
@@ -72,8 +73,8 @@ def local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, com
     weight, bias = weight.float(), None if bias is None else bias.float()
     (batch, channels), classes = p.shape, weight.shape[0]
     positions = h.shape[1] if h.dim() == 3 else h.shape[2:].numel()
-    loss = torch.empty((batch,) if reduction == "none" else ())
-    grad = torch.empty((batch, classes) if compute_grad else 0)
+    loss = floats((batch,) if reduction == "none" else ())
+    grad = floats((batch, classes) if compute_grad else 0)
     small = batch * channels * classes <= _SMALL
     if small:
         p, weight, bias = p.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
@@ -81,7 +82,7 @@ def local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, com
     else:
         logits = F.linear(p, weight, bias)
         products = (0, 0, 0, logits.data_ptr())
-    grad_pooled = torch.empty((batch, channels) if compute_grad and small else 0)
+    grad_pooled = floats((batch, channels) if compute_grad and small else 0)
     _C.local_logit_loss(
         (batch, classes, channels, *products, target.data_ptr()),
         label_smoothing,
@@ -96,7 +97,7 @@ def local_cross_entropy(h, weight, bias, target, label_smoothing, reduction, com
         threads(),
     )
     if not compute_grad:
-        return loss, grad, torch.empty(0), torch.empty(0)
+        return (loss, grad, floats(0), floats(0))
     if not small:
         grad_pooled = grad @ weight if positions == 1 else (grad @ weight).div_(positions)
     return loss, p.clone() if p is h else p, grad, grad_pooled
@@ -112,8 +113,8 @@ def _dense(h):
 def goodness(h, is_positive, threshold, mean, compute_grad):
     h = h if _dense(h) else h.contiguous()
     batch, size = h.shape[0], h.shape[1:].numel()
-    loss, squares = torch.empty(()), torch.empty(batch)
-    kappa = torch.empty(batch if compute_grad else 0)
+    loss, squares = (floats(()), floats(batch))
+    kappa = floats(batch if compute_grad else 0)
     is_positive = is_positive.contiguous()
     _C.local_goodness(
         (

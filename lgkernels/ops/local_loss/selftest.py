@@ -14,7 +14,7 @@ from .options import ContrastiveOptions
 def _case(loss, *shapes):
     def case(impl, device, dtype):
         tensors = leaves(shapes, device, dtype)
-        value = loss(torch.tensor([0, 3, 1, 0], device=device), impl, *tensors)
+        value = loss(torch.tensor([0, 3, 1, 0], device=device, dtype=torch.int64), impl, *tensors)
         value.backward()
         return [value.detach(), *(t.grad for t in tensors)]
 

@@ -27,6 +27,7 @@ def prepare(rows):
             for param, grad, buffer, offset in rows
         ],
         dtype=torch.int64,
+        device="cpu",
     )
 
 

@@ -14,7 +14,10 @@ def step(impl, device, dtype, shapes=SMALL):
     wide, half = (dtype, dtype) if dtype == torch.float64 else (torch.float32, torch.bfloat16)
 
     def tensors(dtype):
-        return [torch.randn(shape, generator=generator).bfloat16().to(device, dtype) for shape in shapes]
+        return [
+            torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").bfloat16().to(device, dtype)
+            for shape in shapes
+        ]
 
     params, grads, buffers, offsets = (tensors(wide) for _ in range(4))
     offsets = [

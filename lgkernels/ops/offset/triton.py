@@ -125,7 +125,7 @@ _captured: list[tuple[torch.Tensor, torch.Tensor]] = []  # what a CUDA graph rea
 
 def _pinned(host):
     """Memory of the host like this, from which a copy to the device needs no waiting."""
-    return torch.empty(host.shape, dtype=host.dtype, pin_memory=True)
+    return torch.empty(host.shape, dtype=host.dtype, pin_memory=True, device="cpu")
 
 
 def _copied(host, device):

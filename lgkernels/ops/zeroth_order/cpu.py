@@ -4,7 +4,7 @@
 import torch
 
 from ...core.native import cpu_entries, threads
-from ..common.cpu import code, dense_rows
+from ..common.cpu import code, dense_rows, floats
 from ..common.cpu import matrix as describe
 from . import torch as lean
 
@@ -29,7 +29,7 @@ def _by_library(x, weight, bias, coefficients, noise, out):
     (members, _, inputs), outputs = x.shape, len(weight)
     described, kept = _noise(noise, coefficients)
     size = max(_WRITTEN // max(inputs * members, 1), 16)
-    buffer = torch.empty(members * min(size, outputs) * inputs, dtype=torch.float32)
+    buffer = floats(members * min(size, outputs) * inputs)
     for first in range(0, outputs, size):
         count = min(size, outputs - first)
         shape = members, count, outputs, inputs
@@ -48,7 +48,7 @@ def perturbed_linear(x, weight, bias, coefficients, noise):
     (members, rows, inputs), outputs = x.shape, len(weight)
     code(x.dtype)
     weight = dense_rows(weight)
-    out = torch.empty(members, rows, outputs, dtype=torch.float32)
+    out = floats(members, rows, outputs)
     bias = None if bias is None else bias.float()
     if not out.numel():
         return out.to(x.dtype)
@@ -72,7 +72,7 @@ def perturbed_rows(weight, x, coefficients, noise, dtype):
     code(dtype)
     own, (described, kept) = dense_rows(weight), _noise(noise, coefficients)
     rows = outputs if x is None else x.shape[1]
-    out, shape = torch.empty(members, rows, inputs, dtype=torch.float32), (members, rows, outputs, inputs)
+    out, shape = floats(members, rows, inputs), (members, rows, outputs, inputs)
     index = 0 if x is None else x.data_ptr()
     _C.zeroth_order_perturbed(described, shape, describe(own), index, 0, out.data_ptr(), threads())
     del kept
@@ -83,7 +83,7 @@ def perturbed_conv2d(x, weight, bias, coefficients, noise, geometry):
     """The library's convolutions with rows of the perturbed weights, four megabytes at a time."""
     code(x.dtype)
     matrix = dense_rows(weight.reshape(len(weight), -1))
-    buffer = torch.empty(min(_WRITTEN, matrix.numel()) + matrix.shape[1], dtype=torch.float32)
+    buffer = floats(min(_WRITTEN, matrix.numel()) + matrix.shape[1])
 
     def write(m, first, count, own, factor, dtype):
         described, kept = _noise(noise.one(m), coefficients[m : m + 1])

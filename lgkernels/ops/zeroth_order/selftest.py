@@ -9,7 +9,7 @@ _ops = torch.ops.lgkernels
 
 
 def _noise(device, law, members):
-    states = torch.tensor([[5, 3, step] for step in range(members)], device=device)
+    states = torch.tensor([[5, 3, step] for step in range(members)], device=device, dtype=torch.int64)
     return None, states, law, 1.0, None
 
 
@@ -17,7 +17,7 @@ def linear(impl, device, dtype, sizes=(2, 3, 20, 150), layout="contiguous", law=
     members, rows, outputs, inputs = sizes
     given = dict(device=device, dtype=dtype)
     x, weight = values(members, rows, inputs, **given), arranged(values(outputs, inputs, scale=0.1, **given), layout)
-    coefficients = torch.tensor([0.25, -0.25] * members, device=device)[:members]
+    coefficients = torch.tensor([0.25, -0.25] * members, device=device, dtype=torch.float32)[:members]
     bias = values(outputs, **given)
     return [_ops.perturbed_linear(x, weight, bias, coefficients, *_noise(device, law, 1), impl)]
 
@@ -27,7 +27,7 @@ def convolution(impl, device, dtype, sizes=(2, 2, 20, 30, 6), layout="contiguous
     given = dict(device=device, dtype=dtype)
     x = values(members * batch, inputs, size, size, **given)
     weight = arranged(values(outputs, inputs // 2, 3, 3, scale=0.1, **given), layout)
-    coefficients = torch.tensor([0.25, -0.25] * members, device=device)[:members]
+    coefficients = torch.tensor([0.25, -0.25] * members, device=device, dtype=torch.float32)[:members]
     geometry = [1, 1], [1, 1], [1, 1], 2
     x, bias = x.unflatten(0, (members, batch)), values(outputs, **given)
     return [_ops.perturbed_conv2d(x, weight, bias, coefficients, *_noise(device, law, 1), *geometry, impl)]
@@ -37,13 +37,13 @@ def rows(impl, device, dtype, sizes=(2, 9, 20, 150), layout="contiguous", law="u
     members, count, outputs, inputs = sizes
     weight = arranged(values(outputs, inputs, device=device, dtype=dtype), layout)
     x = (torch.arange(members * count, device=device) * 7 % outputs).view(members, count)
-    coefficients = torch.tensor([0.25, -0.25] * members, device=device)[:members]
+    coefficients = torch.tensor([0.25, -0.25] * members, device=device, dtype=torch.float32)[:members]
     return [_ops.perturbed_rows(weight, x, coefficients, *_noise(device, law, 1), True, impl)]
 
 
 def update(impl, device, dtype, sizes=(20, 150), layout="contiguous", law="uniform8"):
     weight = arranged(values(*sizes, device=device, dtype=dtype), layout)
-    coefficients = torch.tensor([0.25, -0.125, 0.5], device=device)
+    coefficients = torch.tensor([0.25, -0.125, 0.5], device=device, dtype=torch.float32)
     _ops.formula_update_(weight, coefficients, *_noise(device, law, 3), 0.5, impl)
     return [weight]
 
