@@ -60,7 +60,7 @@ def gather():
         ],
         "in_short": {str(device): advice.line(device, torch.float32) for device in devices()},
         "verdicts": {str(device): verdicts_on(device) for device in devices() if device.type in trust.DEVICE_TYPES},
-        "measured": measured.records().entries if native.native() else {},
+        "measured": measurements(),
         "cache": str(verdicts.directory()),
     }
 
@@ -69,6 +69,12 @@ def verdicts_on(device):
     """The file of a device's verdicts, and what they say of each op."""
     path = trust.store(device).path
     return {"file": str(path) if path and path.exists() else None, "ops": advice.evidence(device)}
+
+
+def measurements():
+    """{what: (ours, the library's way)} milliseconds, of this processor."""
+    entries = measured.records().entries if native.native() else {}
+    return {what: found for what, entry in entries.items() if (found := measured.times(entry))}
 
 
 def in_effect(op, device, dtype):
@@ -197,8 +203,11 @@ def as_text(report):
     if not report["verdicts"]:
         lines += ["", f"verdicts on GPU kernels are kept in {report['cache']}"]
     if report["measured"]:
-        lines += ["", f"measured on this processor (ms: ours, the library's way), kept in {report['cache']}"]
-        lines += [f"  {what}: {row['ours_ms']}, {row['other_ms']}" for what, row in report["measured"].items()]
+        lines += [
+            "",
+            f"measured on this processor (ms: ours, the library's way), kept in {report['cache']}/processor-*",
+        ]
+        lines += [f"  {what}: {ours}, {other}" for what, (ours, other) in report["measured"].items()]
     if "selftest" in report:
         lines += ["", "self-test (relative error against the float64 reference)"]
         for row in report["selftest"]:

@@ -1,9 +1,9 @@
 """Which of two ways to one result is faster on this processor: measured once, kept in the cache directory.
 
 For what no instruction set decides: the library's products have code of their own for one maker's processors, and run
-at half that pace on another's. What is measured is a small problem of ours, never the caller's; the answer is written
-down at once, so that later runs on this machine take the same way and repeat each other bit for bit. Under
-`torch.use_deterministic_algorithms(True)` nothing is measured: the way is ours.
+at half that pace on another's. What is measured is a small problem of ours, never the caller's. The first answer is
+kept: as long as the cache directory is, all processes take the same way, and equal runs give equal bits. Under
+`torch.use_deterministic_algorithms(True)` nothing is measured, and the way is ours.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ import torch
 from . import native, verdicts
 from .records import Records
 
-_ROUNDS = 5
-_MARGIN = 0.93  # of our time, at most: less is not worth another order of sums
+_ROUNDS = 7
+_MARGIN = 0.88  # of our time, at most: an answer that a busy moment could turn is not worth another order of sums
 _DAYS_KEPT = 90
 
 Way = Callable[[], object]
@@ -30,8 +30,8 @@ Way = Callable[[], object]
 
 def processor_name() -> str:
     """As far as the system tells it."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    with contextlib.suppress(OSError, ValueError):
+        found = re.search(r"model name[ \t]*:[ \t]*(\S.*)", Path("/proc/cpuinfo").read_text())
         if found:
             return found.group(1)
     return platform.processor() or platform.machine()
@@ -43,6 +43,7 @@ def processor() -> str:
 
 
 def _is_stale(about: dict | None, days: float) -> bool:
+    """Other processors may share the folder, and other versions be in use beside these."""
     return days > _DAYS_KEPT
 
 
@@ -75,6 +76,16 @@ def _milliseconds(ways: tuple[Way, Way]) -> tuple[float, float]:
     return best[0] * 1e3, best[1] * 1e3
 
 
+def times(entry: object) -> tuple[float, float] | None:
+    """(ours, the other's) milliseconds of a record; None of one that is damaged."""
+    if not isinstance(entry, dict):
+        return None
+    found = entry.get("ours_ms"), entry.get("other_ms")
+    if any(type(ms) not in (int, float) or not 0 < ms < float("inf") for ms in found):
+        return None
+    return found
+
+
 _answers: dict[str, bool] = {}
 
 
@@ -85,11 +96,11 @@ def other_is_faster(question: str, make: Callable[[], tuple[Way, Way]]) -> bool:
     key = f"{question}, {native.threads()} threads"
     if key not in _answers:
         kept = records()
-        if key not in kept.entries:
+        if times(kept.entries.get(key)) is None:
             ours, other = _milliseconds(make())
-            kept.read()  # another process may have answered meanwhile: one answer for all
-            if key not in kept.entries:
-                kept.put(key, {"ours_ms": round(ours, 3), "other_ms": round(other, 3)})
-        entry = kept.entries[key]
-        _answers[key] = entry["other_ms"] < _MARGIN * entry["ours_ms"]
+            # Unless another process has answered meanwhile: one answer for all.
+            damaged = key in kept.entries
+            kept.put(key, {"ours_ms": round(ours, 3), "other_ms": round(other, 3)}, replace=damaged)
+        ours, other = times(kept.entries[key]) or (1.0, 1.0)
+        _answers[key] = other < _MARGIN * ours
     return _answers[key]

@@ -13,7 +13,8 @@ registers `torch.ops.lgkernels.lls_loss_forward(activation, <the fields of HeadO
 - The op is a door: what native code will trust is checked here, whoever calls. Every tensor is dense, lies on one
   device, has memory and one of its `dtypes`, and is no wrapper (a DTensor, say) whose address means nothing; one that
   is written to does not overlap itself; sizes, and words such as the name of a law, are for `check(*arguments)`.
-- An ambient autocast is switched off: inside of an op the dtypes are settled.
+- An ambient autocast is switched off: inside of an op the dtypes are settled. No graph is recorded inside of it either:
+  plain torch on the way differentiates no further than a kernel.
 
 `define`/`impl` of `torch.library` instead of `custom_op`: a third of the call's cost.
 """
@@ -144,6 +145,9 @@ def define(
             if check is not None:
                 check(*own)
             kernels = choose(impl, *own) if choose else dispatch.backend(backends_of, impl, device, dtype)
+            if torch.is_grad_enabled():  # in a backward with create_graph=True, or called from outside
+                with torch.no_grad(), without_autocast(device):
+                    return function(trusted(kernels, impl, device, arguments), *own)
             if torch._C._is_any_autocast_enabled():
                 with without_autocast(device):
                     return function(trusted(kernels, impl, device, arguments), *own)

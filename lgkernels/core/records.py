@@ -58,11 +58,14 @@ class Records:
                 self._take(record.pop("key"), record)
                 self._lines += 1
 
-    def put(self, key: str, fields: dict) -> None:
-        """Note the record of a key; without fields: that there is none."""
+    def put(self, key: str, fields: dict, replace: bool = True) -> None:
+        """Note the record of a key; without fields: that there is none. `replace=False`: what others have written of
+        the key in the meantime stays, and is what `entries` then holds."""
 
         def write(path: Path) -> None:
             self.read()
+            if not replace and key in self.entries:
+                return
             self._take(key, fields)
             if self._is_sound() and self._lines < 2 * len(self.entries) + _OLD_LINES:
                 with contextlib.suppress(PermissionError):  # the file is another user's, the folder ours too
@@ -71,8 +74,11 @@ class Records:
                 self._remove_stale(path)
             self._write_whole(path)
 
-        self._take(key, fields)
+        if replace:
+            self._take(key, fields)
         self._writing(write)
+        if key not in self.entries:  # nothing can be written
+            self._take(key, fields)
 
     def clear(self) -> int:
         """Remove all records, and the file. Returns how many there were."""

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import dispatch, environment, trust, verdicts
+from . import dispatch, environment, measured, native, trust, verdicts
 
 DTYPES = ("float32", "bfloat16", "float16")
 TINY = "tiny"
@@ -54,12 +54,20 @@ def add_arguments(parser):
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--full", action="store_true", help="build, test and measure all: needs a source checkout")
     kinds.add_argument("--again", action="store_true", help="forget the trials that failed first, and try them again")
-    kinds.add_argument("--forget", action="store_true", help="only remove all verdicts on this device")
+    kinds.add_argument(
+        "--forget",
+        action="store_true",
+        help="only remove all verdicts on this device, and what was measured on this processor",
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for the results of --full")
 
 
 def main(arguments):
     device = device_of(arguments.device)
+    if arguments.forget and native.native():
+        print(f"{measured.records().clear()} measurements of this processor removed")
+    if device is None and arguments.forget:
+        return 0
     if device is None:
         print(
             "verify tries GPU kernels, and there is no CUDA device here (torch.cuda.is_available() is False). "

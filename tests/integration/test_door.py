@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lgkernels.functional as LF
 from lgkernels.core import dispatch, trust
 
 for _family in dispatch.families():
@@ -237,3 +238,20 @@ def test_what_is_written_to_does_not_overlap_itself(family, op, impl):
         with pytest.raises(ValueError, match=rf"\b{name}(\[\d\])? must have memory of its own for each element"):
             accepted(op, replaced(arguments, place, tensor.flatten()[0].expand(tensor.shape)), impl)
     assert tried
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "cpu"])
+def test_no_graph_is_recorded_inside_of_an_op(impl):
+    """A factor of each row's loss asks for a gradient, in a backward with `create_graph=True`: plain torch that writes
+    into given memory would raise there, and what it recorded would be no rule of ours."""
+    h, target = torch.randn(4, 3, 5, 5, requires_grad=True), torch.arange(4) % 3
+    factors, weight = torch.ones(4, requires_grad=True), torch.randn(3, 3)
+    loss = LF.local_cross_entropy(h, weight, None, target, reduction="none", impl=impl)
+    (grad,) = torch.autograd.grad((loss * factors).sum(), h, create_graph=True)
+    (plain,) = torch.autograd.grad(LF.local_cross_entropy(h, weight, None, target, reduction="sum", impl=impl), h)
+    assert torch.allclose(grad, plain, atol=1e-6)
+    packed = torch.ops.lgkernels.feedback_pack_signs(torch.randn(75, 40, requires_grad=True), impl)
+    product = torch.ops.lgkernels.feedback_product(
+        h.flatten(1), 40, packed, None, None, "sign", 1.0, None, 1.0, False, impl
+    )
+    assert not product.requires_grad

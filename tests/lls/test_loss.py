@@ -447,6 +447,17 @@ def test_second_derivative_through_the_modulation_raises_by_name(impl):
         grad.sum().backward()
 
 
+def test_a_graph_through_what_scales_the_loss(impl):
+    """`create_graph=True` where a factor of each row's loss asks for a gradient: nothing is pooled, nothing copied."""
+    x, factors = randn(4, 16).requires_grad_(), torch.ones(4, requires_grad=True)
+    loss = LF.lls_loss(x, torch.arange(4), num_classes=5, pool_size=16, reduction="none", impl=impl)
+    (grad,) = torch.autograd.grad((loss * factors).sum(), x, create_graph=True)
+    (plain,) = torch.autograd.grad(
+        LF.lls_loss(x, torch.arange(4), num_classes=5, pool_size=16, reduction="sum", impl=impl), x
+    )
+    assert_relative("grad", grad, plain, 1e-6)
+
+
 def test_create_graph_alone_is_fine(impl):
     activation = randn(2, 4).requires_grad_()
     (plain,) = torch.autograd.grad(small(impl, activation), activation)

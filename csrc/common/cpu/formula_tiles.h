@@ -28,8 +28,9 @@ LGK_INLINE void for_block(int64_t rows, const F& f) {
   }
 }
 
-// Rows of the weight that are needed next, every second one (for_row brings the others): their first column of this
-// panel. The blocks of a product share them out, so that memory is asked for all the time and never in a rush.
+// The weight's rows that are needed next, from this panel's first column on; every second one, as for_row brings the
+// others, and counted so: `stride` is that of two rows. The blocks of a product share them out, so that memory is asked
+// for all the time and never in a rush.
 struct Next {
   const char* data = nullptr;
   int64_t stride = 0, element = 0, rows = 0;

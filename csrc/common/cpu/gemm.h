@@ -46,7 +46,7 @@ inline void dots(const float* a, int64_t lda, int64_t rows, const float* b, int6
   for (; n < columns; ++n) dots_columns<1>(a, lda, rows, b + n * ldb, ldb, depth, out + n, ldo);
 }
 
-constexpr int64_t kPanelDepth = V == 16 ? 64 : 128;  // rows of b copied side by side, 16 or 8 kB
+constexpr int64_t kPanelDepth = V == 16 ? 64 : 128;  // rows of b copied side by side, 16, 8, 4 kB
 
 template <int M, int N>
 inline void rows_block(const float* a, int64_t row_stride, int64_t depth_stride, const float* b, int64_t ldb,
@@ -67,8 +67,8 @@ inline void rows_block(const float* a, int64_t row_stride, int64_t depth_stride,
     for (int n = 0; n < N; ++n) store_some(out + m * ldo + n * V, acc[m][n], tail);
 }
 
-// N vectors of columns (the last with `tail` elements). Rows of b that several blocks of a read are copied to lie side
-// by side: a power of two apart, they would drive each other out of the first-level cache.
+// N vectors of columns; one alone may have `tail` elements. Rows of b that several blocks of a read are copied to lie
+// side by side: a power of two apart, they would drive each other out of the first-level cache.
 template <int N>
 inline void product_columns(const float* a, int64_t row_stride, int64_t depth_stride, int64_t rows, const float* b,
                             int64_t ldb, int64_t depth, float* out, int64_t ldo, int64_t tail) {

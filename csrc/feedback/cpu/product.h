@@ -12,7 +12,7 @@ namespace lgk::cpu::LGK_ISA {
 
 constexpr int64_t kBatch = 512;                 // rows of grad for which F is made once
 constexpr int64_t kSums = 192 * 1024;           // floats of the output that stay in the second-level cache meanwhile
-constexpr int64_t kValues = kDepth * kSegment;  // and of F, made at a time: 64 rows of 4 kB take 1.1 times as long
+constexpr int64_t kValues = kDepth * kSegment;  // floats of F made at a time, 128 kB: with 256 kB 1.1 times as long
 constexpr int64_t kPacked = 1 << 22;            // floats of grad packed at a time
 constexpr int64_t kDeep = 2 * kDepth;  // rows of F made together for many rows of grad: half as often through the sums
 
@@ -151,7 +151,7 @@ inline int product(const Formula& f, const Matrix& grad, int64_t batch, void* ou
             const int64_t stride = f.weight.stride * next.element;
             next.data = static_cast<const char*>(f.weight.data) + col * next.element;
             next.data += row + step < f.rows ? (row + step) * stride : width * next.element;
-            next.stride = 2 * stride, next.rows = step / 2;
+            next.stride = 2 * stride, next.rows = step / 2;  // every second row
           }
           uint32_t by_values = ~0u;  // the groups that go by the first way
 #ifdef __AVX512F__

@@ -3,7 +3,6 @@
 z is taken as contiguous planes (anything else is copied once); sums in an order that no number of threads changes.
 """
 
-
 from ...core.native import cpu_entries, threads
 from ..common.cpu import address, dense_rows, feedback, floats, matrix
 from ..common.matrix import FeedbackMatrix

@@ -10,7 +10,7 @@ import torch
 
 from ...core import measured
 from ...core.native import cpu_entries, threads
-from ..common.cpu import code, dense_rows, feedback
+from ..common.cpu import code, dense_rows, feedback, floats
 from ..common.cpu import matrix as describe
 from ..common.matrix import FeedbackMatrix
 
@@ -28,8 +28,8 @@ def _library_is_faster(batch, rows, columns, dtype, signs_alone):
     Measured on one Zen 4 core with MKL and oneDNN, ratio of the kernel's time to theirs. AVX-512, float32: signs 0.2
     to 0.5 and other F 0.4 to 0.9, at any batch; AVX2: 0.2 to 0.9. bfloat16: signs 0.2 to 1; other F 0.6 at batch 8,
     1.1 to 1.6 at 64 and 128, 2 to 2.6 from 512 on. float16: below 0.05.
-    Baseline instructions: 0.7 at 8, 1.4 to 1.8 from 32. Of large batches in float32 each processor is asked: MKL's
-    product is about twice as fast on an Intel Xeon as on that Zen 4.
+    Baseline instructions: 0.7 at 8, 1.4 to 1.8 from 32. Of large batches in float32 each processor is asked, except
+    where signs alone are looked up: MKL's product is about twice as fast on an Intel Xeon as on that Zen 4.
     """
     if _C.cpu_level() == "default":
         return batch >= 32 and dtype != torch.float16
@@ -44,7 +44,7 @@ def _library_is_faster(batch, rows, columns, dtype, signs_alone):
 
 
 _LARGE = 2**27  # multiply-adds of a product that may take a while to be asked about
-_PANEL = 2**19  # elements of F that are written at a time, for a product to find them in the cache
+_PANEL = 256, 2048  # rows and columns of F that are written at a time, for a product to find them in the cache
 
 
 def _ways(batch):
@@ -86,17 +86,24 @@ def _by_kernel(grad, columns, f):
 
 
 def _by_library(grad, columns, f):
-    """Some rows of F at a time; in 16 bits all of them, as the sum of products of parts would be rounded at each."""
-    (_, rows), f = grad.shape, _dense(f)
-    together = max(1, _PANEL // max(1, columns)) if grad.dtype == torch.float32 else max(1, rows)
-    panel = torch.empty(min(together, rows), columns, dtype=grad.dtype, device=grad.device)
-    out = None
-    for first in range(0, max(1, rows), together):  # without rows: one part, of none
-        part = panel[: rows - first]
-        of_part = feedback((len(part), columns), f)
-        _C.feedback_matrix(of_part, first, 0, part.data_ptr(), code(grad.dtype), threads())
-        left = grad[:, first : first + len(part)]
-        out = left @ part if out is None else out.addmm_(left, part)
+    """A panel of F at a time; in 16 bits all of F, as a sum of parts' products would be rounded at each."""
+    batch, rows = grad.shape
+    if grad.dtype != torch.float32:
+        return grad @ matrix((rows, columns), f, grad.dtype, grad.device)
+    f, out = _dense(f), floats(batch, columns)
+    if not rows:
+        return out.zero_()
+    memory = floats(min(rows, _PANEL[0]) * min(columns, _PANEL[1]))
+    for column in range(0, columns, _PANEL[1]):
+        wide = min(_PANEL[1], columns - column)
+        target = out[:, column : column + wide]
+        for row in range(0, rows, _PANEL[0]):
+            deep = min(_PANEL[0], rows - row)
+            panel = memory[: deep * wide].view(deep, wide)
+            panel_of_f = feedback((deep, wide), f)
+            _C.feedback_matrix(panel_of_f, row, column, panel.data_ptr(), code(torch.float32), threads())
+            left = grad[:, row : row + deep]
+            target.addmm_(left, panel, beta=1 if row else 0)
     return out
 
 
