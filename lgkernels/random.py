@@ -316,7 +316,7 @@ class RandomFeedback(Carried):
         self.scale, self.low = _check_law(law, scale, low)
         with torch.inference_mode(False):  # a state made under inference mode could not advance outside of it
             words = [self.seed, self.stream, 0]
-            state = torch.tensor(words, dtype=torch.int64, device=torch.get_default_device())
+            state = torch.tensor(words, dtype=torch.int64, device=None)  # torch's default device
             self.register_buffer("state", state, persistent=False)
 
     def materialize(

@@ -129,11 +129,7 @@ class InfoProUnit(Carried, LocalHead):
         statistics = {"mean": _per_channel("mean", mean, image_channels), "std": _std(std, image_channels)}
         self._statistics = {name: value.tolist() for name, value in statistics.items()}
         for name, value in statistics.items():
-            self.register_buffer(
-                name,
-                torch.tensor(value.tolist(), dtype=torch.float32, device=torch.get_default_device()),
-                persistent=False,
-            )
+            self.register_buffer(name, torch.tensor(value.tolist(), dtype=torch.float32, device=None), persistent=False)
         self.decoder = self.aux = None
         if weights[0]:
             self.decoder = nn.Sequential(
