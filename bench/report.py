@@ -191,10 +191,10 @@ def summary(all_results):
     lines = []
     for case in dict.fromkeys(case for of_device in by_device for case in of_device):
         found = [of_device.get(case, {}) for of_device in by_device]
-        ours = next(filter(None, (fastest(contestants, ["ours"]) for contestants in found)), None)
-        if ours is None:
+        contestants = max((c for c in found if fastest(c, ["ours"])), key=len, default=None)
+        if contestants is None:
             continue
-        contestants = next(c for c in found if ours in c.values())
+        ours = fastest(contestants, ["ours"])
         memory = [ours, *filter(None, (fastest(contestants, roles) for roles in (["eager", "peer"], ["bp"])))]
         cells = [summary_cell(contestants) for contestants in found]
         megabytes_each = ", ".join(map(peak, memory))
