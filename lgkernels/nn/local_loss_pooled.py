@@ -62,8 +62,8 @@ class PooledClassifier(LocalHead):
         checks.positive("temperature", temperature)
         checks.between("label_smoothing", label_smoothing, 0.0, 1.0)
         self.temperature, self.label_smoothing = checks.item(temperature), checks.item(label_smoothing)
-        made = dict(dtype=torch.get_default_dtype(), device=constructors.device_of(block))
-        self.weight = nn.Parameter(0.1 * torch.randn(num_classes, hidden, **made))
+        drawn = torch.randn(num_classes, hidden, dtype=None, device=constructors.device_of(block))
+        self.weight = nn.Parameter(0.1 * drawn)
 
     def checked(self, target: torch.Tensor) -> torch.Tensor:
         if isinstance(target, torch.Tensor) and target.is_floating_point() and target.dim() == 2:
