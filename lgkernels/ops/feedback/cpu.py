@@ -43,7 +43,7 @@ def _library_is_faster(batch, rows, columns, dtype, signs_alone):
     return measured.other_is_faster(f"feedback_product of {together} rows", lambda: _ways(together))
 
 
-_LARGE = 2**27  # multiply-adds of a product that may take a while to be asked about
+_LARGE = 2**27  # multiply-adds; a smaller product is not worth the time that asking takes
 _PANEL = 256, 2048  # rows and columns of F that are written at a time, for a product to find them in the cache
 
 
